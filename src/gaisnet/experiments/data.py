@@ -1,0 +1,189 @@
+"""Every device's examples: read from its folder, or dealt out of a built-in data set, skewed by label."""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gaisnet.config import Config, EdgeSettings
+from gaisnet.errors import DataError
+from gaisnet.experiments.domains import BUILT_IN, Drawn, domain_seed, draw_builtin
+from gaisnet.tiers.examples import DeviceData, Example
+
+# How often the proportions are drawn again because a device would have got nothing. A skew at which so many draws
+# fail is one that the number of examples cannot show.
+MAX_DRAWS = 100
+# From here on the proportions are equal to a thousandth; near the largest float numpy's Dirichlet returns zeros.
+EVEN_ALPHA = 1e6
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """A domain's public task description and, by device name, the private examples."""
+
+    template: str | None
+    labels: tuple[str, ...]
+    devices: dict[str, DeviceData]
+
+
+def load_domains(config: Config) -> dict[str, DomainData]:
+    """The data of each edge's domain, by the name of the domain. Raises ``DataError``."""
+    return {edge.domain: _load_edge(edge, config) for edge in config.edges}
+
+
+def _load_edge(edge: EdgeSettings, config: Config) -> DomainData:
+    folders = {device.name: device.data for device in edge.devices if device.data is not None}
+    without = [device.name for device in edge.devices if device.name not in folders]
+    if not without:
+        devices = {name: _read_device(folder, name) for name, folder in folders.items()}
+        return DomainData(edge.template, edge.labels, devices)
+    asked = f"domain '{edge.domain}' of edge '{edge.name}'"
+    if folders:
+        found = f"some of its devices name 'data', but not {', '.join(without)}"
+        raise DataError(asked, found, "give every device of the edge a data folder, or none")
+    if edge.domain not in BUILT_IN:
+        found = "is not built in, and its devices name no 'data'"
+        raise DataError(asked, found, f"give every device a data folder, or use one of: {', '.join(BUILT_IN)}")
+    if edge.template is not None or edge.labels:
+        found = "is built in, so its template and labels are fixed"
+        raise DataError(asked, found, "remove 'template' and 'labels', or give every device a data folder")
+    return _deal(draw_builtin(edge.domain, config.data, config.seed), edge, config)
+
+
+def _deal(drawn: Drawn, edge: EdgeSettings, config: Config) -> DomainData:
+    """Give each device its part, with the same proportions of each label for learning and for holding out."""
+    names = [device.name for device in edge.devices]
+    alpha, seed = config.data.dirichlet_alpha, domain_seed(edge.domain, config.seed)
+
+    def parts(examples: Sequence[Example], draw: int) -> list[list[Example]]:
+        return partition(examples, _completion, len(names), alpha, np.random.default_rng([seed, draw]))
+
+    for draw in range(MAX_DRAWS):
+        train, test = parts(drawn.train, draw), parts(drawn.test, draw)
+        if all(train) and all(test):
+            break
+    else:
+        unlucky = next(i for i in range(len(names)) if not train[i] or not test[i])
+        raise DataError(
+            f"device '{names[unlucky]}' of domain '{edge.domain}', with data.dirichlet_alpha {alpha}",
+            f"got {len(train[unlucky])} training and {len(test[unlucky])} held-out examples in the last of {MAX_DRAWS} "
+            f"draws, out of {len(drawn.train)} and {len(drawn.test)} for {len(names)} devices",
+            "raise data.dirichlet_alpha, data.train_examples or data.test_examples, or use fewer devices",
+        )
+    devices = {name: DeviceData(tuple(train[i]), tuple(test[i])) for i, name in enumerate(names)}
+    return DomainData(drawn.template, drawn.labels, devices)
+
+
+def _completion(example: Example) -> str:
+    return example.completion
+
+
+def partition(
+    examples: Sequence[Example],
+    labels_of: Callable[[Example], str],
+    num_devices: int,
+    alpha: float,
+    rng: np.random.Generator,
+) -> list[list[Example]]:
+    """Deal ``examples`` to devices, each label in proportions drawn from a Dirichlet (Hsu et al., arXiv 1909.06335).
+
+    The smaller ``alpha``, the fewer devices share a label. A device keeps the order of ``examples``, and can end up
+    with none. Generators in the same state give a label the same proportions, whatever the other labels are: so
+    training and held-out examples of one domain can be dealt alike.
+    """
+    base = int(rng.integers(2**32))
+    by_label: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        by_label.setdefault(labels_of(example), []).append(i)
+    owner_of = np.empty(len(examples), dtype=np.int64)
+    for label, members in by_label.items():
+        label_rng = np.random.default_rng([base, zlib.crc32(label.encode())])
+        shares = label_rng.dirichlet(np.full(num_devices, min(alpha, EVEN_ALPHA)))
+        # Device i ends where the shares up to and with its own end, so that rounding loses and doubles no example.
+        ends = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
+        owner_of[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
+    parts: list[list[Example]] = [[] for _ in range(num_devices)]
+    for example, owner in zip(examples, owner_of.tolist(), strict=True):
+        parts[owner].append(example)
+    return parts
+
+
+def _read_device(folder: Path, name: str) -> DeviceData:
+    return DeviceData(_read_jsonl(folder / "train.jsonl", name), _read_jsonl(folder / "test.jsonl", name))
+
+
+def _read_jsonl(path: Path, owner: str) -> tuple[Example, ...]:
+    asked = f"examples '{path}' of device '{owner}'"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(asked, "there is no such file", "put train.jsonl and test.jsonl in the data folder") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(asked, f"cannot be read ({error})", "write it as UTF-8 text that this user can read") from error
+    # Not splitlines, which also splits at characters that JSON allows within a string.
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise DataError(asked, "device without examples", "write at least one line of prompt and completion")
+    return tuple(_parse_line(line, f"{path}, line {i}") for i, line in lines)
+
+
+def _parse_line(line: str, where: str) -> Example:
+    do = 'write {"prompt": "...", "completion": "..."}'
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(where, f"is not valid JSON ({error})", do) from error
+    if not isinstance(raw, dict):
+        raise DataError(where, f"is a {type(raw).__name__}, not an object", do)
+    missing, unknown = {"prompt", "completion"} - raw.keys(), raw.keys() - {"prompt", "completion"}
+    if missing:
+        raise DataError(where, f"lacks {_quoted(missing)}", do)
+    if unknown:
+        raise DataError(where, f"has unknown keys: {_quoted(unknown)}", do)
+    for key, value in raw.items():
+        _check_text(key, value, where)
+    return Example(raw["prompt"], raw["completion"])
+
+
+def _check_text(key: str, value: object, where: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(where, f"'{key}' is a {type(value).__name__}", "write a string")
+    if not value.strip():
+        raise DataError(where, f"'{key}' is empty", "write some text, or remove the line")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(where, f"'{key}' holds half of a surrogate pair", "write the whole character")
+
+
+def _quoted(names: set[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def retention_text(num_chars: int) -> str:
+    """The first ``num_chars`` characters of Python's own documentation topics: real English that no domain trains on.
+
+    The same within one version of Python. Raises ``DataError`` where the topics are not installed or are shorter.
+    """
+    asked = f"{num_chars} characters of public text for the retention perplexity"
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        found = "this Python comes without pydoc_data"
+        raise DataError(asked, found, "use a Python with its whole standard library") from error
+    text = "\n".join(topics[name] for name in sorted(topics))
+    if len(text) < num_chars:
+        do = "lower absorb.retention_windows or absorb.retention_tokens"
+        raise DataError(asked, f"Python's documentation topics have {len(text)}", do)
+    return text[:num_chars]
+
+
+def majority(domain: DomainData) -> float:
+    """Share of a domain's held-out examples, all devices together, that have the commonest of their completions.
+
+    It is the accuracy of always naming that one: what a model must beat to have learned anything.
+    """
+    counts = Counter(example.completion for data in domain.devices.values() for example in data.test)
+    return max(counts.values()) / counts.total()

@@ -1,0 +1,221 @@
+"""A run's output folder: claimed by one run, written as the run goes, left readable whenever the run stops.
+
+Layout: ``summary.json``, ``metrics.jsonl``, ``report.html``, ``tensorboard/``, ``adapters/<name>/``; and ``.lock`` with
+the process id while the run is under way. Nothing but the lock exists before the first result, so that a run which
+fails at once leaves an empty folder that the next one may take.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gaisnet.errors import GaisnetError, OutputInUse
+from gaisnet.experiments.summary import (
+    Cycle,
+    OutputNotWritable,
+    Summary,
+    strict_json,
+    write_json,
+    write_text,
+    writing,
+)
+
+LOCK_NAME = ".lock"
+MIN_FREE_BYTES = 64 * 2**20
+"""Adapters, events and the report of a small run; with less, a run is refused before it starts."""
+
+
+class RunFolder:
+    """The output folder of one run. Get one from ``create``, use it in a ``with`` block."""
+
+    def __init__(self, path: Path) -> None:
+        """A folder that is already claimed."""
+        self.path = path
+        self._events: Any = None  # the TensorBoard writer, opened with the first scalar
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """Claim ``path``, with its parents.
+
+        Raises ``OutputInUse`` if it contains anything, ``OutputNotWritable`` if nothing can be written to it.
+        """
+        with writing(path):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                raise OutputInUse(path, "is a file, not a folder") from None
+            _refuse_lock(path)
+            _refuse_contents(path)  # first without a lock of our own: the folder may be someone else's
+            _take_lock(path)
+            try:
+                _refuse_contents(path)  # again: another run may have come and gone before our lock
+                _refuse_full_disk(path)
+            except BaseException:
+                (path / LOCK_NAME).unlink(missing_ok=True)
+                raise
+        return cls(path)
+
+    @property
+    def summary_path(self) -> Path:
+        """``summary.json``."""
+        return self.path / "summary.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """``metrics.jsonl``, an event per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report_path(self) -> Path:
+        """``report.html``."""
+        return self.path / "report.html"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """The folder of the adapters, one folder each; made by whoever saves the first."""
+        return self.path / "adapters"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        """The folder of the TensorBoard events; made with the first scalar."""
+        return self.path / "tensorboard"
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Append one line of strict JSON to ``metrics.jsonl``. Raises ``NotFinite`` or ``OutputNotWritable``."""
+        line = strict_json(event, self.metrics_path.name)
+        # Opened for each line: nothing stays in a buffer, and a full disk is met here and not at the end.
+        with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Add a point to the TensorBoard curve ``tag``. Raises ``OutputNotWritable``."""
+        with writing(self.tensorboard_dir):
+            self._writer().add_scalar(tag, value, step)
+
+    def log_cycle(self, cycle: Cycle) -> None:
+        """Write a finished cycle to ``metrics.jsonl`` (``"event": "cycle"``) and to TensorBoard."""
+        self.log({"event": "cycle", **cycle.model_dump(mode="json")})
+        for tag, value in cycle_scalars(cycle).items():
+            self.scalar(tag, value, cycle.cycle)
+        with writing(self.tensorboard_dir):
+            self._writer().flush()
+
+    def write_summary(self, summary: Summary) -> None:
+        """Write ``summary.json`` anew, atomically. Raises ``NotFinite`` or ``OutputNotWritable``."""
+        write_json(self.summary_path, summary.to_json())
+
+    def write_report(self, summary: Summary) -> None:
+        """Write ``report.html`` anew, atomically. Raises ``OutputNotWritable``."""
+        from gaisnet.experiments.report import render_report  # matplotlib takes a while and is needed only at the end
+
+        write_text(self.report_path, render_report(summary))
+
+    def close(self) -> None:
+        """Close the event file and release the lock; closing twice is harmless. Raises ``OutputNotWritable``."""
+        events, self._events = self._events, None
+        with writing(self.path):
+            try:
+                if events is not None:
+                    events.close()
+            finally:
+                (self.path / LOCK_NAME).unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        """The folder itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close; an error inside the block is never hidden by one of the closing."""
+        if error is None:
+            self.close()
+        else:
+            with suppress(GaisnetError):
+                self.close()
+
+    def _writer(self) -> Any:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter  # keeps tensorboard out of every other command
+
+            self._events = SummaryWriter(str(self.tensorboard_dir), flush_secs=10)
+        return self._events
+
+
+def cycle_scalars(cycle: Cycle) -> dict[str, float]:
+    """The TensorBoard tags of a cycle with their values."""
+    scalars: dict[str, float] = {}
+    for body, scores in cycle.bodies().items():
+        for domain, score in scores.items():
+            scalars[f"accuracy/{body}/{domain}"] = score.accuracy
+            scalars[f"loss/{body}/{domain}"] = score.loss
+    scalars["retention/perplexity"] = cycle.retention.perplexity
+    scalars |= {f"retention/adapters/{name}": value for name, value in cycle.retention.adapters.items()}
+    for link, traffic in (("device_edge", cycle.bytes.device_edge), ("edge_cloud", cycle.bytes.edge_cloud)):
+        scalars |= {f"bytes/{link}/up": traffic.up, f"bytes/{link}/down": traffic.down}
+    scalars |= {f"seconds/{verb}": value for verb, value in cycle.seconds.model_dump().items()}
+    for domain, loss in cycle.relay.items():
+        scalars |= {f"relay/{domain}/before": loss.loss_before, f"relay/{domain}/after": loss.loss_after}
+    return scalars
+
+
+def _refuse_lock(folder: Path) -> None:
+    """Raise ``OutputInUse`` if a run holds the lock, or died with it."""
+    try:
+        text = (folder / LOCK_NAME).read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return
+    if not text.isdecimal():  # a run writes its number right after it made the file
+        raise OutputInUse(folder, "is locked by a run that is just starting, or that did not finish")
+    if _is_alive(int(text)):
+        raise OutputInUse(folder, f"is being written by a run that is under way (process {text})")
+    raise OutputInUse(folder, f"belongs to a run that did not finish (its process {text} is gone)")
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == 0:  # no run has it, and to kill it means our own process group
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True  # someone else's process
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _refuse_contents(folder: Path) -> None:
+    """Raise ``OutputInUse`` if anything but a lock is in ``folder``."""
+    names = sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK_NAME)
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise OutputInUse(folder, f"is not empty, it holds '{names[0]}'{more}")
+
+
+def _take_lock(folder: Path) -> None:
+    """Create the lock file; of two runs exactly one succeeds (O_EXCL). The first bytes also prove that we may write."""
+    lock = folder / LOCK_NAME
+    try:
+        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        _refuse_lock(folder)
+        raise OutputInUse(folder, "was taken by another run at this moment") from None
+    try:
+        os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
+        os.fsync(descriptor)
+    except BaseException:
+        lock.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_full_disk(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        found = f"the disk has {free / 2**20:.1f} MiB free, a run needs at least {MIN_FREE_BYTES / 2**20:.0f} MiB"
+        raise OutputNotWritable(folder, found)

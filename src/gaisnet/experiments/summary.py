@@ -1,0 +1,193 @@
+"""``summary.json``: what a run measured, as frozen pydantic models, and how it reaches the disk whole or not at all."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from gaisnet.errors import GaisnetError, NotFinite
+
+
+class OutputNotWritable(GaisnetError):
+    """A file or folder of a run cannot be written: a full disk, missing rights, a folder that went away."""
+
+    def __init__(self, path: Path, found: str) -> None:
+        super().__init__(f"writing '{path}': {found}; free some space or choose a writable folder with --out")
+
+
+class Record(BaseModel):
+    """A frozen group of measured values that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+
+class ModelFigures(Record):
+    """Sizes of the models."""
+
+    foundation_params: int = Field(ge=1, description="Parameters of the FM.")
+    foundation_layers: int = Field(ge=1, description="Layers of the FM.")
+    domain_layers: int = Field(ge=1, description="Layers of every DM.")
+    trainable_params: int = Field(ge=0, description="Parameters of one domain adapter.")
+
+
+class DeviceFigures(Record):
+    """Sizes of the devices."""
+
+    params_fraction: float = Field(ge=0.0, description="Parameters of the largest split device over the FM's.")
+
+
+class Score(Record):
+    """How one body does on one domain's held-out examples, over all devices of the domain."""
+
+    accuracy: float = Field(ge=0.0, le=1.0, description="Share of greedy completions that match exactly.")
+    loss: float = Field(description="Mean cross-entropy per labelled token.")
+    num_examples: int = Field(ge=0, description="Held-out examples behind both.")
+
+
+class Retention(Record):
+    """Perplexity of the FM on public text that no domain trains on; lower is better."""
+
+    perplexity: float = Field(description="Largest over the domain adapters; of the FM alone at entry 0.")
+    adapters: dict[str, float] = Field(default_factory=dict, description="With each adapter plugged in, by its name.")
+
+
+class Traffic(Record):
+    """Bytes that crossed all links of one kind in a cycle, in both directions."""
+
+    up: int = Field(ge=0, description="Toward the cloud.")
+    down: int = Field(ge=0, description="Away from the cloud.")
+
+
+class LinkBytes(Record):
+    """Bytes of a cycle by the kind of link."""
+
+    device_edge: Traffic
+    edge_cloud: Traffic
+
+
+class Seconds(Record):
+    """Wall time of a cycle by verb."""
+
+    release: float = Field(ge=0.0)
+    fine_tune: float = Field(ge=0.0)
+    absorb: float = Field(ge=0.0)
+    evaluate: float = Field(ge=0.0)
+
+
+class RelayLoss(Record):
+    """Distillation loss of one DM on generated text that its relay was not trained on."""
+
+    loss_before: float
+    loss_after: float
+
+
+class Cycle(Record):
+    """One entry of ``cycles``; entry 0 is measured before anything was trained."""
+
+    cycle: int = Field(ge=0)
+    foundation: dict[str, Score] = Field(description="The FM with the domain's adapter, by domain.")
+    domain: dict[str, Score] = Field(description="The DM of the domain, by domain.")
+    merged: dict[str, Score] = Field(description="The FM with the merged adapter, by domain.")
+    retention: Retention
+    bytes: LinkBytes
+    seconds: Seconds
+    gate: list[str] = Field(default_factory=list, description="What the cloud's gate said, a sentence each.")
+    relay: dict[str, RelayLoss] = Field(default_factory=dict, description="By domain; empty if the relay is disabled.")
+
+    def bodies(self) -> dict[str, dict[str, Score]]:
+        """The three groups of scores by the name of their field."""
+        return {"foundation": self.foundation, "domain": self.domain, "merged": self.merged}
+
+
+class Summary(Record):
+    """The whole of ``summary.json``."""
+
+    # Not named `schema`: that would hide a method of pydantic's BaseModel. The JSON key is `schema` both ways.
+    schema_name: Literal["gaisnet.summary/1"] = Field("gaisnet.summary/1", alias="schema")
+    seed: int
+    config: dict[str, JsonValue] = Field(description="``Config.model_dump(mode='json')`` of the run.")
+    model: ModelFigures
+    device: DeviceFigures
+    majority: dict[str, float | None] = Field(
+        description="Accuracy of always naming the commonest class, by domain; null where a domain has no classes."
+    )
+    cycles: list[Cycle] = Field(min_length=1)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains in the order of entry 0."""
+        return tuple(self.cycles[0].foundation)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers for ``write_json``; a NaN stays a NaN, for it to be refused there."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into ``OutputNotWritable`` for ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputNotWritable(path, error.strerror or str(error)) from error
+
+
+def strict_json(data: Mapping[str, Any], target: str, indent: int | None = None) -> str:
+    """``data`` as strict JSON. Raises ``NotFinite`` that names the entry which is NaN or infinite."""
+    try:
+        return json.dumps(data, allow_nan=False, indent=indent)
+    except ValueError:
+        for where, value in _numbers(data, ""):
+            if not math.isfinite(value):
+                raise NotFinite(where, f"writing {target}", value) from None
+        raise  # something else, such as a circular reference: a bug, not a measurement
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write strict JSON atomically. Raises ``NotFinite`` before the file is touched, or ``OutputNotWritable``."""
+    write_text(path, strict_json(data, path.name, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put ``text`` at ``path`` atomically: a reader, or a crash at any moment, sees the old file or the new one whole.
+
+    Raises ``OutputNotWritable``; the old file then stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut: it is an entry of the folder, not of the file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _numbers(data: Any, where: str) -> Iterator[tuple[str, float]]:
+    """Every float inside ``data`` with its dotted place."""
+    if isinstance(data, float):
+        yield where, data
+    elif isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _numbers(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(data, list | tuple):
+        for index, value in enumerate(data):
+            yield from _numbers(value, f"{where}.{index}")

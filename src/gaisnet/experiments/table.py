@@ -1,0 +1,131 @@
+"""The closing table of a run: one row per domain, before and after, and what it cost."""
+
+from dataclasses import dataclass
+
+from rich.table import Table
+from rich.text import Text
+
+from gaisnet.experiments.summary import Score, Summary, Traffic
+
+TITLE = "Accuracy on held-out examples that never left their devices (points gained)"
+HEADINGS = ("Domain", "Majority", "DM, before → after", "FM, before → after", "FM merged, after")
+MISSING = "–"
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class ClosingRow:
+    """Accuracies of one domain in 0..1; ``None`` where the run has none."""
+
+    domain: str
+    majority: float | None
+    domain_before: float | None
+    domain_after: float | None
+    foundation_before: float | None
+    foundation_after: float | None
+    merged_after: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """The texts under ``HEADINGS``."""
+        return (
+            self.domain,
+            percent(self.majority),
+            _gain(self.domain_before, self.domain_after),
+            _gain(self.foundation_before, self.foundation_after),
+            percent(self.merged_after),
+        )
+
+
+def closing_rows(summary: Summary) -> list[ClosingRow]:
+    """A row per domain: entry 0 against the last cycle."""
+    first, last = summary.cycles[0], summary.cycles[-1]
+    return [
+        ClosingRow(
+            domain=name,
+            majority=summary.majority.get(name),
+            domain_before=accuracy(first.domain, name),
+            domain_after=accuracy(last.domain, name),
+            foundation_before=accuracy(first.foundation, name),
+            foundation_after=accuracy(last.foundation, name),
+            merged_after=accuracy(last.merged, name),
+        )
+        for name in summary.domains
+    ]
+
+
+def closing_captions(summary: Summary) -> list[str]:
+    """The lines under the table: retention, bytes, seconds, and what the largest device holds."""
+    first, last = summary.cycles[0].retention.perplexity, summary.cycles[-1].retention.perplexity
+    change = f"{last / first - 1:+.1%}".replace("%", " %") if first else MISSING
+    seconds = sum(sum(cycle.seconds.model_dump().values()) for cycle in summary.cycles)
+    return [
+        f"Retention: the FM's perplexity on public text went from {first:.2f} to {last:.2f} ({change})",
+        f"Bytes, device–edge: {_both_ways([cycle.bytes.device_edge for cycle in summary.cycles])}; "
+        f"edge–cloud: {_both_ways([cycle.bytes.edge_cloud for cycle in summary.cycles])}",
+        f"Wall time: {human_seconds(seconds)}",
+        f"The largest split device holds {percent(summary.device.params_fraction)} of the FM's parameters",
+    ]
+
+
+def closing_table(summary: Summary) -> Table:
+    """The table that ends a run in the terminal."""
+    # Text, not str: rich would read a domain called "[red]" as markup.
+    caption = Text("\n".join(closing_captions(summary)))
+    table = Table(title=Text(TITLE), caption=caption, caption_justify="left")
+    table.add_column(HEADINGS[0], justify="left", overflow="fold")
+    for heading in HEADINGS[1:]:
+        table.add_column(heading, justify="right")
+    for row in closing_rows(summary):
+        table.add_row(*(Text(cell) for cell in row.cells()))
+    return table
+
+
+def accuracy(scores: dict[str, Score], domain: str) -> float | None:
+    """The accuracy of ``domain``, or ``None`` if it was not measured."""
+    score = scores.get(domain)
+    return None if score is None else score.accuracy
+
+
+def percent(share: float | None) -> str:
+    """``0.123`` as ``12.3 %``."""
+    return MISSING if share is None else f"{100 * share:.1f} %"
+
+
+def human_bytes(size_bytes: float) -> str:
+    """A number of bytes with a binary unit: ``1536`` as ``1.5 KiB``."""
+    unit = bytes_unit(size_bytes)
+    value = size_bytes / 1024 ** _UNITS.index(unit)
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def bytes_unit(size_bytes: float) -> str:
+    """The largest binary unit that ``size_bytes`` still fills once, after rounding to one decimal."""
+    power = 0
+    while size_bytes / 1024**power >= 1023.95 and power < len(_UNITS) - 1:
+        power += 1
+    return _UNITS[power]
+
+
+def unit_bytes(unit: str) -> int:
+    """Bytes of one ``unit`` of ``bytes_unit``."""
+    return int(1024 ** _UNITS.index(unit))
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration: ``75.2`` as ``1 min 15 s``, short ones with a decimal."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _gain(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return f"{percent(before)} → {percent(after)}"
+    return f"{percent(before)} → {percent(after)} ({100 * (after - before):+.1f})"
+
+
+def _both_ways(traffic: list[Traffic]) -> str:
+    up, down = sum(one.up for one in traffic), sum(one.down for one in traffic)
+    return f"{human_bytes(up)} up, {human_bytes(down)} down"

@@ -1,0 +1,173 @@
+"""Everything that crosses a link: one frozen dataclass per message.
+
+Shape legend: N rows (positions of several sequences, one after the other), E examples, D hidden size. All tensors are
+on the CPU. ``wire(...)`` names the setting under ``wire`` that says how a floating tensor is written.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+Split = Literal["train", "test"]
+Role = Literal["relay", "domain"]
+
+
+def wire(setting: str) -> Any:
+    """A tensor field that is written as ``config.wire.<setting>`` says."""
+    return field(metadata={"wire": setting})
+
+
+@dataclass(frozen=True)
+class Message:
+    """Root of all messages."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, strict=False, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Done(Message):
+    """Carried out; nothing to say."""
+
+
+@dataclass(frozen=True)
+class ModelRelease(Message):
+    """Cloud -> edge -> device, once: the frozen weights that the receiver's parts need, and nothing more."""
+
+    config_json: str  # the FM's transformers configuration
+    layers: tuple[int, ...]  # FM numbers of the layers in ``tensors``
+    int8_layers: tuple[int, ...]  # those of them in int8
+    tensors: dict[str, Tensor]  # by their names in the FM's decoder; frozen, in their own dtypes
+
+
+@dataclass(frozen=True)
+class AdapterRelease(Message):
+    """Cloud -> edge -> local device: an adapter to put in."""
+
+    role: Role
+    version: int
+    tensors: dict[str, Tensor] = wire("adapter")  # float, see adapters/state.py for names and shapes
+
+
+@dataclass(frozen=True)
+class AnchorRelease(Message):
+    """Cloud -> edge -> local device, once: what the FM makes of text that it wrote, where the domain adapters start.
+
+    An adapter that leaves the suffix's output on it as it was has forgotten little.
+    """
+
+    lengths_E: Tensor  # int32
+    hidden_ND: Tensor = wire("smashed")  # float, all sequences one after the other
+
+    def __post_init__(self) -> None:
+        if self.lengths_E.dtype != torch.int32 or self.lengths_E.ndim != 1 or self.hidden_ND.ndim != 2:
+            raise ValueError("an anchor needs int32 lengths and rows [N, D]")
+        if bool((self.lengths_E < 1).any()) or int(self.lengths_E.sum()) != len(self.hidden_ND):
+            raise ValueError("the lengths of an anchor do not fit its rows")
+
+
+@dataclass(frozen=True)
+class AdapterUpdate(Message):
+    """Local device -> edge -> cloud: a domain adapter after learning."""
+
+    version: int  # of the release that it grew out of
+    num_examples: int
+    num_steps: int
+    loss: float  # mean over the label tokens of the last epoch
+    tensors: dict[str, Tensor] = wire("adapter")
+
+
+@dataclass(frozen=True)
+class SmashRequest(Message):
+    """Edge -> device: run the head over your examples of this split."""
+
+    split: Split
+
+
+@dataclass(frozen=True)
+class SmashedData(Message):
+    """Device -> edge (-> cloud): the head's output for all examples of a split, once.
+
+    Example e holds ``lengths_E[e]`` rows; the last ``num_labels_E[e]`` of them predict a label.
+    """
+
+    owner: str  # the device
+    split: Split
+    next_layer: int  # first FM layer that has not run
+    lengths_E: Tensor  # int32
+    num_labels_E: Tensor  # int32
+    hidden_ND: Tensor = wire("smashed")  # float
+
+    def __post_init__(self) -> None:
+        lengths, labels = self.lengths_E, self.num_labels_E
+        if self.hidden_ND.ndim != 2 or lengths.ndim != 1 or lengths.shape != labels.shape:
+            raise ValueError("smashed data needs rows [N, D] and one length and label count per example")
+        if lengths.dtype != torch.int32 or labels.dtype != torch.int32:
+            raise ValueError("lengths and label counts must be int32")
+        if bool((labels < 1).any()) or bool((labels > lengths).any()) or int(lengths.sum()) != len(self.hidden_ND):
+            raise ValueError("lengths and label counts of smashed data do not fit its rows")
+
+
+@dataclass(frozen=True)
+class BodyOutput(Message):
+    """Edge or cloud -> device: the body's output at the rows that the tail needs, in the order of ``examples_E``."""
+
+    split: Split
+    step: int
+    num_labels_total: int  # label tokens of the whole step, all devices: what a summed loss is divided by
+    examples_E: Tensor  # int32, indices into the device's split
+    rows_ND: Tensor = wire("body_output")  # float; label positions, or every position where the tail has layers
+
+
+@dataclass(frozen=True)
+class BodyOutputGrad(Message):
+    """Device -> edge: gradient of the step's mean loss at the rows of a ``BodyOutput``."""
+
+    step: int
+    loss_sum: float  # over this device's label tokens
+    grad_ND: Tensor = wire("gradient")  # float
+
+
+@dataclass(frozen=True)
+class EvaluationReport(Message):
+    """Device -> edge -> cloud: only counts and sums."""
+
+    num_examples: int
+    num_correct: int  # every label token is the likeliest one: greedy decoding would write the completion and stop
+    num_tokens: int
+    loss_sum: float  # over label tokens
+
+    def __add__(self, other: "EvaluationReport") -> "EvaluationReport":
+        """Counts and sums of two sets of examples together."""
+        return EvaluationReport(
+            self.num_examples + other.num_examples,
+            self.num_correct + other.num_correct,
+            self.num_tokens + other.num_tokens,
+            self.loss_sum + other.loss_sum,
+        )
+
+
+@dataclass(frozen=True)
+class FineTune(Message):
+    """Cloud -> edge, edge -> local device: learn from private data, starting from the domain adapter in place."""
+
+    cycle: int
+    edge_round: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluate(Message):
+    """Cloud -> edge: score the held-out examples of your devices with a body."""
+
+    body: Literal["domain", "foundation"]
+    adapter: str | None  # on the foundation: the name of the adapter to plug in
+
+
+@dataclass(frozen=True)
+class BodyRequest(Message):
+    """Edge -> cloud: the FM body's output for test data sent before, with an adapter plugged in."""
+
+    owner: str
+    adapter: str | None

@@ -1,0 +1,206 @@
+"""``Head``, ``Body`` and ``Tail``: a decoder cut in three. They wrap the layers of transformers and copy none of them.
+
+Shape legend: B sequences, T positions, D hidden size, V vocabulary, N rows (positions picked out of several
+sequences).
+
+A part keeps the layer numbers of the foundation model (FM) even where layers are missing, so that an adapter's names
+mean the same in every body. Right padding needs no mask: under causal attention a padded position cannot reach a real
+one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from gaisnet.errors import CutError
+from gaisnet.models.families import Decoder, layer_types
+
+
+@dataclass(frozen=True)
+class CutLayers:
+    """How many of the FM's layers a device holds: the first ``head`` after the embeddings, the last ``tail``."""
+
+    head: int
+    tail: int = 0
+
+    def check(self, num_layers: int) -> None:
+        """Raise ``CutError`` unless at least one layer is left for the body."""
+        if self.head < 0 or self.tail < 0 or self.head + self.tail >= num_layers:
+            raise CutError(
+                "cut",
+                f"head {self.head}, tail {self.tail}",
+                f"the model has {num_layers} layers",
+                "leave one for the body",
+            )
+
+
+class PartCache(DynamicCache):
+    """Keys and values of one part's layers, addressed by the layer numbers of the FM."""
+
+    def __init__(self, config: PretrainedConfig, layer_indices: list[int]) -> None:
+        super().__init__()
+        types = layer_types(config)
+        self.layers = [_cache_layer(config, types[index]) for index in layer_indices]
+        self._slot_of = {index: slot for slot, index in enumerate(layer_indices)}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Append to the cache of FM layer ``layer_idx``; called by the attention of transformers."""
+        return super().update(key_states, value_states, self._slot_of[layer_idx], *args, **kwargs)
+
+
+def _cache_layer(config: PretrainedConfig, kind: str) -> DynamicLayer:
+    if kind == "sliding_attention":
+        return DynamicSlidingWindowLayer(sliding_window=config.sliding_window)
+    return DynamicLayer()
+
+
+class Layers(nn.Module):
+    """Some layers of the FM, run one after the other."""
+
+    def __init__(self, config: PretrainedConfig, layers: Mapping[int, nn.Module], rotary_emb: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.indices = sorted(layers)
+        self.layers = nn.ModuleDict({str(index): layers[index] for index in self.indices})
+        self.rotary_emb = rotary_emb
+
+    def new_cache(self) -> PartCache:
+        """An empty key-value cache for exactly these layers."""
+        return PartCache(self.config, self.indices)
+
+    def run(
+        self,
+        hidden_BTD: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        cache: PartCache | None = None,
+        attention_mask_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layers whose FM number is in [start, stop).
+
+        Args:
+            hidden_BTD: Input of layer ``start``, in the dtype of the layers.
+            start: First FM layer to run.
+            stop: FM layer to stop before; None runs to the end.
+            cache: From ``new_cache``; holds earlier positions and takes in these. Then ``start`` and ``stop`` must
+                be the same at every call.
+            attention_mask_BT: 1 for real and 0 for padded positions, earlier ones in the cache included. Only needed
+                with left padding.
+
+        Returns:
+            Output of the last layer that ran, [B, T, D].
+        """
+        chosen = [index for index in self.indices if index >= start and (stop is None or index < stop)]
+        if not chosen:
+            return hidden_BTD
+        positions_BT = self._positions(hidden_BTD, cache, attention_mask_BT)
+        masks = self._masks(hidden_BTD, cache, attention_mask_BT, positions_BT)
+        rotary = self.rotary_emb(hidden_BTD, position_ids=positions_BT)
+        kinds = layer_types(self.config)
+        for index in chosen:
+            hidden_BTD = self.layers[str(index)](
+                hidden_BTD,
+                attention_mask=masks[kinds[index]],
+                position_ids=positions_BT,
+                position_embeddings=rotary,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        return hidden_BTD
+
+    def _positions(self, hidden_BTD: Tensor, cache: PartCache | None, attention_mask_BT: Tensor | None) -> Tensor:
+        num_new = hidden_BTD.shape[1]
+        if attention_mask_BT is not None:
+            counted = attention_mask_BT.long().cumsum(-1) - 1
+            return counted.clamp(min=0)[:, -num_new:]
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        return torch.arange(seen, seen + num_new, device=hidden_BTD.device).unsqueeze(0)
+
+    def _masks(
+        self, hidden_BTD: Tensor, cache: PartCache | None, attention_mask_BT: Tensor | None, positions_BT: Tensor
+    ) -> dict[str, Any]:
+        shared: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": hidden_BTD,
+            "attention_mask": attention_mask_BT,
+            "past_key_values": cache,
+            "position_ids": positions_BT,
+        }
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        kinds = {layer_types(self.config)[index] for index in self.indices}
+        return {kind: makers[kind](**shared) for kind in kinds}
+
+
+class Head(nn.Module):
+    """A device's first part: embeddings and the first layers. Token ids in, smashed data out."""
+
+    def __init__(self, embed_tokens: nn.Embedding, layers: Layers) -> None:
+        super().__init__()
+        self.embed_tokens = embed_tokens
+        self.stack = layers
+
+    def new_cache(self) -> PartCache:
+        """An empty key-value cache for the layers of this part."""
+        return self.stack.new_cache()
+
+    def forward(
+        self, input_ids_BT: Tensor, cache: PartCache | None = None, attention_mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """Smashed data [B, T, D] of int64 token ids [B, T]."""
+        hidden_BTD: Tensor = self.embed_tokens(input_ids_BT)
+        return self.stack.run(hidden_BTD, cache=cache, attention_mask_BT=attention_mask_BT)
+
+
+class Body(Layers):
+    """The middle layers, at an edge (of a DM) or in the cloud (of the FM). Smashed data in, body output out."""
+
+    def forward(
+        self, hidden_BTD: Tensor, cache: PartCache | None = None, attention_mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """Body output [B, T, D] of smashed data [B, T, D] that stopped where this body begins."""
+        return self.run(hidden_BTD, cache=cache, attention_mask_BT=attention_mask_BT)
+
+
+class Tail(nn.Module):
+    """A device's last part: the last layers, the last norm and the vocabulary head. Body output in, logits out."""
+
+    def __init__(self, layers: Layers, norm: nn.Module, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.stack = layers
+        self.norm = norm
+        self.lm_head = lm_head
+
+    def new_cache(self) -> PartCache:
+        """An empty key-value cache for the layers of this part."""
+        return self.stack.new_cache()
+
+    def forward(
+        self, hidden_BTD: Tensor, cache: PartCache | None = None, attention_mask_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] of body output [B, T, D]."""
+        return self.logits(self.stack.run(hidden_BTD, cache=cache, attention_mask_BT=attention_mask_BT))
+
+    def logits(self, rows_ND: Tensor) -> Tensor:
+        """Logits [..., V] of outputs of the last layer [..., D]; any positions, in any order."""
+        return cast(Tensor, self.lm_head(self.norm(rows_ND)))
+
+
+def cut_decoder(decoder: Decoder, cut: CutLayers) -> tuple[Head, Body, Tail]:
+    """Cut a model in three parts that share its modules (no copy). Raises ``CutError``."""
+    num_layers = len(decoder.layers)
+    cut.check(num_layers)
+
+    def some(first: int, stop: int) -> dict[int, nn.Module]:
+        return {index: decoder.layers[index] for index in range(first, stop)}
+
+    body_stop = num_layers - cut.tail
+    head = Head(decoder.embed_tokens, Layers(decoder.config, some(0, cut.head), decoder.rotary_emb))
+    body = Body(decoder.config, some(cut.head, body_stop), decoder.rotary_emb)
+    tail = Tail(Layers(decoder.config, some(body_stop, num_layers), decoder.rotary_emb), decoder.norm, decoder.lm_head)
+    return head, body, tail

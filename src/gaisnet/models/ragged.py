@@ -1,0 +1,82 @@
+"""Sequences of different lengths as one block of rows, and batches cut out of it.
+
+Shape legend: N rows of all sequences, one after the other; B sequences of a batch, T positions, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+_WINDOW_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows [N, D] of sequences with the given lengths."""
+
+    rows_ND: Tensor
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    def sequences(self) -> tuple[Tensor, ...]:
+        """Views [length, D], one per sequence."""
+        return tuple(torch.split(self.rows_ND, list(self.lengths)))
+
+    def padded(self, indices: Sequence[int]) -> Tensor:
+        """Some sequences as [B, T, D], padded with zeros on the right."""
+        every = self.sequences()
+        return pad_sequence([every[index] for index in indices], batch_first=True)
+
+    def map_batches(self, function: Callable[[Tensor], Tensor], batch_size: int) -> "Ragged":
+        """Apply a function [B, T, D] -> [B, T, E] that is causal, in batches of like lengths, without gradients."""
+        results: list[Tensor | None] = [None] * len(self)
+        with torch.no_grad():
+            for batch in by_length(self.lengths, batch_size):
+                output_BTE = function(self.padded(batch))
+                for index, rows in zip(batch, output_BTE, strict=True):
+                    results[index] = rows[: self.lengths[index]].clone()
+        return Ragged(torch.cat([rows for rows in results if rows is not None]), self.lengths)
+
+
+def join(parts: Sequence[Ragged]) -> Ragged:
+    """The sequences of several blocks, one block after the other."""
+    return Ragged(torch.cat([p.rows_ND for p in parts]), tuple(n for p in parts for n in p.lengths))
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """All indices in batches of like lengths, shortest first."""
+    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def shuffled_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """One epoch of random batches whose sequences are of like lengths, so that little is padded.
+
+    The order is random; within windows of a few batches sequences are sorted by length, then the batches are shuffled.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches: list[list[int]] = []
+    window = batch_size * _WINDOW_BATCHES
+    for first in range(0, len(order), window):
+        inside = sorted(order[first : first + window], key=lambda index: lengths[index])
+        batches.extend(inside[at : at + batch_size] for at in range(0, len(inside), batch_size))
+    for position in torch.randperm(len(batches), generator=generator).tolist():
+        yield batches[position]
+
+
+def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Bool [B, T]: real positions, without position 0, an attention sink whose huge norm would drown the others."""
+    positions_T = torch.arange(max(lengths), device=device)
+    return (positions_T < torch.tensor(lengths, device=device)[:, None]) & (positions_T > 0)
+
+
+def relative_square(hidden_BTD: Tensor, target_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over tokens of |hidden - target|^2 / |target|^2."""
+    hidden_ND, target_ND = hidden_BTD[mask_BT], target_BTD[mask_BT]
+    return ((hidden_ND - target_ND).square().sum(-1) / target_ND.square().sum(-1)).mean()

@@ -1,0 +1,67 @@
+"""The up flow: domain adapters become one merged adapter, and a gate watches what they cost in general ability."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gaisnet.adapters.state import AdapterTensors
+
+_CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate decided about an adapter, and why."""
+
+    accepted: bool
+    adapter: str
+    perplexity: float
+    limit: float
+
+    def __str__(self) -> str:
+        """The decision in a sentence."""
+        word = "accepted" if self.accepted else "refused"
+        return f"{word} '{self.adapter}': perplexity on public text {self.perplexity:.2f}, limit {self.limit:.2f}"
+
+
+def gate(adapter: str, perplexity: float, before: float, max_increase: float) -> Verdict:
+    """Refuse an adapter that raises the FM's perplexity on public text from ``before`` by more than a share.
+
+    A perplexity that is not a number is refused, too.
+    """
+    limit = before * (1.0 + max_increase)
+    return Verdict(perplexity <= limit, adapter, perplexity, limit)
+
+
+def merge(adapters: Sequence[AdapterTensors], weight: float) -> AdapterTensors:
+    """One adapter whose product B A is ``weight`` times the sum of the products of all, exactly.
+
+    Products of averaged factors are not averaged products; putting the factors side by side keeps each product whole
+    (what peft calls combination type "cat"). Its rank is the sum of the ranks, and so must its alpha be.
+    """
+    return {key: _side_by_side([a[key] for a in adapters], key, weight) for key in adapters[0]}
+
+
+def _side_by_side(factors: Sequence[Tensor], key: str, weight: float) -> Tensor:
+    if ".lora_A." in key:
+        return torch.cat(list(factors), dim=0)
+    return torch.cat(list(factors), dim=1) * weight
+
+
+@torch.no_grad()
+def perplexity(output_BTD: Tensor, logits: Callable[[Tensor], Tensor], input_ids_BT: Tensor) -> float:
+    """Exp of the mean next-token loss over all windows.
+
+    Args:
+        output_BTD: Output of the last layer for ``input_ids_BT``.
+        logits: Last norm and vocabulary head, [N, D] -> [N, V].
+        input_ids_BT: int64 windows of text.
+    """
+    rows_ND = output_BTD[:, :-1].flatten(0, 1)
+    targets_N = input_ids_BT[:, 1:].flatten()
+    chunks = zip(rows_ND.split(_CHUNK_ROWS), targets_N.split(_CHUNK_ROWS), strict=True)
+    loss = sum(F.cross_entropy(logits(rows).float(), targets, reduction="sum").item() for rows, targets in chunks)
+    return float(torch.tensor(loss / len(targets_N), dtype=torch.float64).exp())

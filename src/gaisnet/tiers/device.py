@@ -1,0 +1,196 @@
+"""A device: the only place that sees private text and labels. It holds head and tail, or (local) the whole DM."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from gaisnet.config import Config, DeviceSettings
+from gaisnet.errors import DataError, UnexpectedMessage, WireFormatError
+from gaisnet.messages import (
+    AdapterRelease,
+    AdapterUpdate,
+    AnchorRelease,
+    BodyOutput,
+    BodyOutputGrad,
+    Done,
+    EvaluationReport,
+    FineTune,
+    Message,
+    ModelRelease,
+    SmashedData,
+    SmashRequest,
+    Split,
+)
+from gaisnet.models.parts import Head, Tail
+from gaisnet.models.ragged import Ragged
+from gaisnet.models.release import ReleasedModel
+from gaisnet.progress import Progress, silent
+from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.domain_model import DomainModel, Member
+from gaisnet.tiers.examples import DeviceData, Tokens, tokenize
+from gaisnet.tiers.layout import Layout
+
+_HEAD_BATCH = 32
+_TAIL_ROWS = 512
+
+
+class Device:
+    """Answers its edge.
+
+    Args:
+        settings: Its own entry of the configuration.
+        config: The run's configuration.
+        tokenizer: The FM's.
+        data: Its private examples.
+        progress: Told while a local device learns.
+
+    Raises:
+        DataError: No example to learn from or to hold out, or a completion longer than the context.
+    """
+
+    def __init__(
+        self,
+        settings: DeviceSettings,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DeviceData,
+        progress: Progress = silent,
+    ) -> None:
+        self.name = settings.name
+        self._settings = settings
+        self._config = config
+        self._progress = progress
+        self._tokens: dict[Split, list[Tokens]] = {}
+        splits: tuple[tuple[Split, Sequence[object]], ...] = (("train", data.train), ("test", data.test))
+        for split, examples in splits:
+            if not examples:
+                raise DataError(
+                    f"device '{self.name}'", f"has no {split} examples", "give it some, or remove the device"
+                )
+        context = config.model.context
+        self._tokens["train"] = tokenize(data.train, tokenizer, context, f"device '{self.name}', train")
+        self._tokens["test"] = tokenize(data.test, tokenizer, context, f"device '{self.name}', test")
+        self._head: Head | None = None
+        self._tail: Tail | None = None
+        self._domain: DomainModel | None = None
+        self._learning_inputs: Activations | None = None
+
+    def handle(self, message: Message) -> Message:
+        """Answer the edge. Raises ``UnexpectedMessage``."""
+        match message:
+            case ModelRelease():
+                return self._install(message)
+            case SmashRequest():
+                return self._smash(message.split)
+            case BodyOutput(split="train"):
+                return self._loss_and_grad(message)
+            case BodyOutput(split="test"):
+                return self._score(message)
+            case AnchorRelease() if self._domain is not None:
+                self._domain.take_anchor(message)
+                return Done()
+            case AdapterRelease() if self._domain is not None:
+                return self._take(self._domain, message)
+            case FineTune() if self._domain is not None:
+                return self._learn_alone(self._domain, message)
+            case _:
+                raise UnexpectedMessage(f"device '{self.name}'", type(message).__name__)
+
+    def _install(self, release: ModelRelease) -> Done:
+        model = ReleasedModel(release)
+        layout = Layout(self._config, model.num_layers)
+        cut = layout.cut(self._settings)
+        self._head = model.head(cut)
+        self._tail = model.tail(cut, self._head)
+        if self._settings.mode == "local":
+            self._domain = DomainModel(model.body(cut.head, layout.tail_start), layout)
+        return Done()
+
+    def _smash(self, split: Split) -> SmashedData:
+        tokens = self._tokens[split]
+        embedded = Ragged(
+            torch.tensor([i for t in tokens for i in t.input_ids])[:, None], tuple(len(t.input_ids) for t in tokens)
+        )
+        hidden = embedded.map_batches(lambda ids_BT1: self._parts()[0](ids_BT1[..., 0]), _HEAD_BATCH)
+        return SmashedData(
+            self.name,
+            split,
+            self._settings.head_layers,
+            torch.tensor(hidden.lengths, dtype=torch.int32),
+            torch.tensor([len(t.label_ids) for t in tokens], dtype=torch.int32),
+            hidden.rows_ND,
+        )
+
+    def _loss_and_grad(self, output: BodyOutput) -> BodyOutputGrad:
+        """Sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
+        rows_ND = output.rows_ND.requires_grad_()
+        logits_NV, labels_N = self._predict(output, rows_ND)
+        loss = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+        (grad_ND,) = torch.autograd.grad(loss / output.num_labels_total, rows_ND)
+        return BodyOutputGrad(output.step, loss.item(), grad_ND)
+
+    @torch.no_grad()
+    def _score(self, output: BodyOutput) -> EvaluationReport:
+        logits_NV, labels_N = self._predict(output, output.rows_ND)
+        right_N = logits_NV.argmax(dim=-1) == labels_N
+        counts = [len(t.label_ids) for t in self._chosen(output)]
+        num_correct = sum(bool(rights.all()) for rights in right_N.split(counts))
+        loss = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+        return EvaluationReport(len(counts), num_correct, len(labels_N), loss.item())
+
+    def _predict(self, output: BodyOutput, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] at the label positions, and the labels [N]."""
+        _, tail = self._parts()
+        chosen = self._chosen(output)
+        labels_N = torch.tensor([label for t in chosen for label in t.label_ids])
+        rows_ND = rows_ND.to(next(tail.norm.parameters()).dtype)
+        if self._config.tail_layers:
+            rows_ND = _tail_layers(tail, rows_ND, chosen, self.name)
+        if len(rows_ND) != len(labels_N):
+            raise WireFormatError(f"{len(rows_ND)} rows for the {len(labels_N)} labels of device '{self.name}'")
+        return torch.cat([tail.logits(rows) for rows in rows_ND.split(_TAIL_ROWS)]), labels_N
+
+    def _chosen(self, output: BodyOutput) -> list[Tokens]:
+        tokens = self._tokens[output.split]
+        indices = output.examples_E.tolist()
+        if not indices or min(indices) < 0 or max(indices) >= len(tokens):
+            raise WireFormatError(f"example numbers that device '{self.name}' does not have")
+        return [tokens[index] for index in indices]
+
+    def _take(self, domain: DomainModel, release: AdapterRelease) -> Done:
+        domain.take(release)
+        if release.role == "relay":
+            self._learning_inputs = None
+        return Done()
+
+    def _learn_alone(self, domain: DomainModel, order: FineTune) -> AdapterUpdate:
+        if self._learning_inputs is None:
+            smashed = Activations.of(self._smash("train"), *domain.placement())
+            self._learning_inputs = domain.prefix(smashed)
+        member = Member(self.name, self._learning_inputs, self._loss_and_grad)
+        where = f"device '{self.name}', cycle {order.cycle}, edge round {order.edge_round}"
+        seed = self._config.seed_for("fine_tune", self.name, order.cycle, order.edge_round)
+        learned = domain.learn([member], self._config.fine_tune, seed, where, self._progress)
+        return AdapterUpdate(
+            domain.versions["domain"], learned.num_examples, learned.num_steps, learned.loss, domain.domain_adapter()
+        )
+
+    def _parts(self) -> tuple[Head, Tail]:
+        if self._head is None or self._tail is None:
+            raise UnexpectedMessage(f"device '{self.name}', which has no model yet,", "request for its head or tail")
+        return self._head, self._tail
+
+
+def _tail_layers(tail: Tail, rows_ND: Tensor, chosen: Sequence[Tokens], name: str) -> Tensor:
+    """Run the tail's own layers over whole sequences; label rows [N, D] of the result."""
+    lengths = [len(t.input_ids) for t in chosen]
+    if len(rows_ND) != sum(lengths):
+        raise WireFormatError(f"{len(rows_ND)} rows for {sum(lengths)} positions of device '{name}'")
+    hidden_BTD = tail.stack.run(pad_sequence(list(rows_ND.split(lengths)), batch_first=True))
+    return torch.cat(
+        [hidden_BTD[b, n - len(t.label_ids) : n] for b, (n, t) in enumerate(zip(lengths, chosen, strict=True))]
+    )

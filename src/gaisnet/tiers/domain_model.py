@@ -1,0 +1,187 @@
+"""A domain model (DM) as an edge, or a local device, runs it: body, relay and domain adapter, and how it learns.
+
+The frozen prefix ends where the domain adapters start; the suffix from there on learns. Learning is the edge's half
+of a split step (GaisNet, arXiv 2401.02668, section IV; U-shaped, Vepakomma et al., arXiv 1812.00564): activations
+come out of a cache, only rows that carry a label go to their owner, gradients come back.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from gaisnet.adapters.state import AdapterTensors, put_in, take_out
+from gaisnet.adapters.tuning import activate, add_adapter, trainable
+from gaisnet.config import FineTuneSettings
+from gaisnet.errors import NotFinite
+from gaisnet.messages import AdapterRelease, AnchorRelease, BodyOutput, BodyOutputGrad
+from gaisnet.models.parts import Body
+from gaisnet.models.ragged import Ragged, length_mask, relative_square, shuffled_batches
+from gaisnet.progress import Progress
+from gaisnet.tiers.activations import Activations, rows_for_tail, rows_per_example
+from gaisnet.tiers.layout import Layout
+
+PREFIX_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Member:
+    """One device's share of a cohort: its examples at the suffix's input, and the way to its labels."""
+
+    name: str
+    inputs: Activations
+    answer: Callable[[BodyOutput], BodyOutputGrad]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What came of learning."""
+
+    num_examples: int
+    num_steps: int
+    loss: float  # mean over the label tokens of the last epoch
+
+
+class DomainModel:
+    """Body with its two adapters."""
+
+    def __init__(self, body: Body, layout: Layout) -> None:
+        self._body = body.to(layout.config.model.device)
+        self._layout = layout
+        self._whole = layout.config.tail_layers > 0
+        self.versions = {"relay": 0, "domain": 0}
+        self._anchor: tuple[Ragged, Ragged] | None = None
+        relay_spec = layout.relay_spec(tuple(body.indices))
+        if layout.config.relay.enabled and relay_spec.layers:
+            add_adapter(body, "relay", relay_spec, seed=0)
+        add_adapter(body, "domain", layout.domain_spec(), seed=0)
+        activate(body, ("relay", "domain"))
+
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where activations must be, and in which dtype, to enter the body."""
+        parameter = next(self._body.parameters())
+        return parameter.device, parameter.dtype
+
+    def take(self, release: AdapterRelease) -> None:
+        """Put a released adapter in. Raises ``AdapterMismatch``."""
+        put_in(self._body, release.role, release.tensors)
+        self.versions[release.role] = release.version
+
+    def take_anchor(self, anchor: AnchorRelease) -> None:
+        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter."""
+        rows_ND = anchor.hidden_ND.to(*self.placement())
+        inputs = Ragged(rows_ND, tuple(anchor.lengths_E.tolist()))
+        activate(self._body, ("relay",))
+        self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
+        activate(self._body, ("relay", "domain"))
+
+    def domain_adapter(self) -> AdapterTensors:
+        """Copies of the domain adapter's tensors."""
+        return take_out(self._body, "domain")
+
+    def put_domain_adapter(self, tensors: AdapterTensors) -> None:
+        """Overwrite the domain adapter."""
+        put_in(self._body, "domain", tensors)
+
+    def prefix(self, smashed: Activations) -> Activations:
+        """Finish the frozen layers from wherever the device stopped."""
+        first = self._layout.first_adapted
+        return smashed.through(lambda h: self._body.run(h, smashed.next_layer, first), first, PREFIX_BATCH)
+
+    def suffix(self, hidden_BTD: Tensor) -> Tensor:
+        """The layers that learn, [B, T, D] -> [B, T, D]."""
+        return self._body.run(hidden_BTD, self._layout.first_adapted)
+
+    def output_rows(self, inputs: Activations) -> Tensor:
+        """Rows for the tail of all examples in order, without gradients."""
+        return body_output_rows(self.suffix, inputs, self._whole)
+
+    def learn(
+        self, members: Sequence[Member], settings: FineTuneSettings, seed: int, where: str, progress: Progress
+    ) -> Learned:
+        """Train the domain adapter for ``settings.local_epochs`` on all members together.
+
+        Raises ``NotFinite`` naming ``where`` and the step.
+        """
+        parameters = trainable(self._body, "domain")
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        generator = torch.Generator().manual_seed(seed)
+        lengths = [n for member in members for n in member.inputs.hidden.lengths]
+        epochs = [list(shuffled_batches(lengths, settings.batch_size, generator)) for _ in range(settings.local_epochs)]
+        total, step, loss = sum(map(len, epochs)), 0, 0.0
+        for batches in epochs:
+            loss_sum, num_tokens = 0.0, 0
+            for batch in batches:
+                optimizer.zero_grad()
+                batch_loss, batch_tokens = self.backward(members, batch, step)
+                self._backward_anchor(settings, generator)
+                if not torch.isfinite(torch.tensor(batch_loss)):
+                    raise NotFinite("the training loss", f"{where}, step {step}", batch_loss)
+                clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                step, loss_sum, num_tokens = step + 1, loss_sum + batch_loss, num_tokens + batch_tokens
+                progress("fine_tune", step, total, {"loss": batch_loss / batch_tokens})
+            loss = loss_sum / num_tokens
+        self._body.requires_grad_(False)
+        return Learned(len(lengths), step, loss)
+
+    def _backward_anchor(self, settings: FineTuneSettings, generator: torch.Generator) -> None:
+        """Add the gradient of the pull toward the FM's own output (learning without forgetting, arXiv 1606.09282)."""
+        if self._anchor is None or not settings.anchor_weight:
+            return
+        inputs, targets = self._anchor
+        batch = torch.randint(len(inputs), (settings.anchor_batch_size,), generator=generator).tolist()
+        mask_BT = length_mask([inputs.lengths[i] for i in batch], inputs.rows_ND.device)
+        found_BTD = self.suffix(inputs.padded(batch))
+        loss = relative_square(found_BTD, targets.padded(batch), mask_BT)
+        (settings.anchor_weight * loss).backward()
+
+    def backward(self, members: Sequence[Member], batch: Sequence[int], step: int) -> tuple[float, int]:
+        """One split forward and backward; gradients are left on the domain adapter.
+
+        Args:
+            members: Owners of the examples.
+            batch: Places in all members' examples, one member after the other.
+            step: Number of the step, echoed by the members.
+
+        Returns:
+            Sum of the losses and number of label tokens of the batch.
+        """
+        picks = _places(members, batch)
+        lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
+        num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
+        hidden_BTD = torch.nn.utils.rnn.pad_sequence(
+            [members[m].inputs.hidden.sequences()[e] for m, e in picks], batch_first=True
+        )
+        rows_ND = rows_for_tail(self.suffix(hidden_BTD), lengths, num_labels, self._whole)
+        counts = rows_per_example(lengths, num_labels, self._whole)
+        grad_ND = torch.empty_like(rows_ND)
+        loss_sum, first = 0.0, 0
+        for m in sorted({m for m, _ in picks}):
+            examples = [e for owner, e in picks if owner == m]
+            last = first + sum(count for count, (owner, _) in zip(counts, picks, strict=True) if owner == m)
+            output = BodyOutput("train", step, sum(num_labels), _int32(examples), rows_ND[first:last].detach())
+            reply = members[m].answer(output)
+            grad_ND[first:last] = reply.grad_ND.to(grad_ND)
+            loss_sum, first = loss_sum + reply.loss_sum, last
+        rows_ND.backward(grad_ND)
+        return loss_sum, sum(num_labels)
+
+
+def body_output_rows(suffix: Callable[[Tensor], Tensor], inputs: Activations, whole: bool) -> Tensor:
+    """Rows [N, D] for the tail of all examples of a split, in order, without gradients."""
+    outputs = inputs.hidden.map_batches(suffix, PREFIX_BATCH)
+    firsts = [0] * len(inputs) if whole else [n - k for n, k in zip(outputs.lengths, inputs.num_labels, strict=True)]
+    return torch.cat([rows[first:] for rows, first in zip(outputs.sequences(), firsts, strict=True)])
+
+
+def _places(members: Sequence[Member], batch: Sequence[int]) -> list[tuple[int, int]]:
+    """(member, example) of each place, sorted so that a member's rows lie together."""
+    owners = [(m, e) for m, member in enumerate(members) for e in range(len(member.inputs))]
+    return sorted(owners[place] for place in batch)
+
+
+def _int32(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,62 @@
+"""A device's private examples, and how they become token ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from gaisnet.errors import DataError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the completion that the model should write after it. Never leaves its device."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class DeviceData:
+    """What one device holds: examples to learn from and examples held out."""
+
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An example in token ids.
+
+    ``input_ids`` is prompt and completion without the closing end-of-sequence token, which is only ever predicted.
+    ``label_ids`` is the completion and the end-of-sequence token; they are predicted at the last ``len(label_ids)``
+    positions of ``input_ids``.
+    """
+
+    input_ids: tuple[int, ...]
+    label_ids: tuple[int, ...]
+
+
+def tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int, owner: str) -> list[Tokens]:
+    """Token ids of ``examples``, at most ``context`` input tokens each; a longer prompt loses its beginning.
+
+    Raises ``DataError`` where a completion is empty or leaves no room for a single token of its prompt.
+    """
+    return [
+        _tokenize_one(example, tokenizer, context, f"{owner}, example {i + 1}") for i, example in enumerate(examples)
+    ]
+
+
+def _tokenize_one(example: Example, tokenizer: PreTrainedTokenizerBase, context: int, asked: str) -> Tokens:
+    prompt = tokenizer.encode(example.prompt, add_special_tokens=False)
+    completion = tokenizer.encode(example.completion, add_special_tokens=False)
+    if not prompt or not completion:
+        raise DataError(asked, "has an empty prompt or completion", "give each example some text in both")
+    room = context - len(completion)
+    if room < 1:
+        raise DataError(
+            asked,
+            f"the completion has {len(completion)} tokens but the context holds {context}",
+            "shorten it or raise model.context",
+        )
+    return Tokens((*prompt[-room:], *completion), (*completion, tokenizer.eos_token_id))

@@ -1,0 +1,235 @@
+"""The output folder: who may have it, what lands in it, what happens when it cannot be written."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from gaisnet.errors import NotFinite, OutputInUse
+from gaisnet.experiments.output import LOCK_NAME, RunFolder, cycle_scalars
+from gaisnet.experiments.summary import Cycle, OutputNotWritable, Summary
+
+
+def _cycle(number: int = 1) -> Cycle:
+    score = {"accuracy": 0.5, "loss": 1.25, "num_examples": 210}
+    return Cycle.model_validate(
+        {
+            "cycle": number,
+            "foundation": {"medical": score},
+            "domain": {"medical": score},
+            "merged": {"medical": score},
+            "retention": {"perplexity": 19.0, "adapters": {"medical": 19.0, "merged": 18.0}},
+            "bytes": {"device_edge": {"up": 1, "down": 2}, "edge_cloud": {"up": 3, "down": 4}},
+            "seconds": {"release": 0.25, "fine_tune": 0.5, "absorb": 1.0, "evaluate": 2.5},
+            "relay": {"medical": {"loss_before": 2.0, "loss_after": 0.5}},
+        }
+    )
+
+
+def _summary() -> Summary:
+    raw: dict[str, Any] = {
+        "seed": 7,
+        "config": {},
+        "model": {"foundation_params": 100, "foundation_layers": 30, "domain_layers": 24, "trainable_params": 9},
+        "device": {"params_fraction": 0.25},
+        "majority": {"medical": 0.14},
+        "cycles": [_cycle(0), _cycle(1)],
+    }
+    return Summary.model_validate(raw)
+
+
+def _dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_create_makes_parents_and_holds_a_lock_until_closed(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "one"
+    with RunFolder.create(path) as folder:
+        assert folder.path == path
+        assert (path / LOCK_NAME).read_text(encoding="ascii").strip() == str(os.getpid())
+        with pytest.raises(OutputInUse, match=f"under way \\(process {os.getpid()}\\); choose another with --out"):
+            RunFolder.create(path)
+    assert list(path.iterdir()) == []
+    folder.close()  # twice is harmless
+
+
+def test_a_run_that_wrote_nothing_leaves_the_folder_free(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), RunFolder.create(tmp_path / "out"):
+        raise KeyError("bad input")
+    RunFolder.create(tmp_path / "out").close()
+
+
+def test_a_folder_with_anything_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
+    (tmp_path / "zebra").mkdir()
+    with pytest.raises(OutputInUse, match=r"not empty, it holds 'thesis\.tex' and 1 more"):
+        RunFolder.create(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["thesis.tex", "zebra"]
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("", encoding="utf-8")
+    with pytest.raises(OutputInUse, match="is a file, not a folder"):
+        RunFolder.create(tmp_path / "out")
+    with pytest.raises(OutputNotWritable, match="Not a directory"):
+        RunFolder.create(tmp_path / "out" / "deeper")
+
+
+@pytest.mark.parametrize("content", ["", "0", "99999999999999999999", "not a number"])
+def test_a_strange_lock_is_respected(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_NAME).write_text(content, encoding="ascii")
+    with pytest.raises(OutputInUse, match="did not finish"):
+        RunFolder.create(tmp_path)
+    assert (tmp_path / LOCK_NAME).read_text(encoding="ascii") == content
+
+
+def test_the_lock_of_a_dead_process_means_a_run_that_did_not_finish(tmp_path: Path) -> None:
+    pid = _dead_pid()
+    (tmp_path / LOCK_NAME).write_text(f"{pid}\n", encoding="ascii")
+    with pytest.raises(OutputInUse, match=f"a run that did not finish \\(its process {pid} is gone\\)"):
+        RunFolder.create(tmp_path)
+
+
+def test_of_two_runs_that_passed_the_first_look_one_gets_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = RunFolder.create(tmp_path)
+    monkeypatch.setattr("gaisnet.experiments.output._refuse_lock", lambda folder: None)  # the second looked too early
+    with pytest.raises(OutputInUse, match="another run at this moment"):
+        RunFolder.create(tmp_path)
+    assert (tmp_path / LOCK_NAME).exists()
+    first.close()
+
+
+def test_a_run_that_came_and_went_before_our_lock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gaisnet.experiments import output
+
+    take_lock = output._take_lock
+
+    def late(folder: Path) -> None:
+        (folder / "summary.json").write_text("{}", encoding="utf-8")
+        take_lock(folder)
+
+    monkeypatch.setattr(output, "_take_lock", late)
+    with pytest.raises(OutputInUse, match="not empty"):
+        RunFolder.create(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_nearly_full_disk_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        total: int
+        used: int
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2**40, 2**40, 3 * 2**20))
+    with pytest.raises(OutputNotWritable, match=r"has 3\.0 MiB free, a run needs at least 64 MiB"):
+        RunFolder.create(tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int, data: bytes) -> int:
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(OutputNotWritable, match="Disk quota exceeded"):
+        RunFolder.create(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log_appends_a_line_that_is_readable_at_once(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path) as folder:
+        folder.log({"event": "step", "loss": 1.5})
+        folder.log({"event": "note", "text": "zwei\nZeilen"})
+        lines = folder.metrics_path.read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == [
+            {"event": "step", "loss": 1.5},
+            {"event": "note", "text": "zwei\nZeilen"},
+        ]
+        with pytest.raises(NotFinite, match=r"losses\.1 at writing metrics\.jsonl is nan"):
+            folder.log({"losses": [1.0, math.nan]})
+        assert len(folder.metrics_path.read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_disk_that_fills_during_the_run_is_a_gaisnet_error(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path) as folder:
+        folder.metrics_path.symlink_to("/dev/full")
+        with pytest.raises(OutputNotWritable, match=r"metrics\.jsonl.*No space left on device"):
+            folder.log({"event": "step"})
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_is_a_gaisnet_error(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path) as folder:
+        folder.tensorboard_dir.write_text("in the way", encoding="utf-8")
+        with pytest.raises(OutputNotWritable, match="tensorboard"):
+            folder.scalar("train/loss", 1.0, 0)
+
+
+def test_an_error_in_the_block_is_not_hidden_by_closing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BrokenEvents:
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(KeyError), RunFolder.create(tmp_path) as folder:
+        monkeypatch.setattr(folder, "_events", BrokenEvents())
+        raise KeyError("the real reason")
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_a_run_writes_everything_and_the_folder_is_then_taken(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path) as folder:
+        folder.scalar("train/medical/loss", 2.5, 3)
+        folder.log_cycle(_cycle())
+        folder.write_summary(_summary())
+        folder.write_report(_summary())
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert names == ["metrics.jsonl", "report.html", "summary.json", "tensorboard"]
+    assert Summary.model_validate_json(folder.summary_path.read_text(encoding="utf-8")) == _summary()
+    (line,) = folder.metrics_path.read_text(encoding="utf-8").splitlines()
+    event = json.loads(line)
+    assert event.pop("event") == "cycle"
+    assert Cycle.model_validate(event) == _cycle()
+    assert folder.adapters_dir == tmp_path / "adapters"
+    with pytest.raises(OutputInUse):
+        RunFolder.create(tmp_path)
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import (  # type: ignore[import-untyped]
+        EventFileLoader,
+    )
+
+    with RunFolder.create(tmp_path) as folder:
+        folder.scalar("train/medical/loss", 2.5, 3)
+        folder.log_cycle(_cycle())
+    (path,) = folder.tensorboard_dir.iterdir()
+    found = {
+        value.tag: (event.step, value.tensor.float_val[0])
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+    }
+    assert found.pop("train/medical/loss") == (3, 2.5)
+    assert found == {tag: (1, value) for tag, value in cycle_scalars(_cycle()).items()}
+
+
+def test_scalars_of_a_cycle_cover_every_body_link_and_verb() -> None:
+    scalars = cycle_scalars(_cycle())
+    assert scalars["accuracy/merged/medical"] == 0.5
+    assert scalars["loss/domain/medical"] == 1.25
+    assert scalars["retention/adapters/merged"] == 18.0
+    assert scalars["bytes/edge_cloud/down"] == 4
+    assert scalars["seconds/evaluate"] == 2.5
+    assert scalars["relay/medical/after"] == 0.5
+    assert len(scalars) == 3 * 2 + 3 + 4 + 4 + 2

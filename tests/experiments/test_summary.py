@@ -1,0 +1,127 @@
+"""``summary.json``: exact names, round trip, strictness, and all-or-nothing writing."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from gaisnet.errors import NotFinite
+from gaisnet.experiments.summary import OutputNotWritable, Summary, write_json, write_text
+
+
+def _raw() -> dict[str, Any]:
+    """A ``summary.json`` as issue 2 spells it, with one domain."""
+    score = {"accuracy": 0.5, "loss": 1.25, "num_examples": 210}
+    return {
+        "schema": "gaisnet.summary/1",
+        "seed": 7,
+        "config": {"seed": 7, "domain": {"keep_layers": None}, "edges": [{"labels": ["a", "b"]}]},
+        "model": {"foundation_params": 100, "foundation_layers": 30, "domain_layers": 24, "trainable_params": 9},
+        "device": {"params_fraction": 0.25},
+        "majority": {"medical": 0.14, "free text": None},
+        "cycles": [
+            {
+                "cycle": 0,
+                "foundation": {"medical": score},
+                "domain": {"medical": score},
+                "merged": {},
+                "retention": {"perplexity": 18.5, "adapters": {"medical": 18.5}},
+                "bytes": {"device_edge": {"up": 1, "down": 2}, "edge_cloud": {"up": 3, "down": 4}},
+                "seconds": {"release": 0.0, "fine_tune": 0.5, "absorb": 1.0, "evaluate": 2.5},
+                "gate": ["medical: accepted"],
+                "relay": {"medical": {"loss_before": 2.0, "loss_after": 0.5}},
+            }
+        ],
+    }
+
+
+def test_names_are_those_of_the_issue_and_survive_the_disk(tmp_path: Path) -> None:
+    summary = Summary.model_validate(_raw())
+    write_json(tmp_path / "summary.json", summary.to_json())
+    text = (tmp_path / "summary.json").read_text(encoding="utf-8")
+    assert json.loads(text) == _raw()
+    assert Summary.model_validate_json(text) == summary
+    assert summary.domains == ("medical",)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("surprise",), 1),
+        (("schema",), "gaisnet.summary/2"),
+        (("cycles",), []),
+        (("cycles", 0, "seconds", "serve"), 1.0),
+        (("cycles", 0, "domain", "medical", "accuracy"), 1.01),
+        (("cycles", 0, "domain", "medical", "accuracy"), math.nan),
+        (("cycles", 0, "bytes", "edge_cloud", "up"), -1),
+    ],
+)
+def test_what_does_not_belong_is_refused(place: tuple[str | int, ...], value: object) -> None:
+    raw = _raw()
+    target: Any = raw
+    for part in place[:-1]:
+        target = target[part]
+    target[place[-1]] = value
+    with pytest.raises(ValidationError):
+        Summary.model_validate(raw)
+
+
+def test_summary_is_frozen() -> None:
+    summary = Summary.model_validate(_raw())
+    with pytest.raises(ValidationError):
+        summary.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite_is_refused_at_write_with_its_place(tmp_path: Path, value: float) -> None:
+    raw = _raw()
+    raw["cycles"][0]["domain"] = {"medical": {"accuracy": 0.5, "loss": value, "num_examples": 1}}
+    path = tmp_path / "summary.json"
+    with pytest.raises(NotFinite, match=r"cycles\.0\.domain\.medical\.loss at writing summary\.json"):
+        write_json(path, Summary.model_validate(raw).to_json())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_replace_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "summary.json"
+    write_json(path, {"old": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OutputNotWritable, match=r"summary\.json.*No space left on device; free some space"):
+        write_json(path, {"new": 2})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"old": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_text_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        kind = "folder" if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir() else "file"
+        order.append(f"fsync {kind}")
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        assert source.parent == target.parent
+        order.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    write_text(tmp_path / "report.html", "new")
+    assert order == ["fsync file", "replace", "fsync folder"]
+
+
+def test_missing_folder_is_a_gaisnet_error(tmp_path: Path) -> None:
+    with pytest.raises(OutputNotWritable, match="No such file or directory"):
+        write_json(tmp_path / "gone" / "summary.json", {})

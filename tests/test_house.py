@@ -1,0 +1,180 @@
+"""The house itself: sizes, names, docstrings, what is never used, and that what is shown exists.
+
+Each rule is a function from a syntax tree to complaints, so that the rule is tested too, on code that breaks it.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gaisnet.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "gaisnet"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
+
+LONGEST_FUNCTION = 60
+LONGEST_MODULE = 500
+DRAWERS = {"common", "core", "helper", "helpers", "manager", "managers", "util", "utils"}
+UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+Rule = Callable[[ast.Module], Iterator[str]]
+
+
+def long_functions(tree: ast.Module) -> Iterator[str]:
+    """A function, from its ``def`` to its last line, fits on a screen."""
+    for node in ast.walk(tree):
+        if isinstance(node, FUNCTION):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > LONGEST_FUNCTION:
+                yield f"line {node.lineno}: {node.name} has {lines} lines"
+
+
+def undocumented(tree: ast.Module) -> Iterator[str]:
+    """A module with code in it, and each public class, function and method in it, says what it is."""
+    if tree.body and not ast.get_docstring(tree):
+        yield "line 1: the module has no docstring"
+    yield from _undocumented_in(tree)
+
+
+def _undocumented_in(scope: ast.Module | ast.ClassDef) -> Iterator[str]:
+    for node in scope.body:
+        if isinstance(node, (*FUNCTION, ast.ClassDef)) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                yield f"line {node.lineno}: {node.name} has no docstring"
+            if isinstance(node, ast.ClassDef):
+                yield from _undocumented_in(node)
+
+
+def unpickling(tree: ast.Module) -> Iterator[str]:
+    """Nothing unpickles: a peer's bytes would run as code. Words in comments and docstrings do no harm."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Attribute | ast.Name):
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.keyword):
+            names = [node.arg or ""]
+        else:
+            continue
+        for name in names:
+            root = name.partition(".")[0]
+            unpickles = root in UNPICKLERS or (root == "torch" and name.endswith(".load")) or name == "allow_pickle"
+            if unpickles:
+                yield f"{name} is used"
+
+
+def tensorboard_imports(tree: ast.Module) -> Iterator[str]:
+    """What import-linter cannot see: torch brings tensorboard in by a module of its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        if any(name.startswith("torch.utils.tensorboard") for name in names):
+            yield f"line {node.lineno}: tensorboard is imported"
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("rule", [long_functions, undocumented, unpickling], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_module(path: Path, rule: Rule) -> None:
+    assert list(rule(parse(path))) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_no_module_is_too_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE
+
+
+def test_no_module_is_a_drawer() -> None:
+    assert MODULES
+    drawers = [relative(path) for path in MODULES if DRAWERS & set(path.relative_to(PACKAGE).with_suffix("").parts)]
+    assert drawers == []
+
+
+def test_tensorboard_lives_in_experiments() -> None:
+    elsewhere = [path for path in MODULES if PACKAGE / "experiments" not in path.parents]
+    assert [relative(path) for path in elsewhere if list(tensorboard_imports(parse(path)))] == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "code"),
+    [
+        (long_functions, "def long():\n" + "    x = 1\n" * LONGEST_FUNCTION),
+        (long_functions, "class A:\n    async def long(self):\n" + "        x = 1\n" * LONGEST_FUNCTION),
+        (undocumented, "x = 1"),
+        (undocumented, '"""Doc."""\nclass A:\n    x = 1'),
+        (undocumented, '"""Doc."""\ndef f():\n    pass'),
+        (undocumented, '"""Doc."""\nclass A:\n    """Doc."""\n    def f(self):\n        pass'),
+        (unpickling, "import pickle"),
+        (unpickling, "import cloudpickle as c"),
+        (unpickling, "from pickle import loads"),
+        (unpickling, "torch.load(path)"),
+        (unpickling, "torch.load(path, weights_only=True)"),
+        (unpickling, "read = torch.load"),
+        (unpickling, "torch.serialization.load(path)"),
+        (unpickling, "from torch import load"),
+        (unpickling, "numpy.load(path, allow_pickle=True)"),
+        (tensorboard_imports, "import torch.utils.tensorboard"),
+        (tensorboard_imports, "from torch.utils.tensorboard import SummaryWriter"),
+        (tensorboard_imports, "from torch.utils import tensorboard"),
+    ],
+)
+def test_a_rule_finds_what_breaks_it(rule: Rule, code: str) -> None:
+    assert len(list(rule(ast.parse(code)))) >= 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "code"),
+    [
+        (long_functions, "def f():\n" + "    x = 1\n" * (LONGEST_FUNCTION - 1)),
+        (undocumented, ""),
+        (undocumented, '"""Doc."""\ndef _private():\n    pass'),
+        (undocumented, '"""Doc."""\nclass A:\n    """Doc."""\n    def __init__(self):\n        pass'),
+        (unpickling, '"""No pickle, no torch.load(path)."""\n# pickle'),
+        (unpickling, "from safetensors.torch import load\nload(data)\njson.load(file)\nfile.load()"),
+        (tensorboard_imports, "import torch\nfrom torch import Tensor, nn"),
+    ],
+)
+def test_a_rule_passes_what_keeps_it(rule: Rule, code: str) -> None:
+    assert list(rule(ast.parse(code))) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_a_configuration_that_ships_loads(path: Path) -> None:
+    assert load_config(path).edges
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_a_target_that_a_document_names_exists(name: str) -> None:
+    shown = re.findall(r"```.*?```|`[^`\n]+`", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", "\n".join(shown)))
+    assert {"demo", "test"} <= named
+    assert named <= make_targets()
+
+
+def test_a_file_that_the_makefile_names_exists() -> None:
+    named = set(re.findall(r"\bconfigs/[\w./-]+", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
