@@ -1,7 +1,7 @@
 """Seconds of a fine-tuning epoch: GaisNet's split fine-tuning against plain LoRA on all layers of the whole model.
 
-Both learn from the same medical examples with the same batch size, on the same machine, in turn, in one process. GaisNet's
-figure includes the device heads and the activation cache, spread over the epochs. Run: python benchmarks/epoch_speed.py
+Both learn from the same medical examples with the same batch size, on the same machine, in turn, in one process. The
+figure of GaisNet includes the device heads and the activation cache. Run: python benchmarks/epoch_speed.py
 """
 
 import argparse

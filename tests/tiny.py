@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -58,6 +60,65 @@ def save_tiny_foundation(folder: Path, **changes: Any) -> Path:
     tiny_model(**changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+_GGUF_NAMES = {
+    **{"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"},
+    **{f"self_attn.{part}_proj": f"attn_{part}" for part in "qkv"},
+    **{"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    **{f"mlp.{part}_proj": f"ffn_{part}" for part in ("gate", "up", "down")},
+}
+
+
+def write_tiny_gguf(path: Path, model: PreTrainedModel, code: str = "F32", merges: tuple[str, ...] = ("Ġ y",)) -> Path:
+    """A Llama as a GGUF file, its matrices in ``code``, with a tokenizer of bytes and one merge."""
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    _add_gguf_tokenizer(writer, config.vocab_size, merges)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight" or not config.tie_word_embeddings:
+            _add_gguf_tensor(writer, name.removesuffix(".weight"), tensor, config, code)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_gguf_tokenizer(writer: gguf.GGUFWriter, num_tokens: int, merges: tuple[str, ...]) -> None:
+    vocab = tiny_tokenizer().get_vocab()
+    tokens = [*sorted(vocab, key=lambda token: vocab[token]), "Ġy"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens + [f"<unused{i}>" for i in range(num_tokens - len(tokens))])
+    writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * (num_tokens - 256))
+    writer.add_token_merges(list(merges))
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(257)
+
+
+def _add_gguf_tensor(writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, config: Any, code: str) -> None:
+    block = ""
+    if name.startswith("model.layers."):
+        _, _, number, name = name.split(".", 3)
+        block = f"blk.{number}."
+    if name.endswith(("q_proj", "k_proj")):  # llama.cpp turns pairs of neighbours where transformers turns halves
+        num_heads = config.num_attention_heads if name.endswith("q_proj") else config.num_key_value_heads
+        halves = tensor.reshape(num_heads, 2, -1, tensor.shape[-1])
+        tensor = halves.transpose(1, 2).reshape(tensor.shape)
+    numbers = tensor.numpy().astype(np.float32)
+    kind = gguf.GGMLQuantizationType[code if numbers.ndim == 2 else "F32"]
+    writer.add_tensor(f"{block}{_GGUF_NAMES[name]}.weight", gguf.quants.quantize(numbers, kind), raw_dtype=kind)
 
 
 def tiny_raw_config(**changes: Any) -> dict[str, Any]:

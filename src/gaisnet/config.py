@@ -75,14 +75,14 @@ class RelaySettings(Settings):
     target: Literal["hidden", "logits"] = Field(
         "hidden", description="What the DM should match: the FM's hidden states where adapters start, or its logits."
     )
-    sequences: int = Field(128, ge=2, description="Sequences that the FM generates per domain and cycle.")
-    tokens: int = Field(48, ge=4, description="Length of a generated sequence in tokens.")
+    sequences: int = Field(96, ge=8, description="Sequences that the FM generates per domain and cycle.")
+    tokens: int = Field(32, ge=4, description="Length of a generated sequence in tokens.")
     template_share: float = Field(
         0.5, ge=0.0, le=1.0, description="Share of sequences shaped by the public task template and label names."
     )
     temperature: float = Field(1.0, gt=0.0, description="Of the sampling.")
-    epochs: int = Field(4, ge=1, description="Passes over the generated sequences per cycle.")
-    batch_size: int = Field(16, ge=1, description="Sequences per distillation step.")
+    epochs: int = Field(3, ge=1, description="Passes over the generated sequences per cycle.")
+    batch_size: int = Field(8, ge=1, description="Sequences per distillation step.")
     learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW, decayed to zero along a cosine in each cycle.")
 
 
@@ -92,11 +92,11 @@ class FineTuneSettings(Settings):
     edge_rounds: int = Field(1, ge=1, description="Averaging rounds at an edge per cycle.")
     local_epochs: int = Field(2, ge=1, description="Passes over a cohort's examples per edge round.")
     batch_size: int = Field(16, ge=1, description="Examples per step, drawn across the devices of a cluster.")
-    learning_rate: float = Field(5e-4, gt=0.0, description="Of AdamW.")
+    learning_rate: float = Field(1e-3, gt=0.0, description="Of AdamW.")
     weight_decay: float = Field(0.0, ge=0.0, description="Of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this norm.")
     anchor_weight: float = Field(
-        0.0, ge=0.0, description="Weight of the pull toward the FM's own output on generated text, against forgetting."
+        5.0, ge=0.0, description="Weight of the pull toward the FM's own output on generated text, against forgetting."
     )
     anchor_sequences: int = Field(48, ge=1, description="Sequences of generated text that the pull knows.")
     anchor_batch_size: int = Field(4, ge=1, description="How many of them are in a step.")

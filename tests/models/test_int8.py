@@ -25,7 +25,9 @@ def test_error_is_that_of_rounding(bias: bool) -> None:
 def test_weights_are_within_half_a_step() -> None:
     exact = linear()
     rounded = Int8Linear.from_linear(exact)
-    assert bool(((rounded.widened(torch.float32) - exact.weight).abs() <= rounded.weight_scale[:, None] / 2 + 1e-7).all())
+    assert bool(
+        ((rounded.widened(torch.float32) - exact.weight).abs() <= rounded.weight_scale[:, None] / 2 + 1e-7).all()
+    )
 
 
 def test_no_sum_overflows_at_the_largest_numbers() -> None:

@@ -33,9 +33,7 @@ def test_nothing_to_average(updates: list[tuple[dict[str, torch.Tensor], int]]) 
         fedavg(updates)
 
 
-@pytest.mark.parametrize(
-    "odd", [{"b": torch.ones(2)}, {"a": torch.ones(3)}, {"a": torch.tensor([1.0, float("nan")])}]
-)
+@pytest.mark.parametrize("odd", [{"b": torch.ones(2)}, {"a": torch.ones(3)}, {"a": torch.tensor([1.0, float("nan")])}])
 def test_an_update_that_does_not_fit_is_refused(odd: dict[str, torch.Tensor]) -> None:
     with pytest.raises(AdapterMismatch):
         fedavg([({"a": torch.ones(2)}, 1), (odd, 1)])

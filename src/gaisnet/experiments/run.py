@@ -117,7 +117,7 @@ class Run:
             foundation=_scores(scores.foundation),
             domain=_scores(scores.domain),
             merged=_scores(scores.merged),
-            retention=self._retention(number),
+            retention=self._retention(),
             bytes=self._traffic(),
             seconds=Seconds(**{verb: self._seconds.pop(verb, 0.0) for verb in Seconds.model_fields}),
             gate=verdicts,
@@ -126,11 +126,10 @@ class Run:
         self._folder.log_cycle(entry)
         return entry
 
-    def _retention(self, number: int) -> Retention:
+    def _retention(self) -> Retention:
         cloud = self._network.cloud
-        adapters = {name: cloud.retention(name) for name in (*self._domains, MERGED)}
-        worst = max(adapters[name] for name in self._domains)
-        return Retention(perplexity=worst if number else cloud.perplexity_before, adapters=adapters)
+        worst = max(cloud.retention[name] for name in self._domains)
+        return Retention(perplexity=worst, adapters=dict(cloud.retention))
 
     def _traffic(self) -> LinkBytes:
         """Bytes since the entry before; entry 0 holds what was sent once, at the start."""

@@ -91,7 +91,9 @@ class Cloud:
         self._evaluated: dict[str, Activations] = {}
         self._add_adapters()
         self._retention_inputs = self._at_suffix(self._retention_ids_BT)
-        self.perplexity_before = self.retention(None)
+        self.perplexity_before = self._perplexity(None)
+        # With each adapter that is in place; at the start they are all zero.
+        self.retention = dict.fromkeys((*shapes, MERGED), self.perplexity_before)
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -188,7 +190,9 @@ class Cloud:
         before = take_out(self._body, MERGED)
         self._put_merged()
         verdict = self._gate(MERGED)
-        if not verdict.accepted:
+        if verdict.accepted:
+            self.retention[MERGED] = verdict.perplexity
+        else:
             put_in(self._body, MERGED, before)
         return [*verdicts, verdict]
 
@@ -199,19 +203,20 @@ class Cloud:
         verdict = self._gate(domain)
         if verdict.accepted:
             self._versions[domain] += 1
+            self.retention[domain] = verdict.perplexity
         else:
             put_in(self._body, domain, before)
         return verdict
 
     def _gate(self, adapter: str) -> Verdict:
         increase = self._config.absorb.max_retention_increase
-        return gate(adapter, self.retention(adapter), self.perplexity_before, increase)
+        return gate(adapter, self._perplexity(adapter), self.perplexity_before, increase)
 
     def _put_merged(self) -> None:
         every = [take_out(self._body, domain) for domain in self._shapes]
         put_in(self._body, MERGED, merge(every, self._config.absorb.merge_weight))
 
-    def retention(self, adapter: str | None) -> float:
+    def _perplexity(self, adapter: str | None) -> float:
         """The FM's perplexity on public text, with an adapter or as it is."""
         activate(self._body, () if adapter is None else (adapter,))
         outputs = self._retention_inputs.map_batches(self._suffix, PREFIX_BATCH)

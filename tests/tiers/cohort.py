@@ -1,0 +1,141 @@
+"""A cohort of real devices behind real links, and the edge's half beside them: split learning, laid open."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gaisnet.adapters.state import AdapterTensors
+from gaisnet.config import Config
+from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, ModelRelease, SmashedData, SmashRequest, Split
+from gaisnet.models.domain import Recipe, make_domain_body
+from gaisnet.models.families import Decoder
+from gaisnet.models.parts import Body, CutLayers, cut_decoder
+from gaisnet.models.release import ReleasedModel, release_model, restrict
+from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.device import Device
+from gaisnet.tiers.domain_model import DomainModel, Member
+from gaisnet.tiers.examples import DeviceData, Example
+from gaisnet.tiers.layout import Layout
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.ledger import Direction, Ledger, LinkKind
+from gaisnet.transport.local import LocalLink
+from tests.tiny import NUM_LAYERS, tiny_config, tiny_model, tiny_tokenizer
+
+EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
+ALL = tuple(range(NUM_LAYERS))
+FIRST_ADAPTED = 3
+
+EXAMPLES = (
+    Example("Is water wet?", " yes"),
+    Example("Is a very long and winding road short?", " no"),
+    Example("Fire?", " hot"),
+    Example("Is ice so?", " no"),
+    Example("Is this the last of them?", " yes indeed"),
+)
+
+
+class Frames(Ledger):
+    """Keeps every frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: list[tuple[LinkKind, Direction, bytes]] = []
+
+    def record(self, kind: LinkKind, direction: Direction, frame: bytes) -> None:
+        super().record(kind, direction, frame)
+        self.frames.append((kind, direction, frame))
+
+    def messages(self, kind: type[Message]) -> list[Any]:
+        """Everything of a type that crossed a link."""
+        decoded = [Codec(tiny_config().wire).decode(frame) for _, _, frame in self.frames]
+        return [message for message in decoded if isinstance(message, kind)]
+
+
+def cohort_config(heads: Sequence[int], tail_layers: int = 0, **changes: Any) -> Config:
+    """One edge with a split device per head; the domain model is the foundation model, links are exact."""
+    devices = [{"name": f"device-{i}", "mode": "split", "head_layers": head} for i, head in enumerate(heads)]
+    raw: dict[str, Any] = {
+        "tail_layers": tail_layers,
+        "domain": {"precision": "float32"},
+        "adapters": {"rank": 2, "alpha": 6, "first_layer": FIRST_ADAPTED},
+        "relay": {"enabled": False},
+        "fine_tune": {"local_epochs": 1, "batch_size": 64, "learning_rate": 0.01},
+        "wire": EXACT,
+        "edges": [{"name": "edge", "domain": "facts", "devices": devices}],
+    }
+    return tiny_config(**{**raw, **changes})
+
+
+def deal(examples: Sequence[Example], num: int) -> list[tuple[Example, ...]]:
+    """Examples for ``num`` devices, block by block."""
+    return [tuple(examples[i * len(examples) // num : (i + 1) * len(examples) // num]) for i in range(num)]
+
+
+def model_release(config: Config, recipe: Recipe) -> ModelRelease:
+    """What a cloud with the tiny model releases."""
+    decoder = Decoder(tiny_model(initializer_range=0.2))
+    layout = Layout(config, NUM_LAYERS)
+    head, _, _ = cut_decoder(decoder, CutLayers(layout.last_cut))
+    calibration_BTD = head(torch.randint(256, (4, 12), generator=torch.Generator().manual_seed(0)))
+    body = make_domain_body(decoder, layout.first_cut, layout.tail_start, recipe, layout.middle, calibration_BTD)
+    return release_model(decoder, body, recipe.int8, layout.last_cut, layout.tail_start)
+
+
+def random_adapter(like: AdapterTensors, seed: int) -> AdapterTensors:
+    """Both factors random: a new adapter's B is zero, and so A would have no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(tensor.shape, generator=generator) * 0.3 for key, tensor in like.items()}
+
+
+@dataclass
+class Cohort:
+    """Devices, links to them, and the domain model at the edge with a random domain adapter."""
+
+    config: Config
+    examples: Sequence[Example] = EXAMPLES
+    recipe: Recipe = Recipe(ALL, ())
+    ledger: Frames = field(default_factory=Frames)
+
+    def __post_init__(self) -> None:
+        self.release = model_release(self.config, self.recipe)
+        self.layout = Layout(self.config, NUM_LAYERS)
+        settings = [device for _, device in self.config.each_device()]
+        parts = deal(self.examples, len(settings))
+        self.devices = [
+            Device(one, self.config, tiny_tokenizer(), DeviceData(part, part))
+            for one, part in zip(settings, parts, strict=True)
+        ]
+        codec = Codec(self.config.wire)
+        self.links = [LocalLink(device, codec, self.ledger, "device_edge", "down") for device in self.devices]
+        for link, one in zip(self.links, settings, strict=True):
+            link.request(restrict(self.release, (*range(one.head_layers), *range(self.layout.tail_start, NUM_LAYERS))))
+        self.body: Body = ReleasedModel(self.release).body(self.layout.first_cut, self.layout.tail_start)
+        self.domain = DomainModel(self.body, self.layout)
+        self.domain.put_domain_adapter(random_adapter(self.domain.domain_adapter(), seed=5))
+
+    def smashed(self, number: int, split: Split = "train") -> SmashedData:
+        """What device ``number`` sends of its examples."""
+        message = self.links[number].request(SmashRequest(split))
+        assert isinstance(message, SmashedData)
+        return message
+
+    def member(self, number: int) -> Member:
+        """Device ``number`` as the edge sees it: activations after the frozen prefix, and a way to its labels."""
+        inputs = Activations.of(self.smashed(number), *self.domain.placement())
+
+        def answer(output: BodyOutput) -> BodyOutputGrad:
+            reply = self.links[number].request(output)
+            assert isinstance(reply, BodyOutputGrad)
+            return reply
+
+        return Member(self.devices[number].name, self.domain.prefix(inputs), answer)
+
+    def members(self) -> list[Member]:
+        """All devices."""
+        return [self.member(number) for number in range(len(self.devices))]
+
+    def everything(self) -> list[int]:
+        """All examples as one batch."""
+        return list(range(len(self.examples)))

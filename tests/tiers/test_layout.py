@@ -1,0 +1,107 @@
+"""Whose layers are whose, and what does not fit."""
+
+from typing import Any
+
+import pytest
+
+from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.errors import CutError
+from gaisnet.models.domain import Middle
+from gaisnet.models.parts import CutLayers
+from gaisnet.tiers.layout import Layout
+from tests.tiny import NUM_LAYERS, tiny_config
+
+
+def layout(
+    heads: tuple[int, ...] = (1, 2), first_layer: int = 4, num_layers: int = NUM_LAYERS, **changes: Any
+) -> Layout:
+    devices = [{"name": f"device-{i}", "head_layers": head} for i, head in enumerate(heads)]
+    raw = {
+        "edges": [{"name": "edge", "domain": "facts", "devices": devices}],
+        "adapters": {"rank": 2, "alpha": 6, "first_layer": first_layer, "targets": ["q_proj"], "dropout": 0.25},
+        "domain": {},
+        **changes,
+    }
+    return Layout(tiny_config(**raw), num_layers)
+
+
+def test_bodies_begin_at_the_shallowest_head_and_recipes_at_the_deepest() -> None:
+    found = layout((2, 1, 3), tail_layers=1)
+    assert (found.first_cut, found.last_cut) == (1, 3)
+    assert (found.first_adapted, found.tail_start) == (4, 5)
+    assert found.middle == Middle(3, 4)
+
+
+def test_devices_of_all_edges_count() -> None:
+    edges = [
+        {"name": f"edge-{i}", "domain": f"domain-{i}", "devices": [{"name": f"device-{i}", "head_layers": head}]}
+        for i, head in enumerate((3, 0))
+    ]
+    found = Layout(tiny_config(edges=edges, domain={}), NUM_LAYERS)
+    assert (found.first_cut, found.last_cut) == (0, 3)
+
+
+def test_what_a_device_holds() -> None:
+    found = layout((2, 1), tail_layers=1)
+    assert [found.cut(device) for _, device in found.config.each_device()] == [CutLayers(2, 1), CutLayers(1, 1)]
+
+
+def test_a_domain_adapter_sits_on_the_layers_that_all_bodies_share() -> None:
+    assert layout().domain_spec() == LoraSpec(2, 6, ("q_proj",), (4, 5), 0.25)
+    assert layout(first_layer=3, tail_layers=2).domain_spec() == LoraSpec(2, 6, ("q_proj",), (3,), 0.25)
+
+
+def test_merged_adapters_keep_their_scale() -> None:
+    found = layout().domain_spec(3)
+    assert found == LoraSpec(6, 18, ("q_proj",), (4, 5), 0.25)
+    assert found.alpha / found.rank == 6 / 2
+
+
+def test_a_relay_sits_on_what_is_left_of_the_middle() -> None:
+    found = layout(relay={"rank": 5})
+    assert found.relay_spec((0, 1, 2, 3, 4, 5)) == LoraSpec(5, 10, ("q_proj",), (2, 3))
+    assert found.relay_spec((0, 1, 3, 4, 5)).layers == (3,)
+    assert found.relay_spec((1, 4, 5)).layers == ()
+
+
+@pytest.mark.parametrize(
+    ("heads", "first_layer", "tail_layers"), [((0,), 1, 0), ((4,), 5, 0), ((3, 0), 4, 1), ((0,), 1, 4)]
+)
+def test_the_closest_fits(heads: tuple[int, ...], first_layer: int, tail_layers: int) -> None:
+    layout(heads, first_layer, tail_layers=tail_layers)
+
+
+@pytest.mark.parametrize(
+    ("heads", "first_layer", "tail_layers", "message"),
+    [
+        ((1,), 6, 0, "adapters.first_layer is 6 but the model has 6 layers and the devices' tails take 0; use 1 to 5"),
+        ((1,), 5, 1, "adapters.first_layer is 5 but the model has 6 layers and the devices' tails take 1; use 1 to 4"),
+        (
+            (4,),
+            4,
+            0,
+            "head_layers of device 'device-0' is 4 but the model has 6 layers and adapters start at 4; use 0 to 3",
+        ),
+        ((1, 5), 3, 0, "head_layers of device 'device-1' is 5 but .*adapters start at 3; use 0 to 2"),
+        ((0,), 1, 6, "tail_layers is 6 but the model has 6 layers; use 0 to 4"),
+        ((0,), 1, 5, "tail_layers is 5 but the model has 6 layers; use 0 to 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    heads: tuple[int, ...], first_layer: int, tail_layers: int, message: str
+) -> None:
+    with pytest.raises(CutError, match=message):
+        layout(heads, first_layer, tail_layers=tail_layers)
+
+
+def test_a_recipe_is_checked_against_the_middle() -> None:
+    layout(domain={"keep_layers": 5})
+    with pytest.raises(CutError, match="domain.keep_layers is 4 but only the middle, layers 2 to 3 of 6, may lose any"):
+        layout(domain={"keep_layers": 4})
+    with pytest.raises(CutError, match=r"it drops layers \[1\] but only the middle"):
+        layout(domain={"keep_layers": [0, 2, 3, 4, 5]})
+
+
+def test_the_default_settings_fit_the_default_model() -> None:
+    raw: dict[str, Any] = {"adapters": {}, "domain": {}, "relay": {}}
+    assert Layout(tiny_config(**raw), 30).domain_spec().layers == tuple(range(18, 30))
