@@ -32,7 +32,7 @@ def tiny_model(family: str = "llama", tied: bool = True, seed: int = 0, **change
         "tie_word_embeddings": tied,
         "bos_token_id": 256,
         "eos_token_id": 257,
-        "pad_token_id": 257,
+        "pad_token_id": None,  # torch would make its embedding zero, and so a tied head could never write it
     }
     config = AutoConfig.for_model(family, **{**settings, **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)

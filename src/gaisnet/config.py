@@ -92,14 +92,14 @@ class FineTuneSettings(Settings):
     edge_rounds: int = Field(1, ge=1, description="Averaging rounds at an edge per cycle.")
     local_epochs: int = Field(2, ge=1, description="Passes over a cohort's examples per edge round.")
     batch_size: int = Field(16, ge=1, description="Examples per step, drawn across the devices of a cluster.")
-    learning_rate: float = Field(1e-3, gt=0.0, description="Of AdamW.")
+    learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW.")
     weight_decay: float = Field(0.0, ge=0.0, description="Of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this norm.")
     anchor_weight: float = Field(
         5.0, ge=0.0, description="Weight of the pull toward the FM's own output on generated text, against forgetting."
     )
     anchor_sequences: int = Field(48, ge=1, description="Sequences of generated text that the pull knows.")
-    anchor_batch_size: int = Field(4, ge=1, description="How many of them are in a step.")
+    anchor_batch_size: int = Field(2, ge=1, description="How many of them are in a step.")
 
 
 class AbsorbSettings(Settings):
@@ -108,7 +108,7 @@ class AbsorbSettings(Settings):
     max_retention_increase: float = Field(
         0.15, ge=0.0, description="An adapter that raises the FM's perplexity on public text by more is refused."
     )
-    merge_weight: float = Field(1.0, gt=0.0, description="Weight of each domain's adapter in the merged one.")
+    merge_weight: float = Field(0.7, gt=0.0, description="Weight of each domain's adapter in the merged one.")
     retention_windows: int = Field(16, ge=1, description="Windows of public text in the perplexity.")
     retention_tokens: int = Field(96, ge=8, description="Tokens of a window.")
 

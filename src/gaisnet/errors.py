@@ -44,6 +44,13 @@ class OutputInUse(ConfigError):
         super().__init__(f"output folder '{folder}'", found, "choose another with --out, or remove it")
 
 
+class OutputNotWritable(GaisnetError):
+    """A file or folder of a run cannot be written: a full disk, missing rights, a folder that went away."""
+
+    def __init__(self, path: Path, found: str) -> None:
+        super().__init__(f"writing '{path}': {found}; free some space or choose a writable folder with --out")
+
+
 class ModelError(GaisnetError):
     """A foundation model cannot be found, read, or is of a family that GaisNet cannot cut."""
 
@@ -79,13 +86,6 @@ class AdapterMismatch(AdapterError):
         super().__init__(
             f"adapter '{adapter}': expected {expected}, found {found}; train and use it on the same layers"
         )
-
-
-class StaleAdapter(AdapterError):
-    """An adapter of an older version than the one in place."""
-
-    def __init__(self, adapter: str, version: int, current: int) -> None:
-        super().__init__(f"adapter '{adapter}' has version {version} but {current} is in place; ask for a new release")
 
 
 class LinkError(GaisnetError):

@@ -58,7 +58,7 @@ class Network:
             _ask(link, self.cloud.anchor_release, Done)
 
     def release(self) -> dict[str, Distillation]:
-        """Foundation knowledge goes down: a relay for every DM, and the domain adapter that the FM holds."""
+        """Foundation knowledge goes down: the FM writes text, and a relay that was distilled on it goes to every DM."""
         results = {}
         for domain, link in self._edges.items():
             relayed = self.cloud.relay_release(domain, self._cycle)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from gaisnet.errors import NotFinite, OutputInUse
+from gaisnet.errors import NotFinite, OutputInUse, OutputNotWritable
 from gaisnet.experiments.output import LOCK_NAME, RunFolder, cycle_scalars
-from gaisnet.experiments.summary import Cycle, OutputNotWritable, Summary
+from gaisnet.experiments.summary import Cycle, Summary
 
 
 def _cycle(number: int = 1) -> Cycle:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from gaisnet.errors import NotFinite
-from gaisnet.experiments.summary import OutputNotWritable, Summary, write_json, write_text
+from gaisnet.errors import NotFinite, OutputNotWritable
+from gaisnet.experiments.summary import Summary, write_json, write_text
 
 
 def _raw() -> dict[str, Any]:

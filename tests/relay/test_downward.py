@@ -166,11 +166,11 @@ class Lesson:
     @torch.no_grad()
     def held_out_error(self) -> float:
         """One sequence after the other, one position after the other: |hidden - target| / |target|."""
-        errors = []
+        errors: list[float] = []
         for index in range(0, len(self.inputs), 8):
             found_TD = self.run(self.inputs.sequences()[index][None])[0]
             for found_D, target_D in list(zip(found_TD, self.targets.sequences()[index], strict=True))[1:]:
-                errors.append(((found_D - target_D).norm() / target_D.norm()).item())
+                errors.append(float((found_D - target_D).norm() / target_D.norm()))
         return sum(errors) / len(errors)
 
 

@@ -24,8 +24,10 @@ from gaisnet.transport.local import LocalLink
 from tests.tiny import NUM_LAYERS, tiny_config, tiny_model, tiny_tokenizer
 
 EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
+ONE_STEP = {"local_epochs": 1, "batch_size": 64, "learning_rate": 0.01, "anchor_weight": 0.0}
 ALL = tuple(range(NUM_LAYERS))
 FIRST_ADAPTED = 3
+WEIGHTS = 0.1  # their spread: large enough for every layer to matter, small enough for gradients of about one
 
 EXAMPLES = (
     Example("Is water wet?", " yes"),
@@ -61,7 +63,7 @@ def cohort_config(heads: Sequence[int], tail_layers: int = 0, **changes: Any) ->
         "domain": {"precision": "float32"},
         "adapters": {"rank": 2, "alpha": 6, "first_layer": FIRST_ADAPTED},
         "relay": {"enabled": False},
-        "fine_tune": {"local_epochs": 1, "batch_size": 64, "learning_rate": 0.01},
+        "fine_tune": {**ONE_STEP, **changes.pop("fine_tune", {})},
         "wire": EXACT,
         "edges": [{"name": "edge", "domain": "facts", "devices": devices}],
     }
@@ -75,7 +77,7 @@ def deal(examples: Sequence[Example], num: int) -> list[tuple[Example, ...]]:
 
 def model_release(config: Config, recipe: Recipe) -> ModelRelease:
     """What a cloud with the tiny model releases."""
-    decoder = Decoder(tiny_model(initializer_range=0.2))
+    decoder = Decoder(tiny_model(initializer_range=WEIGHTS))
     layout = Layout(config, NUM_LAYERS)
     head, _, _ = cut_decoder(decoder, CutLayers(layout.last_cut))
     calibration_BTD = head(torch.randint(256, (4, 12), generator=torch.Generator().manual_seed(0)))
@@ -86,7 +88,7 @@ def model_release(config: Config, recipe: Recipe) -> ModelRelease:
 def random_adapter(like: AdapterTensors, seed: int) -> AdapterTensors:
     """Both factors random: a new adapter's B is zero, and so A would have no gradient."""
     generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(tensor.shape, generator=generator) * 0.3 for key, tensor in like.items()}
+    return {key: torch.randn(tensor.shape, generator=generator) * 0.1 for key, tensor in like.items()}
 
 
 @dataclass

@@ -41,6 +41,10 @@ def device(
     return Device(config.edges[0].devices[0], config, tiny_tokenizer(), DeviceData(train, test))
 
 
+def with_split(split: str, examples: tuple[Example, ...]) -> Device:
+    return device(train=examples) if split == "train" else device(test=examples)
+
+
 # -- examples ----------------------------------------------------------------------------------------------------------
 
 
@@ -49,16 +53,16 @@ def test_no_examples(split: str) -> None:
     with pytest.raises(
         DataError, match=f"device 'clinic': has no {split} examples; give it some, or remove the device"
     ):
-        device(**{split: ()})
+        with_split(split, ())
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_completion_that_fills_the_context(split: str) -> None:
     fits, too_long = Example("?", "y" * 47), Example("?", "y" * 48)
-    device(**{split: (fits,)})
-    expected = f"device 'clinic', {split}, example 2: the completion has 48 tokens but the context holds 48; shorten it or raise model.context"
-    with pytest.raises(DataError, match=expected):
-        device(**{split: (fits, too_long)})
+    with_split(split, (fits,))
+    found = "the completion has 48 tokens but the context holds 48; shorten it or raise model.context"
+    with pytest.raises(DataError, match=f"device 'clinic', {split}, example 2: {found}"):
+        with_split(split, (fits, too_long))
 
 
 @pytest.mark.parametrize("example", [Example("", " yes"), Example("Is it?", "")])
@@ -175,29 +179,27 @@ def test_a_wrong_number_of_rows_where_the_tail_has_layers(more: int, split: Spli
         ask(cohort, [0, 2], num_rows, split)
 
 
-HOSTILE: list[tuple[str, Callable[[], dict[str, Tensor | int]]]] = [
-    ("example numbers that are fractions", lambda: {"examples_E": torch.tensor([0.0])}),
-    ("example numbers in a table", lambda: {"examples_E": torch.zeros(1, 1, dtype=torch.int32)}),
-    ("example numbers as yes and no", lambda: {"examples_E": torch.tensor([True])}),
-    ("narrow rows", lambda: {"rows_ND": torch.zeros(NUM_LABELS[0], 31)}),
-    ("flat rows", lambda: {"rows_ND": torch.zeros(NUM_LABELS[0])}),
-    ("deep rows", lambda: {"rows_ND": torch.zeros(NUM_LABELS[0], 1, 32)}),
-    ("no labels in all", lambda: {"num_labels_total": 0}),
-    ("fewer labels than none", lambda: {"num_labels_total": -3}),
-]
+HOSTILE: dict[str, Callable[[int], dict[str, Tensor | int]]] = {
+    "example numbers that are fractions": lambda n: {"examples_E": torch.tensor([0.0])},
+    "example numbers in a table": lambda n: {"examples_E": torch.zeros(1, 1, dtype=torch.int32)},
+    "example numbers as yes and no": lambda n: {"examples_E": torch.tensor([False])},
+    "narrow rows": lambda n: {"rows_ND": torch.zeros(n, 31)},
+    "flat rows": lambda n: {"rows_ND": torch.zeros(n)},
+    "deep rows": lambda n: {"rows_ND": torch.zeros(n, 1, 32)},
+    "no labels in all": lambda n: {"num_labels_total": 0},
+    "fewer labels than none": lambda n: {"num_labels_total": -3},
+}
 
 
-@pytest.mark.parametrize("changes", [changes for _, changes in HOSTILE], ids=[name for name, _ in HOSTILE])
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE.keys())
 @pytest.mark.parametrize("tail_layers", [0, 1])
-def test_what_no_edge_of_ours_would_send_is_a_wire_error(
-    changes: Callable[[], dict[str, Any]], tail_layers: int
-) -> None:
-    """Over a network such a frame is refused by the codec; so must be a message that it lets through."""
+def test_what_no_edge_of_ours_would_send_is_refused(changes: Callable[[int], dict[str, Any]], tail_layers: int) -> None:
+    """Either the message cannot be made, which the codec turns into a wire error, or the device refuses it."""
     cohort = Cohort(cohort_config((1,), tail_layers))
     num_rows = (NUM_POSITIONS if tail_layers else NUM_LABELS)[0]
     ask(cohort, [0], num_rows)
-    with pytest.raises((WireFormatError, ValueError), match="."):
-        ask(cohort, [0], num_rows, **changes())
+    with pytest.raises((WireFormatError, ValueError)):
+        ask(cohort, [0], num_rows, **changes(num_rows))
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
 
-from gaisnet.adapters.state import AdapterTensors
+from gaisnet.adapters.state import AdapterTensors, take_out
 from gaisnet.adapters.tuning import LoraSpec, trainable
 from gaisnet.config import Config
 from gaisnet.errors import LinkError, NotFinite
@@ -33,7 +34,6 @@ from gaisnet.messages import (
 from gaisnet.models.domain import Recipe
 from gaisnet.models.ragged import shuffled_batches
 from gaisnet.progress import silent
-from gaisnet.relay.fedavg import fedavg
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.domain_model import Learned, Member
@@ -46,6 +46,7 @@ from tests.tiers.cohort import (
     ALL,
     EXAMPLES,
     FIRST_ADAPTED,
+    WEIGHTS,
     Cohort,
     Frames,
     cohort_config,
@@ -62,7 +63,7 @@ EOS = 257
 
 def unsplit(spec: LoraSpec, tensors: AdapterTensors) -> PeftModel:
     """The foundation model with an adapter, as anyone who knows peft would make it."""
-    model = cast(PeftModel, get_peft_model(tiny_model(initializer_range=0.2), spec.peft_config()))
+    model = cast(PeftModel, get_peft_model(tiny_model(initializer_range=WEIGHTS), spec.peft_config()))
     model.eval()
     for name, parameter in adapter_parameters(model).items():
         parameter.data.copy_(tensors[name])
@@ -107,9 +108,8 @@ def naive_step(model: PeftModel, examples: Sequence[Example], config: Config) ->
 def assert_same(found: AdapterTensors, expected: AdapterTensors, tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name], tensor, atol=tolerance, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        error = (found[name] - tensor).abs()
+        assert bool((error <= tolerance + 1e-5 * tensor.abs()).all()), f"{name}: off by {error.max():.2e}"
 
 
 def gradients(cohort: Cohort, members: Sequence[Member], batch: Sequence[int]) -> tuple[float, AdapterTensors]:
@@ -130,31 +130,28 @@ def learn(cohort: Cohort, members: Sequence[Member], seed: int = 1, where: str =
 
 
 @pytest.mark.parametrize(("heads", "tail_layers"), CUTS)
-def test_loss_and_every_gradient_are_those_of_the_unsplit_model(heads: tuple[int, ...], tail_layers: int) -> None:
-    cohort = Cohort(cohort_config(heads, tail_layers))
-    model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
-    expected_loss, expected = naive_step(model, EXAMPLES, cohort.config)
-    loss, found = gradients(cohort, cohort.members(), cohort.everything())
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert all(g.abs().max() > 1e-4 for g in expected.values())
-    assert_same(found, expected)
-
-
-@pytest.mark.parametrize(("heads", "tail_layers"), CUTS)
-def test_parameters_after_a_step_are_those_of_the_unsplit_model(heads: tuple[int, ...], tail_layers: int) -> None:
+def test_a_split_step_is_that_of_the_unsplit_model(heads: tuple[int, ...], tail_layers: int) -> None:
     cohort = Cohort(cohort_config(heads, tail_layers))
     before = cohort.domain.domain_adapter()
     model = unsplit(cohort.layout.domain_spec(), before)
-    expected_loss, _ = naive_step(model, EXAMPLES, cohort.config)
-    learned = learn(cohort, cohort.members())
-    num_tokens = sum(len(example.completion) + 1 for example in EXAMPLES)
-    assert learned == Learned(len(EXAMPLES), 1, pytest.approx(expected_loss / num_tokens, rel=1e-5))
-    found, expected = cohort.domain.domain_adapter(), {n: p.detach() for n, p in adapter_parameters(model).items()}
+    expected_loss, expected = naive_step(model, EXAMPLES, cohort.config)
+    members = cohort.members()
+
+    loss, found = gradients(cohort, members, cohort.everything())
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert all(gradient.abs().max() > 1e-4 for gradient in expected.values())
     assert_same(found, expected)
-    assert all((found[name] - before[name]).abs().max() > 1e-3 for name in found)
+
+    learned = learn(cohort, members)
+    num_tokens = sum(len(example.completion) + 1 for example in EXAMPLES)
+    assert (learned.num_examples, learned.num_steps) == (len(EXAMPLES), 1)
+    assert learned.loss == pytest.approx(expected_loss / num_tokens, rel=1e-5)
+    after = cohort.domain.domain_adapter()
+    assert_same(after, {name: p.detach() for name, p in adapter_parameters(model).items()})
+    assert all((after[name] - before[name]).abs().max() > 1e-3 for name in after)
 
 
-@pytest.mark.parametrize("changes", [{"weight_decay": 0.5}, {"max_grad_norm": 0.01}, {"learning_rate": 0.1}])
+@pytest.mark.parametrize("changes", [{"weight_decay": 0.5}, {"max_grad_norm": 0.01}])
 def test_the_optimizers_settings_are_obeyed(changes: dict[str, float]) -> None:
     plain = cohort_config((1, 2))
     config = plain.model_copy(update={"fine_tune": plain.fine_tune.model_copy(update=changes)})
@@ -170,7 +167,7 @@ def test_the_optimizers_settings_are_obeyed(changes: dict[str, float]) -> None:
     assert any((results[0][name] - results[1][name]).abs().max() > 1e-5 for name in results[0])
 
 
-@pytest.mark.parametrize("batch", [[0], [4], [1, 3], [3, 1, 0]])
+@pytest.mark.parametrize("batch", [[4], [3, 1, 0]])
 def test_a_part_of_the_examples_is_a_batch_too(batch: list[int]) -> None:
     cohort = Cohort(cohort_config((1, 2)))
     model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
@@ -192,7 +189,7 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning() -> None:
 
 @pytest.mark.parametrize("recipe", [Recipe(ALL, (2,)), Recipe((0, 1, 3, 4, 5), ()), Recipe((0, 1, 3, 4, 5), (1,))])
 def test_a_domain_model_made_smaller_learns_as_it_would_in_one_piece(recipe: Recipe) -> None:
-    """There is no unsplit model of transformers for these, so the reference is one device that holds nothing but labels."""
+    """No model of transformers is like these, so the reference is one device that holds all the examples."""
     changes: dict[str, Any] = {"domain": {"precision": "int8", "keep_layers": list(recipe.kept)}}
     one, many = (
         Cohort(cohort_config((1,), **changes), recipe=recipe),
@@ -214,14 +211,12 @@ def with_relay(cohort: Cohort, seed: int = 8) -> None:
 
 
 def relay_tensors(cohort: Cohort) -> AdapterTensors:
-    from gaisnet.adapters.state import take_out
-
     return take_out(cohort.body, "relay")
 
 
 def test_learning_from_the_cache_is_learning_with_a_fresh_prefix_in_every_step() -> None:
     changes: dict[str, Any] = {
-        "fine_tune": {"local_epochs": 3, "batch_size": 2, "learning_rate": 0.01},
+        "fine_tune": {"local_epochs": 3, "batch_size": 2, "learning_rate": 0.002},
         "relay": {"enabled": True, "rank": 2},
         "domain": {"precision": "int8"},
     }
@@ -235,7 +230,8 @@ def test_learning_from_the_cache_is_learning_with_a_fresh_prefix_in_every_step()
     parameters = trainable(fresh.body, "domain")
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     lengths = [n for member in fresh.members() for n in member.inputs.hidden.lengths]
-    num_steps, losses = 0, []
+    num_steps = 0
+    losses: list[tuple[float, int]] = []
     for _ in range(settings.local_epochs):
         losses = []
         for batch in shuffled_batches(lengths, settings.batch_size, generator):
@@ -282,8 +278,7 @@ def test_learning_leaves_the_cache_and_everything_frozen() -> None:
 # -- (c): batches over devices -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (1, 2), (2, 1, 0), (1, 1, 1, 1, 1)])
-@pytest.mark.parametrize("tail_layers", [0, 1])
+@pytest.mark.parametrize(("heads", "tail_layers"), [((1, 1), 0), ((2, 1, 0), 0), ((1, 1, 1, 1, 1), 0), ((1, 2), 1)])
 def test_a_batch_over_devices_is_the_same_rows_held_by_one(heads: tuple[int, ...], tail_layers: int) -> None:
     one, many = Cohort(cohort_config((1,), tail_layers)), Cohort(cohort_config(heads, tail_layers))
     for batch in (one.everything(), [4, 0, 2], [3]):
@@ -294,7 +289,7 @@ def test_a_batch_over_devices_is_the_same_rows_held_by_one(heads: tuple[int, ...
 
 
 def test_epochs_over_devices_are_epochs_over_one() -> None:
-    changes: dict[str, Any] = {"fine_tune": {"local_epochs": 3, "batch_size": 2, "learning_rate": 0.01}}
+    changes: dict[str, Any] = {"fine_tune": {"local_epochs": 3, "batch_size": 2, "learning_rate": 0.002}}
     one, many = Cohort(cohort_config((1,), **changes)), Cohort(cohort_config((1, 1), **changes))
     first, second = learn(one, one.members()), learn(many, many.members())
     assert replace(second, loss=0.0) == replace(first, loss=0.0) == Learned(5, 9, 0.0)
@@ -375,7 +370,7 @@ def test_the_anchor_adds_the_gradient_of_its_pull() -> None:
     cohort = Cohort(config)
     text_T = torch.randint(256, (7,), generator=torch.Generator().manual_seed(3))
     model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
-    layers = model.get_base_model().get_decoder().layers
+    layers = cast(PreTrainedModel, model.get_base_model()).get_decoder().layers
     seen: dict[str, Tensor] = {}
     layers[FIRST_ADAPTED].register_forward_pre_hook(lambda _, inputs: seen.update(into=inputs[0]))
     layers[-1].register_forward_hook(lambda _, inputs, output: seen.update(out=output))
@@ -419,7 +414,7 @@ def hybrid_config(names: Sequence[str], edge_rounds: int = 1) -> Config:
     return cohort_config(
         (),
         edges=[{"name": "edge", "domain": "facts", "devices": devices}],
-        fine_tune={"edge_rounds": edge_rounds, "local_epochs": 2, "batch_size": 2, "learning_rate": 0.01},
+        fine_tune={"edge_rounds": edge_rounds, "local_epochs": 2, "batch_size": 2, "learning_rate": 0.002},
     )
 
 
@@ -446,7 +441,7 @@ def hybrid_edge(config: Config, ledger: Ledger | None = None) -> tuple[Edge, Ada
     edge = Edge(config.edges[0], config, Nowhere(), links)
     release = model_release(config, Recipe(ALL, ()))
     edge.handle(release)
-    start = random_adapter(Cohort(config, EXAMPLES[:1] * len(links)).domain.domain_adapter(), seed=5)
+    start = random_adapter(Cohort(cohort_config((1,))).domain.domain_adapter(), seed=5)
     edge.handle(AdapterRelease("domain", 3, start))
     return edge, start
 
@@ -513,16 +508,6 @@ def test_one_party_alone_is_not_averaged(names: tuple[str, ...]) -> None:
     assert_same(fine_tuned(edge).tensors, expected, 1e-4)
 
 
-def test_the_average_is_fedavg() -> None:
-    config = hybrid_config(("local-a", "local-b"))
-    edge, start = hybrid_edge(config)
-    parts = [
-        (learned_alone(config, (n,), start, config.seed_for("fine_tune", n, 0, 0))[0], len(PRIVATE[n]))
-        for n in ("local-a", "local-b")
-    ]
-    assert_same(fine_tuned(edge).tensors, fedavg(parts), 1e-4)
-
-
 def test_a_local_device_sends_nothing_of_its_training_examples() -> None:
     ledger = Frames()
     config = hybrid_config(("local-a", "split-a"))
@@ -569,12 +554,22 @@ def test_a_new_relay_makes_every_cache_stale() -> None:
 # -- evaluation --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("heads", "tail_layers"), [((1,), 0), ((2, 0), 0), ((1, 2), 1)])
-@pytest.mark.parametrize("epochs", [1, 6, 40])
+LARGE = {"rank": 8, "alpha": 16, "first_layer": FIRST_ADAPTED}  # an adapter that can learn five answers by heart
+
+
+@pytest.mark.parametrize(("heads", "tail_layers"), [((2, 0), 0), ((1, 2), 1)])
+@pytest.mark.parametrize(("epochs", "about"), [(1, {0}), (20, {2, 3, 4})])
 def test_scores_are_those_of_greedy_decoding_with_the_unsplit_model(
-    heads: tuple[int, ...], tail_layers: int, epochs: int
+    heads: tuple[int, ...], tail_layers: int, epochs: int, about: set[int]
 ) -> None:
-    cohort = Cohort(cohort_config(heads, tail_layers, fine_tune={"local_epochs": epochs, "learning_rate": 0.02}))
+    cohort = Cohort(
+        cohort_config(
+            heads,
+            tail_layers,
+            adapters=LARGE,
+            fine_tune={"local_epochs": epochs, "learning_rate": 0.005, "batch_size": 2},
+        )
+    )
     learn(cohort, cohort.members())
     model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
     report = EvaluationReport(0, 0, 0, 0.0)
@@ -590,14 +585,14 @@ def test_scores_are_those_of_greedy_decoding_with_the_unsplit_model(
     assert (report.num_examples, report.num_tokens) == (len(EXAMPLES), len(losses))
     assert report.loss_sum == pytest.approx(sum(losses), rel=1e-4)
     assert report.num_correct == sum(answers_right(model, example) for example in EXAMPLES)
-    assert report.num_correct == {1: 0, 40: 5}.get(epochs, report.num_correct)
+    assert report.num_correct in about
 
 
 def answers_right(model: PeftModel, example: Example) -> bool:
     """Whether the model, left to write greedily after the prompt, writes the completion and stops."""
     ids = tiny_tokenizer().encode(example.prompt)
     answer = tiny_tokenizer().encode(example.completion)
-    written = model.generate(  # type: ignore[operator]
+    written = model.generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
         max_new_tokens=24,

@@ -41,7 +41,7 @@ CATEGORIES: Mapping[str, str] = {
 """Categories of ScanCode's licences with enough notices, and their labels."""
 
 MIN_NOTICE_CHARS = 20
-MAX_NOTICE_CHARS = 400
+MAX_NOTICE_CHARS = 240
 
 MAX_OVERLAP = 0.6
 """Texts that share more of their words (Jaccard) are too alike to be drawn while there are others."""

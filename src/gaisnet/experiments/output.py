@@ -13,10 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gaisnet.errors import GaisnetError, OutputInUse
+from gaisnet.errors import GaisnetError, OutputInUse, OutputNotWritable
 from gaisnet.experiments.summary import (
     Cycle,
-    OutputNotWritable,
     Summary,
     strict_json,
     write_json,

@@ -10,14 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from gaisnet.errors import GaisnetError, NotFinite
-
-
-class OutputNotWritable(GaisnetError):
-    """A file or folder of a run cannot be written: a full disk, missing rights, a folder that went away."""
-
-    def __init__(self, path: Path, found: str) -> None:
-        super().__init__(f"writing '{path}': {found}; free some space or choose a writable folder with --out")
+from gaisnet.errors import NotFinite, OutputNotWritable
 
 
 class Record(BaseModel):

@@ -16,6 +16,7 @@ from gaisnet.errors import CutError
 from gaisnet.models.families import Decoder
 from gaisnet.models.int8 import input_peaks, to_int8
 from gaisnet.models.parts import Body, Layers
+from gaisnet.models.ragged import length_mask, relative_square
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,12 @@ def choose_recipe(settings: DomainSettings, middle: Middle, body: Layers, hidden
 def _least_influence(middle: Middle, body: Layers, hidden_BTD: Tensor, num_drop: int) -> set[int]:
     """Greedily drop the layer without which the hidden state at ``middle.stop`` changes least."""
     target_BTD = body.run(hidden_BTD, middle.start, middle.stop)
+    mask_BT = length_mask([target_BTD.shape[1]] * len(target_BTD), target_BTD.device)
     dropped: set[int] = set()
     for _ in range(num_drop):
         candidates = [layer for layer in middle.layers() if layer not in dropped]
         errors = [
-            relative_error(_run_without(body, hidden_BTD, middle, dropped | {layer}), target_BTD)
+            float(relative_square(_run_without(body, hidden_BTD, middle, dropped | {layer}), target_BTD, mask_BT))
             for layer in candidates
         ]
         dropped.add(candidates[min(range(len(candidates)), key=errors.__getitem__)])
@@ -96,12 +98,6 @@ def _least_influence(middle: Middle, body: Layers, hidden_BTD: Tensor, num_drop:
 def _run_without(body: Layers, hidden_BTD: Tensor, middle: Middle, dropped: Iterable[int]) -> Tensor:
     kept = {layer: body.layers[str(layer)] for layer in middle.layers() if layer not in set(dropped)}
     return Layers(body.config, kept, body.rotary_emb).run(hidden_BTD, middle.start, middle.stop)
-
-
-def relative_error(hidden_BTD: Tensor, target_BTD: Tensor) -> float:
-    """Mean over tokens of |hidden - target| / |target|; position 0, an attention sink of huge norm, is left out."""
-    difference = (hidden_BTD - target_BTD)[:, 1:].norm(dim=-1)
-    return float((difference / target_BTD[:, 1:].norm(dim=-1)).mean())
 
 
 @torch.no_grad()

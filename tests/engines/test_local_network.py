@@ -1,0 +1,551 @@
+"""Whole runs of cloud, edges and devices in one process, and what they left on the links."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+
+from gaisnet.adapters.state import AdapterTensors, save_for_peft
+from gaisnet.config import Config, ModelSettings
+from gaisnet.engines.local import build_network
+from gaisnet.errors import CutError, DataError, UnexpectedMessage
+from gaisnet.messages import (
+    AdapterRelease,
+    AdapterUpdate,
+    BodyRequest,
+    Done,
+    EvaluationReport,
+    FineTune,
+    Message,
+    ModelRelease,
+    SmashedData,
+)
+from gaisnet.models.foundation import Foundation, load_foundation
+from gaisnet.network import Network, Scores
+from gaisnet.relay.downward import Distillation, TaskShape
+from gaisnet.relay.upward import Verdict
+from gaisnet.tiers.cloud import MERGED
+from gaisnet.tiers.device import Device
+from gaisnet.tiers.edge import Edge
+from gaisnet.tiers.examples import DeviceData, Example, tokenize
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.ledger import Direction, Ledger, LinkKind, Traffic
+from tests.tiny import save_tiny_foundation, tiny_config, tiny_data, tiny_edge, tiny_foundation, tiny_tokenizer
+
+pytestmark = pytest.mark.integration
+
+PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
+EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
+WEIGHTS = 0.1
+MIDDLE, SUFFIX = {2, 3}, {4, 5}
+
+
+class Frames(Ledger):
+    """Keeps every frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: list[tuple[LinkKind, Direction, bytes]] = []
+
+    def record(self, kind: LinkKind, direction: Direction, frame: bytes) -> None:
+        super().record(kind, direction, frame)
+        self.frames.append((kind, direction, frame))
+
+    def messages(self) -> Iterator[tuple[LinkKind, Direction, Message]]:
+        """Every message with its link and direction."""
+        codec = Codec(tiny_config().wire)
+        return ((kind, direction, codec.decode(frame)) for kind, direction, frame in self.frames)
+
+
+@dataclass
+class Run:
+    """A network with what its verbs gave, cycle after cycle; entry 0 of ``scores`` is before the first."""
+
+    config: Config
+    data: Mapping[str, DeviceData] | None = None
+    foundation: Foundation | None = None
+    ledger: Frames = field(default_factory=Frames)
+    scores: list[Scores] = field(default_factory=list)
+    relays: list[dict[str, Distillation]] = field(default_factory=list)
+    updates: list[dict[str, AdapterUpdate]] = field(default_factory=list)
+    verdicts: list[list[Verdict]] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.foundation = self.foundation or tiny_foundation(initializer_range=WEIGHTS)
+        shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in self.config.edges}
+        data = self.data or tiny_data(self.config)
+        self.network: Network = build_network(
+            self.config, self.foundation, shapes, data, PUBLIC_TEXT, self.note, self.ledger
+        )
+
+    def note(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        self.told.append(stage)
+
+    def go(self) -> "Run":
+        self.network.install()
+        self.scores.append(self.network.evaluate())
+        for _ in range(self.config.cycles):
+            self.relays.append(self.network.release())
+            self.updates.append(self.network.fine_tune())
+            self.verdicts.append(self.network.absorb())
+            self.scores.append(self.network.evaluate())
+        return self
+
+
+def quick(**changes: Any) -> Config:
+    """A run whose gate lets everything through."""
+    absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
+    return tiny_config(**{"absorb": absorb, **changes})
+
+
+def alone(edge: str = "north", **changes: Any) -> Config:
+    """One cycle of one edge."""
+    return quick(edges=[tiny_edge(edge, "shapes")], cycles=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished() -> Run:
+    """A whole run of the tiny configuration, for all who only look."""
+    return Run(quick()).go()
+
+
+# -- a whole run -------------------------------------------------------------------------------------------------------
+
+
+def test_every_model_is_scored_on_every_held_out_example(finished: Run) -> None:
+    assert len(finished.scores) == 3
+    for scores in finished.scores:
+        for reports in (scores.domain, scores.foundation, scores.merged):
+            assert reports.keys() == {"shapes", "tastes"}
+            assert all(report.num_examples == 3 * 3 for report in reports.values())
+            assert all(0 <= report.num_correct <= 9 and report.loss_sum > 0.0 for report in reports.values())
+
+
+def test_before_anything_is_trained_no_adapter_acts(finished: Run) -> None:
+    first = finished.scores[0]
+    assert first.merged == first.foundation
+    bare = Run(quick(relay={"enabled": False}, domain={"precision": "float32"}, wire=EXACT))
+    bare.network.install()
+    scores = bare.network.evaluate()
+    for domain, report in scores.domain.items():  # with nothing changed the domain model is the foundation model
+        assert report.loss_sum == pytest.approx(scores.foundation[domain].loss_sum, rel=1e-6)
+
+
+def test_learning_makes_all_models_better(finished: Run) -> None:
+    first, last = finished.scores[0], finished.scores[-1]
+    for domain in ("shapes", "tastes"):
+        for before, after in (
+            (first.domain, last.domain),
+            (first.foundation, last.foundation),
+            (first.merged, last.merged),
+        ):
+            assert after[domain].loss_sum < before[domain].loss_sum - 1.0
+
+
+def test_updates_tell_how_much_was_learned(finished: Run) -> None:
+    for cycle in finished.updates:
+        for update in cycle.values():
+            assert update.num_examples == 3 * 5
+            assert update.num_steps == 3 + 2  # ten examples of two split devices in fours, five of the local one
+            assert update.loss > 0.0
+    assert all(finished.updates[1][d].loss < finished.updates[0][d].loss for d in ("shapes", "tastes"))
+
+
+def test_a_relay_is_distilled_for_every_domain_in_every_cycle(finished: Run) -> None:
+    assert [relays.keys() for relays in finished.relays] == [{"shapes", "tastes"}] * 2
+    for relays in finished.relays:
+        assert all(0.0 < relay.error_after < relay.error_before for relay in relays.values())
+    for domain in ("shapes", "tastes"):  # the second cycle goes on where the first stopped
+        assert finished.relays[1][domain].error_before < finished.relays[0][domain].error_before
+
+
+def test_the_gate_speaks_of_every_adapter(finished: Run) -> None:
+    for verdicts in finished.verdicts:
+        assert [verdict.adapter for verdict in verdicts] == ["shapes", "tastes", MERGED]
+        assert all(verdict.accepted and str(verdict).startswith("accepted '") for verdict in verdicts)
+    assert finished.network.cloud.retention == {v.adapter: v.perplexity for v in finished.verdicts[-1]}
+
+
+def test_what_came_up_is_what_is_plugged_in(finished: Run) -> None:
+    for domain, update in finished.updates[-1].items():
+        _, tensors = finished.network.cloud.adapter(domain)
+        assert all(torch.equal(tensors[key], tensor) for key, tensor in update.tensors.items())
+
+
+def test_the_merged_adapter_is_the_weighted_sum_of_all(finished: Run) -> None:
+    spec, merged = finished.network.cloud.adapter(MERGED)
+    assert (spec.rank, spec.alpha) == (2 * 2, 2 * 4)
+    parts = [finished.network.cloud.adapter(domain)[1] for domain in ("shapes", "tastes")]
+    weight = finished.config.absorb.merge_weight
+    for key in (key for key in merged if ".lora_A." in key):
+        b = key.replace(".lora_A.", ".lora_B.")
+        expected = sum((part[b] @ part[key] for part in parts), torch.tensor(0.0)) * weight
+        torch.testing.assert_close(merged[b] @ merged[key], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_foundation_models_weights_stay_as_they_were(finished: Run) -> None:
+    assert finished.foundation is not None
+    before = tiny_foundation(initializer_range=WEIGHTS).model.state_dict()
+    after = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in finished.foundation.model.state_dict().items()
+        if "lora_" not in name
+    }
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_seed_gives_the_same_run_whatever_the_global_generator_holds() -> None:
+    def go(noise: int, **changes: Any) -> list[Scores]:
+        foundation = tiny_foundation(initializer_range=WEIGHTS)
+        torch.manual_seed(noise)
+        return Run(alone(**changes), foundation=foundation).go().scores
+
+    first = go(1)
+    assert go(2) == first
+    assert go(1, seed=4) != first
+
+
+# -- the domain model and the foundation model -------------------------------------------------------------------------
+
+
+def layers_of(tensors: AdapterTensors) -> set[int]:
+    return {int(name.split(".")[1]) for name in tensors}
+
+
+def test_the_relay_changes_the_domain_model_in_the_middle_only(finished: Run) -> None:
+    """An edge's model is what it was given: the release once, then only adapters; and each has its place."""
+    given = [
+        message
+        for kind, direction, message in finished.ledger.messages()
+        if (kind, direction) == ("edge_cloud", "down")
+    ]
+    releases = [m for m in given if isinstance(m, ModelRelease)]
+    adapters = [m for m in given if isinstance(m, AdapterRelease)]
+    assert len(releases) == 2
+    assert sorted(adapter.role for adapter in adapters) == ["domain"] * 2 + ["relay"] * 4
+    kept = set(releases[0].layers)
+    assert len(kept) == 5 and kept >= {0, 1, 4, 5} and set(releases[0].int8_layers) == kept & MIDDLE
+    for adapter in adapters:
+        assert layers_of(adapter.tensors) == (kept & MIDDLE if adapter.role == "relay" else SUFFIX)
+
+
+def unsplit_losses(foundation: Foundation, data: Mapping[str, DeviceData], folder: Path) -> dict[str, float]:
+    """Summed loss of each device's held-out examples under the unsplit model with an adapter that a run has saved."""
+    model = PeftModel.from_pretrained(foundation.model, str(folder)).eval()
+    losses = {}
+    for name, held in data.items():
+        losses[name] = 0.0
+        for tokens in tokenize(held.test, foundation.tokenizer, 48, name):
+            logits_TV = model(torch.tensor([tokens.input_ids])).logits[0, -len(tokens.label_ids) :]
+            losses[name] += F.cross_entropy(logits_TV, torch.tensor(tokens.label_ids), reduction="sum").item()
+    return losses
+
+
+@pytest.mark.parametrize("tail_layers", [0, 1])
+def test_scores_through_the_split_are_those_of_the_unsplit_model_with_the_saved_adapter(
+    tmp_path: Path, tail_layers: int
+) -> None:
+    run = Run(alone(wire=EXACT, tail_layers=tail_layers)).go()
+    spec, tensors = run.network.cloud.adapter("shapes")
+    save_for_peft(tmp_path, spec, tensors, "tiny")
+    losses = unsplit_losses(tiny_foundation(initializer_range=WEIGHTS), tiny_data(run.config), tmp_path)
+    assert run.scores[-1].foundation["shapes"].loss_sum == pytest.approx(sum(losses.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("tail_layers", [0, 1])
+def test_retention_is_the_unsplit_models_perplexity_with_the_saved_adapter(tmp_path: Path, tail_layers: int) -> None:
+    run = Run(alone(tail_layers=tail_layers))
+    ids_BT = torch.tensor(tiny_tokenizer().encode(PUBLIC_TEXT)[:32]).view(2, 16)
+    model = tiny_foundation(initializer_range=WEIGHTS).model
+
+    def perplexity(one: Any) -> float:
+        return float(one(ids_BT, labels=ids_BT).loss.exp())
+
+    assert run.network.cloud.perplexity_before == pytest.approx(perplexity(model), rel=1e-5)
+    assert set(run.network.cloud.retention.values()) == {run.network.cloud.perplexity_before}
+    run.go()
+    spec, tensors = run.network.cloud.adapter("shapes")
+    save_for_peft(tmp_path, spec, tensors, "tiny")
+    adapted = PeftModel.from_pretrained(model, str(tmp_path)).eval()
+    assert run.network.cloud.retention["shapes"] == pytest.approx(perplexity(adapted), rel=1e-5)
+    assert perplexity(adapted) != pytest.approx(run.network.cloud.perplexity_before, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_in_half_precision(tmp_path: Path, dtype: str) -> None:
+    folder = save_tiny_foundation(tmp_path, initializer_range=WEIGHTS)
+    foundation = load_foundation(ModelSettings.model_validate({"foundation": str(folder), "dtype": dtype}))
+    run = Run(alone(), foundation=foundation).go()
+    assert run.scores[-1].domain["shapes"].loss_sum < run.scores[0].domain["shapes"].loss_sum
+
+
+@pytest.mark.parametrize("modes", [("local",), ("split",), ("local", "local"), ("split", "local")])
+def test_any_mix_of_devices(modes: tuple[str, ...]) -> None:
+    devices = [{"name": f"d{i}", "mode": mode, "head_layers": i + 1} for i, mode in enumerate(modes)]
+    run = Run(quick(edges=[{"name": "e", "domain": "shapes", "devices": devices}], cycles=1)).go()
+    assert run.scores[-1].domain["shapes"].num_examples == 3 * len(modes)
+    assert run.scores[-1].domain["shapes"].loss_sum < run.scores[0].domain["shapes"].loss_sum
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learning_rate", [0.5, 1e4])
+def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays(learning_rate: float) -> None:
+    absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 0.0}
+    fine_tune = {"local_epochs": 2, "batch_size": 4, "learning_rate": learning_rate, "anchor_weight": 0.0}
+    run = Run(tiny_config(absorb=absorb, fine_tune=fine_tune, cycles=1))
+    cloud = run.network.cloud
+    before = {name: cloud.adapter(name)[1] for name in ("shapes", "tastes", MERGED)}
+    run.go()
+    limit = cloud.perplexity_before
+    for verdict in run.verdicts[0][:2]:
+        assert not verdict.accepted
+        assert str(verdict).startswith(f"refused '{verdict.adapter}': perplexity on public text ")
+        assert str(verdict).endswith(f", limit {limit:.2f}")
+        assert not verdict.perplexity <= limit
+    for name, tensors in before.items():
+        after = cloud.adapter(name)[1]
+        assert all(torch.equal(after[key], tensor) for key, tensor in tensors.items())
+    assert run.verdicts[0][2].accepted  # merged of what stayed in place: it costs nothing
+    assert cloud.retention == dict.fromkeys(("shapes", "tastes", MERGED), limit)
+    assert run.scores[1].foundation == run.scores[0].foundation
+    assert run.scores[1].domain != run.scores[0].domain
+
+
+def test_one_refused_adapter_does_not_stop_another() -> None:
+    run = Run(quick(cycles=1)).go()
+    cloud = run.network.cloud
+    before = cloud.adapter("tastes")[1]
+    sound = {key: tensor * 0.5 for key, tensor in run.updates[0]["shapes"].tensors.items()}
+    broken = {key: torch.full_like(tensor, 1e20) for key, tensor in before.items()}
+    verdicts = cloud.absorb(
+        {"shapes": AdapterUpdate(0, 1, 1, 0.1, sound), "tastes": AdapterUpdate(0, 1, 1, 0.1, broken)}
+    )
+    assert [(v.adapter, v.accepted) for v in verdicts] == [("shapes", True), ("tastes", False), (MERGED, True)]
+    assert all(torch.equal(cloud.adapter("shapes")[1][key], tensor) for key, tensor in sound.items())
+    assert all(torch.equal(cloud.adapter("tastes")[1][key], tensor) for key, tensor in before.items())
+
+
+# -- without a relay ---------------------------------------------------------------------------------------------------
+
+
+def test_without_a_relay_nothing_is_distilled() -> None:
+    run = Run(alone(relay={"enabled": False})).go()
+    assert run.relays == [{}]
+    assert "relay" not in run.told and "fine_tune" in run.told
+    roles = [m.role for _, _, m in run.ledger.messages() if isinstance(m, AdapterRelease)]
+    assert set(roles) == {"domain"}
+    assert run.scores[-1].domain["shapes"].loss_sum < run.scores[0].domain["shapes"].loss_sum
+
+
+def test_with_a_relay_it_is_told() -> None:
+    assert {"relay", "fine_tune"} <= set(Run(alone()).go().told)
+
+
+# -- privacy -----------------------------------------------------------------------------------------------------------
+
+PIECE = 12  # tokens, which are bytes here: no piece of a secret this long is on a link by chance
+
+
+def secrets_of(config: Config) -> dict[str, DeviceData]:
+    """Examples that say something of their own in every prompt and in every completion."""
+
+    def example(device: str, split: str, number: int) -> Example:
+        return Example(f"<{device}|{split}|{number}: wz7#qk9>", f" {number}!{split}@{device}~yx8")
+
+    return {
+        device.name: DeviceData(
+            tuple(example(device.name, "train", i) for i in range(2)), (example(device.name, "test", 0),)
+        )
+        for _, device in config.each_device()
+    }
+
+
+def pieces(text: str) -> list[str]:
+    """Text cut so that whoever sends a stretch of it of any use sends a whole piece."""
+    return [text[at : at + PIECE] for at in range(0, len(text) - PIECE + 1, PIECE)]
+
+
+def encodings(text: str) -> list[bytes]:
+    """How a private text could stand in a frame."""
+    ids = tiny_tokenizer().encode(text)
+    numbers = torch.tensor(ids)
+    kinds = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.float32, torch.float16, torch.bfloat16)
+    raw = [numbers.to(kind).view(torch.uint8).numpy().tobytes() for kind in kinds]
+    listed = [json.dumps(ids)[1:-1].encode(), json.dumps(ids, separators=(",", ":"))[1:-1].encode()]
+    return [text.encode(), json.dumps(text)[1:-1].encode(), *raw, *listed]
+
+
+def leaks(frames: list[bytes], data: Mapping[str, DeviceData]) -> set[str]:
+    """Every private piece that stands in a frame, in any encoding."""
+    everything = b"|".join(frames)
+    texts = [t for held in data.values() for e in (*held.train, *held.test) for t in (e.prompt, e.completion)]
+    return {piece for text in texts for piece in pieces(text) if any(raw in everything for raw in encodings(piece))}
+
+
+@pytest.fixture(scope="module")
+def secret_run() -> Run:
+    config = quick(model={"foundation": "tiny", "context": 80})
+    return Run(config, secrets_of(config)).go()
+
+
+def test_no_private_text_and_no_token_ids_are_on_any_link(secret_run: Run) -> None:
+    frames = [frame for _, _, frame in secret_run.ledger.frames]
+    assert len(frames) > 200
+    assert leaks(frames, secrets_of(secret_run.config)) == set()
+
+
+@pytest.mark.parametrize("number", range(len(encodings("x"))))
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_search_finds_what_is_planted(secret_run: Run, number: int, split: str) -> None:
+    data = secrets_of(secret_run.config)
+    held = data["south-b"]
+    (example, *_) = held.train if split == "train" else held.test
+    for text in (example.prompt, example.completion):
+        stretch = text[3:]  # even without its beginning
+        planted = b"\x01" + encodings(stretch)[number] + b"\x02"
+        found = leaks([*(frame for _, _, frame in secret_run.ledger.frames[:20]), planted], data)
+        assert found and all(piece in stretch for piece in found)
+
+
+def test_the_search_looks_at_every_text() -> None:
+    data = secrets_of(quick())
+    texts = [t for held in data.values() for e in (*held.train, *held.test) for t in (e.prompt, e.completion)]
+    assert len(texts) == len(set(texts)) == 6 * 3 * 2
+    assert all(pieces(text) for text in texts)
+    assert len({piece for text in texts for piece in pieces(text)}) > len(texts)
+
+
+def test_smashed_data_travels_up_once_per_device_and_split(secret_run: Run) -> None:
+    sent: dict[LinkKind, list[tuple[str, str]]] = {"device_edge": [], "edge_cloud": []}
+    for kind, direction, message in secret_run.ledger.messages():
+        if isinstance(message, SmashedData):
+            assert direction == "up"
+            sent[kind].append((message.owner, message.split))
+    tests = [(f"{edge}-{device}", "test") for edge in ("north", "south") for device in "abc"]
+    trains = [(f"{edge}-{device}", "train") for edge in ("north", "south") for device in "ab"]  # c is local
+    assert sorted(sent["device_edge"]) == sorted(tests + trains)
+    assert sorted(sent["edge_cloud"]) == tests
+
+
+def test_only_counts_sums_adapters_and_activations_go_up(secret_run: Run) -> None:
+    up = {(kind, type(m)) for kind, direction, m in secret_run.ledger.messages() if direction == "up"}
+    to_edge = {t for kind, t in up if kind == "device_edge"}
+    to_cloud = {t for kind, t in up if kind == "edge_cloud"}
+    assert {t.__name__ for t in to_edge} == {
+        "AdapterUpdate",
+        "BodyOutputGrad",
+        "Done",
+        "EvaluationReport",
+        "SmashedData",
+    }
+    assert to_cloud == {AdapterUpdate, BodyRequest, Done, EvaluationReport, SmashedData}
+
+
+def test_the_ledger_counts_what_crossed(secret_run: Run) -> None:
+    kinds: tuple[LinkKind, LinkKind] = ("device_edge", "edge_cloud")
+    for kind in kinds:
+        sizes = {
+            way: sum(len(f) for k, d, f in secret_run.ledger.frames if (k, d) == (kind, way)) for way in ("up", "down")
+        }
+        assert secret_run.network.ledger.traffic(kind) == Traffic(sizes["up"], sizes["down"])
+        assert all(sizes.values())
+
+
+# -- before any work, and what does not belong -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapters": {"first_layer": 9}}, "adapters.first_layer is 9 but the model has 6 layers"),
+        ({"adapters": {"first_layer": 2}}, "head_layers of device 'north-b' is 2 but"),
+        ({"domain": {"keep_layers": 3}}, "domain.keep_layers is 3 but only the middle, layers 2 to 3 of 6"),
+    ],
+)
+def test_a_layout_that_does_not_fit_stops_before_the_model_runs(changes: dict[str, Any], message: str) -> None:
+    foundation = tiny_foundation()
+    cast(Any, foundation.model).forward = None  # a call would be a TypeError
+    with pytest.raises(CutError, match=message):
+        Run(tiny_config(**changes), foundation=foundation)
+
+
+def test_a_device_without_examples_stops_before_the_model_runs() -> None:
+    foundation, config = tiny_foundation(), tiny_config()
+    cast(Any, foundation.model).forward = None
+    data = {**tiny_data(config), "south-c": DeviceData((), (Example("a", "b"),))}
+    with pytest.raises(DataError, match="device 'south-c': has no train examples"):
+        Run(config, data, foundation)
+
+
+def test_too_little_public_text() -> None:
+    absorb = {"retention_windows": 40, "retention_tokens": 16}
+    found = f"the public text for retention: it has {len(PUBLIC_TEXT)} tokens but 640 are wanted"
+    with pytest.raises(DataError, match=found):
+        Run(tiny_config(absorb=absorb))
+
+
+def test_the_cloud_takes_only_what_is_for_it() -> None:
+    cloud = Run(alone()).network.cloud
+    rows = torch.zeros(2, 32)
+    counts = torch.tensor([2], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    for message in (
+        SmashedData("north-a", "train", 1, *counts, rows),
+        BodyRequest("north-a", None),
+        FineTune(0),
+        Done(),
+    ):
+        with pytest.raises(UnexpectedMessage, match=f"the cloud does not take a {type(message).__name__} here"):
+            cloud.handle(message)
+
+
+class Nobody:
+    """The other end of a link that gives nothing of use."""
+
+    def request(self, message: Message) -> Message:
+        return FineTune(0)
+
+
+def test_an_edge_takes_only_what_is_for_it() -> None:
+    config = alone()
+    edge = Edge(config.edges[0], config, Nobody(), {device.name: Nobody() for _, device in config.each_device()})
+    for message in (BodyRequest("north-a", None), Done(), EvaluationReport(1, 1, 1, 1.0)):
+        with pytest.raises(UnexpectedMessage, match=f"edge 'north' does not take a {type(message).__name__} here"):
+            edge.handle(message)
+    with pytest.raises(UnexpectedMessage, match="edge 'north', which has no model yet"):
+        edge.handle(FineTune(0))
+
+
+def test_an_edge_says_which_answer_it_did_not_get() -> None:
+    run = Run(alone())
+    config = run.config
+    edge = Edge(config.edges[0], config, Nobody(), {device.name: Nobody() for _, device in config.each_device()})
+    with pytest.raises(UnexpectedMessage, match="edge 'north', waiting for a Done, does not take a FineTune here"):
+        edge.handle(run.network.cloud.model_release)
+
+
+def test_a_network_says_which_answer_it_did_not_get() -> None:
+    cloud = Run(alone()).network.cloud
+    network = Network(cloud, {"shapes": Nobody()}, Ledger())
+    for verb, answer in (
+        (network.install, "Done"),
+        (network.fine_tune, "AdapterUpdate"),
+        (network.evaluate, "EvaluationReport"),
+    ):
+        with pytest.raises(UnexpectedMessage, match=f"the network, waiting for a {answer}, does not take a FineTune"):
+            verb()
+
+
+def test_a_device_of_the_configuration_is_needed_for_every_name() -> None:
+    config = alone()
+    assert {device.name for _, device in config.each_device()} == tiny_data(config).keys()
+    assert Device(config.edges[0].devices[2], config, tiny_tokenizer(), tiny_data(config)["north-c"]).name == "north-c"
