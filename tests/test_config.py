@@ -144,7 +144,6 @@ class TestWrongValues:
             ("model.dtype=float8", "model.dtype", "'float8'"),
             ("model.device=", "model.device", "None"),
             ("adapters.targets=[]", "adapters.targets", "[]"),
-            ("adapters.dropout=1.0", "adapters.dropout", "1.0"),
             ("fine_tune.learning_rate=0", "fine_tune.learning_rate", "0"),
             ("fine_tune.learning_rate=.nan", "fine_tune.learning_rate", "nan"),
             ("absorb.max_retention_increase=.inf", "absorb.max_retention_increase", "inf"),

@@ -1,11 +1,13 @@
 """Tiny models with random weights, and a tiny network of them: real parts, small enough for every test."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -171,3 +173,20 @@ def tiny_data(config: Config, num_train: int = 5, num_test: int = 3) -> dict[str
 def _example(device: str, split: str, number: int) -> Example:
     secret = f"{device} {split} secret {'x' * (number % 3)}{number}"
     return Example(f"Is {secret} so?", " yes" if number % 2 else " no")
+
+
+def write_tiny_run(folder: Path, **changes: Any) -> Path:
+    """A configuration file with everything that it names: a foundation model and a data folder for every device."""
+    save_tiny_foundation(folder / "foundation", initializer_range=0.1)
+    raw = tiny_raw_config(**{"model": {"foundation": str(folder / "foundation"), "context": 48}, **changes})
+    for name, data in tiny_data(parse_config(raw)).items():
+        (folder / "data" / name).mkdir(parents=True)
+        for split, examples in (("train", data.train), ("test", data.test)):
+            lines = [json.dumps({"prompt": e.prompt, "completion": e.completion}) for e in examples]
+            (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for edge in raw["edges"]:
+        for device in edge["devices"]:
+            device["data"] = f"data/{device['name']}"
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    return path

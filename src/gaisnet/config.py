@@ -58,7 +58,6 @@ class AdapterSettings(Settings):
 
     rank: int = Field(8, ge=1, description="LoRA rank.")
     alpha: int = Field(16, ge=1, description="LoRA scale numerator; the scale is alpha / rank.")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="LoRA dropout.")
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,

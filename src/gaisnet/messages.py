@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, StrictFloat, StrictInt
 from torch import Tensor
 
 Split = Literal["train", "test"]
@@ -37,8 +37,8 @@ class ModelRelease(Message):
     """Cloud -> edge -> device, once: the frozen weights that the receiver's parts need, and nothing more."""
 
     config_json: str  # the FM's transformers configuration
-    layers: tuple[int, ...]  # FM numbers of the layers in ``tensors``
-    int8_layers: tuple[int, ...]  # those of them in int8
+    layers: tuple[StrictInt, ...]  # FM numbers of the layers in ``tensors``
+    int8_layers: tuple[StrictInt, ...]  # those of them in int8
     tensors: dict[str, Tensor]  # by their names in the FM's decoder; frozen, in their own dtypes
 
 
@@ -47,7 +47,7 @@ class AdapterRelease(Message):
     """Cloud -> edge -> local device: an adapter to put in."""
 
     role: Role
-    version: int
+    version: StrictInt
     tensors: dict[str, Tensor] = wire("adapter")  # float, see adapters/state.py for names and shapes
 
 
@@ -72,10 +72,10 @@ class AnchorRelease(Message):
 class AdapterUpdate(Message):
     """Local device -> edge -> cloud: a domain adapter after learning."""
 
-    version: int  # of the release that it grew out of
-    num_examples: int
-    num_steps: int
-    loss: float  # mean over the label tokens of the last epoch
+    version: StrictInt  # of the release that it grew out of
+    num_examples: StrictInt
+    num_steps: StrictInt
+    loss: StrictFloat  # mean over the label tokens of the last epoch
     tensors: dict[str, Tensor] = wire("adapter")
 
 
@@ -95,7 +95,7 @@ class SmashedData(Message):
 
     owner: str  # the device
     split: Split
-    next_layer: int  # first FM layer that has not run
+    next_layer: StrictInt  # first FM layer that has not run
     lengths_E: Tensor  # int32
     num_labels_E: Tensor  # int32
     hidden_ND: Tensor = wire("smashed")  # float
@@ -115,18 +115,24 @@ class BodyOutput(Message):
     """Edge or cloud -> device: the body's output at the rows that the tail needs, in the order of ``examples_E``."""
 
     split: Split
-    step: int
-    num_labels_total: int  # label tokens of the whole step, all devices: what a summed loss is divided by
+    step: StrictInt
+    num_labels_total: StrictInt  # label tokens of the whole step, all devices: what a summed loss is divided by
     examples_E: Tensor  # int32, indices into the device's split
     rows_ND: Tensor = wire("body_output")  # float; label positions, or every position where the tail has layers
+
+    def __post_init__(self) -> None:
+        if self.examples_E.ndim != 1 or self.examples_E.dtype != torch.int32 or self.rows_ND.ndim != 2:
+            raise ValueError("body output needs int32 example numbers [E] and rows [N, D]")
+        if self.num_labels_total < 1:
+            raise ValueError("a step without label tokens has no loss")
 
 
 @dataclass(frozen=True)
 class BodyOutputGrad(Message):
     """Device -> edge: gradient of the step's mean loss at the rows of a ``BodyOutput``."""
 
-    step: int
-    loss_sum: float  # over this device's label tokens
+    step: StrictInt
+    loss_sum: StrictFloat  # over this device's label tokens
     grad_ND: Tensor = wire("gradient")  # float
 
 
@@ -134,10 +140,10 @@ class BodyOutputGrad(Message):
 class EvaluationReport(Message):
     """Device -> edge -> cloud: only counts and sums."""
 
-    num_examples: int
-    num_correct: int  # every label token is the likeliest one: greedy decoding would write the completion and stop
-    num_tokens: int
-    loss_sum: float  # over label tokens
+    num_examples: StrictInt
+    num_correct: StrictInt  # every label token is the likeliest: greedy decoding would write the completion, and stop
+    num_tokens: StrictInt
+    loss_sum: StrictFloat  # over label tokens
 
     def __add__(self, other: "EvaluationReport") -> "EvaluationReport":
         """Counts and sums of two sets of examples together."""
@@ -153,8 +159,8 @@ class EvaluationReport(Message):
 class FineTune(Message):
     """Cloud -> edge, edge -> local device: learn from private data, starting from the domain adapter in place."""
 
-    cycle: int
-    edge_round: int = 0
+    cycle: StrictInt
+    edge_round: StrictInt = 0
 
 
 @dataclass(frozen=True)

@@ -148,13 +148,6 @@ def test_adding_another_adapter_leaves_those_active_that_were() -> None:
     assert has_adapter(body, "relay") and has_adapter(body, "domain") and not has_adapter(body, "merged")
 
 
-def test_dropout_does_not_act_unless_the_body_learns() -> None:
-    body = body_of().eval()
-    with_adapter(body, "domain", 1, LoraSpec(2, 6, TARGETS, (3, 4), dropout=0.5))
-    activate(body, ("domain",))
-    assert torch.equal(body(hidden()), body(hidden()))
-
-
 @pytest.mark.parametrize("name", ["medical", "law-office_2", "train", "type", "base_layer", "q_proj", "mlp", "lora_A"])
 def test_any_name_that_a_domain_may_have_is_an_adapters_name(name: str) -> None:
     body = body_of()

@@ -1,7 +1,8 @@
 """Whole runs of cloud, edges and devices in one process, and what they left on the links."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -34,8 +35,8 @@ from gaisnet.tiers.cloud import MERGED
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.edge import Edge
 from gaisnet.tiers.examples import DeviceData, Example, tokenize
-from gaisnet.transport.codec import Codec
-from gaisnet.transport.ledger import Direction, Ledger, LinkKind, Traffic
+from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
+from tests.frames import Frames
 from tests.tiny import save_tiny_foundation, tiny_config, tiny_data, tiny_edge, tiny_foundation, tiny_tokenizer
 
 pytestmark = pytest.mark.integration
@@ -44,23 +45,6 @@ PUBLIC_TEXT = "All animals are equal, but some animals are more equal than other
 EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
 WEIGHTS = 0.1
 MIDDLE, SUFFIX = {2, 3}, {4, 5}
-
-
-class Frames(Ledger):
-    """Keeps every frame."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frames: list[tuple[LinkKind, Direction, bytes]] = []
-
-    def record(self, kind: LinkKind, direction: Direction, frame: bytes) -> None:
-        super().record(kind, direction, frame)
-        self.frames.append((kind, direction, frame))
-
-    def messages(self) -> Iterator[tuple[LinkKind, Direction, Message]]:
-        """Every message with its link and direction."""
-        codec = Codec(tiny_config().wire)
-        return ((kind, direction, codec.decode(frame)) for kind, direction, frame in self.frames)
 
 
 @dataclass
@@ -162,8 +146,6 @@ def test_a_relay_is_distilled_for_every_domain_in_every_cycle(finished: Run) -> 
     assert [relays.keys() for relays in finished.relays] == [{"shapes", "tastes"}] * 2
     for relays in finished.relays:
         assert all(0.0 < relay.error_after < relay.error_before for relay in relays.values())
-    for domain in ("shapes", "tastes"):  # the second cycle goes on where the first stopped
-        assert finished.relays[1][domain].error_before < finished.relays[0][domain].error_before
 
 
 def test_the_gate_speaks_of_every_adapter(finished: Run) -> None:
@@ -287,7 +269,7 @@ def test_a_run_in_half_precision(tmp_path: Path, dtype: str) -> None:
     assert run.scores[-1].domain["shapes"].loss_sum < run.scores[0].domain["shapes"].loss_sum
 
 
-@pytest.mark.parametrize("modes", [("local",), ("split",), ("local", "local"), ("split", "local")])
+@pytest.mark.parametrize("modes", [("local",), ("split",), ("split", "local")])
 def test_any_mix_of_devices(modes: tuple[str, ...]) -> None:
     devices = [{"name": f"d{i}", "mode": mode, "head_layers": i + 1} for i, mode in enumerate(modes)]
     run = Run(quick(edges=[{"name": "e", "domain": "shapes", "devices": devices}], cycles=1)).go()
@@ -298,11 +280,24 @@ def test_any_mix_of_devices(modes: tuple[str, ...]) -> None:
 # -- the gate ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learning_rate", [0.5, 1e4])
-def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays(learning_rate: float) -> None:
+def foundation_that_knows(text: str) -> Foundation:
+    """The tiny model after some steps on a text, so that it has something to lose."""
+    foundation = tiny_foundation()
+    model = foundation.model.requires_grad_(True)
+    ids_BT = torch.tensor([foundation.tokenizer.encode(text)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model(ids_BT, labels=ids_BT).loss.backward()
+        optimizer.step()
+    model.requires_grad_(False)
+    return foundation
+
+
+def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays() -> None:
     absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 0.0}
-    fine_tune = {"local_epochs": 2, "batch_size": 4, "learning_rate": learning_rate, "anchor_weight": 0.0}
-    run = Run(tiny_config(absorb=absorb, fine_tune=fine_tune, cycles=1))
+    fine_tune = {"local_epochs": 2, "batch_size": 4, "learning_rate": 0.1, "anchor_weight": 0.0}
+    run = Run(tiny_config(absorb=absorb, fine_tune=fine_tune, cycles=1), foundation=foundation_that_knows(PUBLIC_TEXT))
     cloud = run.network.cloud
     before = {name: cloud.adapter(name)[1] for name in ("shapes", "tastes", MERGED)}
     run.go()
@@ -353,14 +348,15 @@ def test_with_a_relay_it_is_told() -> None:
 
 # -- privacy -----------------------------------------------------------------------------------------------------------
 
-PIECE = 12  # tokens, which are bytes here: no piece of a secret this long is on a link by chance
+PIECE = 8  # tokens, which are bytes here: no piece of a secret this long is on a link by chance
 
 
 def secrets_of(config: Config) -> dict[str, DeviceData]:
     """Examples that say something of their own in every prompt and in every completion."""
 
-    def example(device: str, split: str, number: int) -> Example:
-        return Example(f"<{device}|{split}|{number}: wz7#qk9>", f" {number}!{split}@{device}~yx8")
+    def example(*whose: object) -> Example:
+        secret = hashlib.sha256(str(whose).encode()).hexdigest()  # no stretch of it is anywhere by chance
+        return Example(f"Is {secret[:24]} so?", f" {secret[24:48]}")
 
     return {
         device.name: DeviceData(
@@ -407,22 +403,21 @@ def test_no_private_text_and_no_token_ids_are_on_any_link(secret_run: Run) -> No
 @pytest.mark.parametrize("number", range(len(encodings("x"))))
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_search_finds_what_is_planted(secret_run: Run, number: int, split: str) -> None:
-    data = secrets_of(secret_run.config)
-    held = data["south-b"]
+    held = secrets_of(secret_run.config)["south-b"]
     (example, *_) = held.train if split == "train" else held.test
     for text in (example.prompt, example.completion):
-        stretch = text[3:]  # even without its beginning
+        stretch = text[5:-4]  # even without its ends
         planted = b"\x01" + encodings(stretch)[number] + b"\x02"
-        found = leaks([*(frame for _, _, frame in secret_run.ledger.frames[:20]), planted], data)
+        found = leaks([*(frame for _, _, frame in secret_run.ledger.frames[:20]), planted], {"south-b": held})
         assert found and all(piece in stretch for piece in found)
 
 
-def test_the_search_looks_at_every_text() -> None:
+def test_the_search_looks_at_every_text_by_itself() -> None:
     data = secrets_of(quick())
     texts = [t for held in data.values() for e in (*held.train, *held.test) for t in (e.prompt, e.completion)]
     assert len(texts) == len(set(texts)) == 6 * 3 * 2
-    assert all(pieces(text) for text in texts)
-    assert len({piece for text in texts for piece in pieces(text)}) > len(texts)
+    every = [piece for text in texts for piece in pieces(text)]
+    assert len(set(every)) == len(every) >= 3 * len(texts)
 
 
 def test_smashed_data_travels_up_once_per_device_and_split(secret_run: Run) -> None:

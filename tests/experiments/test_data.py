@@ -171,12 +171,12 @@ def test_licences_of_a_single_notice_are_held_out_as_well() -> None:
     train, test = (
         sum(body(e) in rare for e in part if e.completion == " weak copyleft") for part in (drawn.train, drawn.test)
     )
-    assert train > test > 0
+    assert train > 0 and test > 0
 
 
 def test_notices_are_clean(loaded: dict[str, DomainData]) -> None:
     notices = [body(example) for part in ("train", "test") for example in all_of(loaded["licences"], part)]
-    assert all(20 <= len(notice) <= 400 for notice in notices)
+    assert all(20 <= len(notice) <= 240 for notice in notices)
     assert not [notice for notice in notices if "{{" in notice or "  " in notice or notice[0] in "*#/"]
 
 
@@ -203,7 +203,7 @@ def test_a_short_label_gives_what_it_has_and_the_others_fill_up() -> None:
     assert (len(drawn.train), len(drawn.test)) == (1000, 500)
     train, test = (Counter(example.completion for example in part) for part in (drawn.train, drawn.test))
     scarce = " source-available"
-    assert 100 <= train[scarce] + test[scarce] <= 120
+    assert 90 <= train[scarce] + test[scarce] <= 100
     assert train[scarce] // test[scarce] == 2
     assert train[" copyleft"] == train[" permissive"] > train[scarce]
 

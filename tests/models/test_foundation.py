@@ -122,7 +122,7 @@ def test_weights_that_lack_a_layer_are_refused(tmp_path: Path) -> None:
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     path = save_tiny_foundation(tmp_path) / "model.safetensors"
     save_file({**load_file(path), "model.norm.weight": torch.ones(31)}, path, {"format": "pt"})
-    with pytest.raises(ModelError, match="(?s)cannot be loaded.*norm"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         load(tmp_path)
 
 

@@ -49,6 +49,7 @@ def test_a_row_of_zeros_gives_the_bias() -> None:
     torch.testing.assert_close(layer(torch.zeros(2, 64)), layer.bias.expand(2, -1))
 
 
+@torch.no_grad()
 def test_smoothing_helps_where_one_input_channel_is_large() -> None:
     exact = linear(bias=False)
     rows = torch.randn(200, 64)

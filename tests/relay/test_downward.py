@@ -49,7 +49,7 @@ def model_that_says(token: int) -> PreTrainedModel:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("sequences", "tokens"), [(2, 4), (12, 24), (131, 4)])  # the last needs a second batch
+@pytest.mark.parametrize(("sequences", "tokens"), [(8, 4), (12, 24), (131, 4)])  # the last needs a second batch
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_as_many_sequences_as_asked_none_too_long(sequences: int, tokens: int, share: float) -> None:
     texts = written(sequences=sequences, tokens=tokens, template_share=share)

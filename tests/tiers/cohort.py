@@ -8,7 +8,7 @@ import torch
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import Config
-from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, ModelRelease, SmashedData, SmashRequest, Split
+from gaisnet.messages import BodyOutput, BodyOutputGrad, ModelRelease, SmashedData, SmashRequest, Split
 from gaisnet.models.domain import Recipe, make_domain_body
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
@@ -19,8 +19,8 @@ from gaisnet.tiers.domain_model import DomainModel, Member
 from gaisnet.tiers.examples import DeviceData, Example
 from gaisnet.tiers.layout import Layout
 from gaisnet.transport.codec import Codec
-from gaisnet.transport.ledger import Direction, Ledger, LinkKind
 from gaisnet.transport.local import LocalLink
+from tests.frames import Frames
 from tests.tiny import NUM_LAYERS, tiny_config, tiny_model, tiny_tokenizer
 
 EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
@@ -36,23 +36,6 @@ EXAMPLES = (
     Example("Is ice so?", " no"),
     Example("Is this the last of them?", " yes indeed"),
 )
-
-
-class Frames(Ledger):
-    """Keeps every frame."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frames: list[tuple[LinkKind, Direction, bytes]] = []
-
-    def record(self, kind: LinkKind, direction: Direction, frame: bytes) -> None:
-        super().record(kind, direction, frame)
-        self.frames.append((kind, direction, frame))
-
-    def messages(self, kind: type[Message]) -> list[Any]:
-        """Everything of a type that crossed a link."""
-        decoded = [Codec(tiny_config().wire).decode(frame) for _, _, frame in self.frames]
-        return [message for message in decoded if isinstance(message, kind)]
 
 
 def cohort_config(heads: Sequence[int], tail_layers: int = 0, **changes: Any) -> Config:

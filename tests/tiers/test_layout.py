@@ -18,7 +18,7 @@ def layout(
     devices = [{"name": f"device-{i}", "head_layers": head} for i, head in enumerate(heads)]
     raw = {
         "edges": [{"name": "edge", "domain": "facts", "devices": devices}],
-        "adapters": {"rank": 2, "alpha": 6, "first_layer": first_layer, "targets": ["q_proj"], "dropout": 0.25},
+        "adapters": {"rank": 2, "alpha": 6, "first_layer": first_layer, "targets": ["q_proj"]},
         "domain": {},
         **changes,
     }
@@ -47,13 +47,13 @@ def test_what_a_device_holds() -> None:
 
 
 def test_a_domain_adapter_sits_on_the_layers_that_all_bodies_share() -> None:
-    assert layout().domain_spec() == LoraSpec(2, 6, ("q_proj",), (4, 5), 0.25)
-    assert layout(first_layer=3, tail_layers=2).domain_spec() == LoraSpec(2, 6, ("q_proj",), (3,), 0.25)
+    assert layout().domain_spec() == LoraSpec(2, 6, ("q_proj",), (4, 5))
+    assert layout(first_layer=3, tail_layers=2).domain_spec() == LoraSpec(2, 6, ("q_proj",), (3,))
 
 
 def test_merged_adapters_keep_their_scale() -> None:
     found = layout().domain_spec(3)
-    assert found == LoraSpec(6, 18, ("q_proj",), (4, 5), 0.25)
+    assert found == LoraSpec(6, 18, ("q_proj",), (4, 5))
     assert found.alpha / found.rank == 6 / 2
 
 

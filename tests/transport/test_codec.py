@@ -440,10 +440,8 @@ def test_rows_in_a_code_that_the_codec_never_writes_are_refused(dtype: str, shap
     refused(framed(header, bytes(size)))
 
 
-@pytest.mark.parametrize("shape", [[2, 1], [1], [1, -1], [1, 1.0], ["1", 1], [0, 1], [2**62, 2**62], None, 1])
+@pytest.mark.parametrize("shape", [[2, 1], [1, -1], [1, 1.0], ["1", 1], [0, 1], [2**62, 2**62], None, 1])
 def test_a_shape_that_does_not_fit_its_numbers_is_refused(shape: object) -> None:
-    if shape == [1]:
-        return  # as many numbers: a vector is a row
     refused(changed(FOUR_BYTES, about("grad_ND", shape=shape)))
 
 

@@ -9,6 +9,7 @@ from gaisnet.messages import BodyOutput, BodyOutputGrad, Done, FineTune, Message
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Direction, Ledger, LinkKind, Traffic
 from gaisnet.transport.local import LocalLink
+from tests.frames import Frames
 
 EXACT = Codec(WireSettings(body_output="float32", gradient="float32"))
 
@@ -27,18 +28,6 @@ class Echo:
         rows = isinstance(message, BodyOutput)
         self.given.append(BodyOutputGrad(message.step, 0.5, message.rows_ND) if rows else Done())  # type: ignore[attr-defined]
         return self.given[-1]
-
-
-class Frames(Ledger):
-    """Keeps every frame."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frames: list[tuple[LinkKind, Direction, bytes]] = []
-
-    def record(self, kind: LinkKind, direction: Direction, frame: bytes) -> None:
-        super().record(kind, direction, frame)
-        self.frames.append((kind, direction, frame))
 
 
 def output(num_rows: int = 3) -> BodyOutput:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.adapters.tuning import LoraSpec, peft_name
 from gaisnet.errors import AdapterMismatch
 
 AdapterTensors = dict[str, Tensor]
@@ -58,7 +58,7 @@ def save_for_peft(folder: Path, spec: LoraSpec, tensors: Mapping[str, Tensor], b
 
 
 def _parameters(body: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    suffix = f".{name}.weight"
+    suffix = f".{peft_name(name)}.weight"
     return {
         f"{path.removesuffix(suffix)}.weight": parameter
         for path, parameter in body.named_parameters()

@@ -23,20 +23,23 @@ class LoraSpec:
     alpha: int
     targets: tuple[str, ...]
     layers: tuple[int, ...]
-    dropout: float = 0.0
 
     def peft_config(self) -> LoraConfig:
         """The same in peft's words."""
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
             target_modules=list(self.targets),
             layers_to_transform=list(self.layers),
             layers_pattern="layers",
             bias="none",
             task_type="CAUSAL_LM",
         )
+
+
+def peft_name(name: str) -> str:
+    """An adapter's name inside peft: unlike any module or attribute, whatever the user calls a domain."""
+    return f"adapter-{name}"
 
 
 def add_adapter(body: nn.Module, name: str, spec: LoraSpec, seed: int) -> None:
@@ -50,15 +53,19 @@ def add_adapter(body: nn.Module, name: str, spec: LoraSpec, seed: int) -> None:
         try:
             with warnings.catch_warnings():  # several adapters on one body are what we want
                 warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
-                inject_adapter_in_model(spec.peft_config(), body, adapter_name=name)
+                inject_adapter_in_model(spec.peft_config(), body, adapter_name=peft_name(name))
         except ValueError as error:
             raise AdapterMismatch(name, f"linear modules named {', '.join(spec.targets)}", str(error)) from error
+    for path, parameter in body.named_parameters():
+        if path.endswith(f".{peft_name(name)}.weight"):  # half precision would lose small steps of the optimizer
+            parameter.data = parameter.data.float()
     activate(body, active)
+    body.eval()  # peft's new modules start in training mode
 
 
 def activate(body: nn.Module, names: Iterable[str]) -> None:
     """Let exactly these adapters act; all are frozen."""
-    wanted = list(names)
+    wanted = [peft_name(name) for name in names]
     for layer in _adapted(body):
         mine = [name for name in wanted if name in layer.lora_A]
         layer.enable_adapters(bool(mine))
@@ -68,19 +75,20 @@ def activate(body: nn.Module, names: Iterable[str]) -> None:
 
 def active_adapters(body: nn.Module) -> list[str]:
     """Names of the adapters that act, sorted."""
-    return sorted({n for layer in _adapted(body) if not layer.disable_adapters for n in layer.active_adapters})
+    names = {n for layer in _adapted(body) if not layer.disable_adapters for n in layer.active_adapters}
+    return sorted(name.removeprefix(peft_name("")) for name in names)
 
 
 def has_adapter(body: nn.Module, name: str) -> bool:
     """Whether an adapter of this name sits on ``body``."""
-    return any(name in layer.lora_A for layer in _adapted(body))
+    return any(peft_name(name) in layer.lora_A for layer in _adapted(body))
 
 
 def trainable(body: nn.Module, name: str) -> list[nn.Parameter]:
     """Unfreeze one adapter and freeze everything else; returns its parameters in a fixed order."""
     chosen = []
     for path, parameter in body.named_parameters():
-        parameter.requires_grad_(f".{name}." in path)
+        parameter.requires_grad_(path.endswith(f".{peft_name(name)}.weight"))
         if parameter.requires_grad:
             chosen.append(parameter)
     return chosen

@@ -48,7 +48,7 @@ def check_recipe(settings: DomainSettings, middle: Middle, num_layers: int) -> N
     keep = settings.keep_layers
     outside = num_layers - len(middle.layers())
     where = f"only the middle, layers {middle.start} to {middle.stop - 1} of {num_layers}, may lose any"
-    if isinstance(keep, int) and not outside < keep <= num_layers:
+    if isinstance(keep, int) and keep != num_layers and not outside < keep < num_layers:
         raise CutError("domain.keep_layers", keep, where, f"use {outside + 1} to {num_layers}, or null for all")
     if isinstance(keep, tuple):
         lost = sorted(set(range(num_layers)) - set(keep) - set(middle.layers()))

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,12 +46,18 @@ def load_foundation(settings: ModelSettings) -> Foundation:
     source = _converted(_locate(settings.foundation), settings.foundation)
     try:
         check_family(AutoConfig.from_pretrained(source), settings.foundation)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, settings.dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, settings.dtype), output_loading_info=True
+        )
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             settings.foundation, f"cannot be loaded ({error})", "give a hub id, a model folder or a .gguf file"
         ) from error
+    if report["missing_keys"]:  # transformers has filled them with random numbers
+        found = f"its files lack weights, the first is '{sorted(report['missing_keys'])[0]}'"
+        raise ModelError(settings.foundation, found, "download the model again")
     if tokenizer.eos_token_id is None:
         raise ModelError(
             settings.foundation, "its tokenizer has no end-of-sequence token", "set eos_token in its files"
@@ -118,7 +125,7 @@ def _convert(gguf: Path, folder: Path, asked: str) -> None:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         scratch.rename(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         if not folder.is_dir():  # another process may have converted it meanwhile
             raise ModelError(
                 asked, f"the GGUF file cannot be converted ({error})", "check the file and disk"

@@ -79,4 +79,5 @@ def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
 def relative_square(hidden_BTD: Tensor, target_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean over tokens of |hidden - target|^2 / |target|^2."""
     hidden_ND, target_ND = hidden_BTD[mask_BT], target_BTD[mask_BT]
-    return ((hidden_ND - target_ND).square().sum(-1) / target_ND.square().sum(-1)).mean()
+    errors_N = (hidden_ND - target_ND).square().sum(-1) / target_ND.square().sum(-1)
+    return errors_N.sum() / max(len(errors_N), 1)  # no token at all: zero, not NaN

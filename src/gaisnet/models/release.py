@@ -103,7 +103,7 @@ def _read_config(config_json: str) -> PretrainedConfig:
     try:
         raw = json.loads(config_json)
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError("of a release", f"its configuration cannot be read ({error})", "update both ends") from error
     check_family(config, "of a release")
     return config
@@ -119,6 +119,11 @@ def _named(module: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def _filled(module: M, tensors: Mapping[str, Tensor], prefix: str) -> M:
     mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    expected = module.state_dict()
+    for name, tensor in mine.items():
+        if name in expected and tensor.is_floating_point() != expected[name].is_floating_point():
+            found = f"'{prefix}{name}' is {tensor.dtype} where {expected[name].dtype} belongs"
+            raise ModelError("of a release", found, "update both ends")
     try:
         module.load_state_dict(mine, assign=True)
     except RuntimeError as error:

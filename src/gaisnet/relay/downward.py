@@ -82,7 +82,8 @@ def _shaped(
         line = str(tokenizer.decode(ids[len(opening) :])).strip().partition("\n")[0]
         closing = tokenizer.encode(after + (f" {labels[picks[i]]}" if labels else ""), add_special_tokens=False)
         body = tokenizer.encode(before + line, add_special_tokens=False)[: max(1, settings.tokens - len(closing))]
-        sequences.append((body + closing)[: settings.tokens])
+        filled = (body + closing)[: settings.tokens]
+        sequences.append(filled if len(filled) > 1 else ids[: settings.tokens])  # one token teaches nothing
     return sequences
 
 

@@ -221,7 +221,8 @@ class Cloud:
         activate(self._body, () if adapter is None else (adapter,))
         outputs = self._retention_inputs.map_batches(self._suffix, PREFIX_BATCH)
         activate(self._body, ())
-        hidden_BTD = outputs.rows_ND.view(*self._retention_ids_BT.shape, -1)
+        with torch.no_grad():
+            hidden_BTD = self._tail.stack.run(outputs.rows_ND.view(*self._retention_ids_BT.shape, -1))
         return perplexity(hidden_BTD, self._tail.logits, self._retention_ids_BT)
 
     def adapter(self, name: str) -> tuple[LoraSpec, AdapterTensors]:

@@ -147,7 +147,10 @@ class Device:
         _, tail = self._parts()
         chosen = self._chosen(output)
         labels_N = torch.tensor([label for t in chosen for label in t.label_ids])
-        rows_ND = rows_ND.to(next(tail.norm.parameters()).dtype)
+        norm = next(tail.norm.parameters())
+        if rows_ND.shape[-1] != len(norm):
+            raise WireFormatError(f"rows of width {rows_ND.shape[-1]} where the model has {len(norm)}")
+        rows_ND = rows_ND.to(norm.dtype)
         if self._config.tail_layers:
             rows_ND = _tail_layers(tail, rows_ND, chosen, self.name)
         if len(rows_ND) != len(labels_N):

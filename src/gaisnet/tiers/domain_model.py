@@ -15,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import activate, add_adapter, trainable
 from gaisnet.config import FineTuneSettings
-from gaisnet.errors import NotFinite
+from gaisnet.errors import NotFinite, WireFormatError
 from gaisnet.messages import AdapterRelease, AnchorRelease, BodyOutput, BodyOutputGrad
 from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged, length_mask, relative_square, shuffled_batches
@@ -164,10 +164,19 @@ class DomainModel:
             last = first + sum(count for count, (owner, _) in zip(counts, picks, strict=True) if owner == m)
             output = BodyOutput("train", step, sum(num_labels), _int32(examples), rows_ND[first:last].detach())
             reply = members[m].answer(output)
+            _check_reply(reply, output, members[m].name)
             grad_ND[first:last] = reply.grad_ND.to(grad_ND)
             loss_sum, first = loss_sum + reply.loss_sum, last
         rows_ND.backward(grad_ND)
         return loss_sum, sum(num_labels)
+
+
+def _check_reply(reply: BodyOutputGrad, output: BodyOutput, name: str) -> None:
+    if reply.step != output.step or reply.grad_ND.shape != output.rows_ND.shape:
+        raise WireFormatError(
+            f"device '{name}' answers step {output.step} and rows {tuple(output.rows_ND.shape)} "
+            f"with step {reply.step} and gradients {tuple(reply.grad_ND.shape)}"
+        )
 
 
 def body_output_rows(suffix: Callable[[Tensor], Tensor], inputs: Activations, whole: bool) -> Tensor:

@@ -111,14 +111,15 @@ class Edge:
         """Edge rounds of HFSL: the split cohort learns here, local devices by themselves; then all are averaged."""
         domain = self._model()
         learned: list[tuple[Learned, AdapterTensors]] = []
+        num_steps = 0
         for edge_round in range(self._config.fine_tune.edge_rounds):
             start = domain.domain_adapter()
             learned = [self._learn_alone(name, order.cycle, edge_round, start) for name in self._local_devices()]
             learned += self._learn_split(domain, order.cycle, edge_round)
+            num_steps += sum(one.num_steps for one, _ in learned)
             domain.put_domain_adapter(fedavg([(tensors, one.num_examples) for one, tensors in learned]))
         num_examples = sum(one.num_examples for one, _ in learned)
         loss = sum(one.loss * one.num_examples for one, _ in learned) / num_examples
-        num_steps = sum(one.num_steps for one, _ in learned)
         return AdapterUpdate(domain.versions["domain"], num_examples, num_steps, loss, domain.domain_adapter())
 
     def _learn_split(self, domain: DomainModel, cycle: int, edge_round: int) -> list[tuple[Learned, AdapterTensors]]:

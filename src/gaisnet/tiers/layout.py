@@ -19,6 +19,9 @@ class Layout:
     def __post_init__(self) -> None:
         """Raise ``CutError`` where cuts, recipe and adapters do not fit the model or each other."""
         first, last = self.config.adapters.first_layer, self.tail_start - 1
+        if last < 1:
+            found, do = f"the model has {self.num_layers} layers", f"use 0 to {self.num_layers - 2}"
+            raise CutError("tail_layers", self.config.tail_layers, found, do)
         if first > last:
             found = f"the model has {self.num_layers} layers and the devices' tails take {self.config.tail_layers}"
             raise CutError("adapters.first_layer", first, found, f"use 1 to {last}")
@@ -63,9 +66,7 @@ class Layout:
         """Shape of a domain adapter, or of ``num_merged`` of them side by side."""
         settings = self.config.adapters
         layers = tuple(range(self.first_adapted, self.tail_start))
-        return LoraSpec(
-            settings.rank * num_merged, settings.alpha * num_merged, settings.targets, layers, settings.dropout
-        )
+        return LoraSpec(settings.rank * num_merged, settings.alpha * num_merged, settings.targets, layers)
 
     def relay_spec(self, kept: tuple[int, ...]) -> LoraSpec:
         """Shape of a relay adapter, on the layers of the middle that the recipe kept."""

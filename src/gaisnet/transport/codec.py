@@ -50,7 +50,8 @@ class Codec:
                     self._pack(tensors, f"{declared.name}/{key}", tensor, declared)
             else:
                 plain[declared.name] = value
-        metadata = {"message": type(message).__name__, "fields": json.dumps(plain, allow_nan=False)}
+        # A loss that is NaN must cross, so that the receiver can name the step; Python's JSON reads what it writes.
+        metadata = {"message": type(message).__name__, "fields": json.dumps(plain)}
         return safetensors.torch.save(tensors, metadata)
 
     def decode(self, frame: bytes) -> Message:
@@ -58,10 +59,10 @@ class Codec:
         name, values = self._read_header(frame)
         try:
             tensors = safetensors.torch.load(frame)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise WireFormatError(f"no tensors ({error})") from error
         try:
-            values.update(_gather(_unpack(tensors), _TYPES[name]))
+            values.update(_gather(tensors, _TYPES[name]))
             message: Message = _ADAPTERS[name].validate_python(values)
         except (ValidationError, ValueError) as error:
             raise WireFormatError(f"a {name} with wrong fields ({error})") from error
@@ -91,7 +92,7 @@ class Codec:
             name, values = metadata["message"], json.loads(metadata["fields"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise WireFormatError(f"no message header ({error!r})") from error
-        if name not in _TYPES or not isinstance(values, dict):
+        if not isinstance(name, str) or name not in _TYPES or not isinstance(values, dict):
             raise WireFormatError(f"an unknown message {name!r}")
         return name, values
 
@@ -109,30 +110,31 @@ def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale
 
 
-def _unpack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join int8 codes with their scales and widen half precision."""
-    unpacked = {}
-    for name, tensor in tensors.items():
-        if name.endswith(_SCALE):
-            continue
-        scale = tensors.get(name + _SCALE)
-        if scale is not None:
-            if scale.shape != (*tensor.shape[:-1], 1):
-                raise WireFormatError(f"scales of shape {tuple(scale.shape)} for '{name}' {tuple(tensor.shape)}")
-            tensor = dequantize_rows(tensor, scale)
-        unpacked[name] = tensor
-    return unpacked
-
-
 def _gather(tensors: dict[str, Tensor], cls: type[Message]) -> dict[str, Any]:
     """Tensors back into the fields of their message: ``field/key`` into a dictionary, coded ones widened to float32."""
     coded = {declared.name for declared in fields(cls) if "wire" in declared.metadata}
     values: dict[str, Any] = {declared.name: {} for declared in fields(cls) if declared.type == dict[str, Tensor]}
     for name, tensor in tensors.items():
         owner, _, key = name.partition("/")
-        tensor = tensor.float() if owner in coded else tensor
+        if owner.removesuffix(_SCALE) in coded:
+            if name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors:
+                continue
+            tensor = _widened(name, tensor, tensors.get(name + _SCALE))
         if key and isinstance(values.get(owner), dict):
             values[owner][key] = tensor
         else:
             values[name] = tensor
     return values
+
+
+def _widened(name: str, tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """float32 numbers of a tensor as ``_pack`` wrote it."""
+    if scale is None:
+        if tensor.dtype not in _DTYPES.values():
+            raise WireFormatError(f"'{name}' in {tensor.dtype} without scales")
+        return tensor.float()
+    if tensor.dtype != torch.int8 or scale.dtype != torch.float32:
+        raise WireFormatError(f"'{name}' in {tensor.dtype} with scales in {scale.dtype}")
+    if scale.shape != (*tensor.shape[:-1], 1):
+        raise WireFormatError(f"scales of shape {tuple(scale.shape)} for '{name}' {tuple(tensor.shape)}")
+    return dequantize_rows(tensor, scale)
