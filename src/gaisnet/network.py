@@ -58,13 +58,14 @@ class Network:
             _ask(link, self.cloud.anchor_release, Done)
 
     def release(self) -> dict[str, Distillation]:
-        """Foundation knowledge goes down: the FM writes text, and a relay that was distilled on it goes to every DM."""
+        """Foundation knowledge goes down: relays, distilled on text that the FM writes, go to the DMs that they help."""
         results = {}
         for domain, link in self._edges.items():
             relayed = self.cloud.relay_release(domain, self._cycle)
             if relayed is not None:
                 relay, results[domain] = relayed
-                _ask(link, relay, Done)
+                if results[domain].helped:
+                    _ask(link, relay, Done)
         return results
 
     def fine_tune(self) -> dict[str, AdapterUpdate]:

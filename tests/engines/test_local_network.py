@@ -148,6 +148,20 @@ def test_a_relay_is_distilled_for_every_domain_in_every_cycle(finished: Run) -> 
         assert all(0.0 < relay.error_after < relay.error_before for relay in relays.values())
 
 
+def test_a_relay_that_makes_a_domain_model_worse_is_not_released() -> None:
+    raw = {"rank": 2, "sequences": 8, "tokens": 12, "epochs": 1, "batch_size": 4}
+    ruinous = Run(alone(relay={**raw, "learning_rate": 10.0}))
+    ruinous.network.install()
+    before = ruinous.network.evaluate()
+    assert not any(relay.helped for relay in ruinous.network.release().values())
+    assert ruinous.network.evaluate() == before
+    useful = Run(alone(relay={**raw, "learning_rate": 0.01}))
+    useful.network.install()
+    before = useful.network.evaluate()
+    assert all(relay.helped for relay in useful.network.release().values())
+    assert useful.network.evaluate().domain != before.domain
+
+
 def test_the_gate_speaks_of_every_adapter(finished: Run) -> None:
     for verdicts in finished.verdicts:
         assert [verdict.adapter for verdict in verdicts] == ["shapes", "tastes", MERGED]

@@ -39,6 +39,11 @@ class Distillation:
     error_before: float
     error_after: float
 
+    @property
+    def helped(self) -> bool:
+        """Whether the DM is nearer to the FM than before; what does not help is not released."""
+        return self.error_after < self.error_before
+
 
 def generate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: TaskShape, settings: RelaySettings, seed: int

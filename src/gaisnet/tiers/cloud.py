@@ -146,7 +146,10 @@ class Cloud:
     # -- down ----------------------------------------------------------------------------------------------------------
 
     def relay_release(self, domain: str, cycle: int) -> tuple[AdapterRelease, Distillation] | None:
-        """Write text for a domain, distil the FM into its DM, and release the relay; None where there is no relay."""
+        """Write text for a domain and distil the FM into its DM; None where there is no relay.
+
+        A relay that does not help on text that it did not learn from is not kept: the one before is in the release.
+        """
         if domain not in self._relays:
             return None
         texts = self._write(domain, cycle)
@@ -165,7 +168,8 @@ class Cloud:
             self._progress,
         )
         self._dm_body.requires_grad_(False)
-        self._relays[domain] = take_out(self._dm_body, "relay")
+        if result.helped:
+            self._relays[domain] = take_out(self._dm_body, "relay")
         return AdapterRelease("relay", cycle, self._relays[domain]), result
 
     def _write(self, domain: str, cycle: int) -> tuple[Tensor, tuple[int, ...]]:
