@@ -58,7 +58,7 @@ class Network:
             _ask(link, self.cloud.anchor_release, Done)
 
     def release(self) -> dict[str, Distillation]:
-        """Foundation knowledge goes down: relays, distilled on text that the FM writes, go to the DMs that they help."""
+        """Foundation knowledge goes down: relays, distilled on text that the FM writes, go to DMs that they help."""
         results = {}
         for domain, link in self._edges.items():
             relayed = self.cloud.relay_release(domain, self._cycle)
