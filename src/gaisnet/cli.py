@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 _console = Console()
+_errors = Console(stderr=True)
 
 _STAGES = {
     "load": "loading the foundation model and sending every site its part",
@@ -64,8 +65,8 @@ def run(
         with LiveProgress(_console) as progress:
             summary = run_experiment(settings, folder, progress)
     except GaisnetError as error:
-        _console.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        _console.print(str(error), markup=False, highlight=False)
+        _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        _errors.print(str(error), markup=False, highlight=False)
         raise typer.Exit(1) from error
     _console.print(closing_table(summary))
     _console.print(f"Open {folder / 'report.html'}; adapters for peft are in {folder / 'adapters'}", highlight=False)
