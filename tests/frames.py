@@ -18,6 +18,12 @@ class Frames(Ledger):
         super().__init__()
         self.frames: list[tuple[LinkKind, Direction, bytes]] = []
 
+    def another(self) -> "Frames":
+        """A ledger of another site, that keeps its frames with these."""
+        ledger = Frames()
+        ledger.frames = self.frames
+        return ledger
+
     def record(self, kind: LinkKind, direction: Direction, frame: bytes) -> None:
         super().record(kind, direction, frame)
         self.frames.append((kind, direction, frame))

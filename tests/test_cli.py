@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from gaisnet.cli import app
+from gaisnet.cli.app import app
 from tests.tiny import tiny_edge, write_tiny_run
 
 
@@ -70,7 +70,7 @@ def test_an_option_that_does_not_exist_is_a_usage_error() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, gaisnet.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, gaisnet.cli.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -108,6 +108,52 @@ def test_set_changes_settings_and_without_out_a_folder_is_named_by_the_time(
     assert summary["seed"] == summary["config"]["seed"] == 11
     assert summary["config"]["relay"]["enabled"] is False and summary["cycles"][1]["relay"] == {}
     assert summary["config"]["edges"][0]["devices"][1]["head_layers"] == 0
+
+
+# -- a run that goes on ------------------------------------------------------------------------------------------------
+
+
+def test_help_of_run_teaches_how_to_go_on() -> None:
+    text = words(gaisnet("run", "--help").output)
+    assert "--resume" in text and "--resume DIR --set cycles=4" in text
+
+
+@pytest.mark.integration
+def test_resume_gives_a_run_another_cycle(tmp_path: Path) -> None:
+    config, out = small_run(tmp_path), tmp_path / "out"
+    assert gaisnet("run", config, "--out", out).exit_code == 0
+    result = gaisnet("run", "--resume", out, "--set", "cycles=2")
+    assert result.exit_code == 0, result.output
+    assert f"Open {out / 'report.html'}" in result.output.replace("\n", " ").replace("Open  ", "Open ")
+    assert [cycle["cycle"] for cycle in summary_of(out)["cycles"]] == [0, 1, 2]
+    before = (out / "summary.json").read_bytes()
+    assert_fails(gaisnet("run", "--resume", out, "--set", "seed=1"), "ConfigError: --set seed=1 on a run that goes on")
+    assert (out / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "give either CONFIG or --resume DIR"),
+        (["run.yaml", "--resume", "out"], "give either CONFIG or --resume DIR"),
+        (["--resume", "out", "--out", "elsewhere"], "a run that goes on stays in its folder; leave out --out"),
+    ],
+    ids=["neither", "both", "another folder"],
+)
+def test_a_run_is_new_or_goes_on_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = gaisnet("run", *arguments)
+    assert result.exit_code == 2
+    assert "Usage: " in words(result.output) and expected in words(result.output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_run_cannot_go_on(tmp_path: Path) -> None:
+    expected = "NothingToResume: output folder '", "no part of a run was finished in it; start one with --out"
+    assert_fails(gaisnet("run", "--resume", tmp_path / "nowhere"), *expected)
+    assert not (tmp_path / "nowhere").exists()
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ TensorCode = Literal["float32", "float16", "bfloat16", "int8"]
 Precision = Literal["float32", "int8"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 RESERVED_DOMAINS = frozenset({"foundation", "merged"})  # names of adapters in the cloud
+RESERVED_SITES = frozenset(
+    {"cloud", "admin", "authority", "logs"}
+)  # names of folders beside those of edges and devices
 
 
 class Settings(BaseModel):
@@ -122,6 +125,28 @@ class WireSettings(Settings):
     max_message_bytes: int = Field(2**31, ge=2**16, description="Longer frames are refused before they are read.")
 
 
+class FaultSettings(Settings):
+    """How long somebody is waited for, and without whom a round goes on."""
+
+    step_deadline_s: float = Field(60.0, gt=0.0, description="A device that answers a training step later is left out.")
+    round_deadline_s: float = Field(
+        1800.0, gt=0.0, description="Same for its head's output, an installation, local learning."
+    )
+    away_s: float = Field(30.0, ge=0.0, description="How long a device whose link is down is waited for.")
+    min_devices: int = Field(1, ge=1, description="An edge round with fewer devices of an edge fails.")
+    edge_deadline_s: float = Field(
+        7200.0, gt=0.0, description="How long the cloud waits for an edge, restarts included."
+    )
+
+
+class CloudSettings(Settings):
+    """Where the cloud's site is reached; read by ``gaisnet deploy`` only."""
+
+    host: str = Field("localhost", description="DNS name or IP address by which edges reach it.")
+    nvflare_port: int = Field(0, ge=0, le=65535, description="TCP port of NVFlare's server; 0 takes a free one.")
+    link_port: int = Field(0, ge=0, le=65535, description="TCP port for the edges' own streams; 0 takes a free one.")
+
+
 class DataSettings(Settings):
     """How a built-in data set is drawn and spread over an edge's devices."""
 
@@ -154,6 +179,8 @@ class EdgeSettings(Settings):
     template: str | None = Field(None, description="Public task template with {text}; shapes the generated text.")
     labels: tuple[str, ...] = Field((), description="Public label names, if the task has a closed set of answers.")
     devices: tuple[DeviceSettings, ...] = Field(min_length=1, description="The devices of this edge's cluster.")
+    host: str = Field("localhost", description="Deployed: DNS name or IP address by which its devices reach it.")
+    link_port: int = Field(0, ge=0, le=65535, description="Deployed: TCP port for its devices; 0 takes a free one.")
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
@@ -177,7 +204,9 @@ class Config(Settings):
     fine_tune: FineTuneSettings = FineTuneSettings()
     absorb: AbsorbSettings = AbsorbSettings()
     wire: WireSettings = WireSettings()
+    faults: FaultSettings = FaultSettings()
     data: DataSettings = DataSettings()
+    cloud: CloudSettings = CloudSettings()
     edges: tuple[EdgeSettings, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -186,6 +215,8 @@ class Config(Settings):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"names must be unique, but these are used twice: {', '.join(repeated)}")
+        if RESERVED_SITES.intersection(names):
+            raise ValueError(f"an edge or a device cannot be named {' or '.join(sorted(RESERVED_SITES))}")
         domains = [edge.domain for edge in self.edges]
         if RESERVED_DOMAINS.intersection(domains):
             raise ValueError(f"a domain cannot be named {' or '.join(sorted(RESERVED_DOMAINS))}")
@@ -220,7 +251,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(asked, "is not a mapping of keys", "see configs/demo.yaml")
     config = parse_config(with_overrides(raw, overrides), asked)
-    return _resolve_data_folders(config, path.parent)
+    return _resolve_data_folders(config, path.parent.resolve())
 
 
 def parse_config(raw: dict[str, Any], asked: str = "configuration") -> Config:

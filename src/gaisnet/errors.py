@@ -44,11 +44,25 @@ class OutputInUse(ConfigError):
         super().__init__(f"output folder '{folder}'", found, "choose another with --out, or remove it")
 
 
+class NothingToResume(ConfigError):
+    """A folder holds no run that could go on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"output folder '{folder}'", "no part of a run was finished in it", "start one with --out")
+
+
 class OutputNotWritable(GaisnetError):
     """A file or folder of a run cannot be written: a full disk, missing rights, a folder that went away."""
 
     def __init__(self, path: Path, found: str) -> None:
         super().__init__(f"writing '{path}': {found}; free some space or choose a writable folder with --out")
+
+
+class CheckpointError(GaisnetError):
+    """A checkpoint is there but cannot be read."""
+
+    def __init__(self, path: Path, found: str) -> None:
+        super().__init__(f"checkpoint '{path}' cannot be read: {found}; remove it to start again without it")
 
 
 class ModelError(GaisnetError):
@@ -88,8 +102,35 @@ class AdapterMismatch(AdapterError):
         )
 
 
+class StaleAdapter(AdapterError):
+    """An adapter grew out of a release that is not the one in place."""
+
+    def __init__(self, adapter: str, expected: int, found: int) -> None:
+        super().__init__(
+            f"adapter '{adapter}': expected one grown out of version {expected}, found version {found}; "
+            "release the present one and learn again"
+        )
+
+
+class TooFewDevices(GaisnetError):
+    """Fewer devices took part in an edge round than the configuration asks for."""
+
+    def __init__(self, edge: str, wanted: int, found: int, reasons: str) -> None:
+        super().__init__(
+            f"edge '{edge}' needs {wanted} devices for a round (faults.min_devices) but {found} took part: {reasons}; "
+            "bring devices back, or lower the number, and resume"
+        )
+
+
 class LinkError(GaisnetError):
     """A message could not cross a link."""
+
+
+class LinkTimeout(LinkError):
+    """The other end did not answer in time."""
+
+    def __init__(self, asked: str, found: str) -> None:
+        super().__init__(f"{asked}: {found}; look at the log of the other site, or raise the deadline under 'faults'")
 
 
 class WireFormatError(LinkError):
@@ -104,3 +145,78 @@ class UnexpectedMessage(LinkError):
 
     def __init__(self, receiver: str, message: str) -> None:
         super().__init__(f"{receiver} does not take a {message} here; check that both ends run the same version")
+
+
+class DeploymentError(GaisnetError):
+    """The sites of a network cannot be prepared, started or ended."""
+
+
+class ProvisionFailed(DeploymentError):
+    """NVFlare made no startup kits."""
+
+    def __init__(self, network: str, found: str) -> None:
+        super().__init__(
+            f"startup kits for network '{network}': {found}; check the names and addresses of the sites, and that the "
+            "output folder is writable"
+        )
+
+
+class KitUnreadable(DeploymentError):
+    """A folder is not a site's kit, or a file of it is missing or damaged."""
+
+    def __init__(self, folder: Path, found: str) -> None:
+        super().__init__(f"site kit '{folder}': {found}; copy the kit again, or make new ones with 'deploy prepare'")
+
+
+class ProcessFailed(DeploymentError):
+    """A process of the launch ends again and again, or cannot be started."""
+
+    def __init__(self, name: str, found: str, log: Path, last_lines: str) -> None:
+        super().__init__(f"process '{name}' {found}; its log is '{log}', which ends with:\n{last_lines}")
+
+
+class ProcessesLeft(DeploymentError):
+    """Processes of the launch are alive after SIGKILL."""
+
+    def __init__(self, left: Iterable[int]) -> None:
+        numbers = ", ".join(map(str, left))
+        super().__init__(f"stopping the launch: processes {numbers} are still alive after SIGKILL; end them by hand")
+
+
+class LinkLost(LinkError):
+    """A request that will never be answered: the other end restarted and forgot it, or the link was closed."""
+
+    def __init__(self, other: str, found: str) -> None:
+        super().__init__(f"a request to '{other}' is lost: {found}; ask again when it is back")
+
+
+class PeerError(LinkError):
+    """The other end received a request and could not answer it.
+
+    Attributes:
+        peer_name: The other end.
+        kind: The class of what it raised.
+        text: What that said.
+    """
+
+    def __init__(self, peer_name: str, kind: str, text: str) -> None:
+        super().__init__(f"a request to '{peer_name}' failed there with {kind}: {text}")
+        self.peer_name = peer_name
+        self.kind = kind
+        self.text = text
+
+
+class SiteRefused(LinkError):
+    """A site may not speak on a link under the name it gave."""
+
+    def __init__(self, asked: str, found: str) -> None:
+        super().__init__(f"{asked}: {found}; use a kit of this network that was made for this site")
+
+
+class MessageTooLarge(LinkError):
+    """A payload that the link's limit does not let through."""
+
+    def __init__(self, other: str, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"a message to '{other}': {size_bytes} bytes, the limit is {limit_bytes}; raise wire.max_message_bytes"
+        )

@@ -33,6 +33,32 @@ class Done(Message):
 
 
 @dataclass(frozen=True)
+class Install(Message):
+    """Cloud -> edge, before every cycle: have what the run needs; ask the cloud for what you lack."""
+
+    run: str  # a run, and all that resume it, have one name
+    model: str  # digest of the ``ModelRelease``
+
+
+@dataclass(frozen=True)
+class Installed(Message):
+    """Edge -> cloud: it has the model, and these versions of the adapters; -1 for none."""
+
+    relay: StrictInt
+    domain: StrictInt
+
+
+@dataclass(frozen=True)
+class ModelRequest(Message):
+    """Edge -> cloud: send the ``ModelRelease``."""
+
+
+@dataclass(frozen=True)
+class AnchorRequest(Message):
+    """Edge -> cloud: send the ``AnchorRelease``."""
+
+
+@dataclass(frozen=True)
 class ModelRelease(Message):
     """Cloud -> edge -> device, once: the frozen weights that the receiver's parts need, and nothing more."""
 
@@ -72,10 +98,12 @@ class AnchorRelease(Message):
 class AdapterUpdate(Message):
     """Local device -> edge -> cloud: a domain adapter after learning."""
 
-    version: StrictInt  # of the release that it grew out of
+    version: StrictInt  # one more than the cycle that it was learned in
+    base: StrictInt  # version of the release that it grew out of
     num_examples: StrictInt
     num_steps: StrictInt
     loss: StrictFloat  # mean over the label tokens of the last epoch
+    faults: tuple[str, ...]  # what went wrong with which device, a sentence each
     tensors: dict[str, Tensor] = wire("adapter")
 
 
@@ -169,6 +197,21 @@ class Evaluate(Message):
 
     body: Literal["domain", "foundation"]
     adapter: str | None  # on the foundation: the name of the adapter to plug in
+
+
+@dataclass(frozen=True)
+class TrafficRequest(Message):
+    """Cloud -> edge: how much have you sent and got?"""
+
+
+@dataclass(frozen=True)
+class TrafficReport(Message):
+    """Edge -> cloud: bytes of all requests that the edge made, and of their answers, since the run began."""
+
+    device_edge_up: StrictInt
+    device_edge_down: StrictInt
+    edge_cloud_up: StrictInt
+    edge_cloud_down: StrictInt
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,37 @@
 ``evaluate`` may stand anywhere between them. The network runs where the cloud is; edges are at the other end of links.
 """
 
+import time
+import uuid
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from gaisnet.errors import UnexpectedMessage
-from gaisnet.messages import AdapterUpdate, Done, Evaluate, EvaluationReport, FineTune, Message
+from torch import Tensor
+
+from gaisnet.config import FaultSettings
+from gaisnet.errors import LinkLost, UnexpectedMessage
+from gaisnet.messages import (
+    AdapterUpdate,
+    Done,
+    Evaluate,
+    EvaluationReport,
+    FineTune,
+    Install,
+    Installed,
+    Message,
+    TrafficReport,
+    TrafficRequest,
+)
 from gaisnet.relay.downward import Distillation
 from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.cloud import MERGED, Cloud
-from gaisnet.transport.base import Link
-from gaisnet.transport.ledger import Ledger
+from gaisnet.transport.base import Link, wait
+from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 
 M = TypeVar("M", bound=Message)
+_RETRY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,59 +58,90 @@ class Network:
     Args:
         cloud: In this process.
         edges: Link to the edge of each domain.
-        ledger: Counts what crosses the links.
+        ledger: Counts what the cloud asks, and the answers.
+        faults: Deadlines.
     """
 
-    def __init__(self, cloud: Cloud, edges: Mapping[str, Link], ledger: Ledger) -> None:
+    def __init__(self, cloud: Cloud, edges: Mapping[str, Link], ledger: Ledger, faults: FaultSettings) -> None:
         self.cloud = cloud
-        self.ledger = ledger
+        self.run = uuid.uuid4().hex
+        self.cycle = 0
         self._edges = edges
-        self._cycle = 0
+        self._ledger = ledger
+        self._faults = faults
         self._updates: dict[str, AdapterUpdate] = {}
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a run needs to go on from here, for ``restore``."""
+        state, tensors = self.cloud.state()
+        return {"run": self.run, "cycle": self.cycle, "cloud": state}, tensors
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from where ``state`` was taken. Raises ``AdapterMismatch`` if the configuration is another one."""
+        self.run, self.cycle = state["run"], state["cycle"]
+        self.cloud.restore(state["cloud"], tensors)
+
     def install(self) -> None:
-        """Once: every edge gets what its domain model and its devices need, and the domain adapter to start from."""
-        for domain, link in self._edges.items():
-            _ask(link, self.cloud.model_release, Done)
-            _ask(link, self.cloud.domain_release(domain), Done)
-            _ask(link, self.cloud.anchor_release, Done)
+        """Every edge gets what it lacks of what its domain model and its devices need, and the present adapters."""
+        order = Install(self.run, self.cloud.model_digest)
+        for domain, held in self._ask(dict.fromkeys(self._edges, order), Installed).items():
+            versions = self.cloud.versions
+            if held.relay != versions["relay"][domain]:
+                self._ask({domain: self.cloud.release("relay", domain)}, Done)
+            if held.domain != versions["domain"][domain]:
+                self._ask({domain: self.cloud.release("domain", domain)}, Done)
 
     def release(self) -> dict[str, Distillation]:
         """Foundation knowledge goes down: relays, distilled on text that the FM writes, go to DMs that they help."""
-        results = {}
-        for domain, link in self._edges.items():
-            relayed = self.cloud.relay_release(domain, self._cycle)
-            if relayed is not None:
-                relay, results[domain] = relayed
-                if results[domain].helped:
-                    _ask(link, relay, Done)
-        return results
+        results = {domain: self.cloud.distil(domain, self.cycle) for domain in self._edges}
+        self.install()
+        return {domain: result for domain, result in results.items() if result is not None}
 
     def fine_tune(self) -> dict[str, AdapterUpdate]:
-        """Every edge and its devices learn from private data."""
-        self._updates = {
-            domain: _ask(link, FineTune(self._cycle), AdapterUpdate) for domain, link in self._edges.items()
-        }
+        """Every edge and its devices learn from private data, all edges at once."""
+        self._updates = self._ask(dict.fromkeys(self._edges, FineTune(self.cycle)), AdapterUpdate)
         return self._updates
 
     def absorb(self) -> list[Verdict]:
         """Domain knowledge goes up: what was learned is plugged into the FM, where the gate lets it. Ends the cycle."""
         verdicts = self.cloud.absorb(self._updates)
         self._updates = {}
-        self._cycle += 1
+        self.cycle += 1
         return verdicts
 
     def evaluate(self) -> Scores:
         """Score every model through the split; only counts and sums come back."""
         return Scores(
-            domain={d: _ask(link, Evaluate("domain", None), EvaluationReport) for d, link in self._edges.items()},
-            foundation={d: _ask(link, Evaluate("foundation", d), EvaluationReport) for d, link in self._edges.items()},
-            merged={d: _ask(link, Evaluate("foundation", MERGED), EvaluationReport) for d, link in self._edges.items()},
+            domain=self._ask(dict.fromkeys(self._edges, Evaluate("domain", None)), EvaluationReport),
+            foundation=self._ask({d: Evaluate("foundation", d) for d in self._edges}, EvaluationReport),
+            merged=self._ask(dict.fromkeys(self._edges, Evaluate("foundation", MERGED)), EvaluationReport),
         )
 
+    def traffic(self) -> dict[LinkKind, Traffic]:
+        """Bytes of the whole run on each kind of link, all sites together."""
+        reports = self._ask(dict.fromkeys(self._edges, TrafficRequest()), TrafficReport).values()
+        devices = sum((Traffic(r.device_edge_up, r.device_edge_down) for r in reports), start=Traffic())
+        cloud = sum((Traffic(r.edge_cloud_up, r.edge_cloud_down) for r in reports), start=Traffic())
+        return {"device_edge": devices, "edge_cloud": cloud + self._ledger.traffic("edge_cloud")}
 
-def _ask(link: Link, message: Message, answer: type[M]) -> M:
-    reply = link.request(message)
-    if not isinstance(reply, answer):
-        raise UnexpectedMessage(f"the network, waiting for a {answer.__name__},", type(reply).__name__)
-    return reply
+    def _ask(self, messages: Mapping[str, Message], answer: type[M]) -> dict[str, M]:
+        """Ask several edges at once, by domain. Raises what went wrong at the first that fails."""
+        sent = {domain: self._edges[domain].send(message) for domain, message in messages.items()}
+        return {domain: self._wait(domain, messages[domain], sent[domain], answer) for domain in messages}
+
+    def _wait(self, domain: str, message: Message, sent: Future[Message], answer: type[M]) -> M:
+        link, until = self._edges[domain], time.monotonic() + self._faults.edge_deadline_s
+        asked = f"the cloud, waiting for a {answer.__name__} of the edge of '{domain}'"
+        while True:
+            left_s = until - time.monotonic()
+            try:
+                reply = wait(link, sent, asked, left_s, left_s)
+            except LinkLost:  # somebody on the way restarted; an order that was carried out is not carried out again
+                if left_s <= 0.0:
+                    raise
+                time.sleep(_RETRY_S)
+                sent = link.send(message)
+                continue
+            if not isinstance(reply, answer):
+                raise UnexpectedMessage(f"the network, waiting for a {answer.__name__},", type(reply).__name__)
+            return reply

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -13,18 +14,22 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from gaisnet.adapters.state import AdapterTensors, save_for_peft
-from gaisnet.config import Config, ModelSettings
+from gaisnet.config import Config, FaultSettings, ModelSettings
 from gaisnet.engines.local import build_network
 from gaisnet.errors import CutError, DataError, UnexpectedMessage
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
+    AnchorRequest,
     BodyRequest,
     Done,
     EvaluationReport,
     FineTune,
+    Install,
+    Installed,
     Message,
     ModelRelease,
+    ModelRequest,
     SmashedData,
 )
 from gaisnet.models.foundation import Foundation, load_foundation
@@ -66,7 +71,7 @@ class Run:
         shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in self.config.edges}
         data = self.data or tiny_data(self.config)
         self.network: Network = build_network(
-            self.config, self.foundation, shapes, data, PUBLIC_TEXT, self.note, self.ledger
+            self.config, self.foundation, shapes, data, PUBLIC_TEXT, self.note, self.ledger.another
         )
 
     def note(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
@@ -337,7 +342,7 @@ def test_one_refused_adapter_does_not_stop_another() -> None:
     sound = {key: tensor * 0.5 for key, tensor in run.updates[0]["shapes"].tensors.items()}
     broken = {key: torch.full_like(tensor, 1e20) for key, tensor in before.items()}
     verdicts = cloud.absorb(
-        {"shapes": AdapterUpdate(0, 1, 1, 0.1, sound), "tastes": AdapterUpdate(0, 1, 1, 0.1, broken)}
+        {"shapes": AdapterUpdate(2, 1, 1, 1, 0.1, (), sound), "tastes": AdapterUpdate(2, 1, 1, 1, 0.1, (), broken)}
     )
     assert [(v.adapter, v.accepted) for v in verdicts] == [("shapes", True), ("tastes", False), (MERGED, True)]
     assert all(torch.equal(cloud.adapter("shapes")[1][key], tensor) for key, tensor in sound.items())
@@ -457,16 +462,19 @@ def test_only_counts_sums_adapters_and_activations_go_up(secret_run: Run) -> Non
         "EvaluationReport",
         "SmashedData",
     }
-    assert to_cloud == {AdapterUpdate, BodyRequest, Done, EvaluationReport, SmashedData}
+    asked_of_cloud = {AnchorRequest, BodyRequest, ModelRequest}
+    assert to_cloud == {AdapterUpdate, EvaluationReport, Done, Installed, SmashedData} | asked_of_cloud
 
 
 def test_the_ledger_counts_what_crossed(secret_run: Run) -> None:
     kinds: tuple[LinkKind, LinkKind] = ("device_edge", "edge_cloud")
+    frames = list(secret_run.ledger.frames)
+    traffic = secret_run.network.traffic()
+    asking = [f for f in secret_run.ledger.frames[len(frames) :]]
     for kind in kinds:
-        sizes = {
-            way: sum(len(f) for k, d, f in secret_run.ledger.frames if (k, d) == (kind, way)) for way in ("up", "down")
-        }
-        assert secret_run.network.ledger.traffic(kind) == Traffic(sizes["up"], sizes["down"])
+        sizes = {way: sum(len(f) for k, d, f in frames if (k, d) == (kind, way)) for way in ("up", "down")}
+        asked = {way: sum(len(f) for k, d, f in asking if (k, d) == (kind, way)) for way in ("up", "down")}
+        assert traffic[kind] == Traffic(sizes["up"] + asked["up"], sizes["down"] + asked["down"])
         assert all(sizes.values())
 
 
@@ -518,15 +526,20 @@ def test_the_cloud_takes_only_what_is_for_it() -> None:
 
 
 class Nobody:
-    """The other end of a link that gives nothing of use."""
+    """Whatever it is asked, it answers with an order."""
 
-    def request(self, message: Message) -> Message:
-        return FineTune(0)
+    peer = "here"
+
+    def send(self, message: Message) -> Future[Message]:
+        answer: Future[Message] = Future()
+        answer.set_result(FineTune(0))
+        return answer
 
 
 def test_an_edge_takes_only_what_is_for_it() -> None:
     config = alone()
-    edge = Edge(config.edges[0], config, Nobody(), {device.name: Nobody() for _, device in config.each_device()})
+    devices = {device.name: Nobody() for _, device in config.each_device()}
+    edge = Edge(config.edges[0], config, Nobody(), devices, Ledger())
     for message in (BodyRequest("north-a", None), Done(), EvaluationReport(1, 1, 1, 1.0)):
         with pytest.raises(UnexpectedMessage, match=f"edge 'north' does not take a {type(message).__name__} here"):
             edge.handle(message)
@@ -535,18 +548,18 @@ def test_an_edge_takes_only_what_is_for_it() -> None:
 
 
 def test_an_edge_says_which_answer_it_did_not_get() -> None:
-    run = Run(alone())
-    config = run.config
-    edge = Edge(config.edges[0], config, Nobody(), {device.name: Nobody() for _, device in config.each_device()})
-    with pytest.raises(UnexpectedMessage, match="edge 'north', waiting for a Done, does not take a FineTune here"):
-        edge.handle(run.network.cloud.model_release)
+    config = alone()
+    devices = {device.name: Nobody() for _, device in config.each_device()}
+    edge = Edge(config.edges[0], config, Nobody(), devices, Ledger())
+    with pytest.raises(UnexpectedMessage, match="edge 'north', waiting for a ModelRelease, does not take a FineTune"):
+        edge.handle(Install("run", "digest"))
 
 
 def test_a_network_says_which_answer_it_did_not_get() -> None:
     cloud = Run(alone()).network.cloud
-    network = Network(cloud, {"shapes": Nobody()}, Ledger())
+    network = Network(cloud, {"shapes": Nobody()}, Ledger(), FaultSettings())
     for verb, answer in (
-        (network.install, "Done"),
+        (network.install, "Installed"),
         (network.fine_tune, "AdapterUpdate"),
         (network.evaluate, "EvaluationReport"),
     ):

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from gaisnet.checkpoint import write_text
 from gaisnet.errors import NotFinite, OutputNotWritable
-from gaisnet.experiments.summary import Summary, write_json, write_text
+from gaisnet.experiments.summary import Summary, write_json
 
 
 def _raw() -> dict[str, Any]:
@@ -33,6 +34,7 @@ def _raw() -> dict[str, Any]:
                 "bytes": {"device_edge": {"up": 1, "down": 2}, "edge_cloud": {"up": 3, "down": 4}},
                 "seconds": {"release": 0.0, "fine_tune": 0.5, "absorb": 1.0, "evaluate": 2.5},
                 "gate": ["medical: accepted"],
+                "faults": ["medical: cycle 0, edge round 0: without clinic-a: it is away"],
                 "relay": {"medical": {"loss_before": 2.0, "loss_after": 0.5}},
             }
         ],

@@ -1,6 +1,6 @@
 """A cohort of real devices behind real links, and the edge's half beside them: split learning, laid open."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import Config
+from gaisnet.errors import GaisnetError
 from gaisnet.messages import BodyOutput, BodyOutputGrad, ModelRelease, SmashedData, SmashRequest, Split
 from gaisnet.models.domain import Recipe, make_domain_body
 from gaisnet.models.families import Decoder
@@ -15,7 +16,7 @@ from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from gaisnet.models.release import ReleasedModel, release_model, restrict
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.device import Device
-from gaisnet.tiers.domain_model import DomainModel, Member
+from gaisnet.tiers.domain_model import DomainModel, Member, Outcome
 from gaisnet.tiers.examples import DeviceData, Example
 from gaisnet.tiers.layout import Layout
 from gaisnet.transport.codec import Codec
@@ -95,27 +96,35 @@ class Cohort:
         codec = Codec(self.config.wire)
         self.links = [LocalLink(device, codec, self.ledger, "device_edge", "down") for device in self.devices]
         for link, one in zip(self.links, settings, strict=True):
-            link.request(restrict(self.release, (*range(one.head_layers), *range(self.layout.tail_start, NUM_LAYERS))))
+            holds = (*range(one.head_layers), *range(self.layout.tail_start, NUM_LAYERS))
+            link.send(restrict(self.release, holds)).result()
         self.body: Body = ReleasedModel(self.release).body(self.layout.first_cut, self.layout.tail_start)
         self.domain = DomainModel(self.body, self.layout)
         self.domain.put_domain_adapter(random_adapter(self.domain.domain_adapter(), seed=5))
 
     def smashed(self, number: int, split: Split = "train") -> SmashedData:
         """What device ``number`` sends of its examples."""
-        message = self.links[number].request(SmashRequest(split))
+        message = self.links[number].send(SmashRequest(split)).result()
         assert isinstance(message, SmashedData)
         return message
 
     def member(self, number: int) -> Member:
-        """Device ``number`` as the edge sees it: activations after the frozen prefix, and a way to its labels."""
+        """Device ``number`` as the edge sees it: activations after the frozen prefix."""
         inputs = Activations.of(self.smashed(number), *self.domain.placement())
+        return Member(self.devices[number].name, self.domain.prefix(inputs))
 
-        def answer(output: BodyOutput) -> BodyOutputGrad:
-            reply = self.links[number].request(output)
-            assert isinstance(reply, BodyOutputGrad)
-            return reply
+    def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        """Asks every owner; its error stands in for an answer."""
+        return {name: self._label(name, output) for name, output in outputs.items()}
 
-        return Member(self.devices[number].name, self.domain.prefix(inputs), answer)
+    def _label(self, name: str, output: BodyOutput) -> Outcome:
+        number = next(i for i, device in enumerate(self.devices) if device.name == name)
+        try:
+            reply = self.links[number].send(output).result()
+        except GaisnetError as error:
+            return error
+        assert isinstance(reply, BodyOutputGrad)
+        return reply
 
     def members(self) -> list[Member]:
         """All devices."""

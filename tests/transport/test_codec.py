@@ -17,6 +17,7 @@ from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
     AnchorRelease,
+    AnchorRequest,
     BodyOutput,
     BodyOutputGrad,
     BodyRequest,
@@ -24,10 +25,15 @@ from gaisnet.messages import (
     Evaluate,
     EvaluationReport,
     FineTune,
+    Install,
+    Installed,
     Message,
     ModelRelease,
+    ModelRequest,
     SmashedData,
     SmashRequest,
+    TrafficReport,
+    TrafficRequest,
 )
 from gaisnet.transport.codec import Codec
 
@@ -57,7 +63,10 @@ SAMPLES: dict[type[Message], list[Message]] = {
     Done: [Done()],
     ModelRelease: [ModelRelease('{"a": "é"}', (0, 2), (2,), int8_weights()), ModelRelease("{}", (), (), {})],
     AdapterRelease: [AdapterRelease("relay", 3, adapter()), AdapterRelease("domain", 0, {})],
-    AdapterUpdate: [AdapterUpdate(2, 14, 6, 0.25, adapter())],
+    AdapterUpdate: [
+        AdapterUpdate(3, 2, 14, 6, 0.25, ("cycle 2: without a",), adapter()),
+        AdapterUpdate(1, 0, 1, 1, 0.5, (), {}),
+    ],
     AnchorRelease: [AnchorRelease(int32(3, 1), numbers(4, 4)), AnchorRelease(int32(), numbers(0, 4))],
     SmashRequest: [SmashRequest("train"), SmashRequest("test")],
     SmashedData: [
@@ -69,6 +78,12 @@ SAMPLES: dict[type[Message], list[Message]] = {
     EvaluationReport: [EvaluationReport(5, 2, 15, 7.75)],
     FineTune: [FineTune(1), FineTune(1, 2)],
     Evaluate: [Evaluate("domain", None), Evaluate("foundation", "medical")],
+    Install: [Install("run", "digest")],
+    Installed: [Installed(0, -1)],
+    ModelRequest: [ModelRequest()],
+    AnchorRequest: [AnchorRequest()],
+    TrafficRequest: [TrafficRequest()],
+    TrafficReport: [TrafficReport(1, 2, 3, 2**40)],
     BodyRequest: [BodyRequest("clinic-a", None), BodyRequest("clinic-a", "merged")],
 }
 

@@ -40,7 +40,7 @@ def output(num_rows: int = 3) -> BodyOutput:
 def test_bytes_are_those_of_the_frames_each_in_its_direction(kind: LinkKind, there: Direction, back: Direction) -> None:
     ledger, echo = Frames(), Echo()
     sent = output()
-    answer = LocalLink(echo, EXACT, ledger, kind, there).request(sent)
+    answer = LocalLink(echo, EXACT, ledger, kind, there).send(sent).result()
     (first_kind, first_direction, first), (second_kind, second_direction, second) = ledger.frames
     assert (first_kind, first_direction, second_kind, second_direction) == (kind, there, kind, back)
     assert isinstance(EXACT.decode(first), BodyOutput) and isinstance(EXACT.decode(second), BodyOutputGrad)
@@ -55,15 +55,15 @@ def test_links_of_a_kind_are_counted_together_and_others_apart() -> None:
     ledger = Ledger()
     request, done = len(EXACT.encode(SmashRequest("test"))), len(EXACT.encode(Done()))
     for _ in range(2):
-        LocalLink(Echo(), EXACT, ledger, "device_edge", "down").request(SmashRequest("test"))
-    LocalLink(Echo(), EXACT, ledger, "edge_cloud", "up").request(SmashRequest("test"))
+        LocalLink(Echo(), EXACT, ledger, "device_edge", "down").send(SmashRequest("test")).result()
+    LocalLink(Echo(), EXACT, ledger, "edge_cloud", "up").send(SmashRequest("test")).result()
     assert ledger.traffic("device_edge") == Traffic(bytes_up=2 * done, bytes_down=2 * request)
     assert ledger.traffic("edge_cloud") == Traffic(bytes_up=request, bytes_down=done)
 
 
 def test_both_ends_have_equal_tensors_of_their_own() -> None:
     echo, sent = Echo(), output()
-    answer = LocalLink(echo, EXACT, Ledger(), "device_edge", "down").request(sent)
+    answer = LocalLink(echo, EXACT, Ledger(), "device_edge", "down").send(sent).result()
     (taken,), (given,) = echo.taken, echo.given
     assert isinstance(taken, BodyOutput) and isinstance(given, BodyOutputGrad) and isinstance(answer, BodyOutputGrad)
     assert torch.equal(taken.rows_ND, sent.rows_ND) and torch.equal(answer.grad_ND, given.grad_ND)
@@ -75,7 +75,7 @@ def test_both_ends_have_equal_tensors_of_their_own() -> None:
 def test_what_arrives_has_the_error_of_the_wire() -> None:
     echo, sent = Echo(), output()
     coarse = Codec(WireSettings(body_output="int8", gradient="float32"))
-    LocalLink(echo, coarse, Ledger(), "device_edge", "down").request(sent)
+    LocalLink(echo, coarse, Ledger(), "device_edge", "down").send(sent).result()
     (taken,) = echo.taken
     assert isinstance(taken, BodyOutput)
     assert not torch.equal(taken.rows_ND, sent.rows_ND)
@@ -85,14 +85,14 @@ def test_what_arrives_has_the_error_of_the_wire() -> None:
 def test_an_error_of_the_other_end_comes_through_and_the_request_counts() -> None:
     ledger = Ledger()
     with pytest.raises(UnexpectedMessage, match="an echo does not take a FineTune"):
-        LocalLink(Echo(), EXACT, ledger, "device_edge", "down").request(FineTune(1))
+        LocalLink(Echo(), EXACT, ledger, "device_edge", "down").send(FineTune(1)).result()
     assert ledger.traffic("device_edge") == Traffic(bytes_up=0, bytes_down=len(EXACT.encode(FineTune(1))))
 
 
 def test_a_message_over_the_limit_reaches_nobody() -> None:
     echo = Echo()
     with pytest.raises(WireFormatError, match="the limit is 65536"):
-        LocalLink(echo, Codec(WireSettings(max_message_bytes=2**16)), Ledger(), "device_edge", "down").request(
+        LocalLink(echo, Codec(WireSettings(max_message_bytes=2**16)), Ledger(), "device_edge", "down").send(
             output(9000)
-        )
+        ).result()
     assert echo.taken == []

@@ -1,6 +1,6 @@
 """All tiers in one process, over links that still turn every message into bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.models.foundation import Foundation
@@ -23,7 +23,7 @@ def build_network(
     data: Mapping[str, DeviceData],
     retention_text: str,
     progress: Progress = silent,
-    ledger: Ledger | None = None,
+    new_ledger: Callable[[], Ledger] = Ledger,
 ) -> Network:
     """Cloud, edges and devices of a run, joined by local links.
 
@@ -34,25 +34,29 @@ def build_network(
         data: Private examples, by device.
         retention_text: Public text to watch general ability with.
         progress: Told about every step.
-        ledger: Counts the bytes; a new one if None.
+        new_ledger: Makes what counts the bytes, one per site that asks others.
 
     Raises:
         GaisnetError: Something does not fit, before any work.
     """
-    ledger = ledger or Ledger()
     codec = Codec(config.wire)
     devices = {  # first: they check their examples, the cloud works for seconds
         settings.name: Device(settings, config, foundation.tokenizer, data[settings.name], progress)
         for _, settings in config.each_device()
     }
     cloud = Cloud(foundation, config, shapes, retention_text, progress)
-    to_cloud = LocalLink(cloud, codec, ledger, "edge_cloud", "up")
+    cloud_ledger = new_ledger()
 
     def to_edge(settings: EdgeSettings) -> LocalLink:
+        ledger = new_ledger()
+        to_cloud = LocalLink(cloud, codec, ledger, "edge_cloud", "up")
         links = {
             device.name: LocalLink(devices[device.name], codec, ledger, "device_edge", "down")
             for device in settings.devices
         }
-        return LocalLink(Edge(settings, config, to_cloud, links, progress), codec, ledger, "edge_cloud", "down")
+        edge = Edge(settings, config, to_cloud, links, ledger, progress=progress)
+        return LocalLink(edge, codec, cloud_ledger, "edge_cloud", "down")
 
-    return Network(cloud, {settings.domain: to_edge(settings) for settings in config.edges}, ledger)
+    return Network(
+        cloud, {settings.domain: to_edge(settings) for settings in config.edges}, cloud_ledger, config.faults
+    )

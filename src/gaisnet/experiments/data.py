@@ -12,6 +12,7 @@ import numpy as np
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import DataError
 from gaisnet.experiments.domains import BUILT_IN, Drawn, domain_seed, draw_builtin
+from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.examples import DeviceData, Example
 
 # How often the proportions are drawn again because a device would have got nothing. A skew at which so many draws
@@ -33,6 +34,28 @@ class DomainData:
 def load_domains(config: Config) -> dict[str, DomainData]:
     """The data of each edge's domain, by the name of the domain. Raises ``DataError``."""
     return {edge.domain: _load_edge(edge, config) for edge in config.edges}
+
+
+@dataclass(frozen=True)
+class Public:
+    """What the cloud may know of a domain. The majority of private examples is not among it."""
+
+    shape: TaskShape
+    majority: float | None
+
+
+def load_public(edge: EdgeSettings, config: Config) -> Public:
+    """What is public about an edge's domain: all of it where the data set is built in. Raises ``DataError``."""
+    if any(device.data is not None for device in edge.devices):
+        return Public(TaskShape(edge.template, edge.labels), None)
+    domain = _load_edge(edge, config)
+    return Public(TaskShape(domain.template, domain.labels), majority(domain))
+
+
+def load_device(config: Config, name: str) -> DeviceData:
+    """The examples of one device, and of no other where they are its own. Raises ``DataError``."""
+    edge, device = next((edge, device) for edge, device in config.each_device() if device.name == name)
+    return _load_edge(edge, config).devices[name] if device.data is None else _read_device(device.data, name)
 
 
 def _load_edge(edge: EdgeSettings, config: Config) -> DomainData:

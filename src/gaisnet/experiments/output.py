@@ -1,8 +1,8 @@
 """A run's output folder: claimed by one run, written as the run goes, left readable whenever the run stops.
 
-Layout: ``summary.json``, ``metrics.jsonl``, ``report.html``, ``tensorboard/``, ``adapters/<name>/``; and ``.lock`` with
-the process id while the run is under way. Nothing but the lock exists before the first result, so that a run which
-fails at once leaves an empty folder that the next one may take.
+Layout: ``summary.json``, ``metrics.jsonl``, ``report.html``, ``tensorboard/``, ``adapters/<name>/``, ``checkpoint/`` to
+go on from; and ``.lock`` with the process id while the run is under way. Nothing but the lock exists before the first
+result, so that a run which fails at once leaves an empty folder that the next one may take.
 """
 
 import os
@@ -13,17 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gaisnet.errors import GaisnetError, OutputInUse, OutputNotWritable
-from gaisnet.experiments.summary import (
-    Cycle,
-    Summary,
-    strict_json,
-    write_json,
-    write_text,
-    writing,
-)
+from gaisnet.checkpoint import FolderShelf, write_text, writing
+from gaisnet.errors import GaisnetError, NothingToResume, OutputInUse, OutputNotWritable
+from gaisnet.experiments.summary import Cycle, Summary, strict_json, write_json
 
 LOCK_NAME = ".lock"
+CHECKPOINT_NAME = "checkpoint"
+_FILES = ("summary.json", "metrics.jsonl", "report.html")
+_FOLDERS = ("tensorboard", "adapters")
+_held: set[Path] = set()  # folders that this process has claimed
 MIN_FREE_BYTES = 64 * 2**20
 """Adapters, events and the report of a small run; with less, a run is refused before it starts."""
 
@@ -35,6 +33,7 @@ class RunFolder:
         """A folder that is already claimed."""
         self.path = path
         self._events: Any = None  # the TensorBoard writer, opened with the first scalar
+        self._purge_step: int | None = None
 
     @classmethod
     def create(cls, path: Path) -> Self:
@@ -54,9 +53,55 @@ class RunFolder:
                 _refuse_contents(path)  # again: another run may have come and gone before our lock
                 _refuse_full_disk(path)
             except BaseException:
+                _held.discard(path.resolve())
                 (path / LOCK_NAME).unlink(missing_ok=True)
                 raise
         return cls(path)
+
+    @classmethod
+    def resume(cls, path: Path) -> Self:
+        """Claim a folder whose run was stopped, or has finished.
+
+        Raises ``OutputInUse`` if a run is under way in it, ``NothingToResume`` if no part of one was finished.
+        """
+        with writing(path):
+            if not (path / CHECKPOINT_NAME).is_dir():
+                raise NothingToResume(path)
+            _remove_dead_lock(path)
+            _take_lock(path)
+        return cls(path)
+
+    @classmethod
+    def claim(cls, path: Path) -> Self:
+        """For a process that is started again until it has finished: go on if there is a checkpoint, or begin anew.
+
+        What a run left that died before its first checkpoint is removed. Raises ``OutputInUse`` if a run is under way
+        in it, or it holds something else.
+        """
+        if (path / CHECKPOINT_NAME).is_dir():
+            return cls.resume(path)
+        with writing(path):
+            if (path / LOCK_NAME).exists():
+                _remove_dead_lock(path)
+                for name in (*_FILES, *_FOLDERS):
+                    (path / name).unlink(missing_ok=True) if name in _FILES else shutil.rmtree(path / name, True)
+        return cls.create(path)
+
+    @property
+    def shelf(self) -> FolderShelf:
+        """Where a run keeps what it needs to go on."""
+        return FolderShelf(self.path / CHECKPOINT_NAME)
+
+    def metrics_bytes(self) -> int:
+        """Present length of ``metrics.jsonl``."""
+        return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+
+    def cut_metrics(self, size_bytes: int, step: int) -> None:
+        """Forget what was logged after a checkpoint: lines beyond ``size_bytes``, curves from ``step`` on."""
+        with writing(self.metrics_path):
+            if self.metrics_bytes() > size_bytes:
+                os.truncate(self.metrics_path, size_bytes)
+        self._purge_step = step
 
     @property
     def summary_path(self) -> Path:
@@ -121,6 +166,7 @@ class RunFolder:
                 if events is not None:
                     events.close()
             finally:
+                _held.discard(self.path.resolve())
                 (self.path / LOCK_NAME).unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
@@ -141,7 +187,7 @@ class RunFolder:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # keeps tensorboard out of every other command
 
-            self._events = SummaryWriter(str(self.tensorboard_dir), flush_secs=10)
+            self._events = SummaryWriter(str(self.tensorboard_dir), flush_secs=10, purge_step=self._purge_step)
         return self._events
 
 
@@ -170,14 +216,28 @@ def _refuse_lock(folder: Path) -> None:
         return
     if not text.isdecimal():  # a run writes its number right after it made the file
         raise OutputInUse(folder, "is locked by a run that is just starting, or that did not finish")
-    if _is_alive(int(text)):
+    if _is_alive(int(text), folder):
         raise OutputInUse(folder, f"is being written by a run that is under way (process {text})")
     raise OutputInUse(folder, f"belongs to a run that did not finish (its process {text} is gone)")
 
 
-def _is_alive(pid: int) -> bool:
+def _remove_dead_lock(folder: Path) -> None:
+    """Raise ``OutputInUse`` if a run is under way; a lock whose process is gone is removed."""
+    lock = folder / LOCK_NAME
+    try:
+        text = lock.read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return
+    if text.isdecimal() and _is_alive(int(text), folder):
+        raise OutputInUse(folder, f"is being written by a run that is under way (process {text})")
+    lock.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int, folder: Path) -> bool:
     if pid == 0:  # no run has it, and to kill it means our own process group
         return False
+    if pid == os.getpid():  # in a container a process often has its predecessor's number
+        return folder.resolve() in _held
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -211,6 +271,7 @@ def _take_lock(folder: Path) -> None:
         raise
     finally:
         os.close(descriptor)
+    _held.add(folder.resolve())
 
 
 def _refuse_full_disk(folder: Path) -> None:

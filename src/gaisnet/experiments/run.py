@@ -1,13 +1,14 @@
 """One run: the three verbs over and over, everything measured, everything written as soon as it is known."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from gaisnet.adapters.state import save_for_peft
-from gaisnet.config import Config
+from gaisnet.config import Config, parse_config, with_overrides
 from gaisnet.engines.local import build_network
+from gaisnet.errors import ConfigError, NothingToResume
 from gaisnet.experiments.data import DomainData, load_domains, majority, retention_text
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.summary import (
@@ -22,25 +23,89 @@ from gaisnet.experiments.summary import (
     Summary,
     Traffic,
 )
-from gaisnet.messages import EvaluationReport
-from gaisnet.models.foundation import load_foundation
+from gaisnet.messages import AdapterUpdate, EvaluationReport
+from gaisnet.models.foundation import Foundation, load_foundation
+from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
 from gaisnet.tiers.cloud import MERGED
 from gaisnet.transport.ledger import Ledger, LinkKind
 
 T = TypeVar("T")
+Build = Callable[[Foundation, str, Progress], Network]
+"""Makes a network out of the foundation model and public text, and tells its progress."""
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
+_CHECKPOINT = "run"
+_MAY_CHANGE = ("cycles", "faults")  # while a run goes on
 
 
-def run_experiment(config: Config, out: Path, progress: Progress = silent, ledger: Ledger | None = None) -> Summary:
-    """Carry out a whole run and write its output folder. Raises ``GaisnetError``; finished cycles stay on disk."""
+def run_experiment(
+    config: Config, out: Path, progress: Progress = silent, new_ledger: Callable[[], Ledger] = Ledger
+) -> Summary:
+    """Carry out a whole run on this machine and write its output folder.
+
+    Raises ``GaisnetError``; finished cycles stay on disk, and ``resume_experiment`` goes on from there.
+    """
     domains = load_domains(config)
     with RunFolder.create(out) as folder:
-        run = Run(config, domains, folder, progress, ledger or Ledger())
-        for _ in range(config.cycles):
-            run.cycle()
-        return run.summary
+        return carry_out(config, folder, progress, local_build(config, domains, new_ledger), _majorities(domains))
+
+
+def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Summary:
+    """Go on with the run in ``out`` after its last finished cycle, with the configuration that it was started with.
+
+    ``overrides`` as for ``load_config``, of ``cycles`` and of ``faults`` only. Raises ``GaisnetError``.
+    """
+    with RunFolder.resume(out) as folder:
+        config = kept_config(folder, overrides)
+        domains = load_domains(config)
+        return carry_out(config, folder, progress, local_build(config, domains, Ledger), _majorities(domains))
+
+
+def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of the run in a folder. Raises ``NothingToResume``, ``CheckpointError`` or ``ConfigError``."""
+    kept = folder.shelf.get(_CHECKPOINT)
+    if kept is None:
+        raise NothingToResume(folder.path)
+    raw = kept[0]["summary"]["config"]
+    for override in overrides:
+        if override.partition("=")[0].partition(".")[0] not in _MAY_CHANGE:
+            found = "would make it another run"
+            raise ConfigError(
+                f"--set {override} on a run that goes on", found, f"change {' or '.join(_MAY_CHANGE)} only"
+            )
+    return parse_config(with_overrides(raw, overrides), f"the configuration in '{folder.path}'")
+
+
+def read_summary(out: Path) -> Summary:
+    """What a run wrote. Raises ``NothingToResume`` if there is no summary."""
+    path = out / "summary.json"
+    if not path.is_file():
+        raise NothingToResume(out)
+    return Summary.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: Callable[[], Ledger]) -> Build:
+    """All tiers in this process."""
+    data = {name: data for domain in domains.values() for name, data in domain.devices.items()}
+    shapes = {name: TaskShape(domain.template, domain.labels) for name, domain in domains.items()}
+    return lambda foundation, text, progress: build_network(
+        config, foundation, shapes, data, text, progress, new_ledger
+    )
+
+
+def _majorities(domains: Mapping[str, DomainData]) -> dict[str, float | None]:
+    return {name: majority(domain) for name, domain in domains.items()}
+
+
+def carry_out(
+    config: Config, folder: RunFolder, progress: Progress, build: Build, majorities: Mapping[str, float | None]
+) -> Summary:
+    """Run the cycles that the folder does not have, on the network that ``build`` makes. Raises ``GaisnetError``."""
+    run = Run(config, folder, progress, build, majorities)
+    while len(run.summary.cycles) <= config.cycles:
+        run.cycle()
+    return run.summary
 
 
 class Run:
@@ -49,36 +114,38 @@ class Run:
     def __init__(
         self,
         config: Config,
-        domains: Mapping[str, DomainData],
         folder: RunFolder,
         progress: Progress,
-        ledger: Ledger,
+        build: Build,
+        majorities: Mapping[str, float | None],
     ) -> None:
         self._config = config
         self._folder = folder
         self._progress = progress
         self._steps = 0
         self._seconds: dict[str, float] = {}
-        self._seen = {"device_edge": ledger.traffic("device_edge"), "edge_cloud": ledger.traffic("edge_cloud")}
-        self._domains = domains
         absorb = config.absorb
         public_text = retention_text(absorb.retention_windows * absorb.retention_tokens * _CHARACTERS_PER_TOKEN)
         progress("load", 0, 2, {})
         foundation = load_foundation(config.model)
         self._base_model = foundation.name
         progress("load", 1, 2, {})
-        self._network = build_network(
-            config,
-            foundation,
-            {name: TaskShape(domain.template, domain.labels) for name, domain in domains.items()},
-            {name: data for domain in domains.values() for name, data in domain.devices.items()},
-            public_text,
-            self._note,
-            ledger,
-        )
+        self._network = build(foundation, public_text, self._note)
+        self._seen = self._network.traffic()
+        kept = folder.shelf.get(_CHECKPOINT)
+        if kept is not None:
+            state, tensors = kept
+            self._network.restore(state["network"], tensors)
+            self._steps = state["steps"]
+            folder.cut_metrics(state["metrics_bytes"], self._steps)
         self._network.install()
         progress("load", 2, 2, {})
-        self.summary = self._first_summary()
+        if kept is None:
+            self.summary = self._first_summary(majorities)
+        else:
+            self.summary = Summary.model_validate(state["summary"]).model_copy(
+                update={"config": config.model_dump(mode="json")}
+            )
         self._write()
 
     def cycle(self) -> None:
@@ -90,13 +157,13 @@ class Run:
         losses = {domain: {"loss": u.loss, "num_examples": u.num_examples} for domain, u in updates.items()}
         self._folder.log({"event": "fine_tune", "cycle": len(self.summary.cycles), "domains": losses})
         said = [*_relays_kept(relays), *map(str, verdicts)]
-        entry = self._measure(len(self.summary.cycles), said, relays)
+        entry = self._measure(len(self.summary.cycles), said, relays, _faults(updates))
         self.summary = self.summary.model_copy(update={"cycles": [*self.summary.cycles, entry]})
         self._write()
 
-    def _first_summary(self) -> Summary:
+    def _first_summary(self, majorities: Mapping[str, float | None]) -> Summary:
         cloud, sizes = self._network.cloud, self._network.cloud.sizes
-        _, tensors = cloud.adapter(next(iter(self._domains)))
+        _, tensors = cloud.adapter(self._domains[0])
         return Summary(
             seed=self._config.seed,
             config=self._config.model_dump(mode="json"),
@@ -107,11 +174,13 @@ class Run:
                 trainable_params=sum(tensor.numel() for tensor in tensors.values()),
             ),
             device=DeviceFigures(params_fraction=sizes.split_device_params / sizes.foundation_params),
-            majority={name: majority(domain) for name, domain in self._domains.items()},
-            cycles=[self._measure(0, [], {})],
+            majority=dict(majorities),
+            cycles=[self._measure(0, [], {}, [])],
         )
 
-    def _measure(self, number: int, verdicts: list[str], relays: Mapping[str, Distillation]) -> Cycle:
+    def _measure(
+        self, number: int, verdicts: list[str], relays: Mapping[str, Distillation], faults: list[str]
+    ) -> Cycle:
         scores = self._timed("evaluate", self._network.evaluate)
         entry = Cycle(
             cycle=number,
@@ -122,6 +191,7 @@ class Run:
             bytes=self._traffic(),
             seconds=Seconds(**{verb: self._seconds.pop(verb, 0.0) for verb in Seconds.model_fields}),
             gate=verdicts,
+            faults=faults,
             relay={d: RelayLoss(loss_before=r.error_before, loss_after=r.error_after) for d, r in relays.items()},
         )
         self._folder.log_cycle(entry)
@@ -134,20 +204,36 @@ class Run:
 
     def _traffic(self) -> LinkBytes:
         """Bytes since the entry before; entry 0 holds what was sent once, at the start."""
-        return LinkBytes(device_edge=self._traffic_on("device_edge"), edge_cloud=self._traffic_on("edge_cloud"))
+        now, before = self._network.traffic(), self._seen
+        self._seen = now
 
-    def _traffic_on(self, kind: LinkKind) -> Traffic:
-        now, before = self._network.ledger.traffic(kind), self._seen[kind]
-        self._seen[kind] = now
-        return Traffic(up=now.bytes_up - before.bytes_up, down=now.bytes_down - before.bytes_down)
+        def since(kind: LinkKind) -> Traffic:
+            up, down = now[kind].bytes_up - before[kind].bytes_up, now[kind].bytes_down - before[kind].bytes_down
+            return Traffic(
+                up=max(up, 0), down=max(down, 0)
+            )  # a site that restarted may have lost count of its last bytes
+
+        return LinkBytes(device_edge=since("device_edge"), edge_cloud=since("edge_cloud"))
+
+    @property
+    def _domains(self) -> list[str]:
+        return [edge.domain for edge in self._config.edges]
 
     def _write(self) -> None:
-        """Summary, report and adapters as of now."""
+        """Summary, report and adapters as of now; then the checkpoint, so that whoever goes on from it has them all."""
         for name in (*self._domains, MERGED):
             spec, tensors = self._network.cloud.adapter(name)
             save_for_peft(self._folder.adapters_dir / name, spec, tensors, self._base_model)
         self._folder.write_summary(self.summary)
         self._folder.write_report(self.summary)
+        network, tensors = self._network.state()
+        state = {
+            "network": network,
+            "steps": self._steps,
+            "metrics_bytes": self._folder.metrics_bytes(),
+            "summary": self.summary.to_json(),
+        }
+        self._folder.shelf.put(_CHECKPOINT, state, tensors)
 
     def _timed(self, verb: str, work: Callable[[], T]) -> T:
         started = time.perf_counter()
@@ -163,6 +249,10 @@ class Run:
             self._folder.scalar(f"steps/{tag}", value, self._steps)
             self._steps += 1
         self._progress(stage, done, total, figures)
+
+
+def _faults(updates: Mapping[str, AdapterUpdate]) -> list[str]:
+    return [f"{domain}: {fault}" for domain, update in updates.items() for fault in update.faults]
 
 
 def _relays_kept(relays: Mapping[str, Distillation]) -> list[str]:

@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from gaisnet.errors import NotFinite, OutputNotWritable
+from gaisnet.checkpoint import write_text
+from gaisnet.errors import NotFinite
 
 
 class Record(BaseModel):
@@ -90,6 +89,9 @@ class Cycle(Record):
     bytes: LinkBytes
     seconds: Seconds
     gate: list[str] = Field(default_factory=list, description="What the cloud's gate said, a sentence each.")
+    faults: list[str] = Field(
+        default_factory=list, description="Devices that a round went on without, and why, a sentence each."
+    )
     relay: dict[str, RelayLoss] = Field(default_factory=dict, description="By domain; empty if the relay is disabled.")
 
     def bodies(self) -> dict[str, dict[str, Score]]:
@@ -121,15 +123,6 @@ class Summary(Record):
         return self.model_dump(mode="json", by_alias=True)
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` inside the block into ``OutputNotWritable`` for ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputNotWritable(path, error.strerror or str(error)) from error
-
-
 def strict_json(data: Mapping[str, Any], target: str, indent: int | None = None) -> str:
     """``data`` as strict JSON. Raises ``NotFinite`` that names the entry which is NaN or infinite."""
     try:
@@ -144,34 +137,6 @@ def strict_json(data: Mapping[str, Any], target: str, indent: int | None = None)
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write strict JSON atomically. Raises ``NotFinite`` before the file is touched, or ``OutputNotWritable``."""
     write_text(path, strict_json(data, path.name, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put ``text`` at ``path`` atomically: a reader, or a crash at any moment, sees the old file or the new one whole.
-
-    Raises ``OutputNotWritable``; the old file then stays as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _fsync_folder(path.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut: it is an entry of the folder, not of the file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _numbers(data: Any, where: str) -> Iterator[tuple[str, float]]:

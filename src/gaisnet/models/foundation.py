@@ -67,6 +67,20 @@ def load_foundation(settings: ModelSettings) -> Foundation:
     return Foundation(settings.foundation, model, tokenizer)
 
 
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The FM's tokenizer alone. Raises ``ModelError`` or ``MissingPackage``."""
+    return read_tokenizer(Path(_converted(_locate(settings.foundation), settings.foundation)), settings.foundation)
+
+
+def read_tokenizer(source: Path, asked: str = "of a kit") -> PreTrainedTokenizerBase:
+    """A tokenizer that was saved in a folder. Raises ``ModelError``."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(asked, f"its tokenizer cannot be loaded ({error})", "prepare the kit again") from error
+    return tokenizer
+
+
 def _device(settings: ModelSettings) -> torch.device:
     try:
         device = torch.device(settings.device)

@@ -20,9 +20,12 @@ class Verdict:
     adapter: str
     perplexity: float
     limit: float
+    unfit: str = ""  # why it was not even tried
 
     def __str__(self) -> str:
         """The decision in a sentence."""
+        if self.unfit:
+            return f"refused '{self.adapter}': {self.unfit}"
         word = "accepted" if self.accepted else "refused"
         return f"{word} '{self.adapter}': perplexity on public text {self.perplexity:.2f}, limit {self.limit:.2f}"
 

@@ -1,24 +1,31 @@
 """The cloud: holds the foundation model (FM), teaches domain models with text that it writes, takes adapters in."""
 
+import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors, check_same_shapes, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter, trainable
+from gaisnet.checkpoint import digest_of, under
 from gaisnet.config import Config
-from gaisnet.errors import DataError, UnexpectedMessage
+from gaisnet.errors import AdapterError, DataError, StaleAdapter, UnexpectedMessage, WireFormatError
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
     AnchorRelease,
+    AnchorRequest,
     BodyOutput,
     BodyRequest,
     Done,
     Message,
     ModelRelease,
+    ModelRequest,
+    Role,
     SmashedData,
 )
 from gaisnet.models.domain import choose_recipe, make_domain_body, num_parameters
@@ -86,8 +93,13 @@ class Cloud:
         self.model_release = self._release()
         self.anchor_release = self._anchor(free_text)
         self.sizes = self._measure()
+        self.model_digest = digest_of(self.model_release.tensors)
+        self._lock = threading.RLock()  # adapters are switched on and off: one question at a time
         self._relays: dict[str, AdapterTensors] = {}
-        self._versions = dict.fromkeys(shapes, 0)
+        self.versions: dict[Role, dict[str, int]] = {
+            "relay": dict.fromkeys(shapes, 0),
+            "domain": dict.fromkeys(shapes, 0),
+        }
         self._evaluated: dict[str, Activations] = {}
         self._add_adapters()
         self._retention_inputs = self._at_suffix(self._retention_ids_BT)
@@ -145,13 +157,21 @@ class Cloud:
 
     # -- down ----------------------------------------------------------------------------------------------------------
 
-    def relay_release(self, domain: str, cycle: int) -> tuple[AdapterRelease, Distillation] | None:
+    def distil(self, domain: str, cycle: int) -> Distillation | None:
         """Write text for a domain and distil the FM into its DM; None where there is no relay.
 
-        A relay that does not help on text that it did not learn from is not kept: the one before is in the release.
+        A relay that does not help on text that it did not learn from is not kept: the one before stays.
         """
         if domain not in self._relays:
             return None
+        with self._lock:
+            result, tensors = self._distil(domain, cycle)
+        if result.helped:
+            self._relays[domain] = tensors
+            self.versions["relay"][domain] = cycle + 1
+        return result
+
+    def _distil(self, domain: str, cycle: int) -> tuple[Distillation, AdapterTensors]:
         texts = self._write(domain, cycle)
         inputs = Ragged(*texts).map_batches(lambda ids: self._at_middle(ids[..., 0]), PREFIX_BATCH)
         middle = self.layout.middle
@@ -168,9 +188,7 @@ class Cloud:
             self._progress,
         )
         self._dm_body.requires_grad_(False)
-        if result.helped:
-            self._relays[domain] = take_out(self._dm_body, "relay")
-        return AdapterRelease("relay", cycle, self._relays[domain]), result
+        return result, take_out(self._dm_body, "relay")
 
     def _write(self, domain: str, cycle: int) -> tuple[Tensor, tuple[int, ...]]:
         """Token ids [N, 1] and lengths of new text; the FM writes with what it has learned of the domain so far."""
@@ -182,15 +200,19 @@ class Cloud:
         ids_N1 = torch.tensor([i for ids in sequences for i in ids], device=self._device)[:, None]
         return ids_N1, tuple(map(len, sequences))
 
-    def domain_release(self, domain: str) -> AdapterRelease:
-        """The domain adapter that the FM holds for a domain."""
-        return AdapterRelease("domain", self._versions[domain], take_out(self._body, domain))
+    def release(self, role: Role, domain: str) -> AdapterRelease:
+        """The relay that a domain's DM should have, or the domain adapter that the FM holds."""
+        tensors = self._relays[domain] if role == "relay" else take_out(self._body, domain)
+        return AdapterRelease(role, self.versions[role][domain], tensors)
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
     def absorb(self, updates: Mapping[str, AdapterUpdate]) -> list[Verdict]:
         """Plug domain adapters into the FM where the gate lets them, and merge what is in place. Updates by domain."""
-        verdicts = [self._try(domain, update) for domain, update in updates.items()]
+        with self._lock:
+            return [*(self._try(domain, update) for domain, update in updates.items()), self._try_merged()]
+
+    def _try_merged(self) -> Verdict:
         before = take_out(self._body, MERGED)
         self._put_merged()
         verdict = self._gate(MERGED)
@@ -198,15 +220,20 @@ class Cloud:
             self.retention[MERGED] = verdict.perplexity
         else:
             put_in(self._body, MERGED, before)
-        return [*verdicts, verdict]
+        return verdict
 
     def _try(self, domain: str, update: AdapterUpdate) -> Verdict:
         before = take_out(self._body, domain)
-        check_same_shapes(domain, before, update.tensors)
+        try:
+            check_same_shapes(domain, before, update.tensors)
+            if update.base != self.versions["domain"][domain]:
+                raise StaleAdapter(domain, self.versions["domain"][domain], update.base)
+        except AdapterError as error:
+            return Verdict(False, domain, math.nan, math.nan, str(error))
         put_in(self._body, domain, update.tensors)
         verdict = self._gate(domain)
         if verdict.accepted:
-            self._versions[domain] += 1
+            self.versions["domain"][domain] = update.version
             self.retention[domain] = verdict.perplexity
         else:
             put_in(self._body, domain, before)
@@ -234,21 +261,54 @@ class Cloud:
         num_merged = len(self._shapes) if name == MERGED else 1
         return self.layout.domain_spec(num_merged), take_out(self._body, name)
 
+    # -- after a restart -----------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that a run has changed, for ``restore``; everything else follows from the configuration."""
+        state = {"versions": self.versions, "retention": self.retention, "perplexity_before": self.perplexity_before}
+        tensors = {
+            f"adapter/{name}/{key}": t
+            for name in (*self._shapes, MERGED)
+            for key, t in take_out(self._body, name).items()
+        }
+        tensors |= {f"relay/{domain}/{key}": t for domain, relay in self._relays.items() for key, t in relay.items()}
+        return state, tensors
+
+    def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from where ``state`` was taken. Raises ``AdapterMismatch`` if the configuration is another one."""
+        self.versions, self.retention = state["versions"], state["retention"]
+        self.perplexity_before = state["perplexity_before"]
+        for name in (*self._shapes, MERGED):
+            put_in(self._body, name, under(f"adapter/{name}/", tensors))
+        self._relays = {domain: under(f"relay/{domain}/", tensors) for domain in self._relays}
+
     # -- asked by edges ------------------------------------------------------------------------------------------------
 
     def handle(self, message: Message) -> Message:
         """Answer an edge. Raises ``UnexpectedMessage``."""
         match message:
+            case ModelRequest():
+                return self.model_release
+            case AnchorRequest():
+                return self.anchor_release
             case SmashedData(split="test"):
-                return self._keep(message)
+                with self._lock:
+                    return self._keep(message)
             case BodyRequest() if message.owner in self._evaluated:
-                return self._output(message)
+                with self._lock:
+                    return self._output(message)
             case _:
                 raise UnexpectedMessage("the cloud", type(message).__name__)
 
     def _keep(self, smashed: SmashedData) -> Done:
         """The FM's frozen prefix is run once over held-out examples and kept."""
         first = self.layout.first_adapted
+        width = self._foundation.model.config.hidden_size
+        if not self.layout.first_cut <= smashed.next_layer <= first or smashed.hidden_ND.shape[1] != width:
+            found = f"rows of width {smashed.hidden_ND.shape[1]} for layer {smashed.next_layer}"
+            raise WireFormatError(
+                f"{found}, the model has width {width} and takes layers {self.layout.first_cut} to {first}"
+            )
         dtype = self._foundation.model.dtype
         inputs = Activations.of(smashed, self._device, dtype)
         self._evaluated[smashed.owner] = inputs.through(

@@ -1,6 +1,6 @@
 """A device: the only place that sees private text and labels. It holds head and tail, or (local) the whole DM."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from gaisnet.models.ragged import Ragged
 from gaisnet.models.release import ReleasedModel
 from gaisnet.progress import Progress, silent
 from gaisnet.tiers.activations import Activations
-from gaisnet.tiers.domain_model import DomainModel, Member
+from gaisnet.tiers.domain_model import DomainModel, Member, Outcome
 from gaisnet.tiers.examples import DeviceData, Tokens, tokenize
 from gaisnet.tiers.layout import Layout
 
@@ -174,13 +174,24 @@ class Device:
         if self._learning_inputs is None:
             smashed = Activations.of(self._smash("train"), *domain.placement())
             self._learning_inputs = domain.prefix(smashed)
-        member = Member(self.name, self._learning_inputs, self._loss_and_grad)
+        member = Member(self.name, self._learning_inputs)
         where = f"device '{self.name}', cycle {order.cycle}, edge round {order.edge_round}"
         seed = self._config.seed_for("fine_tune", self.name, order.cycle, order.edge_round)
-        learned = domain.learn([member], self._config.fine_tune, seed, where, self._progress)
+        learned = domain.learn([member], self._own_labels, self._config.fine_tune, seed, where, self._progress)
+        for error in learned.left.values():  # it has only itself
+            raise error
         return AdapterUpdate(
-            domain.versions["domain"], learned.num_examples, learned.num_steps, learned.loss, domain.domain_adapter()
+            version=order.cycle + 1,
+            base=domain.versions["domain"],
+            num_examples=learned.num_examples,
+            num_steps=learned.num_steps,
+            loss=learned.loss,
+            faults=(),
+            tensors=domain.domain_adapter(),
         )
+
+    def _own_labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        return {name: self._loss_and_grad(output) for name, output in outputs.items()}
 
     def _parts(self) -> tuple[Head, Tail]:
         if self._head is None or self._tail is None:

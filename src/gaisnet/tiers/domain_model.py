@@ -5,17 +5,19 @@ of a split step (GaisNet, arXiv 2401.02668, section IV; U-shaped, Vepakomma et a
 come out of a cache, only rows that carry a label go to their owner, gradients come back.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import activate, add_adapter, trainable
 from gaisnet.config import FineTuneSettings
-from gaisnet.errors import NotFinite, WireFormatError
+from gaisnet.errors import GaisnetError, NotFinite, WireFormatError
 from gaisnet.messages import AdapterRelease, AnchorRelease, BodyOutput, BodyOutputGrad
 from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged, length_mask, relative_square, shuffled_batches
@@ -25,23 +27,37 @@ from gaisnet.tiers.layout import Layout
 
 PREFIX_BATCH = 32
 
+Outcome = BodyOutputGrad | GaisnetError
+Labels = Callable[[Mapping[str, BodyOutput]], Mapping[str, Outcome]]
+"""Asks all owners of a step's labels at once, by name; for one that fails, the error comes instead of a gradient."""
+
 
 @dataclass(frozen=True)
 class Member:
-    """One device's share of a cohort: its examples at the suffix's input, and the way to its labels."""
+    """One device's share of a cohort: its examples at the suffix's input."""
 
     name: str
     inputs: Activations
-    answer: Callable[[BodyOutput], BodyOutputGrad]
 
 
 @dataclass(frozen=True)
 class Learned:
     """What came of learning."""
 
-    num_examples: int
+    num_examples: int  # of the members that stayed to the end
     num_steps: int
     loss: float  # mean over the label tokens of the last epoch
+    left: Mapping[str, GaisnetError] = field(default_factory=dict)  # members that were left out, and why
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A batch, forward: what goes to each owner, and where its gradient belongs."""
+
+    rows_ND: Tensor
+    outputs: dict[str, BodyOutput]
+    rows: dict[str, slice]
+    num_labels: dict[str, int]
 
 
 class DomainModel:
@@ -51,7 +67,7 @@ class DomainModel:
         self._body = body.to(layout.config.model.device)
         self._layout = layout
         self._whole = layout.config.tail_layers > 0
-        self.versions = {"relay": 0, "domain": 0}
+        self.versions = {"relay": 0, "domain": -1}  # a relay starts as nothing; a domain adapter is given
         self._anchor: tuple[Ragged, Ragged] | None = None
         relay_spec = layout.relay_spec(tuple(body.indices))
         if layout.config.relay.enabled and relay_spec.layers:
@@ -99,11 +115,18 @@ class DomainModel:
         return body_output_rows(self.suffix, inputs, self._whole)
 
     def learn(
-        self, members: Sequence[Member], settings: FineTuneSettings, seed: int, where: str, progress: Progress
+        self,
+        members: Sequence[Member],
+        labels: Labels,
+        settings: FineTuneSettings,
+        seed: int,
+        where: str,
+        progress: Progress,
     ) -> Learned:
         """Train the domain adapter for ``settings.local_epochs`` on all members together.
 
-        Raises ``NotFinite`` naming ``where`` and the step.
+        A member that fails is left out from that step on; when none is left the learning ends, and has no examples.
+        ``where`` and the step are named where a member's loss is not finite.
         """
         parameters = trainable(self._body, "domain")
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -111,21 +134,27 @@ class DomainModel:
         lengths = [n for member in members for n in member.inputs.hidden.lengths]
         epochs = [list(shuffled_batches(lengths, settings.batch_size, generator)) for _ in range(settings.local_epochs)]
         total, step, loss = sum(map(len, epochs)), 0, 0.0
+        left: dict[str, GaisnetError] = {}
         for batches in epochs:
             loss_sum, num_tokens = 0.0, 0
             for batch in batches:
                 optimizer.zero_grad()
-                batch_loss, batch_tokens = self.backward(members, batch, step)
+                step_loss, step_tokens, failed = self.backward(
+                    members, batch, step, labels, f"{where}, step {step}", left
+                )
+                left |= failed
+                step += 1
+                if not step_tokens:
+                    continue
                 self._backward_anchor(settings, generator)
-                if not torch.isfinite(torch.tensor(batch_loss)):
-                    raise NotFinite("the training loss", f"{where}, step {step}", batch_loss)
                 clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
-                step, loss_sum, num_tokens = step + 1, loss_sum + batch_loss, num_tokens + batch_tokens
-                progress("fine_tune", step, total, {"loss": batch_loss / batch_tokens})
-            loss = loss_sum / num_tokens
+                loss_sum, num_tokens = loss_sum + step_loss, num_tokens + step_tokens
+                progress("fine_tune", step, total, {"loss": step_loss / step_tokens})
+            loss = loss_sum / max(num_tokens, 1)
         self._body.requires_grad_(False)
-        return Learned(len(lengths), step, loss)
+        stayed = sum(len(member.inputs) for member in members if member.name not in left)
+        return Learned(stayed, step, loss, left)
 
     def _backward_anchor(self, settings: FineTuneSettings, generator: torch.Generator) -> None:
         """Add the gradient of the pull toward the FM's own output (learning without forgetting, arXiv 1606.09282)."""
@@ -138,45 +167,81 @@ class DomainModel:
         loss = relative_square(found_BTD, targets.padded(batch), mask_BT)
         (settings.anchor_weight * loss).backward()
 
-    def backward(self, members: Sequence[Member], batch: Sequence[int], step: int) -> tuple[float, int]:
+    def backward(
+        self,
+        members: Sequence[Member],
+        batch: Sequence[int],
+        step: int,
+        labels: Labels,
+        where: str,
+        without: Collection[str] = (),
+    ) -> tuple[float, int, dict[str, GaisnetError]]:
         """One split forward and backward; gradients are left on the domain adapter.
 
         Args:
             members: Owners of the examples.
             batch: Places in all members' examples, one member after the other.
             step: Number of the step, echoed by the members.
+            labels: Asks the owners for gradients.
+            where: Names the step in errors.
+            without: Members whose examples are passed over.
 
         Returns:
-            Sum of the losses and number of label tokens of the batch.
+            Sum of the losses and number of label tokens of those that answered, and why others did not. The gradient
+            is that of the mean over the label tokens of those that answered.
         """
-        picks = _places(members, batch)
+        picks = [pick for pick in _places(members, batch) if members[pick[0]].name not in without]
+        if not picks:
+            return 0.0, 0, {}
+        forward = self._forward(members, picks, step)
+        replies = {
+            name: _checked(reply, forward.outputs[name], name, where) for name, reply in labels(forward.outputs).items()
+        }
+        good = {name: reply for name, reply in replies.items() if isinstance(reply, BodyOutputGrad)}
+        num_labels = sum(forward.num_labels[name] for name in good)
+        if good:
+            grad_ND = torch.zeros_like(forward.rows_ND)
+            for name, reply in good.items():
+                grad_ND[forward.rows[name]] = reply.grad_ND.to(grad_ND)
+            if len(good) < len(replies):  # owners divided by the labels of all
+                grad_ND *= sum(forward.num_labels.values()) / num_labels
+            forward.rows_ND.backward(grad_ND)
+        failed = {name: reply for name, reply in replies.items() if isinstance(reply, GaisnetError)}
+        return sum(reply.loss_sum for reply in good.values()), num_labels, failed
+
+    def _forward(self, members: Sequence[Member], picks: Sequence[tuple[int, int]], step: int) -> _Step:
+        """Run the suffix over a batch; ``picks`` are (member, example), a member's together."""
         lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
         num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
-        hidden_BTD = torch.nn.utils.rnn.pad_sequence(
-            [members[m].inputs.hidden.sequences()[e] for m, e in picks], batch_first=True
-        )
+        hidden_BTD = pad_sequence([members[m].inputs.hidden.sequences()[e] for m, e in picks], batch_first=True)
         rows_ND = rows_for_tail(self.suffix(hidden_BTD), lengths, num_labels, self._whole)
         counts = rows_per_example(lengths, num_labels, self._whole)
-        grad_ND = torch.empty_like(rows_ND)
-        loss_sum, first = 0.0, 0
+        forward, first = _Step(rows_ND, {}, {}, {}), 0
         for m in sorted({m for m, _ in picks}):
-            examples = [e for owner, e in picks if owner == m]
-            last = first + sum(count for count, (owner, _) in zip(counts, picks, strict=True) if owner == m)
-            output = BodyOutput("train", step, sum(num_labels), _int32(examples), rows_ND[first:last].detach())
-            reply = members[m].answer(output)
-            _check_reply(reply, output, members[m].name)
-            grad_ND[first:last] = reply.grad_ND.to(grad_ND)
-            loss_sum, first = loss_sum + reply.loss_sum, last
-        rows_ND.backward(grad_ND)
-        return loss_sum, sum(num_labels)
+            name, mine = members[m].name, [i for i, (owner, _) in enumerate(picks) if owner == m]
+            rows = slice(first, first + sum(counts[i] for i in mine))
+            examples_E = _int32([picks[i][1] for i in mine])
+            output = BodyOutput("train", step, sum(num_labels), examples_E, rows_ND[rows].detach())
+            forward.outputs[name], forward.rows[name] = output, rows
+            forward.num_labels[name] = sum(num_labels[i] for i in mine)
+            first = rows.stop
+        return forward
 
 
-def _check_reply(reply: BodyOutputGrad, output: BodyOutput, name: str) -> None:
+def _checked(reply: Outcome, output: BodyOutput, name: str, where: str) -> Outcome:
+    """The reply, or what is wrong with it: one owner's rows must not spoil the step of the others."""
+    if isinstance(reply, GaisnetError):
+        return reply
     if reply.step != output.step or reply.grad_ND.shape != output.rows_ND.shape:
-        raise WireFormatError(
+        return WireFormatError(
             f"device '{name}' answers step {output.step} and rows {tuple(output.rows_ND.shape)} "
             f"with step {reply.step} and gradients {tuple(reply.grad_ND.shape)}"
         )
+    if not math.isfinite(reply.loss_sum):
+        return NotFinite("the training loss", where, reply.loss_sum)
+    if not torch.isfinite(reply.grad_ND).all():
+        return NotFinite("the gradient of the training loss", where, math.nan)
+    return reply
 
 
 def body_output_rows(suffix: Callable[[Tensor], Tensor], inputs: Activations, whole: bool) -> Tensor:

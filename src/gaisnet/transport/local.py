@@ -1,9 +1,11 @@
 """A link inside one process. Every message becomes bytes and back, so the ledger says what a network would carry."""
 
+from concurrent.futures import Future
+
 from gaisnet.messages import Message
 from gaisnet.transport.base import Handler
 from gaisnet.transport.codec import Codec
-from gaisnet.transport.ledger import Direction, Ledger, LinkKind
+from gaisnet.transport.ledger import Direction, Ledger, LinkKind, opposite
 
 
 class LocalLink:
@@ -17,18 +19,24 @@ class LocalLink:
         direction: Where requests travel; answers travel the other way.
     """
 
+    peer = "here"
+
     def __init__(self, other_end: Handler, codec: Codec, ledger: Ledger, kind: LinkKind, direction: Direction) -> None:
         self._other_end = other_end
         self._codec = codec
         self._ledger = ledger
         self._kind: LinkKind = kind
-        self._there: Direction = direction
-        self._back: Direction = "up" if direction == "down" else "down"
+        self._direction: Direction = direction
 
-    def request(self, message: Message) -> Message:
-        """See ``Link.request``."""
-        answer = self._other_end.handle(self._cross(message, self._there))
-        return self._cross(answer, self._back)
+    def send(self, message: Message) -> Future[Message]:
+        """See ``Link.send``. The answer is there when this returns."""
+        answer: Future[Message] = Future()
+        try:
+            reply = self._other_end.handle(self._cross(message, self._direction))
+            answer.set_result(self._cross(reply, opposite(self._direction)))
+        except Exception as error:
+            answer.set_exception(error)
+        return answer
 
     def _cross(self, message: Message, direction: Direction) -> Message:
         frame = self._codec.encode(message)

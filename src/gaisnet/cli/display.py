@@ -1,30 +1,28 @@
-"""The command ``gaisnet``."""
+"""What every command shows: live progress, the closing table, errors in their own words."""
 
 import logging
-import os
 import warnings
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Self
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from gaisnet.config import load_config
-from gaisnet.errors import GaisnetError
+from gaisnet.errors import GaisnetError, MissingPackage
 
-# Threads that wait for work must not spin: on a machine that is shared, one busy neighbour would slow every
-# multiplication down many times. Read when torch is first imported, which is why torch is imported late.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if TYPE_CHECKING:
+    from gaisnet.experiments.summary import Summary
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-_console = Console()
+console = Console()
 _errors = Console(stderr=True)
 
 _STAGES = {
+    "prepare": "making a kit for every site",
+    "start": "starting every site",
     "load": "loading the foundation model and sending every site its part",
     "release": "release: foundation knowledge goes down",
     "relay": "release: distilling a relay on generated text",
@@ -34,42 +32,28 @@ _STAGES = {
 }
 
 
-@app.callback()
-def main() -> None:
-    """GaisNet: a foundation model and domain models make each other better, while the data stays on the devices."""
-
-
-@app.command()
-def run(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Output folder; must be new or empty. [default: runs/<time>]")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one setting: key=value, e.g. --set relay.enabled=false --set seed=1."),
-    ] = None,
-) -> None:
-    """Run the cycle release, fine-tune, absorb on this machine, and measure it.
-
-    Writes summary.json, metrics.jsonl, report.html, TensorBoard events and adapters/ (in peft's format) to the output
-    folder. An evaluation before anything is trained comes first.
-    """
-    folder = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+@contextmanager
+def told_errors(exit_code: int = 1) -> Iterator[None]:
+    """Tell an error of ours in its own words, without a traceback, and leave with ``exit_code``."""
     try:
-        settings = load_config(config, overrides or [])
-        _quiet_libraries()
-        from gaisnet.experiments.run import run_experiment
-        from gaisnet.experiments.table import closing_table
-
-        with LiveProgress(_console) as progress:
-            summary = run_experiment(settings, folder, progress)
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "nvflare":
+                raise
+            raise MissingPackage("a network of several sites", "nvflare", "pip install 'gaisnet[nvflare]'") from error
     except GaisnetError as error:
         _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         _errors.print(str(error), markup=False, highlight=False)
-        raise typer.Exit(1) from error
-    _console.print(closing_table(summary))
-    _console.print(f"Open {folder / 'report.html'}; adapters for peft are in {folder / 'adapters'}", highlight=False)
+        raise typer.Exit(exit_code) from error
+
+
+def tell_summary(summary: "Summary", folder: Path) -> None:
+    """The closing table, and where the rest is."""
+    from gaisnet.experiments.table import closing_table
+
+    console.print(closing_table(summary))
+    console.print(f"Open {folder / 'report.html'}; adapters for peft are in {folder / 'adapters'}", highlight=False)
 
 
 class LiveProgress:
@@ -111,7 +95,7 @@ class LiveProgress:
         self._bars.update(self._task, completed=done, total=total, figures=text)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep other libraries' chatter out of the live display; their errors still come through."""
     import transformers
 
@@ -119,7 +103,3 @@ def _quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("torchao").setLevel(logging.ERROR)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,132 @@
+"""Files that are whole or not there: written under a temporary name, synced, renamed; and shelves of such files.
+
+A checkpoint is a safetensors file: tensors, and a state of plain values as JSON in its metadata. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gaisnet.errors import CheckpointError, OutputNotWritable
+
+_STATE = "state"
+
+
+class Shelf(Protocol):
+    """Where a site keeps what it needs after a restart."""
+
+    def put(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep this instead of what was there under ``name``. Raises ``OutputNotWritable``; the old one then stays."""
+
+    def get(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What was kept under ``name``; None if nothing. Raises ``CheckpointError``."""
+
+
+class FolderShelf:
+    """Checkpoints as files of one folder, ``<name>.safetensors``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """See ``Shelf.put``."""
+        path = self._path(name)
+        with writing(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        metadata = {_STATE: json.dumps(state, allow_nan=False)}
+        own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        with replacing(path) as temporary:
+            safetensors.torch.save_file(own, temporary, metadata)
+
+    def get(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """See ``Shelf.get``."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()[_STATE])
+                return state, {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(path, str(error)) from error
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+
+class NoShelf:
+    """Keeps nothing: for a site whose whole state another one can give back."""
+
+    def put(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Forget it."""
+
+    def get(self, name: str) -> None:
+        """Nothing."""
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with ``prefix``, without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and numbers, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` inside the block into ``OutputNotWritable`` for ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputNotWritable(path, error.strerror or str(error)) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; after the block it is synced and stands at ``path``.
+
+    A reader, or a crash at any moment, sees the old file or the new one whole. Raises ``OutputNotWritable``; the old
+    file then stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            try:
+                yield temporary
+            except SafetensorError as error:  # its I/O errors are no OSError
+                raise OSError(str(error)) from error
+            _sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)  # the rename itself is an entry of the folder, not of the file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put ``text`` at ``path`` atomically, as ``replacing`` says."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

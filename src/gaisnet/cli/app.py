@@ -1,0 +1,56 @@
+"""The command ``gaisnet`` and its parts."""
+
+import os
+
+import typer
+
+from gaisnet.cli.deploy import deploy
+from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
+from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, output_folder
+from gaisnet.cli.sites import cloud, device, edge
+from gaisnet.config import load_config
+
+# Threads that wait for work must not spin: on a machine that is shared, one busy neighbour would slow every
+# multiplication down many times. Read when torch is first imported, which is why torch is imported late.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+
+@app.callback()
+def main() -> None:
+    """GaisNet: a foundation model and domain models make each other better, while the data stays on the devices."""
+
+
+@app.command()
+def run(
+    config: ConfigFile = None,
+    out: Out = None,
+    resume: Resume = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run the cycle release, fine-tune, absorb on this machine, and measure it.
+
+    Writes summary.json, metrics.jsonl, report.html, TensorBoard events and adapters/ (in peft's format) to the output
+    folder. An evaluation before anything is trained comes first.
+
+    A run that was stopped goes on after its last finished cycle with --resume DIR; --resume DIR --set cycles=4 gives a
+    finished one more cycles.
+    """
+    folder = output_folder(config, out, resume)
+    with told_errors():
+        settings = load_config(config, overrides or []) if config else None
+        quiet_libraries()
+        from gaisnet.experiments.run import resume_experiment, run_experiment
+
+        with LiveProgress(console) as progress:
+            if settings is None:
+                summary = resume_experiment(folder, overrides or [], progress)
+            else:
+                summary = run_experiment(settings, folder, progress)
+    tell_summary(summary, folder)
+
+
+app.add_typer(deploy, name="deploy")
+for site in (cloud, edge, device):
+    app.command()(site)

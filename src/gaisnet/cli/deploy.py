@@ -1,0 +1,89 @@
+"""``gaisnet deploy``: cloud, edges and devices as separate sites."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
+from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, output_folder
+from gaisnet.config import load_config
+
+deploy = typer.Typer(no_args_is_help=True, help="Cloud, edges and devices as separate sites.")
+
+
+@deploy.command()
+def prepare(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file; cloud.host and edges.*.host say who is where.")],
+    out: Annotated[Path, typer.Option(help="Folder for the kits, one per site; must be new or empty.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write one kit per site: certificates, settings, start script. Copy each to its host; see docs/deploy.md.
+
+    OUT/authority holds the network's private keys: keep it where the network is prepared, and give it to nobody.
+    """
+    with told_errors():
+        settings = load_config(config, overrides or [])
+        quiet_libraries()
+        from gaisnet.deployment.kits import prepare as make_kits
+
+        for name, folder in make_kits(settings, out).items():
+            console.print(f"{name}: {folder}", highlight=False)
+
+
+@deploy.command("run")
+def deploy_run(
+    config: ConfigFile = None,
+    out: Out = None,
+    resume: Resume = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run a whole network on this machine, every site a process of its own, with mutual TLS between them.
+
+    The output folder is that of gaisnet run; kits and logs of the sites are beside it, in OUT-sites.
+    """
+    folder = output_folder(config, out, resume)
+    with told_errors():
+        settings = load_config(config, overrides or []) if config else None
+        quiet_libraries()
+        from gaisnet.deployment.one_machine import resume_network, run_network
+        from gaisnet.deployment.resident import end_in_order
+
+        end_in_order()
+        with LiveProgress(console) as progress:
+            if settings is None:
+                summary = resume_network(folder, progress)
+            else:
+                summary = run_network(settings, folder, progress)
+    tell_summary(summary, folder)
+
+
+@deploy.command()
+def start(
+    kit: Annotated[Path, typer.Argument(help="A site's kit.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder of the cloud. [default: KIT/run]")] = None,
+) -> None:
+    """Run one site on this host and start it again when it dies; what start.sh in a kit does."""
+    with told_errors():
+        from gaisnet.deployment.resident import end_in_order
+        from gaisnet.deployment.start import start_site
+
+        end_in_order()
+        start_site(kit, out)
+
+
+@deploy.command()
+def status(kit: Annotated[Path, typer.Argument(help="The kit of the cloud or of an edge.")]) -> None:
+    """Ask every site what it is doing. Leaves with 1 unless all are up."""
+    with told_errors():
+        from gaisnet.deployment.status import network_status
+
+        states = network_status(kit)
+    table = Table("site", "role", "state", "what it says")
+    for state in states:
+        table.add_row(state.name, state.role, state.health, escape(state.detail))
+    console.print(table)
+    if any(state.health != "up" for state in states):
+        raise typer.Exit(1)

@@ -1,0 +1,90 @@
+"""Makes one kit per site: certificates by NVFlare's provisioning, addresses, configuration, a start script."""
+
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+from gaisnet.config import Config
+from gaisnet.deployment.site import CLOUD, Role, Site, write_site
+from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
+from gaisnet.errors import OutputInUse
+from gaisnet.experiments.data import load_domains
+from gaisnet.models.foundation import load_tokenizer
+
+_NETWORK = "gaisnet"
+_START = """#!/usr/bin/env bash
+# Runs this site in the foreground and starts it again when it dies; stop it with Ctrl-C or SIGTERM.
+set -euo pipefail
+exec gaisnet deploy start "$(dirname "${BASH_SOURCE[0]}")" "$@"
+"""
+
+
+def prepare(config: Config, out: Path) -> dict[str, Path]:
+    """Write ``out/SITE`` for every site; ports that are 0 in the configuration become free ones of this machine.
+
+    Returns:
+        The kits by site name, the cloud first, then edges, then devices.
+
+    Raises:
+        OutputInUse: ``out`` holds something.
+        ProvisionFailed: NVFlare refused a name or could not write.
+        GaisnetError: The foundation model's tokenizer cannot be loaded, or built-in data are missing.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise OutputInUse(out, "is not empty")
+    if not any(device.data for _, device in config.each_device()):
+        load_domains(config)  # a missing package is better met here than by every device
+    tokenizer = load_tokenizer(config.model)
+    config = _with_ports(config)
+    made = provision(_addresses(config), out)
+    made.pop(ADMIN).rename(made[CLOUD] / ADMIN)
+    for name, folder in made.items():
+        _finish(folder, Site(role=_role(config, name), name=name, config=config))
+    for _, device in config.each_device():
+        tokenizer.save_pretrained(made[device.name] / "tokenizer")
+    return made
+
+
+def _role(config: Config, name: str) -> Role:
+    if name == CLOUD:
+        return "cloud"
+    return "edge" if name in {edge.name for edge in config.edges} else "device"
+
+
+def _addresses(config: Config) -> NetworkAddresses:
+    return NetworkAddresses(
+        name=_NETWORK,
+        cloud=CLOUD,
+        cloud_address=SiteAddress(config.cloud.host, config.cloud.link_port),
+        nvflare_port=config.cloud.nvflare_port,
+        edges={edge.name: SiteAddress(edge.host, edge.link_port) for edge in config.edges},
+        devices=[device.name for _, device in config.each_device()],
+    )
+
+
+def _with_ports(config: Config) -> Config:
+    """The same with a free port for every 0."""
+    with ExitStack() as held:  # all at once, so that none is given out twice
+        cloud = config.cloud.model_copy(
+            update={
+                "nvflare_port": config.cloud.nvflare_port or _free_port(held),
+                "link_port": config.cloud.link_port or _free_port(held),
+            }
+        )
+        edges = tuple(
+            edge.model_copy(update={"link_port": edge.link_port or _free_port(held)}) for edge in config.edges
+        )
+    return config.model_copy(update={"cloud": cloud, "edges": edges})
+
+
+def _free_port(held: ExitStack) -> int:
+    one = held.enter_context(socket.socket())
+    one.bind(("", 0))
+    return int(one.getsockname()[1])
+
+
+def _finish(folder: Path, site: Site) -> None:
+    write_site(folder, site)
+    start = folder / "start.sh"
+    start.write_text(_START, encoding="utf-8")
+    start.chmod(0o755)

@@ -1,0 +1,208 @@
+"""The processes that stay: ``gaisnet cloud``, ``gaisnet edge`` and ``gaisnet device``, each around one tier.
+
+They hold models and state. What joins them is the same tier code as in one process, over links of gRPC.
+"""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import JsonValue
+
+from gaisnet.checkpoint import FolderShelf
+from gaisnet.config import Config
+from gaisnet.deployment.site import CLOUD, Site, certificates, read_site
+from gaisnet.engines.nvflare.job import JobKeeper
+from gaisnet.engines.nvflare.kit import ORDERS
+from gaisnet.errors import UnexpectedMessage
+from gaisnet.experiments.data import load_device, load_public
+from gaisnet.experiments.output import RunFolder
+from gaisnet.experiments.run import carry_out
+from gaisnet.experiments.summary import Summary
+from gaisnet.messages import BodyRequest, Message, SmashedData
+from gaisnet.models.foundation import Foundation, read_tokenizer
+from gaisnet.network import Network
+from gaisnet.progress import Progress
+from gaisnet.tiers.cloud import Cloud
+from gaisnet.tiers.device import Device
+from gaisnet.tiers.edge import Edge
+from gaisnet.transport.base import Handler
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.coded import CodedLink
+from gaisnet.transport.grpc import Dialer, Listener
+from gaisnet.transport.ledger import Ledger
+from gaisnet.transport.stream import Limits, LinkState
+
+_START_S = 600.0  # more than a tier takes to be there once its links are
+_ENDED_BY_SIGNAL = 128 + signal.SIGTERM
+_log = logging.getLogger(__name__)
+
+
+class Watched:
+    """A progress that can be asked how far it is, and logs every stage."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, JsonValue] = {"stage": "start", "done": 0, "total": 1, "figures": {}}
+
+    def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        """See ``gaisnet.progress.Progress``."""
+        if stage != self._last["stage"] or done in (0, total):
+            _log.info("%s %d/%d %s", stage, done, total, "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+        self._last = {"stage": stage, "done": done, "total": total, "figures": dict(figures)}
+
+    def state(self) -> dict[str, JsonValue]:
+        """The last that was told."""
+        return self._last
+
+
+class _Answers:
+    """Bytes in, bytes out, for a tier that exists only after its links do.
+
+    Args:
+        codec: Reads requests and writes answers.
+        takes: Says whether a site may ask at all, before anything of its request is read.
+        about: Says whether it may send this message.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        takes: Callable[[str], bool] = lambda _: True,
+        about: Callable[[str, Message], bool] = lambda *_: True,
+    ) -> None:
+        self._codec = codec
+        self._takes = takes
+        self._about = about
+        self._tier: Future[Handler] = Future()
+
+    def become(self, tier: Handler) -> None:
+        """From now on ``tier`` answers."""
+        self._tier.set_result(tier)
+
+    def __call__(self, asker: str, frame: bytes) -> bytes:
+        """Answer a frame. Raises ``UnexpectedMessage`` where ``asker`` may not send it."""
+        if not self._takes(asker):
+            raise UnexpectedMessage("this site", f"request from '{asker}'")
+        message = self._codec.decode(frame)
+        if not self._about(asker, message):
+            raise UnexpectedMessage("this site", f"{type(message).__name__} of this kind from '{asker}'")
+        return self._codec.encode(self._tier.result(_START_S).handle(message))
+
+
+def run_cloud(folder: Path, out: Path | None = None) -> Summary:
+    """Carry out the run of a cloud's kit, or what is left of it, and return. Raises ``GaisnetError``."""
+    site = read_site(folder, CLOUD)
+    config = site.config
+    public = {edge.domain: load_public(edge, config) for edge in config.edges}
+    watched = Watched()
+    with RunFolder.claim(out or folder / "run") as run_folder, ExitStack() as opened:
+        keeper = JobKeeper(folder / "admin", [edge.name for edge in config.edges])
+        opened.callback(keeper.close)
+        keeper.start()
+
+        def build(foundation: Foundation, text: str, progress: Progress) -> Network:
+            cloud = Cloud(foundation, config, {name: one.shape for name, one in public.items()}, text, progress)
+            return _cloud_network(site, folder, cloud, watched, keeper, opened)
+
+        return carry_out(config, run_folder, watched, build, {name: one.majority for name, one in public.items()})
+
+
+def _cloud_network(
+    site: Site, folder: Path, cloud: Cloud, watched: Watched, keeper: JobKeeper, opened: ExitStack
+) -> Network:
+    config, codec, ledger = site.config, Codec(site.config.wire), Ledger()
+    names = [edge.name for edge in config.edges]
+    owners = {edge.name: {device.name for device in edge.devices} for edge in config.edges}
+
+    def own(edge: str, message: Message) -> bool:
+        """An edge speaks of its own devices only."""
+        return not isinstance(message, SmashedData | BodyRequest) or message.owner in owners[edge]
+
+    answers = _Answers(codec, takes=owners.__contains__, about=own)
+    answers.become(cloud)
+    listener = Listener(
+        f"0.0.0.0:{config.cloud.link_port}",
+        certificates(folder, "cloud"),
+        CLOUD,
+        [*names, *(ORDERS + name for name in names)],
+        answers,
+        _limits(config),
+        lambda: {**watched.state(), "job": keeper.state(), "links": _links(listener.states())},
+    )
+    opened.callback(listener.close)
+    links = {
+        edge.domain: CodedLink(listener.link(ORDERS + edge.name), codec, ledger, "edge_cloud", "down")
+        for edge in config.edges
+    }
+    return Network(cloud, links, ledger, config.faults)
+
+
+def run_edge(folder: Path) -> NoReturn:
+    """Serve an edge's kit until the process is ended. Raises ``GaisnetError``."""
+    site = read_site(folder, "edge")
+    config, settings, codec, ledger = site.config, site.edge, Codec(site.config.wire), Ledger()
+    # Orders come from the cloud, by way of this host's own NVFlare process; devices give none.
+    answers, watched = _Answers(codec, takes=site.name.__eq__), Watched()
+    own, limits = certificates(folder, "edge"), _limits(config)
+    names = [device.name for device in settings.devices]
+    with ExitStack() as opened:
+        to_cloud = Dialer(site.cloud_address, own, site.name, CLOUD, _nothing_to_ask, limits)
+        opened.callback(to_cloud.close)
+        listener = Listener(
+            f"0.0.0.0:{settings.link_port}",
+            own,
+            site.name,
+            [*names, site.name],
+            answers,
+            limits,
+            lambda: {**watched.state(), "links": _links({**listener.states(), CLOUD: to_cloud.state()})},
+        )
+        opened.callback(listener.close)
+        devices = {name: CodedLink(listener.link(name), codec, ledger, "device_edge", "down") for name in names}
+        cloud = CodedLink(to_cloud, codec, ledger, "edge_cloud", "up")
+        shelf = FolderShelf(folder / "state")
+        answers.become(Edge(settings, config, cloud, devices, ledger, shelf, watched))
+        _until_ended()
+
+
+def run_device(folder: Path) -> NoReturn:
+    """Serve a device's kit until the process is ended. Raises ``GaisnetError``."""
+    site = read_site(folder, "device")
+    config, codec, watched = site.config, Codec(site.config.wire), Watched()
+    tokenizer = read_tokenizer(folder / "tokenizer")
+    answers = _Answers(codec)
+    answers.become(Device(site.device, config, tokenizer, load_device(config, site.name), watched))
+    with ExitStack() as opened:
+        own = certificates(folder, "device")
+        link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits(config))
+        opened.callback(link.close)
+        _until_ended()
+
+
+def end_in_order() -> None:
+    """Let SIGTERM end this process as Ctrl-C does: links are closed, locks released. It has not finished, though."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_ENDED_BY_SIGNAL))
+
+
+def _until_ended() -> NoReturn:
+    while True:
+        threading.Event().wait(3600.0)
+
+
+def _nothing_to_ask(asker: str, _frame: bytes) -> bytes:
+    raise UnexpectedMessage("an edge", f"request from '{asker}' on the stream that it dialled")
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(max_message_bytes=min(config.wire.max_message_bytes, Limits.max_message_bytes))
+
+
+def _links(states: Mapping[str, LinkState]) -> dict[str, JsonValue]:
+    return {name: asdict(state) for name, state in states.items()}

@@ -1,0 +1,82 @@
+"""A site's kit: a folder that holds all that one process of the network must know before it can reach the others.
+
+Layout: ``site.yaml`` (this module), ``start.sh``; certificates, for cloud and edges within NVFlare's own startup kit
+(``startup``, ``local``, ``transfer``); the cloud's also ``admin``, a device's also ``tokenizer``.
+"""
+
+from pathlib import Path
+from typing import Final, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from gaisnet.config import Config, DeviceSettings, EdgeSettings, Settings
+from gaisnet.errors import KitUnreadable
+from gaisnet.transport.grpc import Certificates
+
+SITE_FILE = "site.yaml"
+CLOUD: Final = "cloud"
+
+Role = Literal["cloud", "edge", "device"]
+
+
+class Site(Settings):
+    """What stands in ``site.yaml``."""
+
+    role: Role = Field(description="What the site is.")
+    name: str = Field(description="As in its certificate.")
+    config: Config = Field(description="The run's; hosts and ports are those of the network as it was prepared.")
+
+    @property
+    def edge(self) -> EdgeSettings:
+        """The edge itself, or the edge of the device."""
+        return next(
+            edge for edge in self.config.edges if self.name in (edge.name, *(device.name for device in edge.devices))
+        )
+
+    @property
+    def device(self) -> DeviceSettings:
+        """The device itself."""
+        return next(device for device in self.edge.devices if device.name == self.name)
+
+    @property
+    def cloud_address(self) -> str:
+        """Where edges reach the cloud, ``host:port``."""
+        return f"{self.config.cloud.host}:{self.config.cloud.link_port}"
+
+    @property
+    def edge_address(self) -> str:
+        """Where devices reach their edge, ``host:port``."""
+        return f"{self.edge.host}:{self.edge.link_port}"
+
+
+def write_site(folder: Path, site: Site) -> None:
+    """Put ``site.yaml`` into a kit."""
+    text = yaml.safe_dump(site.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (folder / SITE_FILE).write_text(text, encoding="utf-8")
+
+
+def read_site(folder: Path, role: Role | None = None) -> Site:
+    """What a kit says. Raises ``KitUnreadable``, also where it is the kit of another role."""
+    try:
+        site = Site.model_validate(yaml.safe_load((folder / SITE_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise KitUnreadable(folder, f"it has no {SITE_FILE}") from error
+    except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
+        raise KitUnreadable(folder, f"{SITE_FILE} cannot be read ({error})") from error
+    names = {"cloud": [CLOUD], "edge": [edge.name for edge in site.config.edges]}
+    known = names.get(site.role, [device.name for _, device in site.config.each_device()])
+    if site.name not in known:
+        raise KitUnreadable(folder, f"{SITE_FILE} is of {site.role} '{site.name}', which its config does not name")
+    if role is not None and site.role != role:
+        raise KitUnreadable(folder, f"it is that of the {site.role} '{site.name}', not of a {role}")
+    return site
+
+
+def certificates(folder: Path, role: Role) -> Certificates:
+    """The PEM files of a kit."""
+    if role == "device":
+        return Certificates(folder / "rootCA.pem", folder / "client.crt", folder / "client.key")
+    kind = "server" if role == "cloud" else "client"
+    startup = folder / "startup"
+    return Certificates(startup / "rootCA.pem", startup / f"{kind}.crt", startup / f"{kind}.key")

@@ -1,0 +1,317 @@
+"""One end of a link, with its threads: a ``Session`` behind a lock, the futures of those who ask, a worker who answers.
+
+Three threads meet here per connection: one reads (``Connection.receive``), one writes (``Connection.frames``), and the
+worker, which belongs to all links of a site, runs the handler. Nobody waits for anything while holding the lock.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+
+from gaisnet.errors import GaisnetError, LinkLost, MessageTooLarge, PeerError, WireFormatError
+from gaisnet.transport.frames import Kind, decode_frame, encode_failure, encode_frame
+from gaisnet.transport.session import Answered, Asked, Event, Failed, Job, Session
+from gaisnet.transport.stream import Limits, LinkState
+
+ByteHandler = Callable[[str, bytes], bytes]
+"""(name of who asks, payload) -> answer. Raises ``GaisnetError``; anything else stays here, in the log."""
+
+_WARN_EVERY_S = 60.0
+_PATIENCE_S = 0.01  # for a frame that can carry an acknowledgement
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One thread that does one thing after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, task: Callable[[], None]) -> None:
+        """Do it when everything before it is done."""
+        self._tasks.put(task)
+
+    def close(self, timeout_s: float) -> None:
+        """Begin nothing more. A task that is still busy after ``timeout_s`` is left to itself."""
+        self._closed = True
+        self._tasks.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None and not self._closed:
+            task()
+
+
+class Endpoint:
+    """A ``ByteLink``, whatever carries its frames.
+
+    Args:
+        other: Name of the other end.
+        life: This process's own id, see ``Session``.
+        limits: What the other end may send.
+        handle: Answers its requests, in the worker's thread.
+        worker: Runs ``handle``.
+        dials: See ``Session``.
+    """
+
+    def __init__(
+        self, other: str, life: bytes, limits: Limits, handle: ByteHandler, worker: Worker, dials: bool
+    ) -> None:
+        self.other = other
+        self.limits = limits
+        self._session = Session(life, limits, dials)
+        self._handle = handle
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._futures: dict[int, Future[bytes]] = {}
+        self._connection: Connection | None = None
+        self._closed = False
+        self._since = time.monotonic()
+        self._last_seen: float | None = None
+        self._rejected = 0
+        self._problem = ""
+        self._warned_at = -_WARN_EVERY_S
+
+    @property
+    def peer(self) -> str:
+        """See ``ByteLink.peer``."""
+        with self._lock:
+            return self._session.peer.hex() if self._session.met else ""
+
+    def send(self, payload: bytes) -> Future[bytes]:
+        """See ``ByteLink.send``."""
+        if len(payload) > self.limits.max_message_bytes:
+            raise MessageTooLarge(self.other, len(payload), self.limits.max_message_bytes)
+        answer = _Answer(self)
+        with self._lock:
+            if self._closed:
+                answer.set_exception(LinkLost(self.other, "the link is closed"))
+                return answer
+            answer.step = self._session.request(payload)
+            self._futures[answer.step] = answer
+            self._wake_writer()
+        return answer
+
+    def state(self) -> LinkState:
+        """How the link is now."""
+        now = time.monotonic()
+        with self._lock:
+            return LinkState(
+                connected=self._session.met,
+                since_s=now - self._since,
+                last_seen_s=None if self._last_seen is None else now - self._last_seen,
+                life=self._session.peer.hex(),
+                rejected_frames=self._rejected,
+                problem=self._problem,
+            )
+
+    def attach(self) -> "Connection":
+        """Begin a connection; one before it ends."""
+        connection = Connection(self)
+        with self._lock:
+            self._detach(self._connection)
+            if not self._closed:
+                self._connection = connection
+                self._session.begin()
+        return connection
+
+    def close(self) -> None:
+        """Fail all who wait, and let nobody connect or ask any more."""
+        with self._lock:
+            self._closed = True
+            self._detach(self._connection)
+            waiting, self._futures = list(self._futures.values()), {}
+        for answer in waiting:
+            _fail(answer, LinkLost(self.other, "the link was closed"))
+
+    def warn(self, found: str) -> None:
+        """Log a problem with the other end, at most once a minute."""
+        now = time.monotonic()
+        with self._lock:
+            self._problem = found
+            quiet = now - self._warned_at < _WARN_EVERY_S
+            self._warned_at = self._warned_at if quiet else now
+        if not quiet:
+            _log.warning("link to '%s': %s", self.other, found)
+
+    # -- what a connection calls
+
+    def ended(self, connection: "Connection") -> None:
+        """The connection has ended."""
+        with self._lock:
+            if self._connection is connection:
+                self._detach(connection)
+
+    def received(self, connection: "Connection", data: bytes) -> None:
+        """A frame came in. Raises ``WireFormatError``."""
+        frame = decode_frame(data, self.limits)
+        with self._lock:
+            if self._connection is not connection:
+                return
+            self._last_seen = time.monotonic()
+            events = self._session.receive(frame)
+            if frame.kind in (Kind.HELLO, Kind.WELCOME):
+                self._since, self._problem = self._last_seen, ""
+            if self._session.has_frames or (self._session.owes and not connection.owes):
+                self._wake_writer()
+        for event in events:
+            self._carry_out(event)
+
+    def rejected(self, found: str) -> None:
+        """A connection is being closed for what came in on it."""
+        with self._lock:
+            self._rejected += 1
+        self.warn(found)
+
+    def next_frame(self, connection: "Connection", patient: bool) -> bytes | None:
+        """What to send next; None where there is nothing. Raises ``EOFError`` at the end of the connection.
+
+        Args:
+            connection: The one that sends.
+            patient: Do not yet send an acknowledgement alone.
+        """
+        with self._lock:
+            if self._connection is not connection:
+                raise EOFError
+            frame = self._session.next_frame(patient)
+            if frame is None:
+                connection.idle = True
+                connection.owes = patient and self._session.owes
+        return None if frame is None else encode_frame(frame)
+
+    # -- with the lock held
+
+    def _detach(self, connection: "Connection | None") -> None:
+        if connection is not None:
+            self._since = time.monotonic() if self._session.met else self._since
+            self._session.end()
+            self._connection = None
+            connection.tokens.put(None)
+
+    def _wake_writer(self) -> None:
+        connection = self._connection
+        if connection is not None and connection.idle:
+            connection.idle = False
+            connection.tokens.put(None)
+
+    # -- without it
+
+    def _carry_out(self, event: Event) -> None:
+        if isinstance(event, Asked):
+            self._worker.put(lambda: self._run(event.job))
+        elif isinstance(event, Answered):
+            answer = self._futures.pop(event.step, None)
+            if answer is not None and answer.set_running_or_notify_cancel():
+                answer.set_result(event.payload)
+        elif isinstance(event, Failed):
+            _fail(self._futures.pop(event.step, None), PeerError(self.other, event.kind, event.text))
+        else:
+            for step in event.steps:
+                _fail(self._futures.pop(step, None), LinkLost(self.other, "it restarted and forgot the request"))
+
+    def abandon(self, step: int) -> bool:
+        """Nobody waits for the answer any more; whether somebody did."""
+        with self._lock:
+            self._session.abandon(step)
+            return self._futures.pop(step, None) is not None
+
+    def _run(self, job: Job) -> None:
+        payload, dropped = job.payload, job.dropped
+        if dropped:
+            return
+        kind, answer = self._answer_to(payload)
+        with self._lock:
+            held = self._session.held_bytes
+            if held and held + len(answer) > self.limits.max_message_bytes:
+                kind, answer = Kind.FAILURE, encode_failure("MessageTooLarge", "answers before it are not acknowledged")
+            self._session.answer(job, kind, answer)
+            self._wake_writer()
+
+    def _answer_to(self, payload: bytes) -> tuple[Kind, bytes]:
+        try:
+            answer = self._handle(self.other, payload)
+            if len(answer) > self.limits.max_message_bytes:
+                raise MessageTooLarge(self.other, len(answer), self.limits.max_message_bytes)
+            return Kind.ANSWER, answer
+        except PeerError as error:  # whoever asks learns what went wrong, not who passed it on
+            return Kind.FAILURE, encode_failure(error.kind, error.text)
+        except GaisnetError as error:
+            return Kind.FAILURE, encode_failure(type(error).__name__, str(error))
+        except Exception:
+            _log.exception("a request of '%s' could not be answered", self.other)
+            return Kind.FAILURE, encode_failure("InternalError", "see the log there")
+
+
+class Connection:
+    """One connection of an endpoint, until it ends, for the two threads that read and write it."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self.tokens: SimpleQueue[None] = SimpleQueue()
+        self.idle = False  # the writer waits for a token
+        self.owes = False  # but not for long, for it has something to acknowledge
+        self.problem = ""
+        self.written = threading.Event()
+        """Set when ``frames`` has come to its end."""
+
+    def frames(self) -> Iterator[bytes]:
+        """What to send, as it comes, until the connection ends."""
+        patient = True
+        try:
+            while True:
+                frame = self._endpoint.next_frame(self, patient)
+                patient = True
+                if frame is not None:
+                    yield frame
+                    continue
+                try:
+                    self.tokens.get(timeout=_PATIENCE_S if self.owes else None)
+                except Empty:
+                    patient = False
+        except EOFError:
+            return
+        finally:
+            self.written.set()
+
+    def read(self, frames: Iterator[bytes]) -> None:
+        """Receive until the connection ends or breaks the rules; then it is closed."""
+        try:
+            for data in frames:
+                self._endpoint.received(self, data)
+        except WireFormatError as error:
+            self.problem = str(error)
+            self._endpoint.rejected(self.problem)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the connection; may be called again, and from any thread."""
+        self._endpoint.ended(self)
+
+
+class _Answer(Future[bytes]):
+    """Cancelling it gives up the request."""
+
+    step = 0
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__()
+        self._endpoint = endpoint
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        if cancelled and self._endpoint.abandon(self.step):
+            self.set_running_or_notify_cancel()  # now those who wait for several futures know of it too
+        return cancelled
+
+
+def _fail(answer: Future[bytes] | None, error: Exception) -> None:
+    if answer is not None and answer.set_running_or_notify_cancel():
+        answer.set_exception(error)

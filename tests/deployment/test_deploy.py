@@ -1,0 +1,244 @@
+"""Kits, and a whole network of processes over real sockets: the figures are those of one process."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gaisnet.config import Config, load_config
+from gaisnet.deployment.kits import prepare
+from gaisnet.deployment.one_machine import kits_in, run_network, sites_of
+from gaisnet.deployment.resident import run_device, run_edge
+from gaisnet.deployment.site import CLOUD, certificates, read_site
+from gaisnet.deployment.start import plans
+from gaisnet.deployment.status import network_status
+from gaisnet.errors import DataError, KitUnreadable, OutputInUse
+from gaisnet.experiments.output import LOCK_NAME
+from gaisnet.experiments.run import run_experiment
+from gaisnet.experiments.summary import Summary
+from tests.tiny import write_tiny_run
+
+OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
+SITES = {"cloud", "north", "south", *(f"{edge}-{device}" for edge in ("north", "south") for device in "abc")}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return load_config(write_tiny_run(tmp_path_factory.mktemp("tiny"), absorb=OPEN_GATE))
+
+
+@pytest.fixture(scope="module")
+def kits(config: Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return prepare(config, tmp_path_factory.mktemp("kits") / "sites")
+
+
+# -- kits --------------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_kit_for_every_site_and_it_says_whose_it_is(config: Config, kits: Mapping[str, Path]) -> None:
+    assert kits.keys() == SITES
+    for name, folder in kits.items():
+        site = read_site(folder)
+        assert site.name == folder.name == name
+        assert site.config.model_dump(exclude={"cloud", "edges"}) == config.model_dump(exclude={"cloud", "edges"})
+        assert os.access(folder / "start.sh", os.X_OK)
+        certificates(folder, site.role).read()
+    assert kits_in(kits[CLOUD].parent).keys() == SITES
+
+
+def test_every_port_is_another_and_all_kits_agree(kits: Mapping[str, Path]) -> None:
+    found = set()
+    for folder in kits.values():
+        config = read_site(folder).config
+        found.add((config.cloud.nvflare_port, config.cloud.link_port, *(edge.link_port for edge in config.edges)))
+    (ports,) = found
+    assert len(set(ports)) == 4 and all(1024 <= port <= 65535 for port in ports)
+
+
+def test_private_keys_are_for_their_owner_only_and_each_kit_has_just_its_own(kits: Mapping[str, Path]) -> None:
+    keys: dict[str, bytes] = {}
+    for name, folder in kits.items():
+        for key in folder.rglob("*.key"):
+            assert stat.S_IMODE(key.stat().st_mode) == 0o600
+        keys[name] = certificates(folder, read_site(folder).role).read()[2]
+    assert len(set(keys.values())) == len(keys)
+    for name, folder in kits.items():
+        others = [key for owner, key in keys.items() if owner != name]
+        for file in folder.rglob("*"):
+            assert not file.is_file() or not any(key in file.read_bytes() for key in others)
+
+
+def test_a_device_has_a_tokenizer_and_nothing_of_nvflare(kits: Mapping[str, Path]) -> None:
+    names = {path.name for path in kits["north-a"].iterdir()}
+    assert names == {"site.yaml", "start.sh", "rootCA.pem", "client.crt", "client.key", "tokenizer"}
+    assert [plan.name for plan in plans(kits["north-a"], Path("logs"))] == ["north-a"]
+    assert [plan.name for plan in plans(kits["north"], Path("logs"))] == ["north-nvflare", "north"]
+
+
+def test_kits_are_not_written_over(config: Config, kits: Mapping[str, Path]) -> None:
+    with pytest.raises(OutputInUse, match="is not empty"):
+        prepare(config, kits[CLOUD].parent)
+
+
+def test_a_folder_that_is_no_kit(tmp_path: Path) -> None:
+    with pytest.raises(KitUnreadable, match=r"it has no site\.yaml"):
+        read_site(tmp_path)
+    with pytest.raises(KitUnreadable, match="there is no kit of a cloud in it"):
+        kits_in(tmp_path)
+    (tmp_path / "site.yaml").write_text("role: [", encoding="utf-8")
+    with pytest.raises(KitUnreadable, match=r"site\.yaml cannot be read"):
+        read_site(tmp_path)
+
+
+def test_the_kit_of_another_role(kits: Mapping[str, Path]) -> None:
+    with pytest.raises(KitUnreadable, match="it is that of the device 'north-a', not of a edge"):
+        run_edge(kits["north-a"])
+    with pytest.raises(KitUnreadable, match="it is that of the edge 'north', not of a device"):
+        run_device(kits["north"])
+
+
+def test_a_site_that_its_own_configuration_does_not_name(kits: Mapping[str, Path], tmp_path: Path) -> None:
+    raw = yaml.safe_load((kits["north-a"] / "site.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({**raw, "name": "west-a"}), encoding="utf-8")
+    with pytest.raises(KitUnreadable, match="is of device 'west-a', which its config does not name"):
+        read_site(tmp_path)
+
+
+def test_a_device_whose_data_are_not_there_says_so_before_it_dials(kits: Mapping[str, Path], tmp_path: Path) -> None:
+    raw = yaml.safe_load((kits["north-a"] / "site.yaml").read_text(encoding="utf-8"))
+    raw["config"]["edges"][0]["devices"][0]["data"] = str(tmp_path / "nowhere")
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    (tmp_path / "tokenizer").symlink_to(kits["north-a"] / "tokenizer")
+    with pytest.raises(DataError, match="there is no such file"):
+        run_device(tmp_path)
+
+
+def test_a_network_that_is_not_there_is_told_as_it_is(kits: Mapping[str, Path]) -> None:
+    states = {state.name: state for state in network_status(kits[CLOUD])}
+    assert states.keys() == SITES
+    assert {state.health for state in states.values() if state.role != "device"} == {"unreachable"}
+    assert {state.health for state in states.values() if state.role == "device"} == {"unknown"}
+
+
+def test_a_device_needs_no_nvflare() -> None:
+    code = "import sys; sys.modules['nvflare'] = None; import gaisnet.deployment.resident, gaisnet.deployment.start"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# -- a whole network ---------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Sees what a run tells."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        self.stages.append(stage)
+
+
+def processes_of(out: Path) -> Iterator[tuple[int, list[str]]]:
+    """Living processes whose command line names a kit of the run."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if any(word.startswith(str(sites_of(out))) for word in words):
+                yield int(entry.name), words
+
+
+def left_behind(out: Path) -> list[object]:
+    """What no run may leave."""
+    return [*processes_of(out), *out.rglob(LOCK_NAME)]
+
+
+def figures(summary: Summary) -> list[object]:
+    """All that does not depend on the clock."""
+    return [
+        (one.domain, one.foundation, one.merged, one.retention, one.gate, one.relay, one.faults)
+        for one in summary.cycles
+    ]
+
+
+@pytest.fixture(scope="module")
+def in_one_process(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    return run_experiment(config, tmp_path_factory.mktemp("local") / "out")
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(240)
+def test_a_network_of_processes_has_the_figures_of_one_process(
+    config: Config, in_one_process: Summary, tmp_path: Path
+) -> None:
+    watch = Watch()
+    summary = run_network(config, tmp_path / "out", watch)
+    assert figures(summary) == figures(in_one_process)
+    assert [one.bytes for one in summary.cycles] == [one.bytes for one in in_one_process.cycles]
+    assert left_behind(tmp_path / "out") == []
+    assert "prepare" in watch.stages
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"summary.json", "metrics.jsonl", "report.html", "tensorboard", "adapters", "checkpoint"}
+
+
+def kill(out: Path, role: str) -> None:
+    """SIGKILL for the first process of a role."""
+    victim = next(pid for pid, words in processes_of(out) if "gaisnet.cli" in words and role in words)
+    os.kill(victim, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("role", ["device", "edge", "cloud"])
+def test_a_network_ends_with_the_same_figures_when_a_site_is_killed(
+    config: Config, in_one_process: Summary, tmp_path: Path, role: str
+) -> None:
+    out = tmp_path / "out"
+    killed = threading.Thread(target=_kill_later, args=(out, role))
+    killed.start()
+    summary = run_network(config, out, Watch())
+    killed.join()
+    assert figures(summary) == figures(in_one_process)
+    assert left_behind(out) == []
+
+
+def _kill_later(out: Path, role: str) -> None:
+    """Wait until the cloud has measured the beginning, then kill."""
+    until = time.monotonic() + 120
+    while not (out / "checkpoint").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    kill(out, role)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_a_launcher_that_is_killed_leaves_no_process_and_a_run_that_resumes(
+    config: Config, in_one_process: Summary, tmp_path: Path
+) -> None:
+    out, file = tmp_path / "out", tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    command = [sys.executable, "-m", "gaisnet.cli", "deploy", "run"]
+    with subprocess.Popen([*command, str(file), "--out", str(out)], stdout=subprocess.DEVNULL) as launch:
+        until = time.monotonic() + 180
+        while not (out / "checkpoint").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        launch.kill()
+    until = time.monotonic() + 20
+    while list(processes_of(out)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert list(processes_of(out)) == []
+    subprocess.run([*command, "--resume", str(out)], check=True, timeout=300, stdout=subprocess.DEVNULL)
+    assert figures(Summary.model_validate_json((out / "summary.json").read_text(encoding="utf-8"))) == figures(
+        in_one_process
+    )
+    assert left_behind(out) == []

@@ -1,0 +1,189 @@
+"""NVFlare's own processes, with mutual TLS on loopback; the residents are listeners of this process."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from gaisnet.deployment.launcher import Launcher
+from gaisnet.engines.nvflare.kit import ORDERS, read_seal
+from gaisnet.errors import ConfigError, LinkLost, PeerError
+from gaisnet.transport.stream import ByteLink
+from tests.engines.nvflare.sites import EDGES, plans, running, until
+
+START_S = 60
+
+
+def answer(name: str, payload: bytes) -> bytes:
+    if payload == b"fail":
+        raise ConfigError("cycles", "is 0", "use 1 or more")
+    return payload[::-1]
+
+
+def ask_again(link: ByteLink, payload: bytes, timeout_s: float = 30) -> bytes:
+    """As the cloud does: a job that ends takes the requests with it, also those sent before the next one dials."""
+    for _ in range(5):
+        with contextlib.suppress(LinkLost):
+            return link.send(payload).result(timeout_s)
+    raise AssertionError("lost five times")
+
+
+def parent_of(pid: str) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def shows(file: Path, secret: bytes) -> bool:
+    content = file.read_bytes()
+    return secret in content or secret.hex().encode() in content
+
+
+@pytest.mark.integration
+def test_requests_of_the_cloud_reach_the_edges(tmp_path: Path) -> None:
+    with (
+        running(tmp_path, {"edge1": answer, "edge2": lambda name, payload: payload}) as sites,
+        sites.keeper() as keeper,
+    ):
+        links = {edge: sites.link(edge) for edge in EDGES}
+        assert links["edge1"].send(b"abc").result(START_S) == b"cba"
+        assert links["edge2"].send(b"abc").result(START_S) == b"abc"
+
+        for size in (0, 1024, 8 * 2**20):
+            payload = os.urandom(size)
+            answers = [links[edge].send(payload) for edge in EDGES]
+            assert answers[0].result(30) == payload[::-1]
+            assert answers[1].result(30) == payload
+
+        with pytest.raises(PeerError) as caught:
+            links["edge1"].send(b"fail").result(30)
+        assert (caught.value.peer_name, caught.value.kind) == (ORDERS + "edge1", "ConfigError")
+        assert caught.value.text == "cycles: is 0; use 1 or more"
+
+        assert until(lambda: keeper.state().endswith("is running"), 10)
+        began = time.monotonic()
+        keeper.close()
+        assert time.monotonic() - began < 15
+        assert keeper.state() == "closed"
+        assert until(lambda: not any(sites.connected().values()), 10)
+    assert {state.stage for state in sites.launcher.states().values()} == {"stopped"}
+    assert {state.starts for state in sites.launcher.states().values()} == {1}
+    # Neither the job nor any log of NVFlare's processes shows a secret.
+    for secret in (read_seal(sites.kits[edge], edge) for edge in EDGES):
+        held = {file for file in tmp_path.rglob("*") if file.is_file() and shows(file, secret)}
+        assert all(file.parent.name in ("seals", ".seals") for file in held)
+        assert len(held) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_request_is_answered_although_the_client_was_killed(tmp_path: Path) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow(name: str, payload: bytes) -> bytes:
+        asked.set()
+        go_on.wait(60)
+        return payload
+
+    with running(tmp_path, {"edge1": slow, "edge2": answer}) as sites, sites.keeper() as keeper:
+        outstanding = sites.link("edge1").send(b"slow")
+        assert asked.wait(START_S)
+        job = keeper.state()
+        os.kill(sites.pid("edge1"), signal.SIGKILL)
+        assert until(lambda: sites.launcher.states()["edge1"].starts == 2, 10)
+        assert sites.link("edge2").send(b"ab").result(30) == b"ba"
+        go_on.set()
+        assert outstanding.result(60) == b"slow"
+        assert until(lambda: keeper.state() == job, 10)
+        assert sites.link("edge1").send(b"again").result(30) == b"again"
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_job_is_submitted_again_after_the_server_was_killed(tmp_path: Path) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow(name: str, payload: bytes) -> bytes:
+        asked.set()
+        go_on.wait(60)
+        return payload
+
+    with running(tmp_path, {"edge1": slow, "edge2": answer}) as sites, sites.keeper() as keeper:
+        outstanding = sites.link("edge1").send(b"slow")
+        assert asked.wait(START_S)
+        job = keeper.state()
+        os.kill(sites.pid("server"), signal.SIGKILL)
+        go_on.set()
+        with pytest.raises(LinkLost):
+            outstanding.result(90)
+        assert ask_again(sites.link("edge1"), b"again", 30) == b"again"
+        assert ask_again(sites.link("edge2"), b"ab", 30) == b"ba"
+        assert until(lambda: keeper.state().endswith("is running"), 10)
+        assert keeper.state() != job
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_job_is_submitted_again_after_a_job_process_was_killed(tmp_path: Path) -> None:
+    with running(tmp_path, {edge: answer for edge in EDGES}) as sites, sites.keeper() as keeper:
+        assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
+        assert until(lambda: keeper.state().endswith("is running"), 10)
+        job = keeper.state()
+        children = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == sites.pid("edge1")]
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        assert children
+        assert until(lambda: keeper.state().endswith("is running") and keeper.state() != job, 90)
+        for edge in EDGES:
+            assert ask_again(sites.link(edge), b"ab", 30) == b"ba"
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_job_of_an_earlier_life_of_the_cloud_is_aborted(tmp_path: Path) -> None:
+    with running(tmp_path, {edge: answer for edge in EDGES}) as sites:
+        with sites.keeper() as first:
+            assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
+            first_life = sites.life("edge1")
+            session = first._session
+            assert session is not None
+            session.kill()
+            first._closing.set()
+        with sites.keeper() as second:
+            assert until(lambda: sites.life("edge1") != first_life, START_S)
+            assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
+            assert until(lambda: second.state().endswith("is running"), START_S)
+            # Only one job dials the cloud: a second one would take the link from it again and again.
+            lives = set()
+            for _ in range(20):
+                lives.add(sites.life("edge1"))
+                time.sleep(0.2)
+            assert len(lives) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_site_that_was_away_when_the_job_began_gets_another_job(tmp_path: Path) -> None:
+    with running(tmp_path, {edge: answer for edge in EDGES}, start=["server", "edge1"]) as sites:
+        with sites.keeper(("edge1",)) as keeper:
+            assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
+            assert until(lambda: keeper.state().endswith("is running"), 10)
+            job = keeper.state()
+            late = Launcher(plans(sites.kits)[2:])
+            with late:
+                assert until(lambda: keeper.state().endswith("is running") and keeper.state() != job, 60)
+                assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_large_request(tmp_path: Path) -> None:
+    payload = os.urandom(200 * 2**20)
+    with running(tmp_path, {edge: answer for edge in EDGES}) as sites, sites.keeper():
+        assert sites.link("edge1").send(b"ab").result(START_S) == b"ba"
+        assert sites.link("edge1").send(payload).result(240) == payload[::-1]

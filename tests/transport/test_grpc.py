@@ -1,0 +1,622 @@
+"""Links over real sockets with mutual TLS: they answer, survive drops and restarts, and refuse what they must."""
+
+import gzip
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import pytest
+
+from gaisnet.errors import (
+    ConfigError,
+    CutError,
+    LinkLost,
+    LinkTimeout,
+    MessageTooLarge,
+    PeerError,
+)
+from gaisnet.transport.endpoint import ByteHandler
+from gaisnet.transport.frames import Frame, Kind, decode_frame, encode_frame
+from gaisnet.transport.grpc import Certificates, Dialer, Listener, ask_status
+from gaisnet.transport.stream import Limits
+from tests.transport.certificates import Authority
+from tests.transport.proxy import Proxy
+
+DEADLINE_S = 30.0
+SMALL = Limits(part_bytes=2**16, max_message_bytes=2**20, max_requests=8)
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gaisnet.transport.grpc._BACKOFF_S", (0.02, 0.2))
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+def echo(_asker: str, payload: bytes) -> bytes:
+    return payload
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.005)
+
+
+class Sites:
+    """Makes listeners and dialers of one network, and closes them."""
+
+    def __init__(self, authority: Authority, stack: ExitStack) -> None:
+        self.authority = authority
+        self.stack = stack
+
+    def listener(self, *accepts: str, handle: ByteHandler = echo, port: int = 0, **more: Any) -> Listener:
+        certificates = self.authority.site("edge")
+        listener = Listener(f"localhost:{port}", certificates, "edge", accepts, handle, **more)
+        self.stack.callback(listener.close)
+        return listener
+
+    def dialer(self, port: int, name: str, handle: ByteHandler = echo, **more: Any) -> Dialer:
+        listener = more.pop("listener", "edge")
+        certificates = more.pop("certificates", None) or self.authority.site(name)
+        dialer = Dialer(f"localhost:{port}", certificates, name, listener, handle, **more)
+        self.stack.callback(dialer.close)
+        return dialer
+
+    def proxy(self, port: int) -> Proxy:
+        proxy = Proxy(port)
+        self.stack.callback(proxy.close)
+        return proxy
+
+    def raw(self, port: int, name: str) -> "RawDialer":
+        raw = RawDialer(port, self.authority.site(name))
+        self.stack.callback(raw.close)
+        return raw
+
+
+@pytest.fixture
+def sites(authority: Authority) -> Iterator[Sites]:
+    with ExitStack() as stack:
+        yield Sites(authority, stack)
+
+
+class RawDialer:
+    """A client of grpcio that sends what it is told, whether that is a frame or not."""
+
+    def __init__(self, port: int, certificates: Certificates, compression: grpc.Compression | None = None) -> None:
+        root, certificate, key = certificates.read()
+        credentials = grpc.ssl_channel_credentials(root, key, certificate)
+        options = [
+            ("grpc.ssl_target_name_override", "edge"),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.max_send_message_length", -1),
+        ]
+        self._channel = grpc.secure_channel(f"localhost:{port}", credentials, options, compression)
+        self._out: SimpleQueue[bytes | None] = SimpleQueue()
+        self.life = os.urandom(16)
+        talk: Any = self._channel.stream_stream("/gaisnet.Link/Talk")
+        self._call = talk(iter(self._out.get, None), timeout=DEADLINE_S)
+
+    def send(self, frame: Frame | bytes) -> None:
+        self._out.put(frame if isinstance(frame, bytes) else encode_frame(frame))
+
+    def receive(self) -> Frame:
+        return decode_frame(next(self._call), Limits())
+
+    def greet(self) -> None:
+        self.send(Frame(self.life, Kind.HELLO))
+        assert self.receive().kind is Kind.WELCOME
+
+    def ends(self) -> tuple[grpc.StatusCode, str]:
+        """Status with which the listener closes the stream."""
+        try:
+            for _ in self._call:
+                pass
+        except grpc.RpcError:
+            pass
+        return self._call.code(), self._call.details()
+
+    def close(self) -> None:
+        self._out.put(None)
+        self._call.cancel()
+        self._channel.close()
+
+
+class Gate:
+    """A handler that waits until it may go on, and counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.open = threading.Event()
+        self.asked: Counter[bytes] = Counter()
+
+    def __call__(self, _asker: str, payload: bytes) -> bytes:
+        self.asked[payload] += 1
+        self.entered.set()
+        assert self.open.wait(DEADLINE_S)
+        return b"done " + payload
+
+
+def answer(future: Future[bytes]) -> bytes:
+    return future.result(DEADLINE_S)
+
+
+# -- asking and answering ----------------------------------------------------------------------------------------------
+
+
+def test_both_ends_ask(sites: Sites) -> None:
+    edge = sites.listener("clinic", handle=lambda asker, payload: f"edge to {asker}: ".encode() + payload)
+    clinic = sites.dialer(edge.port, "clinic", lambda asker, payload: f"clinic to {asker}: ".encode() + payload)
+    assert answer(clinic.send(b"up")) == b"edge to clinic: up"
+    assert answer(edge.link("clinic").send(b"down")) == b"clinic to edge: down"
+    state = edge.states()["clinic"]
+    assert (state.connected, state.life, state.rejected_frames) == (True, edge.link("clinic").peer, 0)
+    assert state.last_seen_s is not None and 0 <= state.last_seen_s <= DEADLINE_S
+
+
+def test_a_request_waits_for_the_first_connection(sites: Sites) -> None:
+    edge = sites.listener("clinic")
+    early = edge.link("clinic").send(b"early")
+    assert edge.link("clinic").peer == ""
+    clinic = sites.dialer(edge.port, "clinic")
+    assert answer(early) == b"early"
+    assert clinic.peer and edge.link("clinic").peer
+
+
+@pytest.mark.parametrize("size", [0, 1, MIB - 1, MIB, MIB + 1, 5 * MIB])
+def test_payloads_of_all_sizes_cross(sites: Sites, size: int) -> None:
+    edge = sites.listener("clinic")
+    clinic = sites.dialer(edge.port, "clinic")
+    payload = os.urandom(size)
+    assert answer(clinic.send(payload)) == payload
+    assert answer(edge.link("clinic").send(payload)) == payload
+
+
+def test_many_ask_at_once(sites: Sites) -> None:
+    edge = sites.listener("clinic", "ward", limits=SMALL)
+    clinic, ward = (sites.dialer(edge.port, name, limits=SMALL) for name in ("clinic", "ward"))
+    links = [clinic, ward, edge.link("clinic"), edge.link("ward")]
+    payloads = [str(i).encode() * (1 + i % 7 * 5000) for i in range(100)]
+    asked = [(payload, link.send(payload)) for payload in payloads for link in links]
+    for payload, future in asked:
+        assert answer(future) == payload
+
+
+def test_requests_are_answered_in_the_order_in_which_they_were_made(sites: Sites) -> None:
+    seen: list[bytes] = []
+    edge = sites.listener("clinic", handle=lambda _asker, payload: seen.append(payload) or b"")  # type: ignore[func-returns-value]
+    clinic = sites.dialer(edge.port, "clinic")
+    payloads = [str(i).encode() for i in range(200)]
+    for future in [clinic.send(payload) for payload in payloads]:
+        answer(future)
+    assert seen == payloads
+
+
+def test_a_handler_may_ask_the_one_who_asks_it(sites: Sites) -> None:
+    def back(asker: str, payload: bytes) -> bytes:
+        return b"asked back: " + answer(edge.link(asker).send(payload))
+
+    edge = sites.listener("clinic", handle=back)
+    assert answer(sites.dialer(edge.port, "clinic").send(b"?")) == b"asked back: ?"
+
+
+def test_what_a_handler_raises_comes_through(sites: Sites) -> None:
+    def fail(_asker: str, _payload: bytes) -> bytes:
+        raise CutError("cut.head", 8, "the model has 4 layers", "use 1 to 3")
+
+    edge = sites.listener("clinic", handle=fail)
+    with pytest.raises(PeerError, match="a request to 'edge' failed there with CutError: cut.head is 8") as caught:
+        answer(sites.dialer(edge.port, "clinic").send(b""))
+    assert (caught.value.peer_name, caught.value.kind) == ("edge", "CutError")
+
+
+def test_what_a_handler_did_not_mean_to_raise_stays_there(sites: Sites, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_asker: str, _payload: bytes) -> bytes:
+        raise KeyError("a secret")
+
+    edge = sites.listener("clinic", handle=fail)
+    clinic = sites.dialer(edge.port, "clinic")
+    with pytest.raises(PeerError) as caught:
+        answer(clinic.send(b""))
+    assert caught.value.kind == "InternalError" and "secret" not in str(caught.value)
+    assert "a secret" in caplog.text
+
+
+def test_payloads_above_the_limit_are_refused_where_they_are_made(sites: Sites) -> None:
+    edge = sites.listener("clinic", handle=lambda _asker, _payload: bytes(MIB + 1), limits=SMALL)
+    clinic = sites.dialer(edge.port, "clinic", limits=SMALL)
+    with pytest.raises(MessageTooLarge, match="1048577 bytes, the limit is 1048576"):
+        clinic.send(bytes(MIB + 1))
+    with pytest.raises(PeerError, match="MessageTooLarge"):
+        answer(clinic.send(b"?"))
+
+
+def test_the_late_answer_to_a_request_that_was_given_up_is_dropped(sites: Sites) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", handle=gate)
+    clinic = sites.dialer(edge.port, "clinic")
+    given_up, waiting = clinic.send(b"1"), clinic.send(b"2")
+    assert gate.entered.wait(DEADLINE_S)
+    assert given_up.cancel() and given_up.cancel() and given_up.cancelled()
+    assert wait([given_up], DEADLINE_S).done == {given_up}
+    gate.open.set()
+    assert answer(waiting) == b"done 2"
+    assert gate.asked == {b"1": 1, b"2": 1}
+    assert edge.states()["clinic"].rejected_frames == clinic.state().rejected_frames == 0
+
+
+# -- drops and restarts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asker", ["clinic", "edge"])
+def test_a_request_survives_a_drop_and_is_run_once(sites: Sites, asker: str) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", handle=gate)
+    proxy = sites.proxy(edge.port)
+    clinic = sites.dialer(proxy.port, "clinic", gate)
+    link = clinic if asker == "clinic" else edge.link("clinic")
+    until(lambda: edge.link("clinic").peer, "a connection")
+    life = edge.link("clinic").peer
+    future = link.send(b"once")
+    assert gate.entered.wait(DEADLINE_S)
+    for _ in range(3):
+        proxy.drop()
+        until(lambda: not (clinic.peer and edge.link("clinic").peer), "the drop is noticed")
+        until(lambda: clinic.peer and edge.link("clinic").peer, "a new connection")
+    gate.open.set()
+    assert answer(future) == b"done once"
+    assert gate.asked == {b"once": 1} and edge.link("clinic").peer == life
+
+
+def test_large_payloads_survive_drops_at_any_byte(sites: Sites) -> None:
+    edge = sites.listener("clinic")
+    proxy = sites.proxy(edge.port)
+    clinic = sites.dialer(proxy.port, "clinic")
+    payload = os.urandom(5 * MIB)
+    for link in (clinic, edge.link("clinic")):
+        future = link.send(payload)
+        for more_bytes in (10_000, MIB, 3 * MIB, 7 * MIB):  # into the handshake, the request, and the answer
+            proxy.drop_after(more_bytes)
+            until(lambda future=future: proxy.dropped or future.done(), "a drop")  # type: ignore[misc]
+        assert answer(future) == payload
+
+
+def test_requests_of_both_ends_are_run_once_while_the_link_drops_again_and_again(sites: Sites) -> None:
+    asked: Counter[bytes] = Counter()
+
+    def count(_asker: str, payload: bytes) -> bytes:
+        asked[payload] += 1
+        return payload
+
+    edge = sites.listener("clinic", handle=count, limits=SMALL)
+    proxy = sites.proxy(edge.port)
+    clinic = sites.dialer(proxy.port, "clinic", count, limits=SMALL)
+    futures = []
+    for i in range(60):
+        link, name = (clinic, b"up") if i % 2 else (edge.link("clinic"), b"down")
+        payload = name + str(i).encode() + bytes(i * 1000)
+        futures.append((payload, link.send(payload)))
+        if i % 6 == 5:
+            proxy.drop_after(i * 2000)
+    for payload, future in futures:
+        assert answer(future) == payload
+    assert len(asked) == 60 and set(asked.values()) == {1}
+
+
+def test_a_dialer_that_restarts_loses_the_requests_of_the_listener(sites: Sites) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic")
+    link = edge.link("clinic")
+    first = sites.dialer(edge.port, "clinic", gate)
+    lost = link.send(b"lost")
+    assert gate.entered.wait(DEADLINE_S)
+    life = link.peer
+    first.close()
+    until(lambda: not link.peer, "the end of the first life")
+    assert not lost.done()
+    sites.dialer(edge.port, "clinic")
+    with pytest.raises(LinkLost, match="it restarted and forgot the request"):
+        answer(lost)
+    assert answer(link.send(b"found")) == b"found" and link.peer != life
+    gate.open.set()
+
+
+def test_a_listener_that_restarts_is_asked_again(sites: Sites) -> None:
+    gate = Gate()
+    first = sites.listener("clinic", handle=gate)
+    proxy = sites.proxy(first.port)
+    clinic = sites.dialer(proxy.port, "clinic")
+    future = clinic.send(b"?")
+    assert gate.entered.wait(DEADLINE_S)
+    life = clinic.peer
+    first.close()
+    proxy.target = sites.listener("clinic", handle=lambda _asker, payload: b"second: " + payload).port
+    assert answer(future) == b"second: ?"
+    assert clinic.peer not in ("", life)
+    gate.open.set()
+
+
+def test_a_new_connection_takes_the_place_of_one_that_nobody_has_noticed_to_be_dead(sites: Sites) -> None:
+    edge = sites.listener("clinic")
+    dead = sites.raw(edge.port, "clinic")
+    dead.greet()
+    clinic = sites.dialer(edge.port, "clinic")
+    assert answer(clinic.send(b"alive")) == b"alive"
+    assert dead.ends()[0] in (grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
+
+
+def test_nobody_listens_yet(sites: Sites, caplog: pytest.LogCaptureFixture) -> None:
+    probe = sites.listener("clinic")
+    probe.close()
+    clinic = sites.dialer(probe.port, "clinic")
+    future = clinic.send(b"patient")
+    until(lambda: clinic.state().problem, "a first attempt")
+    assert clinic.peer == "" and "UNAVAILABLE" in clinic.state().problem
+    until(lambda: caplog.records, "a warning")
+    sites.listener("clinic", port=probe.port)
+    assert answer(future) == b"patient"
+    assert clinic.state().problem == ""
+    assert sum("link to 'edge'" in record.message for record in caplog.records) == 1
+
+
+# -- who may speak -----------------------------------------------------------------------------------------------------
+
+
+def is_refused(dialer: Dialer, listener: Listener, problem: str) -> None:
+    waiting = dialer.send(b"?")
+    until(lambda: dialer.state().problem, "an attempt")
+    assert problem in dialer.state().problem
+    assert not waiting.done() and not dialer.peer
+    assert not any(state.connected for state in listener.states().values())
+
+
+def test_a_site_of_another_network_is_refused(sites: Sites, tmp_path: Path) -> None:
+    edge = sites.listener("clinic")
+    other = Authority(tmp_path).site("clinic")
+    theirs_with_our_root = Certificates(sites.authority.root, other.certificate, other.key)
+    is_refused(sites.dialer(edge.port, "clinic", certificates=theirs_with_our_root), edge, "UNAVAILABLE")
+    is_refused(sites.dialer(edge.port, "clinic", certificates=other), edge, "UNAVAILABLE")
+    assert answer(sites.dialer(edge.port, "clinic").send(b"ours")) == b"ours"
+
+
+def test_a_client_without_a_certificate_is_refused(sites: Sites) -> None:
+    edge = sites.listener("clinic")
+    credentials = grpc.ssl_channel_credentials(sites.authority.root.read_bytes())
+    options = [("grpc.ssl_target_name_override", "edge"), ("grpc.enable_http_proxy", 0)]
+    with grpc.secure_channel(f"localhost:{edge.port}", credentials, options) as channel:
+        status: Any = channel.unary_unary("/gaisnet.Link/Status")
+        with pytest.raises(grpc.RpcError) as caught:
+            status(b"", timeout=DEADLINE_S)
+    assert isinstance(caught.value, grpc.Call) and caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_listener_of_another_name_is_refused(sites: Sites) -> None:
+    edge = sites.listener("clinic")
+    is_refused(sites.dialer(edge.port, "clinic", listener="cloud"), edge, "UNAVAILABLE")
+
+
+def test_a_site_that_is_not_on_the_list_is_refused_and_logged_once(
+    sites: Sites, caplog: pytest.LogCaptureFixture
+) -> None:
+    edge = sites.listener("clinic")
+    for _ in range(2):
+        is_refused(
+            sites.dialer(edge.port, "stranger"), edge, "PERMISSION_DENIED: 'stranger' is not on the list of 'edge'"
+        )
+    assert sum("later calls" in record.message for record in caplog.records) == 1
+
+
+def test_a_site_speaks_for_another_only_to_itself(sites: Sites) -> None:
+    edge = sites.listener("clinic", "ward", "cloud", handle=lambda asker, payload: asker.encode())
+    engine = sites.dialer(edge.port, "edge", speaks_for="cloud")
+    assert answer(engine.send(b"")) == b"cloud"
+    is_refused(sites.dialer(edge.port, "edge", speaks_for="nobody"), sites.listener("x"), "'nobody' is not on the list")
+    ward = sites.dialer(edge.port, "clinic", speaks_for="ward")
+    until(lambda: ward.state().problem, "an attempt")
+    assert "'clinic' may not speak for 'ward'" in ward.state().problem
+    assert answer(sites.dialer(edge.port, "clinic", speaks_for="clinic").send(b"")) == b"clinic"
+
+
+def test_a_link_to_a_site_that_is_not_on_the_list_is_an_error(sites: Sites) -> None:
+    with pytest.raises(ConfigError, match="a link to 'ward': 'edge' accepts clinic"):
+        sites.listener("clinic").link("ward")
+
+
+def test_certificates_that_are_missing_are_named(sites: Sites, tmp_path: Path) -> None:
+    missing = Certificates(sites.authority.root, tmp_path / "none.crt", tmp_path / "none.key")
+    with pytest.raises(ConfigError, match=r"none\.crt.*No such file"):
+        Dialer("localhost:1", missing, "clinic", "edge", echo)
+
+
+def test_an_address_that_is_in_use_is_named(sites: Sites) -> None:
+    edge = sites.listener("clinic")
+    with pytest.raises(ConfigError, match=f"listening on 'localhost:{edge.port}'"):
+        sites.listener("clinic", port=edge.port)
+
+
+# -- hostile frames ----------------------------------------------------------------------------------------------------
+
+HOSTILE: dict[str, Callable[[bytes], list[Frame | bytes]]] = {
+    "nothing": lambda _life: [b""],
+    "noise": lambda _life: [os.urandom(100)],
+    "a header that stops early": lambda life: [encode_frame(Frame(life, Kind.REQUEST, 1))[:-1]],
+    "an unknown kind": lambda life: [b"\x14\x0a\x10" + life + b"\x10\x63"],
+    "a long session id": lambda life: [Frame(life + b"x", Kind.REQUEST, 1)],
+    "a huge total": lambda life: [Frame(life, Kind.REQUEST, 1, 0, 2**62, 0, b"x")],
+    "a part above the limit": lambda life: [Frame(life, Kind.REQUEST, 1, 0, 2**19, 0, bytes(2**16 + 1))],
+    "a replay": lambda life: [Frame(life, Kind.REQUEST, 1)] * 2,
+    "steps that go back": lambda life: [Frame(life, Kind.REQUEST, 2), Frame(life, Kind.REQUEST, 1)],
+    "parts out of order": lambda life: [Frame(life, Kind.REQUEST, 1, part, 9, 0, b"abc") for part in (0, 2)],
+    "an answer to nothing": lambda life: [Frame(life, Kind.ANSWER, 1)],
+    "another session": lambda _life: [Frame(bytes(16), Kind.REQUEST, 1)],
+    "a second greeting": lambda life: [Frame(life, Kind.HELLO)],
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_frame_closes_its_own_link_only(sites: Sites, case: str, caplog: pytest.LogCaptureFixture) -> None:
+    edge = sites.listener("clinic", "ward", limits=SMALL)
+    ward = sites.dialer(edge.port, "ward", limits=SMALL)
+    assert answer(ward.send(b"before")) == b"before"
+    life = edge.link("ward").peer
+    for _ in range(2):
+        hostile = sites.raw(edge.port, "clinic")
+        hostile.greet()
+        for frame in HOSTILE[case](hostile.life):
+            hostile.send(frame)
+        code, text = hostile.ends()
+        assert code is grpc.StatusCode.INVALID_ARGUMENT and "cannot be read" in text
+    assert answer(ward.send(b"after")) == b"after" and edge.link("ward").peer == life
+    assert edge.states()["ward"].rejected_frames == 0
+    assert edge.states()["clinic"].rejected_frames == 2
+    assert sum("link to 'clinic'" in record.message for record in caplog.records) == 1
+    clinic = sites.dialer(edge.port, "clinic", limits=SMALL)
+    assert answer(clinic.send(b"well again")) == b"well again"
+
+
+def test_a_message_above_the_limit_of_grpc_is_refused_by_grpc(sites: Sites) -> None:
+    edge = sites.listener("clinic", "ward", limits=SMALL)
+    hostile = sites.raw(edge.port, "clinic")
+    hostile.greet()
+    hostile.send(Frame(hostile.life, Kind.REQUEST, 1, 0, 2**19, 0, bytes(2**19)))
+    assert hostile.ends()[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert answer(sites.dialer(edge.port, "ward", limits=SMALL).send(b"other")) == b"other"
+    assert answer(sites.dialer(edge.port, "clinic", limits=SMALL).send(b"well again")) == b"well again"
+
+
+def test_a_compressed_frame_is_not_unpacked(sites: Sites) -> None:
+    edge = sites.listener("clinic", limits=SMALL)
+    bomb = RawDialer(edge.port, sites.authority.site("clinic"), grpc.Compression.Gzip)
+    sites.stack.callback(bomb.close)
+    bomb.send(Frame(bomb.life, Kind.HELLO))
+    bomb.send(bytes(2**24))
+    assert len(gzip.compress(bytes(2**24))) < SMALL.part_bytes
+    assert bomb.ends()[0] in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT)
+    assert not edge.states()["clinic"].connected
+    assert answer(sites.dialer(edge.port, "clinic", limits=SMALL).send(b"after")) == b"after"
+
+
+def test_a_dialer_that_does_not_read_holds_up_nobody(sites: Sites) -> None:
+    edge = sites.listener("clinic", "ward")
+    stuck = sites.raw(edge.port, "clinic")
+    stuck.greet()
+    waiting = edge.link("clinic").send(bytes(32 * MIB))
+    ward = sites.dialer(edge.port, "ward")
+    for _ in range(10):
+        assert answer(ward.send(bytes(MIB))) == bytes(MIB)
+        assert answer(edge.link("ward").send(b"?")) == b"?"
+    stuck.send(b"noise")
+    until(lambda: not edge.states()["clinic"].connected, "the stuck link is closed")
+    sites.dialer(edge.port, "clinic")
+    with pytest.raises(LinkLost):
+        answer(waiting)
+
+
+# -- closing -----------------------------------------------------------------------------------------------------------
+
+
+def closes(close: Callable[[], None]) -> None:
+    started = time.monotonic()
+    close()
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("end", ["dialer", "listener"])
+def test_closing_fails_what_waits_even_while_a_handler_is_busy(sites: Sites, end: str) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", handle=gate)
+    clinic = sites.dialer(edge.port, "clinic", gate)
+    up, down = clinic.send(b"up"), edge.link("clinic").send(b"down")
+    until(lambda: len(gate.asked) == 2, "both handlers are busy")
+    closes(clinic.close if end == "dialer" else edge.close)
+    with pytest.raises(LinkLost, match="the link was closed"):
+        answer(up if end == "dialer" else down)
+    later = clinic.send(b"") if end == "dialer" else edge.link("clinic").send(b"")
+    with pytest.raises(LinkLost, match="the link is closed"):
+        answer(later)
+    gate.open.set()
+
+
+def test_closing_a_dialer_that_never_came_through(sites: Sites) -> None:
+    probe = sites.listener("clinic")
+    probe.close()
+    clinic = sites.dialer(probe.port, "clinic")
+    waiting = clinic.send(b"?")
+    closes(clinic.close)
+    assert isinstance(waiting.exception(DEADLINE_S), LinkLost)
+
+
+def test_closing_leaves_no_thread(sites: Sites) -> None:
+    before = set(threading.enumerate())
+    edge = sites.listener("clinic")
+    clinic = sites.dialer(edge.port, "clinic")
+    answer(clinic.send(b"?"))
+    clinic.close()
+    edge.close()
+    until(
+        lambda: not any("gaisnet" in t.name or "answers" in t.name for t in set(threading.enumerate()) - before), "end"
+    )
+
+
+# -- status and many ---------------------------------------------------------------------------------------------------
+
+
+def test_the_status_is_told_while_the_handler_is_busy(sites: Sites) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", handle=gate, status=lambda: {"cycle": 3, "site": "édge"})
+    future = sites.dialer(edge.port, "clinic").send(b"busy")
+    assert gate.entered.wait(DEADLINE_S)
+    status = ask_status(f"localhost:{edge.port}", sites.authority.site("ward"), "edge", DEADLINE_S)
+    assert status == {"cycle": 3, "site": "édge"}
+    gate.open.set()
+    answer(future)
+
+
+def test_the_status_of_nobody(sites: Sites) -> None:
+    probe = sites.listener("clinic")
+    probe.close()
+    with pytest.raises(LinkLost, match="a request to 'edge' is lost: UNAVAILABLE"):
+        ask_status(f"localhost:{probe.port}", sites.authority.site("clinic"), "edge", DEADLINE_S)
+
+
+def test_a_status_that_takes_too_long(sites: Sites) -> None:
+    release = threading.Event()
+    edge = sites.listener("clinic", status=lambda: {"ok": release.wait(DEADLINE_S)})
+    with pytest.raises(LinkTimeout, match="the status of 'edge': no answer for 0.3 s"):
+        ask_status(f"localhost:{edge.port}", sites.authority.site("clinic"), "edge", 0.3)
+    release.set()
+
+
+def all_at_once(sites: Sites, number: int) -> None:
+    names = [f"device-{i}" for i in range(number)]
+    edge = sites.listener(*names, handle=lambda asker, payload: asker.encode() + payload)
+    dialers = {name: sites.dialer(edge.port, name) for name in names}
+    for turn in (b"1", b"2", b"3"):
+        up = {name: dialer.send(turn) for name, dialer in dialers.items()}
+        down = {name: edge.link(name).send(name.encode() + turn) for name in names}
+        for name in names:
+            assert answer(up[name]) == answer(down[name]) == name.encode() + turn
+    assert all(state.connected for state in edge.states().values())
+
+
+def test_twenty_dialers_at_once(sites: Sites) -> None:
+    all_at_once(sites, 20)
+
+
+@pytest.mark.slow
+def test_two_hundred_dialers_at_once(sites: Sites) -> None:
+    all_at_once(sites, 200)
