@@ -88,10 +88,13 @@ def run(config: Path, out: Path, after_s: float, names: Sequence[str]) -> Outcom
         (out.parent / f"{out.name}.log").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=log) as launch,
     ):
-        while launch.poll() is None:
-            if waiting and time.monotonic() - started > after_s:
-                waiting = [name for name in waiting if not _kill(out, name)]
-            time.sleep(_LOOK_S)
+        try:
+            while launch.poll() is None:
+                if waiting and time.monotonic() - started > after_s:
+                    waiting = [name for name in waiting if not _kill(out, name)]
+                time.sleep(_LOOK_S)
+        finally:
+            launch.terminate()
     seconds = time.monotonic() - started
     left = [f"process {pid}" for pid, _ in _processes(out)] + [str(lock) for lock in out.rglob(LOCK_NAME)]
     summary = _summary(out)

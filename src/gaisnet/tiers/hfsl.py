@@ -1,0 +1,120 @@
+"""Edge rounds of hybrid federated split learning: with whoever can be had, averaged by examples.
+
+The split cohort learns at the edge, its labels at the devices; local devices learn the whole domain model (DM) by
+themselves, meanwhile. Federated averaging then makes one adapter of all (GaisNet, arXiv 2401.02668, section IV).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from gaisnet.adapters.state import AdapterTensors, check_same_shapes
+from gaisnet.config import Config, EdgeSettings
+from gaisnet.errors import GaisnetError, StaleAdapter, TooFewDevices, WireFormatError
+from gaisnet.messages import AdapterRelease, AdapterUpdate, BodyOutput, BodyOutputGrad, FineTune
+from gaisnet.progress import Progress
+from gaisnet.relay.fedavg import fedavg
+from gaisnet.tiers.cluster import Asked, Cluster
+from gaisnet.tiers.domain_model import DomainModel, Learned, Member, Outcome
+from gaisnet.tiers.holding import Rounds
+from gaisnet.tiers.smashed import SmashedStore
+
+Part = tuple[Learned, AdapterTensors]
+
+
+class HybridLearning:
+    """What an edge and its devices do in a round.
+
+    Args:
+        settings: The edge's own entry of the configuration.
+        config: The run's configuration.
+        cluster: The devices.
+        smashed: Their activations.
+        progress: Told after every step.
+    """
+
+    def __init__(
+        self, settings: EdgeSettings, config: Config, cluster: Cluster, smashed: SmashedStore, progress: Progress
+    ) -> None:
+        self._edge = settings.name
+        self._config = config
+        self._cluster = cluster
+        self._smashed = smashed
+        self._progress = progress
+        self._local = [device.name for device in settings.devices if device.mode == "local"]
+        self._split = [device.name for device in settings.devices if device.mode == "split"]
+
+    def edge_round(self, domain: DomainModel, rounds: Rounds, start: AdapterRelease) -> Rounds:
+        """One round with whoever can be had. Raises ``TooFewDevices``, or why the only ones failed."""
+        names = [*self._local, *self._split]
+        failed = self._cluster.gather(names)
+        alone = self._begin_alone([name for name in self._local if name not in failed], rounds, start, failed)
+        parts = self._learn_split(domain, rounds, failed)
+        parts = self._finish_alone(alone, start, failed) + parts
+        took_part = [name for name in names if name not in failed]
+        if len(took_part) < self._config.faults.min_devices:
+            domain.put_domain_adapter(start.tensors)
+            if not took_part:
+                raise next(iter(failed.values()))
+            reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
+            raise TooFewDevices(self._edge, self._config.faults.min_devices, len(took_part), reasons)
+        domain.put_domain_adapter(fedavg([(tensors, learned.num_examples) for learned, tensors in parts]))
+        num_examples = sum(learned.num_examples for learned, _ in parts)
+        where = f"cycle {rounds.cycle}, edge round {rounds.done}"
+        return replace(
+            rounds,
+            done=rounds.done + 1,
+            num_steps=rounds.num_steps + sum(learned.num_steps for learned, _ in parts),
+            num_examples=num_examples,
+            loss=sum(learned.loss * learned.num_examples for learned, _ in parts) / num_examples,
+            faults=(*rounds.faults, *(f"{where}: without {name}: {error}" for name, error in failed.items())),
+        )
+
+    def _learn_split(self, domain: DomainModel, rounds: Rounds, failed: dict[str, GaisnetError]) -> list[Part]:
+        """The split cohort learns in this process; those that fail are added to ``failed``."""
+        names = [name for name in self._split if name not in failed]
+        failed |= self._smashed.fetch(names, "train")
+        members = [Member(name, self._smashed.inputs(domain, name, "train")) for name in names if name not in failed]
+        if not members:
+            return []
+        where = f"edge '{self._edge}', cycle {rounds.cycle}, edge round {rounds.done}"
+        seed = self._config.seed_for("fine_tune", self._edge, rounds.cycle, rounds.done)
+        learned = domain.learn(members, self._labels, self._config.fine_tune, seed, where, self._progress)
+        failed |= learned.left
+        return [(learned, domain.domain_adapter())] if learned.num_examples else []
+
+    def _labels(self, outputs: Mapping[str, BodyOutput]) -> Mapping[str, Outcome]:
+        return self._cluster.ask(outputs, BodyOutputGrad, self._config.faults.step_deadline_s)
+
+    def _begin_alone(
+        self, names: Sequence[str], rounds: Rounds, start: AdapterRelease, failed: dict[str, GaisnetError]
+    ) -> Asked:
+        failed |= self._cluster.tell(names, start)
+        order = FineTune(rounds.cycle, rounds.done)
+        return self._cluster.start({name: order for name in names if name not in failed})
+
+    def _finish_alone(self, asked: Asked, start: AdapterRelease, failed: dict[str, GaisnetError]) -> list[Part]:
+        """What local devices learned; an update that does not fit is refused."""
+        parts = []
+        outcomes = self._cluster.collect(asked, AdapterUpdate, self._config.faults.round_deadline_s)
+        for name, update in outcomes.items():
+            try:
+                if isinstance(update, GaisnetError):
+                    raise update
+                _check_update(name, start, update)
+            except GaisnetError as error:
+                failed[name] = error
+            else:
+                parts.append((Learned(update.num_examples, update.num_steps, update.loss), update.tensors))
+        return parts
+
+
+def _check_update(name: str, start: AdapterRelease, update: AdapterUpdate) -> None:
+    """What a local device says that it learned is held against what it was given."""
+    check_same_shapes(f"of device '{name}'", start.tensors, update.tensors)
+    if update.base != start.version:
+        raise StaleAdapter(f"of device '{name}'", start.version, update.base)
+    if update.num_examples < 1 or not math.isfinite(update.loss):
+        raise WireFormatError(
+            f"an update of device '{name}' out of {update.num_examples} examples with a loss of {update.loss}"
+        )

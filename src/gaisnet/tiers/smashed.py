@@ -1,0 +1,71 @@
+"""The activations of a cluster's devices: asked for once, checked, and kept up to where the suffix begins."""
+
+from collections.abc import Iterable
+
+import torch
+
+from gaisnet.config import EdgeSettings, FaultSettings
+from gaisnet.errors import GaisnetError, WireFormatError
+from gaisnet.messages import SmashedData, SmashRequest, Split
+from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.cluster import Cluster
+from gaisnet.tiers.domain_model import DomainModel
+
+
+class SmashedStore:
+    """What an edge keeps of its devices' examples.
+
+    Args:
+        settings: The edge's own entry of the configuration: what a device says of its rows is held against it.
+        faults: Deadlines.
+        cluster: The devices.
+    """
+
+    def __init__(self, settings: EdgeSettings, faults: FaultSettings, cluster: Cluster) -> None:
+        self._next_layers = {device.name: device.head_layers for device in settings.devices}
+        self._faults = faults
+        self._cluster = cluster
+        self._smashed: dict[tuple[str, Split], SmashedData] = {}
+        self._prefixed: dict[tuple[str, Split], Activations] = {}
+        self._hidden_size = 0
+
+    def begin(self, hidden_size: int) -> None:
+        """Forget everything: a new run begins, with a model of this width."""
+        self._smashed.clear()
+        self._prefixed.clear()
+        self._hidden_size = hidden_size
+
+    def forget_prefixes(self) -> None:
+        """The prefix has changed."""
+        self._prefixed.clear()
+
+    def fetch(self, names: Iterable[str], split: Split) -> dict[str, GaisnetError]:
+        """Ask those whose heads' output is not here yet; says who failed, and why."""
+        missing = {name: SmashRequest(split) for name in names if (name, split) not in self._smashed}
+        failed: dict[str, GaisnetError] = {}
+        for name, smashed in self._cluster.ask(missing, SmashedData, self._faults.round_deadline_s).items():
+            try:
+                if isinstance(smashed, GaisnetError):
+                    raise smashed
+                self._check(name, split, smashed)
+            except GaisnetError as error:
+                failed[name] = error
+            else:
+                self._smashed[name, split] = smashed
+        return failed
+
+    def raw(self, name: str, split: Split) -> SmashedData:
+        """As the device sent it. Only of those that were fetched."""
+        return self._smashed[name, split]
+
+    def inputs(self, domain: DomainModel, name: str, split: Split) -> Activations:
+        """Ready for the suffix: the frozen prefix is computed once per relay and kept."""
+        if (name, split) not in self._prefixed:
+            self._prefixed[name, split] = domain.prefix(Activations.of(self.raw(name, split), *domain.placement()))
+        return self._prefixed[name, split]
+
+    def _check(self, name: str, split: Split, smashed: SmashedData) -> None:
+        found = (smashed.owner, smashed.split, smashed.next_layer, smashed.hidden_ND.shape[1])
+        expected = (name, split, self._next_layers[name], self._hidden_size)
+        if found != expected or not torch.isfinite(smashed.hidden_ND).all():
+            raise WireFormatError(f"smashed data (owner, split, next layer, width) {found} where {expected} belongs")
