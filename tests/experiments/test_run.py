@@ -263,7 +263,7 @@ def test_finished_cycles_stay_when_a_later_one_breaks_off(tmp_path: Path) -> Non
         domains = load_domains(config)
         run = Run(config, folder, silent, local_build(config, domains, Ledger), {})
         run.cycle()
-        body = run._network.cloud._dm_body
+        body = run._network.cloud._teacher._body
         (middle, *_) = (index for index in body.indices if index in (2, 3))
         body.get_parameter(f"layers.{middle}.input_layernorm.weight").data[0] = math.inf
         run.cycle()

@@ -1,0 +1,162 @@
+"""The foundation model (FM) as the cloud runs it: head, body, tail, and adapters of which one at a time is plugged in.
+
+Shape legend: B sequences, T positions, D hidden size, V vocabulary.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gaisnet.adapters.state import AdapterTensors, put_in, take_out
+from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
+from gaisnet.config import RelaySettings
+from gaisnet.errors import DataError, WireFormatError
+from gaisnet.messages import ModelRelease, SmashedData
+from gaisnet.models.domain import Recipe, choose_recipe, make_domain_body, num_parameters
+from gaisnet.models.foundation import Foundation
+from gaisnet.models.parts import Body, CutLayers, cut_decoder
+from gaisnet.models.ragged import Ragged
+from gaisnet.models.release import release_model
+from gaisnet.relay.downward import TaskShape, generate_text
+from gaisnet.relay.upward import perplexity
+from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.domain_model import PREFIX_BATCH, body_output_rows
+from gaisnet.tiers.layout import Layout
+
+_CHOICE_SEQUENCES = 8
+
+
+class FoundationModel:
+    """The FM in parts. Its weights stay as they are.
+
+    Args:
+        foundation: Model and tokenizer.
+        layout: Whose layers are whose.
+    """
+
+    def __init__(self, foundation: Foundation, layout: Layout) -> None:
+        self._foundation = foundation
+        self._layout = layout
+        cut = CutLayers(layout.first_cut, layout.config.tail_layers)
+        self._head, self._body, self._tail = cut_decoder(foundation.decoder, cut)
+        self._lock = threading.RLock()  # adapters are switched on and off: one at a time
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, spec: LoraSpec, seed: int) -> None:
+        """An adapter that does nothing yet."""
+        add_adapter(self._body, name, spec, seed)
+
+    def adapter(self, name: str) -> AdapterTensors:
+        """Copies of an adapter's tensors."""
+        return take_out(self._body, name)
+
+    def put(self, name: str, tensors: AdapterTensors) -> None:
+        """Overwrite an adapter. Raises ``AdapterMismatch``."""
+        with self._lock:
+            put_in(self._body, name, tensors)
+
+    @contextmanager
+    def plugged_in(self, name: str | None) -> Iterator[None]:
+        """Inside, this adapter acts and no other; nobody else uses the model meanwhile."""
+        with self._lock:
+            activate(self._body, () if name is None else (name,))
+            try:
+                yield
+            finally:
+                activate(self._body, ())
+
+    # -- what is made of it, before it has adapters --------------------------------------------------------------------
+
+    def make_domain_body(self, text_BT: Tensor) -> tuple[Recipe, Body]:
+        """The DM's body: the recipe filled in, int8 calibrated, both on ``text_BT`` (int64)."""
+        layout = self._layout
+        hidden_BTD = self.at_middle(text_BT)
+        recipe = choose_recipe(layout.config.domain, layout.middle, self._body, hidden_BTD[:_CHOICE_SEQUENCES])
+        decoder, first, stop = self._foundation.decoder, layout.first_cut, layout.tail_start
+        return recipe, make_domain_body(decoder, first, stop, recipe, layout.middle, hidden_BTD)
+
+    def release(self, recipe: Recipe, domain_body: Body) -> ModelRelease:
+        """What an edge and its devices need, once; the tensors are the FM's and the DM's own, not copies."""
+        layout = self._layout
+        return release_model(self._foundation.decoder, domain_body, recipe.int8, layout.last_cut, layout.tail_start)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Parameters of the FM, and of the largest split device's parts."""
+        layout, layers = self._layout, self._foundation.decoder.layers
+        devices = [device for _, device in layout.config.each_device() if device.mode == "split"]
+        deepest = max((device.head_layers for device in devices), default=0)
+        held = [layers[i] for i in (*range(deepest), *range(layout.tail_start, layout.num_layers))]
+        of_device = num_parameters(self._head.embed_tokens, self._tail.norm, self._tail.lm_head, *held)
+        return num_parameters(self._foundation.model), of_device
+
+    # -- running it ----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._foundation.model.device
+
+    def write(self, shape: TaskShape, settings: RelaySettings, seed: int, adapter: str | None) -> list[list[int]]:
+        """Token ids of texts that it writes, as ``relay.downward.generate_text`` says."""
+        with self.plugged_in(adapter):
+            return generate_text(self._foundation.model, self._foundation.tokenizer, shape, settings, seed)
+
+    def windows(self, text: str, num: int, num_tokens: int) -> Tensor:
+        """The beginning of a text as token ids [num, num_tokens]. Raises ``DataError`` where it is too short."""
+        ids = self._foundation.tokenizer.encode(text, add_special_tokens=False)[: num * num_tokens]
+        if len(ids) < num * num_tokens:
+            found = f"it has {len(ids)} tokens but {num * num_tokens} are wanted"
+            raise DataError("the public text for retention", found, "lower absorb.retention_windows")
+        return torch.tensor(ids, device=self.device).view(num, num_tokens)
+
+    def at_middle(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] that enter the middle."""
+        with torch.no_grad():
+            return self._body.run(self._head(ids_BT), self._layout.first_cut, self._layout.middle.start)
+
+    def middle(self, hidden_BTD: Tensor) -> Tensor:
+        """What the middle makes of them."""
+        return self._body.run(hidden_BTD, self._layout.middle.start, self._layout.middle.stop)
+
+    def at_suffix(self, ids_BT: Tensor) -> Ragged:
+        """Hidden states that enter the suffix, where adapters begin; one sequence per row of ``ids_BT``."""
+        start, first = self._layout.first_cut, self._layout.first_adapted
+        ids = Ragged(ids_BT.reshape(-1, 1), (ids_BT.shape[1],) * len(ids_BT))
+        return ids.map_batches(lambda i: self._body.run(self._head(i[..., 0]), start, first), PREFIX_BATCH)
+
+    def suffix(self, hidden_BTD: Tensor) -> Tensor:
+        """The layers that adapters act on."""
+        return self._body.run(hidden_BTD, self._layout.first_adapted)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Of suffix and tail, layers of the tail included, [B, T, V]."""
+        logits: Tensor = self._tail(self.suffix(hidden_BTD))
+        return logits
+
+    def perplexity(self, ids_BT: Tensor, entering: Ragged, adapter: str | None) -> float:
+        """On text, with an adapter or as it is; ``entering`` is what ``at_suffix`` gave for it."""
+        with self.plugged_in(adapter), torch.no_grad():
+            outputs = entering.map_batches(self.suffix, PREFIX_BATCH)
+            hidden_BTD = self._tail.stack.run(outputs.rows_ND.view(*ids_BT.shape, -1))
+            return perplexity(hidden_BTD, self._tail.logits, ids_BT)
+
+    def prefix(self, smashed: SmashedData) -> Activations:
+        """Finish the frozen layers from where a device stopped. Raises ``WireFormatError`` if that cannot be."""
+        first_cut, first = self._layout.first_cut, self._layout.first_adapted
+        model, found = self._foundation.model, smashed.hidden_ND.shape[1]
+        if not first_cut <= smashed.next_layer <= first or found != model.config.hidden_size:
+            raise WireFormatError(
+                f"rows of width {found} for layer {smashed.next_layer}, the model has width "
+                f"{model.config.hidden_size} and takes layers {first_cut} to {first}"
+            )
+        inputs = Activations.of(smashed, self.device, model.dtype)
+        return inputs.through(lambda h: self._body.run(h, smashed.next_layer, first), first, PREFIX_BATCH)
+
+    def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
+        """Rows for the tail of all examples in order, without gradients."""
+        with self.plugged_in(adapter):
+            return body_output_rows(self.suffix, inputs, self._layout.config.tail_layers > 0)
