@@ -19,10 +19,10 @@ SOURCES := src tests benchmarks
 demo: $(VENV)/.demo  ## run the virtuous cycle with the demo's configuration, into a new folder under runs/
 	$(BIN)/gaisnet run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: $(VENV)/.dev  ## run the tests that need no real model, and measure their coverage
+test: $(VENV)/.dev  ## run the tests, the long ones left out, and measure their coverage
 	$(BIN)/pytest --cov $(ARGS)
 
-test-slow: $(VENV)/.dev  ## run the tests that use the real model
+test-slow: $(VENV)/.dev  ## run the long tests: the real model, killed processes, a million malformed frames
 	$(BIN)/pytest -m slow $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types and the direction of imports; changes nothing

@@ -64,6 +64,7 @@ def closing_captions(summary: Summary) -> list[str]:
         f"edge–cloud: {_both_ways([cycle.bytes.edge_cloud for cycle in summary.cycles])}",
         f"Wall time: {human_seconds(seconds)}",
         f"The largest split device holds {percent(summary.device.params_fraction)} of the FM's parameters",
+        *(f"A round went on without a device: {fault}" for cycle in summary.cycles for fault in cycle.faults),
     ]
 
 
