@@ -17,7 +17,7 @@ import yaml
 from gaisnet.config import Config, load_config
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.one_machine import kits_in, run_network, sites_of
-from gaisnet.deployment.resident import run_device, run_edge
+from gaisnet.deployment.resident import Watched, links_status, run_device, run_edge
 from gaisnet.deployment.site import CLOUD, certificates, read_site
 from gaisnet.deployment.start import plans
 from gaisnet.deployment.status import network_status
@@ -25,6 +25,7 @@ from gaisnet.errors import DataError, KitUnreadable, OutputInUse
 from gaisnet.experiments.output import LOCK_NAME
 from gaisnet.experiments.run import run_experiment
 from gaisnet.experiments.summary import Summary
+from gaisnet.transport.grpc import Dialer, Listener
 from tests.tiny import write_tiny_run
 
 OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
@@ -127,6 +128,42 @@ def test_a_network_that_is_not_there_is_told_as_it_is(kits: Mapping[str, Path]) 
     assert states.keys() == SITES
     assert {state.health for state in states.values() if state.role != "device"} == {"unreachable"}
     assert {state.health for state in states.values() if state.role == "device"} == {"unknown"}
+
+
+def test_the_state_of_a_device_is_what_its_edge_sees_now(kits: Mapping[str, Path]) -> None:
+    site, watched = read_site(kits["north"]), Watched()
+    names = ["north-a", "north-b", "north-c"]
+    listener = Listener(
+        f"localhost:{site.edge.link_port}",
+        certificates(kits["north"], "edge"),
+        "north",
+        names,
+        lambda _asker, frame: frame,
+        status=lambda: {**watched.state(), "links": links_status(listener.states())},
+    )
+    own = certificates(kits["north-a"], "device")
+    device = Dialer(site.edge_address, own, "north-a", "north", lambda _asker, frame: frame)
+    try:
+        assert listener.link("north-a").send(b"are you there?").result(20) == b"are you there?"
+        watched("fine_tune", 3, 7, {"loss": 0.5})
+        found = {state.name: state for state in network_status(kits[CLOUD])}
+        assert (found["north"].health, found["cloud"].health, found["south-a"].health) == (
+            "up",
+            "unreachable",
+            "unknown",
+        )
+        assert found["north"].detail == "fine_tune 3/7; no link to north-b, north-c"
+        assert (found["north-a"].health, found["north-b"].health) == ("up", "away")
+        assert found["north-b"].detail == "has not come yet"
+        device.close()
+        until = time.monotonic() + 20
+        while listener.link("north-a").peer and time.monotonic() < until:
+            time.sleep(0.02)
+        found = {state.name: state for state in network_status(kits[CLOUD])}
+        assert found["north-a"].health == "away" and found["north-a"].detail.startswith("away for ")
+    finally:
+        device.close()
+        listener.close()
 
 
 def test_a_device_needs_no_nvflare() -> None:

@@ -8,7 +8,7 @@ from gaisnet.config import Config
 from gaisnet.deployment.site import CLOUD, Role, Site, write_site
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
 from gaisnet.errors import OutputInUse
-from gaisnet.experiments.data import load_domains
+from gaisnet.experiments.data import load_public
 from gaisnet.models.foundation import load_tokenizer
 
 _NETWORK = "gaisnet"
@@ -32,8 +32,8 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
     """
     if out.exists() and any(out.iterdir()):
         raise OutputInUse(out, "is not empty")
-    if not any(device.data for _, device in config.each_device()):
-        load_domains(config)  # a missing package is better met here than by every device
+    for edge in config.edges:
+        load_public(edge, config)  # a missing package is better met here than by every device
     tokenizer = load_tokenizer(config.model)
     config = _with_ports(config)
     made = provision(_addresses(config), out)

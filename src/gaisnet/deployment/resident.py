@@ -49,7 +49,7 @@ class Watched:
     """A progress that can be asked how far it is, and logs every stage."""
 
     def __init__(self) -> None:
-        self._last: dict[str, JsonValue] = {"stage": "start", "done": 0, "total": 1, "figures": {}}
+        self._last: dict[str, JsonValue] = {"stage": "ready", "done": 1, "total": 1, "figures": {}}
 
     def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         """See ``gaisnet.progress.Progress``."""
@@ -134,7 +134,7 @@ def _cloud_network(
         [*names, *(ORDERS + name for name in names)],
         answers,
         _limits(config),
-        lambda: {**watched.state(), "job": keeper.state(), "links": _links(listener.states())},
+        lambda: {**watched.state(), "job": keeper.state(), "links": links_status(listener.states())},
     )
     opened.callback(listener.close)
     links = {
@@ -162,7 +162,7 @@ def run_edge(folder: Path) -> NoReturn:
             [*names, site.name],
             answers,
             limits,
-            lambda: {**watched.state(), "links": _links({**listener.states(), CLOUD: to_cloud.state()})},
+            lambda: {**watched.state(), "links": links_status({**listener.states(), CLOUD: to_cloud.state()})},
         )
         opened.callback(listener.close)
         devices = {name: CodedLink(listener.link(name), codec, ledger, "device_edge", "down") for name in names}
@@ -204,5 +204,6 @@ def _limits(config: Config) -> Limits:
     return Limits(max_message_bytes=min(config.wire.max_message_bytes, Limits.max_message_bytes))
 
 
-def _links(states: Mapping[str, LinkState]) -> dict[str, JsonValue]:
+def links_status(states: Mapping[str, LinkState]) -> dict[str, JsonValue]:
+    """What a site's status says of its links."""
     return {name: asdict(state) for name, state in states.items()}
