@@ -72,6 +72,7 @@ class LiveProgress:
         )
         self._task = self._bars.add_task("starting", total=None, figures="")
         self._stage = ""
+        self._done = 0
 
     def __enter__(self) -> Self:
         """Start drawing."""
@@ -86,11 +87,12 @@ class LiveProgress:
 
     def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         """See ``gaisnet.progress.Progress``."""
-        if stage != self._stage or done == 0:
+        if stage != self._stage or done < self._done:
             self._stage = stage
             self._bars.reset(self._task, description=_STAGES.get(stage, stage), total=total)
             if not self._console.is_terminal and done == 0:
                 self._console.print(_STAGES.get(stage, stage))
+        self._done = done
         text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
         self._bars.update(self._task, completed=done, total=total, figures=text)
 
