@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gaisnet.deployment.one_machine import sites_of
+from gaisnet.deployment.resident import end_in_order
 from gaisnet.experiments.output import LOCK_NAME
 
 ROLES = ("device", "edge", "cloud")
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     parser.add_argument("--out", type=Path, help="keep the runs here; by default they are removed")
     given = parser.parse_args()
+    end_in_order()  # a run that is under way ends, too
     with tempfile.TemporaryDirectory() as scratch:
         ok = kill_all(given.config, given.out or Path(scratch), given.roles, given.times, random.Random(given.seed))
     sys.exit(not ok)
