@@ -40,6 +40,7 @@ _START_S = 10.0  # from here on all sites are there, and some are still loading
 class Outcome:
     """How one run ended."""
 
+    killed: bool  # not if the run was faster than the one that was left alone
     finished: bool
     seconds: float
     accuracies: dict[str, float]
@@ -80,7 +81,8 @@ def kill_all(config: Path, out: Path, roles: Sequence[str], times: int, rng: ran
             shutil.rmtree(sites_of(out / f"{role}-{number}"))  # an edge's shelf has the size of a model
         else:
             ok = False
-        table.add_row(" and ".join(names), f"{after_s:.0f} s", *_cells(outcome, undisturbed))
+        moment = f"{after_s:.0f} s" if outcome.killed else "too late"
+        table.add_row(" and ".join(names), moment, *_cells(outcome, undisturbed))
         console.print(f"{role} {number}: {outcome}", highlight=False)
     console.print(table)
     return ok
@@ -111,7 +113,7 @@ def run(config: Path, out: Path, after_s: float, names: Sequence[str]) -> Outcom
     }
     accuracies, losses = ({name: one[figure] for name, one in scores.items()} for figure in ("accuracy", "loss"))
     faults = sum(len(cycle["faults"]) for cycle in summary["cycles"]) if summary else 0
-    return Outcome(launch.returncode == 0, seconds, accuracies, losses, left, faults)
+    return Outcome(not waiting, launch.returncode == 0, seconds, accuracies, losses, left, faults)
 
 
 def _cells(outcome: Outcome, undisturbed: Outcome) -> tuple[str, ...]:
