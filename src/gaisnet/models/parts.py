@@ -8,6 +8,7 @@ mean the same in every body. Right padding needs no mask: under causal attention
 one.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +21,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from gaisnet.errors import CutError
 from gaisnet.models.families import Decoder, layer_types
+
+# transformers 5.24 renamed the argument of masks and layers together, from 'past_key_values'.
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,8 @@ class Layers(nn.Module):
                 attention_mask=masks[kinds[index]],
                 position_ids=positions_BT,
                 position_embeddings=rotary,
-                past_key_values=cache,
                 use_cache=cache is not None,
+                **{_CACHE: cache},
             )
         return hidden_BTD
 
@@ -129,7 +133,7 @@ class Layers(nn.Module):
             "config": self.config,
             "inputs_embeds": hidden_BTD,
             "attention_mask": attention_mask_BT,
-            "past_key_values": cache,
+            _CACHE: cache,
             "position_ids": positions_BT,
         }
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
