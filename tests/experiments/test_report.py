@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gaisnet.experiments.report import INK, render_report
+from gaisnet.experiments.plots import INK
+from gaisnet.experiments.report import render_report
 from gaisnet.experiments.summary import Summary
 from gaisnet.experiments.table import (
     closing_captions,

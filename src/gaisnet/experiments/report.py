@@ -1,28 +1,33 @@
 """``report.html``: one self-contained page with the closing table and a plot of each flow over the cycles.
 
-Plots are inline SVG drawn by matplotlib. Nothing that a user named enters a plot: domains and adapters appear only in
-the HTML around it, escaped. Axes and texts take the page's own colour (``currentColor``), so they fit light and dark.
-The same summary gives the same bytes.
+Whatever a user named is escaped. The same summary gives the same bytes.
 """
 
-import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
-from io import StringIO
-from typing import Any
 
 import yaml
-from matplotlib import rc_context, style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from gaisnet.experiments.plots import (
+    BLUE,
+    GREEN,
+    INK,
+    ORANGE,
+    PALETTE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    Line,
+    Plot,
+    Stack,
+    lines_svg,
+    plain_style,
+    stacks_svg,
+    swatch,
+)
 from gaisnet.experiments.summary import Summary
 from gaisnet.experiments.table import (
     HEADINGS,
-    MISSING,
     TITLE,
     accuracy,
     bytes_unit,
@@ -30,33 +35,9 @@ from gaisnet.experiments.table import (
     closing_rows,
     human_bytes,
     human_seconds,
-    percent,
     unit_bytes,
 )
 
-# The palette of Okabe and Ito, which colour-blind people can tell apart.
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
-PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-WIDTH_IN, HEIGHT_IN, LABEL_PT = 4.8, 2.8, 11  # of a figure, and the height of a line of text in it
-MAX_BAR_LABELS = 6  # more would overlap
-INK = "#010203"  # stands for `currentColor`, which matplotlib does not know
-INKED = ("axes.edgecolor", "axes.labelcolor", "grid.color", "text.color", "xtick.color", "ytick.color")
-STYLE = dict.fromkeys(INKED, INK) | {
-    "svg.fonttype": "none",  # text stays text: it takes the page's font, and a screen reader finds it
-    "figure.dpi": 72,  # makes a pixel a point, as in an SVG
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.alpha": 0.15,
-    "font.size": 9.0,
-    "lines.linewidth": 2.0,
-    "lines.markersize": 5.5,
-}
 CSS = """
 :root{color-scheme:light dark;--ink:#1d2329;--dim:#59636e;--paper:#fff;--card:#f6f7f9;--edge:#d9dee4}
 @media(prefers-color-scheme:dark){:root{--ink:#e4e8ec;--dim:#9aa5b1;--paper:#14171b;--card:#1c2127;--edge:#333b44}}
@@ -83,32 +64,9 @@ pre{overflow:auto;padding:1rem;background:var(--card);border:1px solid var(--edg
 """
 
 
-@dataclass(frozen=True)
-class Line:
-    """A curve over the cycles, or a level across the plot if it has no marker. ``None`` leaves a gap."""
-
-    label: str
-    values: Sequence[float | None]
-    colour: str
-    dash: str = "-"
-    marker: str = ""
-    show: Callable[[float], str] = percent
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One layer of stacked bars: a value per cycle, in bar number ``column`` of the cycle."""
-
-    label: str
-    values: Sequence[float]
-    colour: str
-    show: Callable[[float], str]
-    column: int = 0
-
-
 def render_report(summary: Summary) -> str:
     """The whole page. It refers to nothing outside itself."""
-    with style.context(["default", STYLE]):  # a matplotlibrc of the user's must not change the page
+    with plain_style():
         flows = [_down_flow(summary), _up_flow(summary), _retention(summary)]
         costs = [_bytes(summary), _seconds(summary)]
     config = yaml.safe_dump(summary.config, sort_keys=False, allow_unicode=True)
@@ -214,15 +172,14 @@ def _retention(summary: Summary) -> str:
     if isinstance(increase, int | float):
         limit = start * (1 + increase)
         lines.append(Line(f"limit of the gate (+{100 * increase:g} %)", [limit], VERMILION, ":", "", "{:.2f}".format))
-    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
-    _draw_lines(figure.subplots(), summary, lines, "perplexity")
+    svg = lines_svg("Retention", _numbers(summary), [Plot(lines, "perplexity")])
     note = (
         "Perplexity is how surprised the FM is by public text that no domain trains on: where it rises, the FM forgets "
         "what it knew, and the gate refuses an adapter above its limit."
     )
     said = [f"<li>Cycle {cycle.cycle}: {escape(line)}</li>" for cycle in summary.cycles for line in cycle.gate]
     extra = f'<div><h3>What the gate said</h3><ul class="said">{"".join(said)}</ul></div>' if said else ""
-    return _section("Retention", lines, [("", _svg(figure, _spoken("Retention", lines)))], note, extra)
+    return _section("Retention", lines, [("", svg)], note, extra)
 
 
 def _bytes(summary: Summary) -> str:
@@ -234,26 +191,24 @@ def _bytes(summary: Summary) -> str:
         Stack("cloud to edge (down)", [link.edge_cloud.down for link in each], ORANGE, human_bytes, 1),
     ]
     unit = bytes_unit(max(value for stack in stacks for value in stack.values))
-    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
-    _draw_stacks(figure.subplots(), summary, stacks, unit, unit_bytes(unit))
+    svg = stacks_svg("Bytes per cycle", _numbers(summary), stacks, unit, unit_bytes(unit))
     note = (
         "Every message of a cycle as it was encoded for the wire, evaluation included: the left bar is the links "
         "between devices and edges, the right bar those between edges and cloud."
     )
-    return _section("Bytes", stacks, [("", _svg(figure, _spoken("Bytes per cycle", stacks)))], note)
+    return _section("Bytes", stacks, [("", svg)], note)
 
 
 def _seconds(summary: Summary) -> str:
     colours = {"release": BLUE, "fine_tune": ORANGE, "absorb": GREEN, "evaluate": PURPLE}
     each = [cycle.seconds.model_dump() for cycle in summary.cycles]
     stacks = [Stack(verb, [one[verb] for one in each], colour, human_seconds) for verb, colour in colours.items()]
-    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
-    _draw_stacks(figure.subplots(), summary, stacks, "seconds", 1)
+    svg = stacks_svg("Seconds per cycle", _numbers(summary), stacks, "seconds")
     note = (
         "Wall time by verb: release trains the relays and sends them down, fine_tune learns from private data, absorb "
         "takes the adapters up through the gate, and evaluate scores the DMs and the FM."
     )
-    return _section("Seconds", stacks, [("", _svg(figure, _spoken("Seconds per cycle", stacks)))], note)
+    return _section("Seconds", stacks, [("", svg)], note)
 
 
 def _section(
@@ -261,32 +216,11 @@ def _section(
 ) -> str:
     """A titled group of figures (heading, SVG) with one legend and one note; ``extra`` is HTML to stand beside them."""
     figures = [f"<figure>{f'<h3>{escape(name)}</h3>' if name else ''}{svg}</figure>" for name, svg in panels]
-    legend = "".join(f"<li>{_swatch(one)}{escape(one.label)}</li>" for one in series)
+    legend = "".join(f"<li>{swatch(one)}{escape(one.label)}</li>" for one in series)
     return (
         f'<section><h2>{escape(title)}</h2><div class="panels">{"".join(figures)}{extra}</div>'
         f'<ul class="legend">{legend}</ul><p class="dim">{escape(note)}</p></section>'
     )
-
-
-def _swatch(series: Line | Stack) -> str:
-    """A small picture of how ``series`` is drawn, for the legend."""
-    if isinstance(series, Stack):
-        shape = f'<path d="M8 0h10v10H8z" fill="{series.colour}"/>'
-    else:
-        dashes = {"-": "", "--": "6 3", ":": "2 3"}[series.dash]
-        shapes = {"o": "M17 5a4 4 0 1 1 0-.01z", "s": "M9 1h8v8h-8z", "^": "M13 1l4 8h-8z", "D": "M13 0l5 5-5 5-5-5z"}
-        shape = f'<path d="M0 5h26" stroke="{series.colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
-        shape += f'<path d="{shapes.get(series.marker, "")}" fill="{series.colour}"/>'
-    return f'<svg width="26" height="10" aria-hidden="true">{shape.replace(INK, "currentColor")}</svg>'
-
-
-def _spoken(title: str, series: Sequence[Line | Stack]) -> str:
-    """The figure in words, for those who do not see it."""
-    told = []
-    for one in series:
-        values = ", ".join(MISSING if value is None else one.show(value) for value in one.values)
-        told.append(f"{one.label} {values}")
-    return f"{title}, by cycle: {'; '.join(told)}"
 
 
 def _setting(summary: Summary, group: str, key: str) -> object:
@@ -295,85 +229,13 @@ def _setting(summary: Summary, group: str, key: str) -> object:
     return settings.get(key) if isinstance(settings, dict) else None
 
 
+def _numbers(summary: Summary) -> list[int]:
+    return [cycle.cycle for cycle in summary.cycles]
+
+
 def _accuracy_svg(summary: Summary, title: str, lines: Sequence[Line], losses: Sequence[Line]) -> str:
     """Accuracies over the cycles, with a second plot below if there are ``losses``."""
-    figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN * (1.6 if losses else 1)))
-    plots = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2)) if losses else [figure.subplots()]
-    _draw_lines(plots[0], summary, lines, "accuracy", (-0.03, 1.03))
-    plots[0].yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+    plots = [Plot(lines, "accuracy", (-0.03, 1.03), in_percent=True)]
     if losses:
-        plots[0].set_xlabel("")
-        _draw_lines(plots[1], summary, losses, "relay loss", (0, None))
-    return _svg(figure, _spoken(title, [*lines, *losses]))
-
-
-def _draw_lines(
-    axes: Axes,
-    summary: Summary,
-    lines: Sequence[Line],
-    unit: str,
-    limits: tuple[float | None, float | None] = (None, None),
-) -> None:
-    cycles = [cycle.cycle for cycle in summary.cycles]
-    for line in lines:
-        looks: dict[str, Any] = {"color": line.colour, "linestyle": line.dash}
-        values = [math.nan if value is None else value for value in line.values]
-        if line.marker:
-            axes.plot(cycles, values, marker=line.marker, clip_on=False, zorder=3, **looks)
-        else:
-            axes.axhline(values[0], **looks)
-    axes.set(ylabel=unit, ylim=limits)
-    _mark_cycles(axes)
-    _label_ends(axes, lines)
-
-
-def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write each line's last value at the right, behind a piece of the line, moved apart where they would overlap."""
-    low, high = axes.get_ylim()
-    step = (high - low) * LABEL_PT / axes.bbox.height
-    last = [(line.values[-1], line) for line in reversed(lines)]  # of equal values, the first line's is on top
-    ends = sorted([(value, line) for value, line in last if value is not None], key=lambda end: end[0])
-    place, right_edge = low - step, axes.get_yaxis_transform()
-    for index, (value, line) in enumerate(ends):
-        room_above = high - (len(ends) - 1 - index) * step
-        place = min(max(value, place + step), room_above)
-        looks: dict[str, Any] = {"color": line.colour, "linestyle": line.dash, "marker": line.marker}
-        axes.plot([1.03, 1.06, 1.09], [place] * 3, transform=right_edge, clip_on=False, markevery=[1], **looks)
-        axes.text(1.11, place, line.show(value), transform=right_edge, va="center", fontsize=8)
-
-
-def _draw_stacks(axes: Axes, summary: Summary, stacks: Sequence[Stack], unit: str, unit_size: float) -> None:
-    cycles, columns = [cycle.cycle for cycle in summary.cycles], 1 + max(stack.column for stack in stacks)
-    width = 0.7 / columns
-    totals = [[0.0] * len(cycles) for _ in range(columns)]
-    for stack in stacks:
-        below, values = totals[stack.column], [value / unit_size for value in stack.values]
-        places = [cycle + (stack.column - (columns - 1) / 2) * width * 1.06 for cycle in cycles]
-        axes.bar(places, values, width, bottom=below, color=stack.colour)
-        totals[stack.column] = [a + b for a, b in zip(below, values, strict=True)]
-        top_of_bar = all(later.column != stack.column for later in stacks[stacks.index(stack) + 1 :])
-        if top_of_bar and len(cycles) * columns <= MAX_BAR_LABELS:
-            for place, total in zip(places, totals[stack.column], strict=True):
-                axes.text(place, total, stack.show(total * unit_size), ha="center", va="bottom", fontsize=7.5)
-    axes.margins(y=0.08)
-    axes.set_ylabel(f"{unit} per cycle")
-    _mark_cycles(axes)
-
-
-def _mark_cycles(axes: Axes) -> None:
-    axes.set_xlabel("cycle")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _svg(figure: Figure, spoken: str) -> str:
-    """The figure as an element of the page."""
-    file = StringIO()
-    # Ids of the SVG are hashed with a salt: what is spoken differs between figures, so their ids do too.
-    with rc_context({"svg.hashsalt": spoken}):
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    drawn = file.getvalue()
-    view = re.search(r'viewBox="[^"]*"', drawn)
-    inside = drawn[drawn.index("<g ") : drawn.rindex("</svg>")]  # leaves out the XML prologue and a global <style>
-    inside = re.sub(r' id="[\w.]+_\d+"', "", inside).replace(INK, "currentColor")
-    box = view.group() if view else ""
-    return f'<svg role="img" aria-label="{escape(spoken)}" {box}>{inside}</svg>'
+        plots.append(Plot(losses, "relay loss", (0, None)))
+    return lines_svg(title, _numbers(summary), plots)
