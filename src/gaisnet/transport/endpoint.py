@@ -1,12 +1,19 @@
 """One end of a link, with its threads: a ``Session`` behind a lock, the futures of those who ask, a worker who answers.
 
-Three threads meet here per connection: one reads (``Connection.receive``), one writes (``Connection.frames``), and the
-worker, which belongs to all links of a site, runs the handler. Nobody waits for anything while holding the lock.
+Two threads meet here per connection: one reads (``Connection.read``) and one writes (``Connection.frames``). The worker
+belongs to all links of a site and lets them run the handler one after the other. Nobody waits for anything while
+holding the lock.
+
+Waking another thread costs about as much as carrying a small frame. So the thread that reads runs the handler itself
+where it need not read on meanwhile: nobody is being answered at this site, nobody here waits for an answer over this
+link, and the other end has acknowledged all answers. Should the handler, or anyone else, ask over the link before it is
+done, another thread takes over the reading. A handler may therefore ask back, and need not say that it does.
 """
 
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
@@ -25,28 +32,53 @@ _log = logging.getLogger(__name__)
 
 
 class Worker:
-    """One thread that does one thing after the other."""
+    """Sees to it that a site does one thing after the other, in the order in which they came, in whatever thread."""
 
     def __init__(self, name: str) -> None:
-        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._calls: SimpleQueue[bool] = SimpleQueue()
+        self._turn = threading.Lock()
+        self._whose_turn = 0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def put(self, task: Callable[[], None]) -> None:
-        """Do it when everything before it is done."""
-        self._tasks.put(task)
+        """Do it in a thread of its own when everything before it is done."""
+        self._waiting.append(task)
+        self._calls.put(True)
+
+    def claim(self) -> bool:
+        """Whether the calling thread may do a thing itself, at once; it calls ``release`` when that is done."""
+        if self._waiting or not self._turn.acquire(blocking=False):
+            return False
+        if self._closed:
+            self._turn.release()
+            return False
+        self._whose_turn = threading.get_ident()
+        return True
+
+    def release(self) -> None:
+        """Give back what ``claim`` gave."""
+        self._whose_turn = 0
+        self._turn.release()
 
     def close(self, timeout_s: float) -> None:
-        """Begin nothing more. A task that is still busy after ``timeout_s`` is left to itself."""
+        """Begin nothing more. What is still under way after ``timeout_s`` is left to itself."""
         self._closed = True
-        self._tasks.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout_s)
+        self._calls.put(False)
+        if self._whose_turn != threading.get_ident() and self._turn.acquire(timeout=timeout_s):
+            self._turn.release()
 
     def _work(self) -> None:
-        while (task := self._tasks.get()) is not None and not self._closed:
-            task()
+        while self._calls.get():
+            with self._turn:
+                if self._closed:
+                    return
+                self._whose_turn = threading.get_ident()
+                self._waiting[0]()
+                self._waiting.popleft()  # not before: while it is there, nobody who comes later gets a turn
+                self._whose_turn = 0
 
 
 class Endpoint:
@@ -56,8 +88,8 @@ class Endpoint:
         other: Name of the other end.
         life: This process's own id, see ``Session``.
         limits: What the other end may send.
-        handle: Answers its requests, in the worker's thread.
-        worker: Runs ``handle``.
+        handle: Answers its requests, in the thread that reads or in the worker's.
+        worker: Says whose turn it is to answer.
         dials: See ``Session``.
     """
 
@@ -97,6 +129,9 @@ class Endpoint:
             answer.step = self._session.request(payload)
             self._futures[answer.step] = answer
             self._wake_writer()
+            busy = self._connection if self._connection is not None and self._connection.answers else None
+        if busy is not None:
+            busy.relieve_reader()
         return answer
 
     def state(self) -> LinkState:
@@ -149,20 +184,41 @@ class Endpoint:
             if self._connection is connection:
                 self._detach(connection)
 
-    def received(self, connection: "Connection", data: bytes) -> None:
-        """A frame came in. Raises ``WireFormatError``."""
+    def received(self, connection: "Connection", data: bytes) -> bool:
+        """A frame came in. Raises ``WireFormatError``.
+
+        Returns:
+            Whether the thread that brings it shall read on; otherwise another one does already.
+        """
         frame = decode_frame(data, self.limits)
         with self._lock:
             if self._connection is not connection:
-                return
+                return True
             self._last_seen = time.monotonic()
             events = self._session.receive(frame)
             if frame.kind in (Kind.HELLO, Kind.WELCOME):
                 self._since, self._problem = self._last_seen, ""
             if self._session.has_frames or (self._session.owes and not connection.owes):
                 self._wake_writer()
+            connection.answers = bool(events) and not connection.ending and self._may_answer(events[0])
+            answers = connection.answers
+        if answers:
+            return self._answer_here(connection, events[0])
         for event in events:
             self._carry_out(event)
+        return True
+
+    def stops_answering(self, connection: "Connection") -> bool:
+        """The thread that reads runs the handler no more, or is not waited for; whether it did so until now."""
+        with self._lock:
+            answered, connection.answers = connection.answers, False
+        return answered
+
+    def ends(self, connection: "Connection") -> bool:
+        """Nothing more will come in; whether the thread that reads runs the handler, and will not see it soon."""
+        with self._lock:
+            connection.ending = True
+            return connection.answers
 
     def rejected(self, found: str) -> None:
         """A connection is being closed for what came in on it."""
@@ -201,7 +257,23 @@ class Endpoint:
             connection.idle = False
             connection.tokens.put(None)
 
+    def _may_answer(self, event: Event) -> bool:
+        """It is a request, and the thread that reads may answer it. If so, it is this link's turn."""
+        # An answer that is acknowledged later is read later: it must not count against the answer to come.
+        return (
+            isinstance(event, Asked) and not self._futures and not self._session.held_bytes and self._worker.claim()
+        )
+
     # -- without it
+
+    def _answer_here(self, connection: "Connection", event: Event) -> bool:
+        """Answer in the thread that reads; whether it shall read on."""
+        assert isinstance(event, Asked)
+        try:
+            self._run(event.job)
+            return self.stops_answering(connection)  # before anyone else may get the turn
+        finally:
+            self._worker.release()
 
     def _carry_out(self, event: Event) -> None:
         if isinstance(event, Asked):
@@ -254,9 +326,12 @@ class Connection:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
+        self._read: Callable[[], None] = lambda: None
         self.tokens: SimpleQueue[None] = SimpleQueue()
         self.idle = False  # the writer waits for a token
         self.owes = False  # but not for long, for it has something to acknowledge
+        self.answers = False  # the thread that reads runs the handler, and shall read on when it is done
+        self.ending = False  # so the thread that reads shall only read what has come
         self.problem = ""
         self.written = threading.Event()
         """Set when ``frames`` has come to its end."""
@@ -280,16 +355,47 @@ class Connection:
         finally:
             self.written.set()
 
-    def read(self, frames: Iterator[bytes]) -> None:
-        """Receive until the connection ends or breaks the rules; then it is closed."""
+    def read_with(self, read: Callable[[], None]) -> None:
+        """Let a thread do ``read``, which calls ``self.read``; threads that take over from it do the same."""
+        self._read = read
+        self._start(read)
+
+    def relieve_reader(self) -> None:
+        """Let another thread read if the one that does so is answering; that one then ends when it has answered."""
+        self._start(lambda: self._read() if self._endpoint.stops_answering(self) else None)
+
+    def _start(self, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name=f"gaisnet reads {self._endpoint.other}", daemon=True).start()
+
+    def read(self, frames: Iterator[bytes]) -> bool:
+        """Receive until the connection ends or breaks the rules; then it is closed.
+
+        Returns:
+            Whether it is; otherwise another thread reads on.
+        """
+        reads_on = True
         try:
             for data in frames:
-                self._endpoint.received(self, data)
+                reads_on = self._endpoint.received(self, data)
+                if not reads_on:
+                    break
         except WireFormatError as error:
             self.problem = str(error)
             self._endpoint.rejected(self.problem)
         finally:
+            if reads_on:
+                self.close()
+        return reads_on
+
+    def ends(self) -> bool:
+        """Take note that nothing more will come in; whether the connection is closed now, else ``read`` closes it.
+
+        It is where the thread that reads is answering, which may take long.
+        """
+        answers = self._endpoint.ends(self)
+        if answers:
             self.close()
+        return answers
 
     def close(self) -> None:
         """End the connection; may be called again, and from any thread."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NoReturn
 
 import grpc
@@ -74,7 +75,8 @@ class Listener:
         certificates: Of this site.
         name: Of this site. A dialer that shows a certificate of this same name may speak for others.
         accepts: Names that may dial.
-        handle: Answers requests, one after the other in one thread, in the order in which they came.
+        handle: Answers requests, one after the other, in the order in which they came, each in any thread. It may ask
+            over all links.
         limits: What dialers may send.
         status: Answers ``ask_status``, in threads of gRPC; must not wait for anything.
 
@@ -147,8 +149,7 @@ class Listener:
 
     def _talk(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         connection = self._connect(self._admitted(context), context)
-        reader = threading.Thread(target=_read_call, args=(frames, connection, context), daemon=True)
-        reader.start()
+        connection.read_with(lambda: _read_call(frames, connection, context))
         yield from connection.frames()
         if connection.problem:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, connection.problem)
@@ -191,9 +192,10 @@ class Listener:
 
 
 def _read_call(frames: Iterator[bytes], connection: Connection, context: grpc.ServicerContext) -> None:
+    ends = True
     with contextlib.suppress(grpc.RpcError):
-        connection.read(frames)
-    if not connection.written.wait(_STUCK_S):  # the dialer does not read, so the writer cannot end the call
+        ends = connection.read(frames)
+    if ends and not connection.written.wait(_STUCK_S):  # the dialer does not read, so the writer cannot end the call
         context.cancel()
 
 
@@ -205,7 +207,7 @@ class Dialer:
         certificates: Of this site.
         name: Of this site, as its certificate says.
         listener: Name that the listener's certificate must have.
-        handle: Answers its requests, one after the other, in one thread.
+        handle: Answers its requests, see ``Listener``.
         limits: What the listener may send.
         speaks_for: Name to be taken for, where ``name`` is the listener's own.
 
@@ -277,6 +279,7 @@ class Dialer:
     def _talk(self) -> str:
         """Hold one connection until it ends; what it ended of."""
         connection = self._endpoint.attach()
+        problems: SimpleQueue[str] = SimpleQueue()
         with grpc.secure_channel(self._address, self._credentials, self._options) as channel:
             talk: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{_SERVICE}/{_TALK}")
             self._call = call = talk(connection.frames(), metadata=self._metadata)
@@ -286,16 +289,26 @@ class Dialer:
             impatience.daemon = True
             impatience.start()
             try:
-                connection.read(call)
-            except grpc.RpcError as error:
-                return _said(error)
-            except Exception as error:
-                _log.exception("the connection to '%s' broke", self._address)
-                return repr(error)
+                connection.read_with(lambda: self._read_call(call, connection, problems))
+                # The thread that reads may be answering for long, and the link shall be there again before it is done.
+                call.add_callback(lambda: problems.put(_said(call)) if connection.ends() else None)
+                return problems.get()
             finally:
                 impatience.cancel()
                 call.cancel()
-        return ""
+                connection.close()
+
+    def _read_call(self, call: Any, connection: Connection, problems: "SimpleQueue[str]") -> None:
+        problem = ""
+        try:
+            if not connection.read(call):
+                return
+        except grpc.RpcError as error:
+            problem = _said(error)
+        except Exception as error:
+            _log.exception("the connection to '%s' broke", self._address)
+            problem = repr(error)
+        problems.put(problem)
 
 
 def ask_status(address: str, certificates: Certificates, listener: str, timeout_s: float) -> dict[str, JsonValue]:
