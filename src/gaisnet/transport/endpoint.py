@@ -1,13 +1,14 @@
 """One end of a link, with its threads: a ``Session`` behind a lock, the futures of those who ask, a worker who answers.
 
-Two threads meet here per connection: one reads (``Connection.read``) and one writes (``Connection.frames``). The worker
+Two threads meet here per connection: one reads (``Connection.read``), one writes (``Connection.frames``). The worker
 belongs to all links of a site and lets them run the handler one after the other. Nobody waits for anything while
 holding the lock.
 
 Waking another thread costs about as much as carrying a small frame. So the thread that reads runs the handler itself
 where it need not read on meanwhile: nobody is being answered at this site, nobody here waits for an answer over this
 link, and the other end has acknowledged all answers. Should the handler, or anyone else, ask over the link before it is
-done, another thread takes over the reading. A handler may therefore ask back, and need not say that it does.
+done, another thread takes over the reading. A handler may therefore ask back, and need not say that it does. Where the
+transport lets it (``Connection.send``), the thread that reads also sends the answer, or its first part.
 """
 
 import logging
@@ -19,7 +20,7 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
 from gaisnet.errors import GaisnetError, LinkLost, MessageTooLarge, PeerError, WireFormatError
-from gaisnet.transport.frames import Kind, decode_frame, encode_failure, encode_frame
+from gaisnet.transport.frames import Frame, Kind, decode_frame, encode_failure, encode_frame
 from gaisnet.transport.session import Answered, Asked, Event, Failed, Job, Session
 from gaisnet.transport.stream import Limits, LinkState
 
@@ -129,9 +130,9 @@ class Endpoint:
             answer.step = self._session.request(payload)
             self._futures[answer.step] = answer
             self._wake_writer()
-            busy = self._connection if self._connection is not None and self._connection.answers else None
-        if busy is not None:
-            busy.relieve_reader()
+            connection = self._connection
+        if connection is not None and connection.answers is not None:
+            connection.relieve_reader()
         return answer
 
     def state(self) -> LinkState:
@@ -200,25 +201,24 @@ class Endpoint:
                 self._since, self._problem = self._last_seen, ""
             if self._session.has_frames or (self._session.owes and not connection.owes):
                 self._wake_writer()
-            connection.answers = bool(events) and not connection.ending and self._may_answer(events[0])
-            answers = connection.answers
-        if answers:
-            return self._answer_here(connection, events[0])
+            job = connection.answers = None if connection.ending else self._job_for_reader(events)
+        if job is not None:
+            return self._answer_here(connection, job)
         for event in events:
             self._carry_out(event)
         return True
 
-    def stops_answering(self, connection: "Connection") -> bool:
-        """The thread that reads runs the handler no more, or is not waited for; whether it did so until now."""
+    def takes_over(self, connection: "Connection") -> bool:
+        """Whether another thread may read now, because the one that did is answering."""
         with self._lock:
-            answered, connection.answers = connection.answers, False
-        return answered
+            answers, connection.answers = connection.answers, None
+        return answers is not None
 
     def ends(self, connection: "Connection") -> bool:
-        """Nothing more will come in; whether the thread that reads runs the handler, and will not see it soon."""
+        """Nothing more will come in; whether the thread that reads is answering, and will not see it soon."""
         with self._lock:
             connection.ending = True
-            return connection.answers
+            return connection.answers is not None
 
     def rejected(self, found: str) -> None:
         """A connection is being closed for what came in on it."""
@@ -236,6 +236,9 @@ class Endpoint:
         with self._lock:
             if self._connection is not connection:
                 raise EOFError
+            if not patient and not connection.idle:
+                return None  # somebody else has begun to write, and wakes the writer afterwards if there is a reason
+            connection.idle = False
             frame = self._session.next_frame(patient)
             if frame is None:
                 connection.idle = True
@@ -257,23 +260,33 @@ class Endpoint:
             connection.idle = False
             connection.tokens.put(None)
 
-    def _may_answer(self, event: Event) -> bool:
-        """It is a request, and the thread that reads may answer it. If so, it is this link's turn."""
-        # An answer that is acknowledged later is read later: it must not count against the answer to come.
-        return (
-            isinstance(event, Asked) and not self._futures and not self._session.held_bytes and self._worker.claim()
-        )
+    def _job_for_reader(self, events: list[Event]) -> Job | None:
+        """The request among ``events`` if the thread that reads may answer it. Then it is this link's turn."""
+        if not events or self._futures or self._session.held_bytes:
+            # An answer that is acknowledged later is read later: it must not count against the answer to come.
+            return None
+        event = events[0]
+        return event.job if isinstance(event, Asked) and self._worker.claim() else None
 
     # -- without it
 
-    def _answer_here(self, connection: "Connection", event: Event) -> bool:
+    def _answer_here(self, connection: "Connection", job: Job) -> bool:
         """Answer in the thread that reads; whether it shall read on."""
-        assert isinstance(event, Asked)
         try:
-            self._run(event.job)
-            return self.stops_answering(connection)  # before anyone else may get the turn
+            frame = self._run(job, connection)
         finally:
-            self._worker.release()
+            self._worker.release()  # before anything is sent: that may take long
+        if frame is not None and connection.send is not None:
+            connection.send(encode_frame(frame))
+        with self._lock:
+            if frame is not None:
+                connection.idle = True
+                if self._session.has_frames or self._session.owes:
+                    self._wake_writer()
+            reads_on = connection.answers is job
+            if reads_on:
+                connection.answers = None
+        return reads_on
 
     def _carry_out(self, event: Event) -> None:
         if isinstance(event, Asked):
@@ -294,17 +307,23 @@ class Endpoint:
             self._session.abandon(step)
             return self._futures.pop(step, None) is not None
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job, connection: "Connection | None" = None) -> Frame | None:
+        """Answer a request; what its own thread shall send then, if that is the one that reads ``connection``."""
         payload, dropped = job.payload, job.dropped
         if dropped:
-            return
+            return None
         kind, answer = self._answer_to(payload)
         with self._lock:
             held = self._session.held_bytes
             if held and held + len(answer) > self.limits.max_message_bytes:
                 kind, answer = Kind.FAILURE, encode_failure("MessageTooLarge", "answers before it are not acknowledged")
             self._session.answer(job, kind, answer)
+            if connection is not None and connection is self._connection and connection.send and connection.idle:
+                frame = self._session.next_frame(patient=True)
+                connection.idle = frame is None
+                return frame
             self._wake_writer()
+            return None
 
     def _answer_to(self, payload: bytes) -> tuple[Kind, bytes]:
         try:
@@ -328,9 +347,10 @@ class Connection:
         self._endpoint = endpoint
         self._read: Callable[[], None] = lambda: None
         self.tokens: SimpleQueue[None] = SimpleQueue()
-        self.idle = False  # the writer waits for a token
+        self.send: Callable[[bytes], object] | None = None  # sends a frame from any thread, while no other one is sent
+        self.idle = False  # the writer waits for a token, and nobody sends
         self.owes = False  # but not for long, for it has something to acknowledge
-        self.answers = False  # the thread that reads runs the handler, and shall read on when it is done
+        self.answers: Job | None = None  # of the thread that reads, which shall read on when it is done
         self.ending = False  # so the thread that reads shall only read what has come
         self.problem = ""
         self.written = threading.Event()
@@ -362,7 +382,7 @@ class Connection:
 
     def relieve_reader(self) -> None:
         """Let another thread read if the one that does so is answering; that one then ends when it has answered."""
-        self._start(lambda: self._read() if self._endpoint.stops_answering(self) else None)
+        self._start(lambda: self._read() if self._endpoint.takes_over(self) else None)
 
     def _start(self, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=f"gaisnet reads {self._endpoint.other}", daemon=True).start()

@@ -37,6 +37,7 @@ _BACKOFF_S = (0.2, 5.0)  # first and longest
 _SETTLED_S = 5.0  # a connection that stood for so long was a good one
 _SPARE_CALLS = 16
 _FRAME_SLACK_BYTES = 2**16
+_Send = Callable[[bytes | None], None]  # waits until the frame is on its way; None ends the call
 _log = logging.getLogger(__name__)
 
 
@@ -127,7 +128,7 @@ class Listener:
 
     def _serve(self, limits: Limits) -> grpc.Server:
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            _TALK: grpc.stream_stream_rpc_method_handler(self._talk),
+            _TALK: grpc.stream_stream_rpc_method_handler(_Talk(self._talk)),
             _STATUS: grpc.unary_unary_rpc_method_handler(self._tell_status),
         }
         return grpc.server(
@@ -147,8 +148,11 @@ class Listener:
             raise ConfigError(f"listening on '{address}'", found, "choose another") from error
         return int(port)
 
-    def _talk(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _talk(
+        self, frames: Iterator[bytes], context: grpc.ServicerContext, send: _Send | None
+    ) -> Iterator[bytes]:
         connection = self._connect(self._admitted(context), context)
+        connection.send = send
         connection.read_with(lambda: _read_call(frames, connection, context))
         yield from connection.frames()
         if connection.problem:
@@ -189,6 +193,30 @@ class Listener:
 
     def _tell_status(self, _request: bytes, _context: grpc.ServicerContext) -> bytes:
         return json.dumps(dict(self._status())).encode()
+
+
+class _Talk:
+    """A method of a server whose answers any thread may send, not only the one that iterates over them.
+
+    gRPC names that experimental, and its own health service rests on it. Where it is not known, gRPC gives no ``send``
+    and iterates over the answers, as ever.
+    """
+
+    experimental_non_blocking = True
+
+    def __init__(self, talk: Callable[[Iterator[bytes], grpc.ServicerContext, _Send | None], Iterator[bytes]]) -> None:
+        self._talk = talk
+
+    def __call__(
+        self, frames: Iterator[bytes], context: grpc.ServicerContext, send: _Send | None = None
+    ) -> Iterator[bytes]:
+        answers = self._talk(frames, context, send)
+        if send is None:
+            return answers
+        for frame in answers:
+            send(frame)
+        send(None)
+        return iter(())
 
 
 def _read_call(frames: Iterator[bytes], connection: Connection, context: grpc.ServicerContext) -> None:
