@@ -259,6 +259,107 @@ def test_the_late_answer_to_a_request_that_was_given_up_is_dropped(sites: Sites)
     assert edge.states()["clinic"].rejected_frames == clinic.state().rejected_frames == 0
 
 
+# -- who runs the handler ----------------------------------------------------------------------------------------------
+
+
+class Threads:
+    """An echo that notes in which threads it ran."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, _asker: str, payload: bytes) -> bytes:
+        self.names.append(threading.current_thread().name)
+        return payload
+
+
+def test_the_thread_that_reads_answers_where_nothing_else_is_to_be_read(sites: Sites) -> None:
+    up, down = Threads(), Threads()
+    edge = sites.listener("clinic", handle=up)
+    clinic = sites.dialer(edge.port, "clinic", down)
+    for size in (1, MIB, 3 * MIB, 1):  # what is too long for one frame is sent on by the thread that writes
+        assert answer(clinic.send(bytes(size))) == bytes(size)
+        assert answer(edge.link("clinic").send(bytes(size))) == bytes(size)
+    assert up.names[0] == "gaisnet reads clinic" and down.names[0] == "gaisnet reads edge"
+    assert len(up.names) == len(down.names) == 4
+
+
+def test_the_worker_answers_while_somebody_waits_for_an_answer_over_the_link(sites: Sites) -> None:
+    gate, threads = Gate(), Threads()
+    edge = sites.listener("clinic", handle=threads)
+    clinic = sites.dialer(edge.port, "clinic", gate)
+    waiting = edge.link("clinic").send(b"down")
+    assert gate.entered.wait(DEADLINE_S)
+    assert answer(clinic.send(b"up")) == b"up"
+    assert threads.names == ["edge answers"]
+    gate.open.set()
+    assert answer(waiting) == b"done down"
+
+
+@pytest.mark.parametrize("asks", ["clinic", "edge"])
+def test_others_may_ask_over_a_link_while_its_reader_answers(sites: Sites, asks: str) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", handle=gate if asks == "edge" else echo)
+    clinic = sites.dialer(edge.port, "clinic", gate if asks == "clinic" else echo)
+    here, there = (clinic, edge.link("clinic")) if asks == "clinic" else (edge.link("clinic"), clinic)
+    busy = there.send(b"busy")
+    assert gate.entered.wait(DEADLINE_S)
+    for _ in range(3):
+        assert answer(here.send(b"meanwhile")) == b"meanwhile"
+    gate.open.set()
+    assert answer(busy) == b"done busy"
+    assert answer(there.send(b"after")) == b"done after" and answer(here.send(b"after")) == b"after"
+
+
+def test_a_site_answers_one_request_after_the_other_whoever_asks(sites: Sites) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", "ward", handle=gate)
+    clinic, ward = (sites.dialer(edge.port, name) for name in ("clinic", "ward"))
+    until(lambda: clinic.peer and ward.peer, "connections")
+    first = clinic.send(b"first")
+    assert gate.entered.wait(DEADLINE_S)
+    others = [ward.send(b"second"), clinic.send(b"third")]
+    assert answer(edge.link("ward").send(b"and the link is read")) == b"and the link is read"
+    assert set(gate.asked) == {b"first"}
+    gate.open.set()
+    assert [answer(future) for future in [first, *others]] == [b"done first", b"done second", b"done third"]
+
+
+def test_a_handler_may_close_its_own_link(sites: Sites) -> None:
+    closed = threading.Event()
+
+    def close(_asker: str, _payload: bytes) -> bytes:
+        closes(clinic.close)
+        closed.set()
+        return b""
+
+    edge = sites.listener("clinic")
+    clinic = sites.dialer(edge.port, "clinic", close)
+    edge.link("clinic").send(b"?")
+    assert closed.wait(DEADLINE_S)
+
+
+def test_a_dialer_that_does_not_read_its_answer_holds_up_nobody(sites: Sites) -> None:
+    edge = sites.listener("clinic", "ward", handle=lambda _asker, _payload: bytes(32 * MIB))
+    stuck = sites.raw(edge.port, "clinic")
+    stuck.greet()
+    stuck.send(Frame(stuck.life, Kind.REQUEST, 1))
+    ward = sites.dialer(edge.port, "ward")
+    for _ in range(3):
+        assert len(answer(ward.send(b"?"))) == 32 * MIB
+        assert answer(edge.link("ward").send(b"?")) == b"?"
+    closes(edge.close)
+
+
+def test_a_grpc_that_lets_only_one_thread_send_will_do(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gaisnet.transport.grpc._Talk.experimental_non_blocking", False)
+    edge = sites.listener("clinic")
+    clinic = sites.dialer(edge.port, "clinic")
+    for size in (1, 3 * MIB):
+        assert answer(clinic.send(bytes(size))) == bytes(size)
+        assert answer(edge.link("clinic").send(bytes(size))) == bytes(size)
+
+
 # -- drops and restarts ------------------------------------------------------------------------------------------------
 
 

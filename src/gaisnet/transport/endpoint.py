@@ -36,7 +36,7 @@ class Worker:
     """Sees to it that a site does one thing after the other, in the order in which they came, in whatever thread."""
 
     def __init__(self, name: str) -> None:
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: deque[Callable[[], object]] = deque()
         self._calls: SimpleQueue[bool] = SimpleQueue()
         self._turn = threading.Lock()
         self._whose_turn = 0
@@ -44,7 +44,7 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, task: Callable[[], None]) -> None:
+    def put(self, task: Callable[[], object]) -> None:
         """Do it in a thread of its own when everything before it is done."""
         self._waiting.append(task)
         self._calls.put(True)
@@ -236,8 +236,9 @@ class Endpoint:
         with self._lock:
             if self._connection is not connection:
                 raise EOFError
-            if not patient and not connection.idle:
-                return None  # somebody else has begun to write, and wakes the writer afterwards if there is a reason
+            if not patient and not connection.idle:  # the reader sends, or a token is on its way
+                connection.owes = False
+                return None
             connection.idle = False
             frame = self._session.next_frame(patient)
             if frame is None:
@@ -283,9 +284,8 @@ class Endpoint:
                 connection.idle = True
                 if self._session.has_frames or self._session.owes:
                     self._wake_writer()
-            reads_on = connection.answers is job
-            if reads_on:
-                connection.answers = None
+            reads_on = connection.answers is job  # a thread that took over may be answering another one
+            connection.answers = None if reads_on else connection.answers
         return reads_on
 
     def _carry_out(self, event: Event) -> None:

@@ -148,9 +148,7 @@ class Listener:
             raise ConfigError(f"listening on '{address}'", found, "choose another") from error
         return int(port)
 
-    def _talk(
-        self, frames: Iterator[bytes], context: grpc.ServicerContext, send: _Send | None
-    ) -> Iterator[bytes]:
+    def _talk(self, frames: Iterator[bytes], context: grpc.ServicerContext, send: _Send | None) -> Iterator[bytes]:
         connection = self._connect(self._admitted(context), context)
         connection.send = send
         connection.read_with(lambda: _read_call(frames, connection, context))
@@ -317,9 +315,9 @@ class Dialer:
             impatience.daemon = True
             impatience.start()
             try:
-                connection.read_with(lambda: self._read_call(call, connection, problems))
                 # The thread that reads may be answering for long, and the link shall be there again before it is done.
                 call.add_callback(lambda: problems.put(_said(call)) if connection.ends() else None)
+                connection.read_with(lambda: self._read_call(call, connection, problems))
                 return problems.get()
             finally:
                 impatience.cancel()

@@ -1,0 +1,50 @@
+"""Whose turn it is to answer at a site."""
+
+import threading
+
+from gaisnet.transport.endpoint import Worker
+
+DEADLINE_S = 30.0
+
+
+def test_a_thread_that_claims_the_turn_keeps_others_from_it_until_it_gives_it_back() -> None:
+    worker, done = Worker("answers"), threading.Event()
+    assert worker.claim()
+    assert not worker.claim()
+    worker.put(done.set)
+    assert not done.is_set()
+    worker.release()
+    assert done.wait(DEADLINE_S)
+    worker.close(DEADLINE_S)
+
+
+def test_nobody_overtakes_what_waits() -> None:
+    worker, begun, go_on, done = Worker("answers"), threading.Event(), threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def first() -> None:
+        begun.set()
+        assert go_on.wait(DEADLINE_S)
+        seen.append(1)
+
+    def second() -> None:
+        seen.append(2)
+        done.set()
+
+    worker.put(first)
+    worker.put(second)
+    assert begun.wait(DEADLINE_S) and not worker.claim()
+    go_on.set()
+    assert done.wait(DEADLINE_S) and seen == [1, 2]
+    worker.close(DEADLINE_S)
+
+
+def test_nothing_begins_after_the_end() -> None:
+    worker, done = Worker("answers"), threading.Event()
+    assert worker.claim()
+    worker.put(done.set)
+    worker.close(DEADLINE_S)  # by the thread whose turn it is: it does not wait for itself
+    worker.release()
+    assert not worker.claim()
+    worker._thread.join(DEADLINE_S)
+    assert not worker._thread.is_alive() and not done.is_set()
