@@ -2,7 +2,7 @@
 
 import threading
 
-from gaisnet.transport.endpoint import Worker
+from gaisnet.transport.worker import Worker
 
 DEADLINE_S = 30.0
 

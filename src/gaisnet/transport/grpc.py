@@ -23,9 +23,10 @@ import grpc
 from pydantic import JsonValue
 
 from gaisnet.errors import ConfigError, LinkLost, LinkTimeout, SiteRefused, WireFormatError
-from gaisnet.transport.endpoint import ByteHandler, Connection, Endpoint, Worker
+from gaisnet.transport.endpoint import ByteHandler, Connection, Endpoint
 from gaisnet.transport.frames import LIFE_BYTES
 from gaisnet.transport.stream import DEFAULT_LIMITS, ByteLink, Limits, LinkState
+from gaisnet.transport.worker import Worker
 
 _SERVICE = "gaisnet.Link"
 _TALK, _STATUS = "Talk", "Status"
