@@ -8,7 +8,7 @@ Waking another thread costs about as much as carrying a small frame. So the thre
 where it need not read on meanwhile: nobody is being answered at this site, nobody here waits for an answer over this
 link, and the other end has acknowledged all answers. Should the handler, or anyone else, ask over the link before it is
 done, another thread takes over the reading. A handler may therefore ask back, and need not say that it does. Where the
-transport lets it (``Connection.send``), the thread that reads also sends the answer, or its first part.
+transport lets it (``Connection.send``), the thread that reads also sends an answer that is short.
 """
 
 import logging
@@ -29,6 +29,7 @@ ByteHandler = Callable[[str, bytes], bytes]
 
 _WARN_EVERY_S = 60.0
 _PATIENCE_S = 0.01  # for a frame that can carry an acknowledgement
+_SHORT_BYTES = 2**17  # a longer answer takes longer to send than to wake the writer, and the reader can read meanwhile
 _log = logging.getLogger(__name__)
 
 
@@ -219,6 +220,11 @@ class Endpoint:
         event = events[0]
         return event.job if isinstance(event, Asked) and self._worker.claim() else None
 
+    def _may_send(self, connection: "Connection", answer: bytes) -> bool:
+        """The thread that reads ``connection`` may send an answer itself."""
+        able = connection is self._connection and connection.send is not None
+        return able and connection.idle and len(answer) <= _SHORT_BYTES
+
     # -- without it
 
     def _answer_here(self, connection: "Connection", job: Job) -> bool:
@@ -268,7 +274,7 @@ class Endpoint:
             if held and held + len(answer) > self.limits.max_message_bytes:
                 kind, answer = Kind.FAILURE, encode_failure("MessageTooLarge", "answers before it are not acknowledged")
             self._session.answer(job, kind, answer)
-            if connection is not None and connection is self._connection and connection.send and connection.idle:
+            if connection is not None and self._may_send(connection, answer):
                 frame = self._session.next_frame(patient=True)
                 connection.idle = frame is None
                 return frame
