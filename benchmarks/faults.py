@@ -34,6 +34,7 @@ from gaisnet.experiments.output import LOCK_NAME
 ROLES = ("device", "edge", "cloud")
 _LOOK_S = 0.05
 _START_S = 10.0  # from here on all sites are there, and some are still loading
+_LATEST = 0.85  # of the undisturbed run: another one may be faster
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def kill_all(config: Path, out: Path, roles: Sequence[str], times: int, rng: ran
     ok = undisturbed.finished
     sites = {role: sorted(_sites(out / "undisturbed", role)) for role in roles}
     for number, role in ((number, role) for number in range(times) for role in roles):
-        after_s = rng.uniform(_START_S, 0.95 * undisturbed.seconds)
+        after_s = rng.uniform(_START_S, _LATEST * undisturbed.seconds)
         victim = rng.choice(sites[role])
         names = [victim, f"{victim}-nvflare"] if role != "device" and number % 2 else [victim]
         outcome = run(config, out / f"{role}-{number}", after_s, names)
