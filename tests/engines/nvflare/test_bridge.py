@@ -34,6 +34,7 @@ class Network:
         self.kits = kits
         self.handlers: dict[str, dict[str, Deliver]] = {site: {} for site in ("cloud", *EDGES)}
         self.delivered: list[tuple[str, str, Fields]] = []
+        self.in_job = list(EDGES)
 
     def deliver(self, sender: str, target: str, topic: str, request: Shareable) -> Shareable:
         self.delivered.append((target, topic, request["fields"]))
@@ -61,6 +62,9 @@ class Engine:
     def __init__(self, network: Network, site: str) -> None:
         self._network = network
         self._site = site
+
+    def get_clients(self) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in self._network.in_job]
 
     def register_aux_message_handler(self, topic: str, handler: Deliver) -> None:
         self._network.handlers[self._site][topic] = handler
@@ -133,6 +137,16 @@ def bridges(kits: dict[str, Path]) -> Iterator[Bridges]:
     controller.stop_controller(network.context("cloud"))
     for listener in (cloud, *edges):
         listener.close()
+
+
+def test_a_job_that_began_without_an_edge_ends(kits: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    network, controller, panics = Network(kits), CloudBridge(list(EDGES)), list[str]()
+    network.in_job = ["edge1"]
+    monkeypatch.setattr(controller, "system_panic", lambda reason, _: panics.append(reason))
+    controller.start_controller(network.context("cloud"))
+    controller.stop_controller(network.context("cloud"))
+    assert len(panics) == 1
+    assert "edge2" in panics[0] and "the job began without it" in panics[0]
 
 
 def test_a_right_order_passes(bridges: Bridges) -> None:

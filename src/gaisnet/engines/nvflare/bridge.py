@@ -80,12 +80,23 @@ class CloudBridge(Controller):  # type: ignore[misc]
 
     def _start(self, fl_ctx: FLContext) -> None:
         engine, kit = fl_ctx.get_engine(), _kit(fl_ctx)
+        self._check_all_are_in(engine)
         for edge in self._edges:
             seal = _seal(fl_ctx, edge)
             self._requests[edge] = requests = Requests(edge, SealedPost(_Aux(engine, [edge]), seal))
             self._take_from[edge] = Guard(TOPIC_ANSWER, requests.take_answer, seal)
         engine.register_aux_message_handler(TOPIC_ANSWER, self._take_answer)
         self._dialers = [_dial(kit, _asking(requests), ORDERS + edge) for edge, requests in self._requests.items()]
+
+    def _check_all_are_in(self, engine: Any) -> None:
+        """Raise ``LinkLost`` unless the job began at every edge; its end lets it be submitted again.
+
+        NVFlare begins a job without an edge whose process dies while the job is being handed out, and that edge, back a
+        second later, is never let in.
+        """
+        missing = sorted(set(self._edges) - {client.name for client in engine.get_clients()})
+        if missing:
+            raise LinkLost(", ".join(missing), "the job began without it")
 
     def _take_answer(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         # The name is what the sender says; the seal is what proves it.
