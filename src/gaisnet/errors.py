@@ -112,6 +112,46 @@ class StaleAdapter(AdapterError):
         )
 
 
+class UnknownAdapter(AdapterError):
+    """A session asks for an adapter that its body does not serve."""
+
+    def __init__(self, adapter: str, known: Iterable[str]) -> None:
+        names = ", ".join(sorted(known)) or "none"
+        super().__init__(f"adapter '{adapter}': it is not served here; served are: {names}")
+
+
+class ServingError(GaisnetError):
+    """A body cannot serve what a session asks for; the others are not disturbed."""
+
+
+class ServiceFull(ServingError):
+    """A session, or more of one, does not fit into the memory that the service may use. Nothing was changed."""
+
+    def __init__(self, asked: str, found: str) -> None:
+        super().__init__(f"{asked}: {found}; try again when other sessions have ended, or raise the service's limits")
+
+
+class ContextFull(ServingError):
+    """More positions than the model was made for."""
+
+    def __init__(self, wanted: int, limit: int) -> None:
+        super().__init__(f"a session of {wanted} tokens: the model takes {limit}; shorten the prompt or the answer")
+
+
+class SessionClosed(ServingError):
+    """A session is not open here: it never was, or it has ended."""
+
+    def __init__(self, session: str) -> None:
+        super().__init__(f"session '{session}': it is not open here; open a new one")
+
+
+class SessionRefused(ServingError):
+    """What a session asks for cannot be meant."""
+
+    def __init__(self, asked: str, found: str, do: str) -> None:
+        super().__init__(f"{asked}: {found}; {do}")
+
+
 class TooFewDevices(GaisnetError):
     """Fewer devices took part in an edge round than the configuration asks for."""
 

@@ -1,0 +1,54 @@
+"""What whoever writes an answer sees of a body: one session of it, in this process or at the other end of a link."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from gaisnet.serving.body import BodyService
+
+
+class BodySession(Protocol):
+    """One sequence on a body."""
+
+    def extend(self, rows_TD: Tensor, want: int) -> Tensor:
+        """Run new positions [T, D]; the last ``want`` output rows. Raises a ``GaisnetError``."""
+
+    def crop(self, length: int) -> None:
+        """Forget positions from ``length`` on."""
+
+    def close(self) -> None:
+        """End, and free what is held. More than once does no harm."""
+
+
+class LocalSession:
+    """A session of a service in this process.
+
+    Args:
+        service: The body's.
+        first: FM layer that takes the rows.
+        stop: FM layer to stop before.
+        adapters: What acts.
+        num_positions: Memory to hold from the beginning.
+    """
+
+    def __init__(
+        self, service: BodyService, first: int, stop: int, adapters: Sequence[str] = (), num_positions: int = 0
+    ) -> None:
+        self._service = service
+        self._name = service.open(first, stop, adapters, num_positions)
+
+    def extend(self, rows_TD: Tensor, want: int) -> Tensor:
+        """Run new positions; where no thread steps, the caller does."""
+        answer = self._service.extend(self._name, rows_TD, want)
+        while not self._service.in_thread and not answer.done():
+            self._service.step()
+        return answer.result()
+
+    def crop(self, length: int) -> None:
+        """Forget positions from ``length`` on."""
+        self._service.crop(self._name, length)
+
+    def close(self) -> None:
+        """End the session."""
+        self._service.close(self._name)
