@@ -142,7 +142,9 @@ class FaultSettings(Settings):
 class ServiceSettings(Settings):
     """How much a body serves at once."""
 
-    max_cache_mib: int = Field(1024, ge=1, description="Of keys and values of all sessions; above it a session is refused.")
+    max_cache_mib: int = Field(
+        1024, ge=1, description="Of keys and values of all sessions; above it a session is refused."
+    )
     max_sessions: int = Field(64, ge=1, description="Open at once.")
     chunk: int = Field(64, ge=1, description="Positions of one session that a step takes at most; splits long prompts.")
     step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")

@@ -83,7 +83,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def generated(model: PreTrainedModel, ids: list[int], num_tokens: int) -> list[int]:
     """What ``transformers.generate`` writes, greedily."""
     input_ids = torch.tensor([ids])
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=num_tokens,

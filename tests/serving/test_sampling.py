@@ -18,7 +18,12 @@ def test_greedy_puts_all_on_the_likeliest() -> None:
 
 @pytest.mark.parametrize(
     ("top_p", "expected"),
-    [(0.3, [1.0, 0, 0, 0]), (0.6, [2 / 3, 0, 1 / 3, 0]), (0.8, [10 / 19, 4 / 19, 5 / 19, 0]), (1.0, [0.5, 0.2, 0.25, 0.05])],
+    [
+        (0.3, [1.0, 0, 0, 0]),
+        (0.6, [2 / 3, 0, 1 / 3, 0]),
+        (0.8, [10 / 19, 4 / 19, 5 / 19, 0]),
+        (1.0, [0.5, 0.2, 0.25, 0.05]),
+    ],
 )
 def test_a_nucleus_by_hand(top_p: float, expected: list[float]) -> None:
     found = Sampler(Sampling(temperature=1, top_p=top_p)).probabilities(LOGITS)

@@ -7,7 +7,7 @@ A body that learns changes its adapter in place. What is served are copies under
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -27,14 +27,14 @@ class ServedAdapters:
     """The versions of adapters that are served on one body. Not for several threads at once, nor during a forward.
 
     Args:
-        body: Where they sit, beside those that learn.
+        body: Where they sit, beside those that learn, which are there before sessions begin.
     """
 
     def __init__(self, body: nn.Module) -> None:
         self._body = body
         self._newest: dict[str, str] = {}
         self._users: Counter[str] = Counter()
-        self._hooks: dict[LoraLayer, RemovableHandle] = {}
+        self._hooks: dict[LoraLayer, RemovableHandle] = {}  # on every adapted module, whoever's the adapter is
         self._stacks: Sequence[Stack] = ()
         self._rows_of: dict[frozenset[str], list[str]] = {}
 
@@ -47,12 +47,14 @@ class ServedAdapters:
         if self._newest.get(name) == served:
             return
         if not self._holds(served):
-            add_adapter(self._body, served, spec, seed=0)
+            with self._others_as_they_are():
+                add_adapter(self._body, served, spec, seed=0)
         try:
             put_in(self._body, served, tensors)
         except AdapterMismatch:
             self._remove(served)
             raise
+        self._watch()
         old = self._newest.get(name)
         self._newest[name] = served
         if old is not None and not self._users[old]:
@@ -63,6 +65,7 @@ class ServedAdapters:
 
         Raises ``UnknownAdapter``, or ``AdapterMismatch`` where two of them sit on the same module.
         """
+        self._watch()
         for name in names:
             if name not in self._newest:
                 raise UnknownAdapter(name, self._newest)
@@ -85,11 +88,7 @@ class ServedAdapters:
     @contextmanager
     def for_rows(self, stacks: Sequence[Stack]) -> Iterator[None]:
         """Inside, row n of what runs through the body has the adapters ``stacks[n]`` and no others."""
-        layers = self._layers()
-        disabled = [layer for layer in layers if layer.disable_adapters]
-        for layer in layers:
-            if layer not in self._hooks:
-                self._hooks[layer] = layer.register_forward_pre_hook(self._name_adapters, with_kwargs=True)
+        disabled = [layer for layer in self._hooks if layer.disable_adapters]
         for layer in disabled:
             layer._disable_adapters = False
         self._stacks = stacks
@@ -111,14 +110,33 @@ class ServedAdapters:
             self._rows_of[here] = [one_of[stack] for stack in self._stacks]
         return args, {**kwargs, "adapter_names": self._rows_of[here]}
 
+    def _watch(self) -> None:
+        """Know all adapted modules; walking through a body at every token would take longer than some of its layers."""
+        for layer in self._layers():
+            if layer not in self._hooks:
+                module = cast(nn.Module, layer)
+                self._hooks[layer] = module.register_forward_pre_hook(self._name_adapters, with_kwargs=True)
+
     def _holds(self, served: str) -> bool:
         return any(peft_name(served) in layer.lora_A for layer in self._layers())
 
     def _remove(self, served: str) -> None:
-        for layer in self._layers():
-            layer.delete_adapter(peft_name(served))
+        with self._others_as_they_are():
+            for layer in self._layers():  # peft would let another one act in its place
+                layer.set_adapter([name for name in layer.active_adapters if name != peft_name(served)])
+                layer.delete_adapter(peft_name(served))
         configs: dict[str, Any] = getattr(self._body, "peft_config", {})
         configs.pop(peft_name(served), None)
+
+    @contextmanager
+    def _others_as_they_are(self) -> Iterator[None]:
+        """What learns on the body still learns afterwards: peft freezes and thaws as it goes."""
+        before = {parameter: parameter.requires_grad for parameter in self._body.parameters()}
+        try:
+            yield
+        finally:
+            for parameter in self._body.parameters():
+                parameter.requires_grad_(before.get(parameter, False))
 
     def _layers(self) -> list[LoraLayer]:
         return [module for module in self._body.modules() if isinstance(module, LoraLayer)]

@@ -1,4 +1,4 @@
-"""A body as a service: sessions open, send rows, get rows and close at any time; each step runs whatever waits as one batch.
+"""A body as a service: sessions come, send rows, get rows and go at any time; a step runs what waits as one batch.
 
 Continuous batching as in Orca (Yu et al., OSDI 2022), long prompts in chunks as in Sarathi (arXiv 2308.16369).
 
@@ -149,11 +149,20 @@ class BodyService:
             self._sessions[session.name] = session
             return session.name
 
-    def extend(self, name: str, rows_TD: Tensor, want: int | None = None) -> "Future[Tensor]":
-        """Run new positions behind a session's past; the answer is the last ``want`` output rows [W, D], or all.
+    def extend(
+        self, name: str, rows_TD: Tensor, want: int | None = None, position: int | None = None
+    ) -> "Future[Tensor]":
+        """Run new positions behind a session's past.
 
-        Raises ``ServiceFull``, ``ContextFull``, ``SessionClosed`` or ``WireFormatError``, and then changes nothing. The
-        answer raises ``SessionClosed`` if the session is closed before it is there.
+        Args:
+            name: From ``open``.
+            rows_TD: What layer ``first`` of the session takes.
+            want: How many of the last output rows the answer has [W, D]; None for all.
+            position: Where the rows must stand, for a sender that may have lost count; None for where it is.
+
+        Raises:
+            ServiceFull, ContextFull, SessionClosed, SessionRefused, WireFormatError: Nothing was changed.
+            SessionClosed: Out of the answer, if the session is closed before it is there.
         """
         want = len(rows_TD) if want is None else want
         if rows_TD.ndim != 2 or rows_TD.shape[1] != self._config.hidden_size or not 0 <= want <= len(rows_TD):
@@ -162,6 +171,9 @@ class BodyService:
             raise WireFormatError("no rows to run")
         with self._state:
             session = self._session(name)
+            if position not in (None, session.length):
+                found = f"the session has {session.length}"
+                raise SessionRefused(f"rows for position {position}", found, "crop it, or send what lies between")
             length = session.length + len(rows_TD)
             self._check_context(length)
             more = max(0, in_blocks(length) - session.reserved)
@@ -220,14 +232,16 @@ class BodyService:
             outcomes = self._run(turns)
             with self._state:
                 answers = [self._deliver(turn, outcome) for turn, outcome in zip(turns, outcomes, strict=True)]
-        for waiting, outcome in zip(answers, outcomes, strict=True):  # without locks: whoever waits may ask again at once
+        for waiting, outcome in zip(
+            answers, outcomes, strict=True
+        ):  # without locks: whoever waits may ask again at once
             for rows in waiting:
                 _answer(rows, outcome)
         return sum(len(turn.rows_TD) for turn in turns)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Inside, a thread steps whenever something waits."""
+        """Inside, a thread steps whenever something waits; at the end all sessions are closed."""
         thread = threading.Thread(target=self._work, name="body-service", daemon=True)
         self._ending, self.in_thread = False, True
         thread.start()
@@ -251,12 +265,18 @@ class BodyService:
         return len(self._sessions)
 
     def _work(self) -> None:
-        while True:
-            with self._state:
-                self._state.wait_for(lambda: self._ending or any(s.queue for s in self._sessions.values()))
-                if self._ending:
-                    return
-            self.step()
+        try:
+            while self._wait_for_rows():
+                self.step()
+        finally:
+            for name in list(self._sessions):  # nobody steps for them any more
+                self.close(name)
+
+    def _wait_for_rows(self) -> bool:
+        """False when there will be no more."""
+        with self._state:
+            self._state.wait_for(lambda: self._ending or any(s.queue for s in self._sessions.values()))
+            return not self._ending
 
     def _plan(self) -> list[_Turn]:
         """Who runs, and what. Whoever waits longest comes first, so that nobody starves; then the short ones."""

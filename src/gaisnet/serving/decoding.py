@@ -3,7 +3,7 @@
 Shape legend: T new positions, W wanted ones, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from gaisnet.serving.sampling import Sampler, Sampling
 from gaisnet.serving.sessions import BodySession
 
 PREFILL_CHUNK = 64
+
+Tokens = Generator[int, None, None]
+"""Token ids, one by one; ``close`` it to break off."""
 
 
 class DeviceParts:
@@ -106,7 +109,7 @@ def check_prompt(parts: DeviceParts, prompt: Sequence[int], sampling: Sampling) 
         raise ContextFull(len(prompt) + sampling.max_tokens, parts.context)
 
 
-def write(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+def write(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling: Sampling) -> Tokens:
     """Token ids of an answer, as they come; closes the session when the answer ends or nobody wants more of it.
 
     Raises:

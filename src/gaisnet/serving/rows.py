@@ -81,6 +81,7 @@ class SessionLayers:
     def __init__(self, layers: Layers, adapters: ServedAdapters | None = None) -> None:
         self._layers = layers
         self._adapters = adapters
+        self._windows = {index: _window(layers.config, index) for index in layers.indices}
         _let_attention_know_sessions(layers)
 
     @property
@@ -118,8 +119,7 @@ class SessionLayers:
         bounds = [0]
         for share in shares:
             bounds.append(bounds[-1] + len(share.rows_TD))
-        windows = {index: _window(self._layers.config, index) for index in layers}
-        spans = _Spans([share.cache for share in shares], bounds, windows)
+        spans = _Spans([share.cache for share in shares], bounds, self._windows)
         rotary = self._layers.rotary_emb(rows_N1D, position_ids=at_N1)
         stacks = [share.adapters for share in shares for _ in share.rows_TD]
         with nullcontext() if self._adapters is None else self._adapters.for_rows(stacks):
@@ -175,7 +175,9 @@ def _attend(
         found_GSD = scaled_dot_product_attention(
             packed_GSD[None], keys_GKD[None], values_GKD[None], attn_mask=mask, scale=scale
         )[0]
-        result_NHD[first:stop] = found_GSD.reshape(num_kv, -1, repeats, size).transpose(0, 1).reshape(-1, num_heads, size)
+        result_NHD[first:stop] = (
+            found_GSD.reshape(num_kv, -1, repeats, size).transpose(0, 1).reshape(-1, num_heads, size)
+        )
     return result_NHD[:, None], None
 
 
@@ -189,4 +191,4 @@ def _let_attention_know_sessions(layers: Layers) -> None:
         if isinstance(config, PretrainedConfig) and config._attn_implementation != _ATTENTION:
             own = copy.copy(config)
             own._attn_implementation = _ATTENTION
-            module.config = own
+            module.config = own  # type: ignore[assignment]

@@ -6,13 +6,13 @@ smashed rows, so the device's head runs once for both, and a draft needs no mode
 Shape legend: K drafted tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gaisnet.serving.decoding import DeviceParts, HeadSession, TailSession, check_prompt, prefill
+from gaisnet.serving.decoding import DeviceParts, HeadSession, TailSession, Tokens, check_prompt, prefill
 from gaisnet.serving.sampling import Sampler, Sampling
 from gaisnet.serving.sessions import BodySession
 
@@ -136,7 +136,7 @@ def write_speculatively(
     sampling: Sampling,
     length: DraftLength | None = None,
     tally: Tally | None = None,
-) -> Iterator[int]:
+) -> Tokens:
     """Token ids of the answer that ``checker`` would write, as they come; ends and raises as ``decoding.write`` does.
 
     Args:
@@ -168,9 +168,7 @@ def write_speculatively(
         checker.close()
 
 
-def _round(
-    pair: _Pair, token: int, num: int, stop_ids: frozenset[int], length: DraftLength, tally: Tally
-) -> list[int]:
+def _round(pair: _Pair, token: int, num: int, stop_ids: frozenset[int], length: DraftLength, tally: Tally) -> list[int]:
     drafted, probabilities, rows = pair.draft(token, num, stop_ids)
     tokens = pair.check(drafted, probabilities, rows)
     if drafted:

@@ -9,9 +9,7 @@ _BROKEN = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 _LONGEST_CHARACTER = 4  # tokens that one character can take, where a token is a byte
 
 
-def text_of(
-    tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()
-) -> Iterator[str]:
+def text_of(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> Iterator[str]:
     """Pieces of text. Where a stop string appears, the text ends before it, and no more tokens are asked for.
 
     Args:
