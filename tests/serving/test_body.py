@@ -1,5 +1,6 @@
 """The service: who runs when, what it holds, and what happens when sessions come, go and ask for too much."""
 
+import random
 import threading
 from concurrent.futures import Future
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gaisnet.adapters.state import take_out
+from gaisnet.adapters.tuning import activate, active_adapters, add_adapter, trainable
 from gaisnet.config import ServiceSettings
 from gaisnet.errors import (
     ContextFull,
@@ -52,7 +55,7 @@ def run_all(service: BodyService) -> list[int]:
 
 
 def same(answer: "Future[Tensor]", expected: Tensor) -> None:
-    torch.testing.assert_close(answer.result(timeout=0), expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(answer.result(timeout=0), expected, atol=2e-4, rtol=1e-3)
 
 
 def test_a_step_takes_a_token_of_some_and_a_chunk_of_others() -> None:
@@ -296,3 +299,61 @@ def test_many_threads_share_batches() -> None:
         whole = with_adapters(lively_model(), **{name: (DOMAIN, adapters[name])})
         assert found[number] == generated(whole, ids, 10)
     assert (service.num_sessions, service.used_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sessions_that_come_go_and_go_back(seed: int) -> None:
+    """What a session is given depends on its own rows only, whatever the others do; in the end nothing is held."""
+    service, body = new_service(chunk=3, step_rows=7, max_sessions=5)
+    chance = random.Random(seed)
+    past: dict[str, Tensor] = {}
+    waiting: dict[str, Future[Tensor]] = {}
+    num_checked = 0
+    for number in range(120):
+        action = chance.choice(["open", "extend", "extend", "extend", "crop", "close", "step", "step"])
+        name = chance.choice(list(past)) if past else ""
+        if action == "open" and len(past) < 5:
+            past[opened(service, chance.choice([0, 70]))] = rows(0)
+        elif action == "extend" and name and name not in waiting:
+            new = rows(chance.choice([1, 1, 2, 8]), number)
+            past[name] = torch.cat([past[name], new])
+            waiting[name] = service.extend(name, new)
+        elif action == "crop" and name and name not in waiting:
+            past[name] = past[name][: chance.randint(0, len(past[name]))]
+            service.crop(name, len(past[name]))
+        elif action == "close" and name and chance.random() < 0.5:
+            service.close(name)
+            del past[name]
+            waiting.pop(name, None)
+        elif action == "step":
+            service.step()
+        for done in [name for name, answer in waiting.items() if answer.done()]:
+            found = waiting.pop(done).result()
+            torch.testing.assert_close(found, body(past[done][None])[0, -len(found) :], atol=2e-4, rtol=1e-3)
+            num_checked += 1
+    assert num_checked > 10
+    for name in past:
+        service.close(name)
+    assert (service.num_sessions, service.used_bytes, service.step()) == (0, 0, 0)
+
+
+def test_a_body_serves_while_it_learns() -> None:
+    """Steps of an optimizer between tokens change what learns, and nothing of what is served."""
+    parts, service = served(lively_model(), CutLayers(1))
+    body = service._layers._layers
+    add_adapter(body, "law", DOMAIN, seed=0)
+    activate(body, ["law"])
+    optimizer = torch.optim.SGD(trainable(body, "law"), lr=1e-4)
+    service.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
+    before = take_out(body, "law")
+    found = []
+    for token in write(parts, session(parts, service, ("law",)), prompt(7), Sampling(max_tokens=12)):
+        found.append(token)
+        with service.turn:
+            body.run(rows(5)[None], 1).square().mean().backward()
+            optimizer.step()
+        service.put_adapter("law", len(found), DOMAIN, take_out(body, "law"))
+    law = {"law": (DOMAIN, adapter(DOMAIN, 1))}
+    assert found == generated(with_adapters(lively_model(), **law), prompt(7), 12)
+    assert any((before[name] != tensor).any() for name, tensor in take_out(body, "law").items())
+    assert active_adapters(body) == ["law"]

@@ -46,14 +46,14 @@ TURNS = [{0: 4}, {0: 1, 1: 5}, {0: 1, 1: 1, 2: 4}, {1: 3, 0: 7, 2: 1}, {2: 1}]
 def test_sessions_do_not_see_each_other(family: str) -> None:
     found = in_turns(SessionLayers(body_of(family)), [(0, NUM_LAYERS)] * 3, TURNS)
     for rows_TD, sequence_TD in zip(found, sequences(), strict=True):
-        torch.testing.assert_close(rows_TD, body_of(family)(sequence_TD[None])[0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(rows_TD, body_of(family)(sequence_TD[None])[0], atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_sliding_windows(family: str) -> None:
     found = in_turns(SessionLayers(body_of(family, window=True)), [(0, NUM_LAYERS)] * 3, TURNS)
     for rows_TD, sequence_TD in zip(found, sequences(), strict=True):
-        torch.testing.assert_close(rows_TD, body_of(family, window=True)(sequence_TD[None])[0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(rows_TD, body_of(family, window=True)(sequence_TD[None])[0], atol=2e-4, rtol=1e-3)
 
 
 def test_every_session_has_its_layers() -> None:
@@ -61,13 +61,13 @@ def test_every_session_has_its_layers() -> None:
     found = in_turns(SessionLayers(body_of()), ranges, TURNS)
     for rows_TD, sequence_TD, (first, stop) in zip(found, sequences(), ranges, strict=True):
         expected = body_of().run(sequence_TD[None], first, stop)[0]
-        torch.testing.assert_close(rows_TD, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(rows_TD, expected, atol=2e-4, rtol=1e-3)
 
 
 def test_sessions_whose_layers_do_not_touch() -> None:
     found = in_turns(SessionLayers(body_of()), [(0, 2), (4, 6), (5, 6)], TURNS)
-    torch.testing.assert_close(found[0], body_of().run(sequences()[0][None], 0, 2)[0], atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(found[2], body_of().run(sequences()[2][None], 5)[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(found[0], body_of().run(sequences()[0][None], 0, 2)[0], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(found[2], body_of().run(sequences()[2][None], 5)[0], atol=2e-4, rtol=1e-3)
 
 
 def test_a_dropped_layer_is_passed_over() -> None:
@@ -77,7 +77,7 @@ def test_a_dropped_layer_is_passed_over() -> None:
     expected = [thinner.run(sequence_TD[None])[0] for sequence_TD in sequences()]
     found = in_turns(SessionLayers(thinner), [(0, NUM_LAYERS)] * 3, TURNS)
     for rows_TD, expected_TD in zip(found, expected, strict=True):
-        torch.testing.assert_close(rows_TD, expected_TD, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(rows_TD, expected_TD, atol=2e-4, rtol=1e-3)
 
 
 def test_a_part_without_layers_gives_back_its_rows() -> None:
@@ -107,4 +107,4 @@ def test_a_forward_that_fails_leaves_the_caches_as_they_were() -> None:
         layers.run([Share(sequences()[0][:2, :7], cache, 0, NUM_LAYERS)])
     assert cache.length == 4
     rows_TD = layers.run([Share(sequences()[0][4:], cache, 0, NUM_LAYERS)])[0]
-    torch.testing.assert_close(rows_TD, body_of()(sequences()[0][None])[0, 4:], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(rows_TD, body_of()(sequences()[0][None])[0, 4:], atol=2e-4, rtol=1e-3)

@@ -5,7 +5,7 @@ each row may have its own adapters. Only attention tells sessions apart. It is t
 through the interface that transformers has for this; the layers' own code runs, and nothing of it is copied.
 
 Shape legend: N rows of all sessions, one session after the other; T rows of one session; K positions it attends to;
-D hidden size, or size of a head; H attention heads, G key-value heads, R heads that share one (H = G * R).
+D hidden size, or size of a head; H attention heads, G key-value heads, R heads that share one (H = G * R), S = T * R.
 """
 
 import copy
@@ -160,25 +160,22 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     window, scale = sessions.windows[layer], kwargs.get("scaling")
-    query_NHD, key_NGD, value_NGD = query[:, :, 0], key[:, :, 0], value[:, :, 0]
-    num_rows, num_heads, size = query_NHD.shape
-    result_NHD = query.new_empty(num_rows, num_heads, value.shape[-1])
+    key_NGD, value_NGD = key[:, :, 0], value[:, :, 0]
+    num_rows, num_kv, size = key_NGD.shape
+    # The heads that share a key-value head stand as rows of it, so that keys and values need not be repeated.
+    query_NGRD = query[:, :, 0].reshape(num_rows, num_kv, -1, size)
+    result_NGRD = torch.empty_like(query_NGRD)
     for session, (first, stop) in enumerate(pairwise(sessions.bounds)):
         cache = sessions.caches[session]
         cache.write(layer, key_NGD[first:stop].transpose(0, 1), value_NGD[first:stop].transpose(0, 1))
-        read_from = first_attended(cache.length, window)
-        keys_GKD, values_GKD = cache.read(layer, read_from, cache.length + stop - first)
-        num_kv, repeats = len(keys_GKD), num_heads // len(keys_GKD)
-        # The heads that share a key-value head stand as rows of it, so that keys and values need not be repeated.
-        packed_GSD = query_NHD[first:stop].reshape(-1, num_kv, repeats, size).transpose(0, 1).reshape(num_kv, -1, size)
-        mask = sessions.mask(session, window, repeats)
-        found_GSD = scaled_dot_product_attention(
-            packed_GSD[None], keys_GKD[None], values_GKD[None], attn_mask=mask, scale=scale
+        keys_GKD, values_GKD = cache.read(layer, first_attended(cache.length, window), cache.length + stop - first)
+        rows_GSD = query_NGRD[first:stop].transpose(0, 1).flatten(1, 2)
+        mask = sessions.mask(session, window, query_NGRD.shape[2])
+        found_GSD = scaled_dot_product_attention(  # the fused kernel takes four dimensions only
+            rows_GSD[None], keys_GKD[None], values_GKD[None], attn_mask=mask, scale=scale
         )[0]
-        result_NHD[first:stop] = (
-            found_GSD.reshape(num_kv, -1, repeats, size).transpose(0, 1).reshape(-1, num_heads, size)
-        )
-    return result_NHD[:, None], None
+        result_NGRD[first:stop] = found_GSD.reshape(num_kv, stop - first, -1, size).transpose(0, 1)
+    return result_NGRD.view(num_rows, 1, -1, size), None
 
 
 AttentionInterface.register(_ATTENTION, _attend)
