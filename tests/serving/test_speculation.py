@@ -50,6 +50,30 @@ def test_rejections_roll_every_part_back(family: str) -> None:
     assert tally.num_accepted < tally.num_drafted
 
 
+def test_it_accepts_what_the_paper_accepts() -> None:
+    """The algorithm without caches: greedy, three tokens at a time, each model in one piece."""
+    model = lively_model()
+    small_whole, parts, small = served_domain(lively_model(), (0, 1, 3, 4, 5))
+    _, large = served(lively_model(), CutLayers(1))
+    ids, expected = prompt(7), Tally()
+    while (left := TOKENS - expected.num_tokens) > 0:
+        num = min(3, left - 1)
+        drafted = generated(small_whole, ids, num) if num else []
+        checked = generated(model, ids, num + 1)
+        accepted = next((i for i in range(num) if drafted[i] != checked[i]), num)
+        ids = [*ids, *checked[: accepted + 1]]
+        expected.num_checks += 1
+        expected.num_drafted += num
+        expected.num_accepted += accepted
+        expected.num_tokens += accepted + 1
+    tally, sessions = Tally(), (session(parts, small), session(parts, large))
+    always_three = DraftLength(longest=3, cost=0)
+    found = list(write_speculatively(parts, *sessions, prompt(7), Sampling(max_tokens=TOKENS), always_three, tally))
+    assert found == ids[7:]
+    assert tally == expected
+    assert 0 < tally.num_accepted < tally.num_drafted
+
+
 def test_a_perfect_drafter_is_always_accepted() -> None:
     tally = Tally()
     parts, large = served(lively_model(), CutLayers(1))

@@ -22,7 +22,7 @@ Tokens = Generator[int, None, None]
 
 
 class DeviceParts:
-    """A device's head and tail, for any number of answers at once; one forward at a time.
+    """A device's head and tail, for any number of answers, also in several threads at once.
 
     Args:
         head: Its first layers.
