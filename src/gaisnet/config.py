@@ -150,6 +150,31 @@ class ServiceSettings(Settings):
     step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")
 
 
+class RoutingSettings(Settings):
+    """When a domain model's answer is escalated to the foundation model."""
+
+    escalate: Literal["never", "auto", "always"] = Field(
+        "auto", description="A device's policy: 'auto' escalates where the DM is not sure, 'always' at the first token."
+    )
+    threshold: float | None = Field(
+        None, description="A token that the DM is less sure of is the FM's to write; null takes the calibrated one."
+    )
+    gain_kept: float = Field(0.9, gt=0.0, le=1.0, description="Share of what always asking gains, to be kept.")
+    most_escalated: float = Field(0.3, ge=0.0, le=1.0, description="Share of the answers that may be escalated.")
+
+
+class FrontSettings(Settings):
+    """What callers of the HTTP endpoint may ask for at once."""
+
+    max_body_bytes: int = Field(2**20, ge=2**10, description="A larger request is refused with 413.")
+    max_prompt_tokens: int = Field(4096, ge=1, description="A longer prompt is refused with 400.")
+    max_answer_tokens: int = Field(1024, ge=1, description="An answer that asks for more is refused with 400.")
+    default_chat_tokens: int = Field(
+        512, ge=1, description="Tokens of a chat's answer that names no number; completions take 16, as OpenAI's do."
+    )
+    max_answers: int = Field(32, ge=1, description="Answers under way at once; one more is refused with 429.")
+
+
 class CloudSettings(Settings):
     """Where the cloud's site is reached; read by ``gaisnet deploy`` only."""
 

@@ -4,6 +4,8 @@ Shape legend: T new positions, W wanted ones, D hidden size, V vocabulary.
 """
 
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,18 +13,31 @@ from torch import Tensor
 from gaisnet.errors import ContextFull, SessionRefused
 from gaisnet.models.parts import Head, Tail
 from gaisnet.serving.cache import SessionCache
+from gaisnet.serving.combining import Combined
 from gaisnet.serving.rows import SessionLayers, Share
 from gaisnet.serving.sampling import Sampler, Sampling
-from gaisnet.serving.sessions import BodySession
+from gaisnet.serving.sessions import BodySession, SendingSession
 
 PREFILL_CHUNK = 64
+_MOST_ROWS = 256  # of all answers together, in one run of a part
 
 Tokens = Generator[int, None, None]
 """Token ids, one by one; ``close`` it to break off."""
 
 
+@dataclass(frozen=True)
+class _Finish:
+    """Body output of one answer on its way through the tail."""
+
+    output_TD: Tensor
+    want: int
+    cache: SessionCache
+
+
 class DeviceParts:
-    """A device's head and tail, for any number of answers, also in several threads at once.
+    """A device's head and tail, for any number of answers in as many threads: those that come together run together.
+
+    A vocabulary head is read from memory as a whole for a single row, and once for the rows of all answers as well.
 
     Args:
         head: Its first layers.
@@ -34,7 +49,11 @@ class DeviceParts:
         self.tail = tail
         self.head_layers = SessionLayers(head.stack)
         self.tail_layers = SessionLayers(tail.stack)
+        weight = head.embed_tokens.weight
+        self._placement = weight.device, weight.dtype
         self.context = int(head.stack.config.max_position_embeddings)
+        self._begin: Combined[Share, Tensor] = Combined(self.head_layers.run, lambda s: len(s.rows_TD), _MOST_ROWS)
+        self._finish: Combined[_Finish, Tensor] = Combined(self._finish_all, lambda f: len(f.output_TD), _MOST_ROWS)
 
     @property
     def first(self) -> int:
@@ -46,6 +65,36 @@ class DeviceParts:
         """FM layer before which it stops."""
         return int(self.head.stack.config.num_hidden_layers) - len(self.tail_layers.indices)
 
+    @torch.no_grad()
+    def smash(self, ids: Sequence[int], cache: SessionCache) -> Tensor:
+        """Smashed rows [T, D] of the next tokens of the answer that ``cache`` belongs to."""
+        embed = self.head.embed_tokens
+        rows_TD = embed(torch.tensor(ids, device=embed.weight.device))
+        return self._begin(Share(rows_TD, cache, 0, self.first)) if self.first else rows_TD
+
+    def logits(self, output_TD: "Tensor | Future[Tensor]", want: int, cache: SessionCache) -> Tensor:
+        """Logits [W, V] at the last ``want`` of the body's outputs [T, D], which may still be on their way.
+
+        Only with layers in the tail must the outputs at all new positions be there.
+        """
+
+        def finish(output_TD: Tensor) -> _Finish:
+            return _Finish(output_TD.to(*self._placement), want, cache)
+
+        if isinstance(output_TD, Future):
+            return self._finish.after(output_TD, finish)
+        return self._finish(finish(output_TD))
+
+    @torch.no_grad()
+    def _finish_all(self, every: Sequence[_Finish]) -> Sequence[Tensor]:
+        outputs = [one.output_TD for one in every]
+        if layers := self.tail_layers.indices:  # they must see every position
+            first, stop = layers[0], layers[-1] + 1
+            outputs = self.tail_layers.run([Share(one.output_TD, one.cache, first, stop) for one in every])
+        wanted = [output_TD[len(output_TD) - one.want :] for one, output_TD in zip(every, outputs, strict=True)]
+        logits_NV = self.tail.logits(torch.cat(wanted))
+        return list(logits_NV.split([one.want for one in every]))
+
 
 class HeadSession:
     """Token ids in, smashed rows out."""
@@ -54,12 +103,9 @@ class HeadSession:
         self._parts = parts
         self._cache = SessionCache()
 
-    @torch.no_grad()
     def run(self, ids: Sequence[int]) -> Tensor:
         """Smashed rows [T, D] of the next tokens."""
-        embed = self._parts.head.embed_tokens
-        rows_TD = embed(torch.tensor(ids, device=embed.weight.device))
-        return self._parts.head_layers.run([Share(rows_TD, self._cache, 0, self._parts.first)])[0]
+        return self._parts.smash(ids, self._cache)
 
     def crop(self, length: int) -> None:
         """Forget tokens from ``length`` on."""
@@ -74,15 +120,11 @@ class TailSession:
         self._body = body
         self._cache = SessionCache()
 
-    @torch.no_grad()
     def run(self, rows_TD: Tensor, want: int = 1) -> Tensor:
         """Logits [W, V] at the last ``want`` of the new positions."""
-        layers = self._parts.tail_layers.indices
-        output_TD = self._body.extend(rows_TD, len(rows_TD) if layers else want).to(rows_TD)
-        if layers:  # they must see every position
-            share = Share(output_TD, self._cache, layers[0], layers[-1] + 1)
-            output_TD = self._parts.tail_layers.run([share])[0]
-        return self._parts.tail.logits(output_TD[len(output_TD) - want :])
+        needed = len(rows_TD) if self._parts.tail_layers.indices else want
+        ask = self._body.send if isinstance(self._body, SendingSession) else self._body.extend
+        return self._parts.logits(ask(rows_TD, needed), want, self._cache)
 
     def crop(self, length: int) -> None:
         """Forget positions from ``length`` on."""

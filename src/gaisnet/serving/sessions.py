@@ -1,7 +1,8 @@
 """What whoever writes an answer sees of a body: one session of it, in this process or at the other end of a link."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from concurrent.futures import Future
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,6 +22,14 @@ class BodySession(Protocol):
         """End, and free what is held. More than once does no harm."""
 
 
+@runtime_checkable
+class SendingSession(Protocol):
+    """A session that can also be asked without waiting: many answers in as many threads then go on together."""
+
+    def send(self, rows_TD: Tensor, want: int) -> "Future[Tensor]":
+        """As ``BodySession.extend``; it raises, or the future does."""
+
+
 class LocalSession:
     """A session of a service in this process.
 
@@ -38,12 +47,16 @@ class LocalSession:
         self._service = service
         self._name = service.open(first, stop, adapters, num_positions)
 
-    def extend(self, rows_TD: Tensor, want: int) -> Tensor:
-        """Run new positions; where no thread steps, the caller does."""
+    def send(self, rows_TD: Tensor, want: int) -> "Future[Tensor]":
+        """Let new positions run; where no thread steps, the caller does."""
         answer = self._service.extend(self._name, rows_TD, want)
         while not self._service.in_thread and not answer.done():
             self._service.step()
-        return answer.result()
+        return answer
+
+    def extend(self, rows_TD: Tensor, want: int) -> Tensor:
+        """Run new positions."""
+        return self.send(rows_TD, want).result()
 
     def crop(self, length: int) -> None:
         """Forget positions from ``length`` on."""
