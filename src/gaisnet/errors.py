@@ -152,6 +152,13 @@ class SessionRefused(ServingError):
         super().__init__(f"{asked}: {found}; {do}")
 
 
+class UnknownModel(ServingError):
+    """A caller names a model, or a domain, that is not served."""
+
+    def __init__(self, model: str, known: Iterable[str]) -> None:
+        super().__init__(f"model '{model}': it is not served here; served are: {', '.join(sorted(known))}")
+
+
 class TooFewDevices(GaisnetError):
     """Fewer devices took part in an edge round than the configuration asks for."""
 
