@@ -212,7 +212,7 @@ class TestNames:
 
     @pytest.mark.parametrize("taken", ["foundation", "merged"])
     def test_the_cloud_has_adapters_of_these_names_itself(self, raw: dict[str, Any], taken: str) -> None:
-        with pytest.raises(ConfigError, match="a domain cannot be named foundation or merged"):
+        with pytest.raises(ConfigError, match="a domain cannot be named auto or foundation or merged"):
             parse(raw, f"edges.1.domain={taken}")
 
     def test_a_name_is_at_most_64_characters(self, raw: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from gaisnet.errors import ConfigError, UnknownKey
 TensorCode = Literal["float32", "float16", "bfloat16", "int8"]
 Precision = Literal["float32", "int8"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-RESERVED_DOMAINS = frozenset({"foundation", "merged"})  # names of adapters in the cloud
+RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged"})  # names of adapters in the cloud, and of models
 RESERVED_SITES = frozenset(
     {"cloud", "admin", "authority", "logs"}
 )  # names of folders beside those of edges and devices

@@ -159,6 +159,13 @@ class UnknownModel(ServingError):
         super().__init__(f"model '{model}': it is not served here; served are: {', '.join(sorted(known))}")
 
 
+class ServerRefused(GaisnetError):
+    """A server of answers cannot be reached, or does not give what it is asked for."""
+
+    def __init__(self, url: str, found: str) -> None:
+        super().__init__(f"asking {url}: {found}; see 'gaisnet serve --help'")
+
+
 class TooFewDevices(GaisnetError):
     """Fewer devices took part in an edge round than the configuration asks for."""
 

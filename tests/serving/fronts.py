@@ -1,6 +1,8 @@
 """A front door on a tiny model: real bodies, a real server, and OpenAI's own client."""
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,18 +33,26 @@ CHAT_TEMPLATE = (
 
 
 class LocalBodies:
-    """Services of this process. ``cloud_away`` lets everything that goes to the FM fail."""
+    """Services of this process, and what may go wrong with them.
+
+    ``cloud_away`` lets everything that goes to the FM fail. ``trouble`` is what sessions that open from then on do
+    after some calls: they are lost, or wait until they are closed.
+    """
 
     def __init__(self, edges: dict[str, BodyService], cloud: BodyService) -> None:
         self.edges = edges
         self.cloud = cloud
         self.cloud_away = False
+        self.trouble: tuple[str, int] | None = None
+        self.opened: list[Target] = []
 
     def open(self, target: Target, first: int, stop: int, num_positions: int) -> BodySession:
         if target.body == "cloud" and self.cloud_away:
             raise LinkLost("cloud at 10.1.2.3", "it is away")
         service = self.cloud if target.body == "cloud" else self.edges[target.domain]
-        return LocalSession(service, first, stop, target.adapters, num_positions)
+        session = LocalSession(service, first, stop, target.adapters, num_positions)
+        self.opened.append(target)
+        return session if self.trouble is None else TroubledSession(session, *self.trouble)
 
     def open_escalating(self, target: Target, first: int, stop: int, num_positions: int) -> EscalatingSession:
         return LocalEscalating(self, target, first, stop, num_positions)
@@ -54,6 +64,35 @@ class LocalBodies:
     @property
     def num_sessions(self) -> int:
         return sum(service.num_sessions for service in self.services)
+
+    def wait_until_free(self) -> None:
+        """Until all sessions have ended."""
+        until(lambda: not self.num_sessions)
+
+
+class TroubledSession:
+    """After some calls it is lost, or waits until it is closed."""
+
+    def __init__(self, session: LocalSession, trouble: str, num_calls: int) -> None:
+        self._session = session
+        self._trouble = trouble
+        self._left = num_calls
+        self._closed = threading.Event()
+
+    def extend(self, rows_TD: Tensor, want: int) -> Tensor:
+        self._left -= 1
+        if self._left < 0 and self._trouble == "lost":
+            raise LinkLost("edge at 10.1.2.3", "it restarted")
+        if self._left < 0:
+            assert self._closed.wait(60)
+        return self._session.extend(rows_TD, want)
+
+    def crop(self, length: int) -> None:
+        self._session.crop(length)
+
+    def close(self) -> None:
+        self._session.close()
+        self._closed.set()
 
 
 class LocalEscalating:
@@ -85,25 +124,34 @@ class LocalEscalating:
         return rows_WD
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what will come; the test's own time limit ends it if it does not."""
+    while not condition():
+        time.sleep(0.002)
+
+
 def chat_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def tiny_bodies(settings: ServiceSettings | None = None) -> tuple[DeviceParts, LocalBodies]:
-    """An FM, and DMs of it at two edges that have learned different things."""
+def tiny_bodies(settings: ServiceSettings | None = None, tail_layers: int = 0) -> tuple[DeviceParts, LocalBodies]:
+    """An FM, and DMs of it at two edges that have learned different things; nothing with layers in the tail."""
     settings = settings or ServiceSettings()
     model = lively_model()
-    parts, cloud = served(model, CutLayers(1), settings)
+    parts, cloud = served(model, CutLayers(1, tail_layers), settings)
     edges = {}
     for seed, name in enumerate(("shapes", "tastes")):
         body = domain_body(lively_model(), 1, (0, 1, 3, 4, 5))
         edges[name] = BodyService(body, range(1, NUM_LAYERS), settings)
+        if tail_layers:
+            continue
         edges[name].put_adapter("relay", 0, RELAY_KEPT, {k: t for k, t in adapter(RELAY, 7).items() if ".2." not in k})
         for service, known in ((edges[name], "domain"), (cloud, name)):
             service.put_adapter(known, 0, DOMAIN, adapter(DOMAIN, 20 + seed))
-    cloud.put_adapter("merged", 0, DOMAIN, adapter(DOMAIN, 30))
+    if not tail_layers:
+        cloud.put_adapter("merged", 0, DOMAIN, adapter(DOMAIN, 30))
     return parts, LocalBodies(edges, cloud)
 
 

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gaisnet.config import FrontSettings
@@ -62,7 +63,7 @@ def refusal_of(error: Exception) -> Refusal:
     match error:
         case Refusal():
             return error
-        case _ClientGone():
+        case _ClientGone() | ClientDisconnect():
             return Refusal(_GONE, _INVALID, "the client has left")
         case BadRequest():
             return Refusal(400, _INVALID, str(error), error.code, error.param)
@@ -232,7 +233,7 @@ async def _events(running: Running, envelope: Envelope, include_usage: bool) -> 
 
 
 def _event(data: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(data)}\n\n"
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -3,7 +3,7 @@
 Shape legend: T new positions, W wanted ones, D hidden size, V vocabulary.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -118,13 +118,15 @@ class TailSession:
     def __init__(self, parts: DeviceParts, body: BodySession) -> None:
         self._parts = parts
         self._body = body
+        self._ask: Callable[[Tensor, int], Tensor | Future[Tensor]] = (
+            body.send if isinstance(body, SendingSession) else body.extend
+        )
         self._cache = SessionCache()
 
     def run(self, rows_TD: Tensor, want: int = 1) -> Tensor:
         """Logits [W, V] at the last ``want`` of the new positions."""
         needed = len(rows_TD) if self._parts.tail_layers.indices else want
-        ask = self._body.send if isinstance(self._body, SendingSession) else self._body.extend
-        return self._parts.logits(ask(rows_TD, needed), want, self._cache)
+        return self._parts.logits(self._ask(rows_TD, needed), want, self._cache)
 
     def crop(self, length: int) -> None:
         """Forget positions from ``length`` on."""

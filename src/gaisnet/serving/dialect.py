@@ -183,6 +183,13 @@ class CompletionRequest(Request):
         return only
 
 
+_KNOWN = {
+    name
+    for group in (ChatRequest, CompletionRequest, ChatMessage, TextPart, StreamOptions)
+    for name in group.model_fields
+}
+
+
 def read_request(kind: type[R], body: bytes) -> R:
     """A request out of JSON. Raises ``BadRequest``."""
     raw = _object(body)
@@ -194,9 +201,11 @@ def read_request(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        # Of the errors of a union's members, that which is not about the type is about the member that was meant.
+        first = min(error.errors(include_url=False, include_context=False), key=lambda e: e["type"].endswith("_type"))
+        where = ".".join(str(part) for part in first["loc"] if part in _KNOWN or isinstance(part, int))
         if first["type"] == "extra_forbidden":
+            where = ".".join(map(str, first["loc"]))
             raise BadRequest(f"{where} is not a field of this request", where, "unknown_parameter") from None
         raise BadRequest(f"{where}: {first['msg']}", where) from None
 

@@ -53,17 +53,26 @@ def read_keys(path: Path | None) -> ApiKeys:
 
     Raises ``ConfigError``, which names the file and no key.
     """
+    return ApiKeys(_read(path))
+
+
+def first_key(path: Path | None) -> str | None:
+    """For a caller: the first of the same; None where there are none. Raises ``ConfigError``."""
+    return next(iter(_read(path)), None)
+
+
+def _read(path: Path | None) -> list[str]:
     if path is None:
-        return ApiKeys(key for key in os.environ.get(ENVIRONMENT, "").split(",") if key.strip())
+        return [key.strip() for key in os.environ.get(ENVIRONMENT, "").split(",") if key.strip()]
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         do = "name a readable file with a key per line"
-        raise ConfigError(f"API keys '{path}'", f"cannot be read ({error.__class__.__name__})", do) from None
+        raise ConfigError(f"API keys '{path}'", f"cannot be read ({type(error).__name__})", do) from None
     keys = [key for line in lines if (key := line.partition("#")[0].strip())]
     if not keys:
         raise ConfigError(f"API keys '{path}'", "the file holds none", "write a key per line")
-    return ApiKeys(keys)
+    return keys
 
 
 def is_loopback(host: str) -> bool:
