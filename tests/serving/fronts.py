@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -136,6 +137,22 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+adapter_tensors = cache(adapter)
+
+
+@cache
+def tiny_parts(tail_layers: int = 0) -> tuple[DeviceParts, dict[str, BodyService], BodyService]:
+    """For tests that use them one after the other."""
+    parts, bodies = tiny_bodies(tail_layers=tail_layers)
+    return parts, bodies.edges, bodies.cloud
+
+
+def shared_bodies(tail_layers: int = 0) -> tuple[DeviceParts, LocalBodies]:
+    """The same services for all such tests, with nothing wrong with them yet."""
+    parts, edges, cloud = tiny_parts(tail_layers)
+    return parts, LocalBodies(dict(edges), cloud)
+
+
 def tiny_bodies(settings: ServiceSettings | None = None, tail_layers: int = 0) -> tuple[DeviceParts, LocalBodies]:
     """An FM, and DMs of it at two edges that have learned different things; nothing with layers in the tail."""
     settings = settings or ServiceSettings()
@@ -147,11 +164,13 @@ def tiny_bodies(settings: ServiceSettings | None = None, tail_layers: int = 0) -
         edges[name] = BodyService(body, range(1, NUM_LAYERS), settings)
         if tail_layers:
             continue
-        edges[name].put_adapter("relay", 0, RELAY_KEPT, {k: t for k, t in adapter(RELAY, 7).items() if ".2." not in k})
+        edges[name].put_adapter(
+            "relay", 0, RELAY_KEPT, {k: t for k, t in adapter_tensors(RELAY, 7).items() if ".2." not in k}
+        )
         for service, known in ((edges[name], "domain"), (cloud, name)):
-            service.put_adapter(known, 0, DOMAIN, adapter(DOMAIN, 20 + seed))
+            service.put_adapter(known, 0, DOMAIN, adapter_tensors(DOMAIN, 20 + seed))
     if not tail_layers:
-        cloud.put_adapter("merged", 0, DOMAIN, adapter(DOMAIN, 30))
+        cloud.put_adapter("merged", 0, DOMAIN, adapter_tensors(DOMAIN, 30))
     return parts, LocalBodies(edges, cloud)
 
 

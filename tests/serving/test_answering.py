@@ -10,7 +10,7 @@ from gaisnet.serving.bodies import Target
 from gaisnet.serving.decoding import write
 from gaisnet.serving.routing import Routing
 from gaisnet.serving.sampling import Sampling
-from tests.serving.fronts import LocalBodies, chat_tokenizer, tiny_bodies
+from tests.serving.fronts import LocalBodies, chat_tokenizer, shared_bodies
 from tests.serving.models import prompt
 
 TOKENS = 12
@@ -24,7 +24,7 @@ FM, MERGED, WITH_SHAPES, WITH_TASTES = (
 def tiny_answering(
     policy: Any = "never", threshold: float = 0.0, speculate: bool = False
 ) -> tuple[Answering, LocalBodies]:
-    parts, bodies = tiny_bodies()
+    parts, bodies = shared_bodies()
     domains = {name: Domain(Routing((name,), policy, threshold)) for name in bodies.edges}
     return Answering(parts, chat_tokenizer(), bodies, domains, "shapes", speculate), bodies
 
@@ -125,9 +125,9 @@ def test_a_body_that_is_lost() -> None:
         answering.begin(ask("foundation"))
 
 
-def test_what_speculation_opened_is_closed_if_the_other_body_cannot_be_had() -> None:
+def test_what_speculation_opened_is_closed_if_the_other_body_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     answering, bodies = tiny_answering("auto")
-    del bodies.edges["shapes"]._adapters._newest["relay"]
+    monkeypatch.delitem(bodies.edges["shapes"]._adapters._newest, "relay")
     with pytest.raises(GaisnetError):
         answering.begin(ask("auto", speculate=True))
     assert bodies.num_sessions == 0

@@ -21,7 +21,7 @@ from gaisnet.serving.calibration import (
 from gaisnet.serving.decoding import write
 from gaisnet.serving.routing import top_probability
 from gaisnet.serving.sampling import Sampling
-from tests.serving.fronts import tiny_bodies
+from tests.serving.fronts import shared_bodies
 from tests.serving.models import prompt
 
 SETTINGS = RoutingSettings()
@@ -43,7 +43,7 @@ def test_by_hand() -> None:
     found = calibrate(TEN, RoutingSettings(gain_kept=0.5, most_escalated=0.5), "top")
     assert found == Calibration(
         measure="top",
-        threshold=pytest.approx(0.175),  # above it two of the four that are gained
+        threshold=(0.15 + 0.20) / 2,  # below it two of the four that are gained
         num_trials=10,
         domain_accuracy=0.4,
         foundation_accuracy=0.8,
@@ -55,12 +55,12 @@ def test_by_hand() -> None:
 
 def test_all_of_the_gain_may_cost_less_than_all_of_the_escalations() -> None:
     found = calibrate(TEN, RoutingSettings(gain_kept=1.0, most_escalated=1.0), "top")
-    assert (found.threshold, found.accuracy, found.escalated) == (pytest.approx(0.55), 0.8, 0.6)
+    assert (found.threshold, found.accuracy, found.escalated) == ((0.50 + 0.60) / 2, 0.8, 0.6)
 
 
 def test_where_the_gain_cannot_be_kept_the_best_within_the_limit_is_taken() -> None:
     found = calibrate(TEN, RoutingSettings(gain_kept=0.9, most_escalated=0.3), "top")
-    assert (found.threshold, found.accuracy, found.escalated) == (pytest.approx(0.175), 0.6, 0.2)
+    assert (found.threshold, found.accuracy, found.escalated) == ((0.15 + 0.20) / 2, 0.6, 0.2)
 
 
 @pytest.mark.parametrize("trials", [[], [one(0.1, True, True)], [one(0.1, True, False), one(0.2, False, False)]])
@@ -103,7 +103,7 @@ def test_the_foundation_model_mends_what_is_not_written_yet(threshold: float, ri
 
 
 def test_trials_of_real_bodies() -> None:
-    parts, bodies = tiny_bodies()
+    parts, bodies = shared_bodies()
     dm, fm = Target("edge", ("relay", "domain"), "shapes"), Target("cloud", ("shapes",), "shapes")
     answers = {
         target: tuple(write(parts, bodies.open(target, parts.first, parts.stop, 0), prompt(7), Sampling(max_tokens=5)))

@@ -10,7 +10,7 @@ from gaisnet.serving.bodies import Target
 from gaisnet.serving.decoding import DeviceParts, write
 from gaisnet.serving.routing import MEASURES, Routing, Trace, margin, negative_entropy, top_probability, write_routed
 from gaisnet.serving.sampling import Sampling
-from tests.serving.fronts import LocalBodies, tiny_bodies
+from tests.serving.fronts import LocalBodies, shared_bodies
 from tests.serving.models import prompt
 
 TOKENS = 16
@@ -35,7 +35,7 @@ def alone(parts: DeviceParts, bodies: LocalBodies, target: Target, ids: list[int
 
 
 def test_never_and_always() -> None:
-    parts, bodies = tiny_bodies()
+    parts, bodies = shared_bodies()
     by_domain, trace = routed(parts, bodies, Routing(("shapes",), "never", threshold=1.0))
     assert by_domain == alone(parts, bodies, DM, prompt(7))
     assert (trace.bodies, trace.escalated_at, len(trace.confidences)) == (["edge"] * TOKENS, None, TOKENS)
@@ -48,7 +48,7 @@ def test_never_and_always() -> None:
 @pytest.mark.parametrize("tail_layers", [0, 1])
 @pytest.mark.parametrize("behind", [1, 5])
 def test_the_foundation_model_takes_over_a_beginning(tail_layers: int, behind: int) -> None:
-    parts, bodies = tiny_bodies(tail_layers=tail_layers)
+    parts, bodies = shared_bodies(tail_layers=tail_layers)
     dm, fm = (Target("edge", (), "shapes"), Target("cloud", (), "shapes")) if tail_layers else (DM, FM)
     by_domain, before = routed(parts, bodies, Routing(fm.adapters, "never"), target=dm)
     threshold = min(before.confidences[behind:]) + 1e-6
@@ -61,7 +61,7 @@ def test_the_foundation_model_takes_over_a_beginning(tail_layers: int, behind: i
 
 
 def test_a_cloud_that_is_away_is_asked_once() -> None:
-    parts, bodies = tiny_bodies()
+    parts, bodies = shared_bodies()
     bodies.cloud_away = True
     written, trace = routed(parts, bodies, Routing(("shapes",), "always"))
     assert written == alone(parts, bodies, DM, prompt(7))
@@ -70,7 +70,7 @@ def test_a_cloud_that_is_away_is_asked_once() -> None:
 
 
 def test_a_seed_decides_what_is_drawn() -> None:
-    parts, bodies = tiny_bodies()
+    parts, bodies = shared_bodies()
 
     def drawn(seed: int) -> list[int]:
         return routed(parts, bodies, Routing(("shapes",), threshold=0.3), Sampling(TOKENS, 1.0, seed=seed))[0]
@@ -80,7 +80,7 @@ def test_a_seed_decides_what_is_drawn() -> None:
 
 
 def test_a_stop_token_ends_it() -> None:
-    parts, bodies = tiny_bodies()
+    parts, bodies = shared_bodies()
     written, _ = routed(parts, bodies, Routing((), "never"))
     stops = Sampling(TOKENS, stop_ids=frozenset(written[3:4]))
     assert routed(parts, bodies, Routing((), "never"), stops)[0] == written[: written.index(written[3]) + 1]

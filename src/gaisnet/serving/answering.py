@@ -95,7 +95,10 @@ class Answer:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text as they come; none after ``close``. Raises a ``GaisnetError`` where a body fails."""
         try:
-            yield from text_of(self._counted(), self._tokenizer, self._ask.stop)
+            for piece in text_of(self._counted(), self._tokenizer, self._ask.stop):
+                if self._closed:
+                    return
+                yield piece
         except GaisnetError:
             if not self._closed:
                 raise
