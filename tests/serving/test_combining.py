@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import pytest
+from torch import Tensor
 
+from gaisnet.errors import LinkTimeout
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving import decoding
 from gaisnet.serving.body import BodyService
@@ -93,6 +95,37 @@ def test_questions_that_are_made_together_run_together() -> None:
         assert [call.result() for call in calls] == [n * n for n in range(1, 9)]
         with pytest.raises(KeyError, match="lost"):
             failing.result()
+
+
+def test_what_does_not_come_is_not_waited_for_for_ever() -> None:
+    combined: Combined[int, list[int]] = Combined(lambda numbers: [[number] for number in numbers], lambda n: 1, 9)
+    with pytest.raises(CancelledError):
+        combined.after(Future[int](), lambda number: number, deadline_s=0.01)
+    assert combined(4) == [4]  # nothing is left of it
+
+
+class Silent:
+    """A session at the far end of a link that says nothing any more."""
+
+    deadline_s = 0.01
+
+    def send(self, rows_TD: Tensor, want: int) -> "Future[Tensor]":
+        return Future()
+
+    def extend(self, rows_TD: Tensor, want: int) -> Tensor:
+        raise NotImplementedError
+
+    def crop(self, length: int) -> None:
+        """Nothing to forget."""
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def test_a_body_that_says_nothing_has_a_deadline() -> None:
+    parts, _ = served(lively_model(), CutLayers(1))
+    with pytest.raises(LinkTimeout, match="waiting for output rows: none for 0.01 s"):
+        list(write(parts, Silent(), prompt(3), Sampling(max_tokens=4)))
 
 
 @pytest.mark.parametrize("cut", [CutLayers(0, 0), CutLayers(2, 1)], ids=str)

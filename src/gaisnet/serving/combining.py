@@ -58,11 +58,16 @@ class Combined(Generic[Q, A]):
         self._join(mine, question)
         return self._wait(mine)
 
-    def after(self, before: "Future[T]", question: Callable[[T], Q]) -> A:
+    def after(self, before: "Future[T]", question: Callable[[T], Q], deadline_s: float | None = None) -> A:
         """The same for a question that is made of what ``before`` brings; raises what it raises.
 
         It is asked by the thread that ``before`` is fulfilled by, so that of many that are fulfilled together no one
         runs alone because its thread woke first.
+
+        Args:
+            before: Brings the question.
+            question: Makes it.
+            deadline_s: ``before`` is cancelled then, and ``CancelledError`` raised.
         """
         mine: _Waiting[Q, A] = _Waiting()
 
@@ -73,6 +78,8 @@ class Combined(Generic[Q, A]):
                 mine.finish(error)
 
         before.add_done_callback(join)
+        if not mine.woken.wait(deadline_s):
+            before.cancel()  # unless it is there by now
         return self._wait(mine)
 
     def _join(self, mine: _Waiting[Q, A], question: Q) -> None:

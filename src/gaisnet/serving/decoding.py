@@ -4,13 +4,13 @@ Shape legend: T new positions, W wanted ones, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gaisnet.errors import ContextFull, SessionRefused
+from gaisnet.errors import ContextFull, LinkTimeout, SessionRefused
 from gaisnet.models.parts import Head, Tail
 from gaisnet.serving.cache import SessionCache
 from gaisnet.serving.combining import Combined
@@ -72,18 +72,28 @@ class DeviceParts:
         rows_TD = embed(torch.tensor(ids, device=embed.weight.device))
         return self._begin(Share(rows_TD, cache, 0, self.first)) if self.first else rows_TD
 
-    def logits(self, output_TD: "Tensor | Future[Tensor]", want: int, cache: SessionCache) -> Tensor:
+    def logits(
+        self,
+        output_TD: "Tensor | Future[Tensor]",
+        want: int,
+        cache: SessionCache,
+        deadline_s: float | None = None,
+    ) -> Tensor:
         """Logits [W, V] at the last ``want`` of the body's outputs [T, D], which may still be on their way.
 
-        Only with layers in the tail must the outputs at all new positions be there.
+        Only with layers in the tail must the outputs at all new positions be there. Raises what they raise, and
+        ``LinkTimeout`` if they have not come after ``deadline_s``.
         """
 
         def finish(output_TD: Tensor) -> _Finish:
             return _Finish(output_TD.to(*self._placement), want, cache)
 
-        if isinstance(output_TD, Future):
-            return self._finish.after(output_TD, finish)
-        return self._finish(finish(output_TD))
+        if not isinstance(output_TD, Future):
+            return self._finish(finish(output_TD))
+        try:
+            return self._finish.after(output_TD, finish, deadline_s)
+        except CancelledError:
+            raise LinkTimeout("a session, waiting for output rows", f"none for {deadline_s} s") from None
 
     @torch.no_grad()
     def _finish_all(self, every: Sequence[_Finish]) -> Sequence[Tensor]:
@@ -118,15 +128,16 @@ class TailSession:
     def __init__(self, parts: DeviceParts, body: BodySession) -> None:
         self._parts = parts
         self._body = body
-        self._ask: Callable[[Tensor, int], Tensor | Future[Tensor]] = (
-            body.send if isinstance(body, SendingSession) else body.extend
-        )
+        self._ask: Callable[[Tensor, int], Tensor | Future[Tensor]] = body.extend
+        self._deadline_s: float | None = None
+        if isinstance(body, SendingSession):
+            self._ask, self._deadline_s = body.send, body.deadline_s
         self._cache = SessionCache()
 
     def run(self, rows_TD: Tensor, want: int = 1) -> Tensor:
         """Logits [W, V] at the last ``want`` of the new positions."""
         needed = len(rows_TD) if self._parts.tail_layers.indices else want
-        return self._parts.logits(self._ask(rows_TD, needed), want, self._cache)
+        return self._parts.logits(self._ask(rows_TD, needed), want, self._cache, self._deadline_s)
 
     def crop(self, length: int) -> None:
         """Forget positions from ``length`` on."""

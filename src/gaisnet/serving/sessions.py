@@ -26,6 +26,10 @@ class BodySession(Protocol):
 class SendingSession(Protocol):
     """A session that can also be asked without waiting: many answers in as many threads then go on together."""
 
+    @property
+    def deadline_s(self) -> float | None:
+        """How long rows are waited for; None where they come, or fail, for certain."""
+
     def send(self, rows_TD: Tensor, want: int) -> "Future[Tensor]":
         """As ``BodySession.extend``; it raises, or the future does."""
 
@@ -44,6 +48,7 @@ class LocalSession:
     def __init__(
         self, service: BodyService, first: int, stop: int, adapters: Sequence[str] = (), num_positions: int = 0
     ) -> None:
+        self.deadline_s = None
         self._service = service
         self._name = service.open(first, stop, adapters, num_positions)
 
