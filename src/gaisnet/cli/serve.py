@@ -1,7 +1,7 @@
 """``gaisnet serve``: a run's models behind OpenAI's endpoints."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +10,7 @@ import typer
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
 from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.errors import ConfigError
+from gaisnet.progress import Progress, silent
 
 if TYPE_CHECKING:
     from gaisnet.serving.answering import Answering
@@ -92,11 +93,14 @@ def opened(
 ) -> "Iterator[tuple[Answering, Server]]":
     """What answers, and a server that listens and does not answer yet."""
     from gaisnet.serving.api import make_app
-    from gaisnet.serving.device import calibrated
+    from gaisnet.serving.device import calibrated, uncalibrated
     from gaisnet.serving.server import Server
 
     with open_device(run, device) as served:
-        with LiveProgress(console) as progress:
+        # It takes minutes, but only once.
+        wanted = uncalibrated(served, routing, run)
+        shown: AbstractContextManager[Progress] = LiveProgress(console) if wanted else nullcontext(silent)
+        with shown as progress:
             calibrations = calibrated(served, routing, run, progress)
         answering = served.answering(routing, calibrations, speculate)
         app = make_app(answering, FrontSettings(), keys, served.gauges)

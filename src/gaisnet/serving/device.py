@@ -81,6 +81,14 @@ class ServedDevice:
         return Routing(adapters, settings.escalate, known.threshold, known.measure)
 
 
+def uncalibrated(device: ServedDevice, settings: RoutingSettings, run: Path) -> list[str]:
+    """Domains that need a threshold, have none in the run's folder, and have examples. Raises ``CheckpointError``."""
+    if settings.escalate != "auto" or settings.threshold is not None:
+        return []
+    known = read_calibrations(run)
+    return [name for name, domain in device.domains.items() if domain.held_out and name not in known]
+
+
 def calibrated(
     device: ServedDevice, settings: RoutingSettings, run: Path, progress: Progress = silent
 ) -> dict[str, Calibration]:
@@ -91,10 +99,7 @@ def calibrated(
         OutputNotWritable: It cannot be written.
         GaisnetError: What the bodies raise.
     """
-    known = read_calibrations(run)
-    if settings.escalate != "auto" or settings.threshold is not None:
-        return known
-    wanted = [name for name, domain in device.domains.items() if domain.held_out and name not in known]
+    known, wanted = read_calibrations(run), uncalibrated(device, settings, run)
     for name in wanted:
         known[name] = calibrate(device.trials(name, DEFAULT_MEASURE, progress), settings, DEFAULT_MEASURE)
     if wanted:
