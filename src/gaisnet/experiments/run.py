@@ -36,7 +36,7 @@ Build = Callable[[Foundation, str, Progress], Network]
 """Makes a network out of the foundation model and public text, and tells its progress."""
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
 _CHECKPOINT = "run"
-_MAY_CHANGE = ("cycles", "faults")  # while a run goes on
+_MAY_CHANGE = ("cycles", "faults", "service")  # while a run goes on
 
 
 def run_experiment(
@@ -54,7 +54,7 @@ def run_experiment(
 def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Summary:
     """Go on with the run in ``out`` after its last finished cycle, with the configuration that it was started with.
 
-    ``overrides`` as for ``load_config``, of ``cycles`` and of ``faults`` only. Raises ``GaisnetError``.
+    ``overrides`` as for ``load_config``, of ``cycles``, ``faults`` and ``service`` only. Raises ``GaisnetError``.
     """
     with RunFolder.resume(out) as folder:
         config = kept_config(folder, overrides)
