@@ -7,6 +7,7 @@ import torch
 
 from gaisnet.config import WireSettings
 from gaisnet.errors import CutError, ServiceFull, SessionClosed, SessionRefused, UnexpectedMessage, WireFormatError
+from gaisnet.later import as_future
 from gaisnet.messages import (
     CloseSession,
     CropSession,
@@ -43,7 +44,8 @@ def over_bytes(service: BodyService, settings: WireSettings = EXACT, peer: str =
     codec, endpoint = Codec(settings), SessionEndpoint(service, peer)
 
     def ask(message: Message) -> Message:
-        return codec.decode(codec.encode(endpoint.handle(codec.decode(codec.encode(message)))))
+        answer = as_future(endpoint.handle(codec.decode(codec.encode(message)))).result(timeout=60)
+        return codec.decode(codec.encode(answer))
 
     return ask
 

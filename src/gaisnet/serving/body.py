@@ -156,6 +156,12 @@ class BodyService:
                 raise SessionRefused(f"the rows of session '{name}'", "it does not keep them", "open one that does")
             return torch.cat(session.kept) if session.kept else torch.zeros(0, self._width, dtype=_ROW_DTYPE)
 
+    def place(self, name: str) -> tuple[int, int, int]:
+        """First layer, the layer it stops before, and positions that memory is held for. Raises ``SessionClosed``."""
+        with self._state:
+            session = self._session(name)
+            return session.first, session.stop, session.reserved
+
     def versions(self, name: str) -> Stack:
         """The adapters that act on a session, each as ``name@version``. Raises ``SessionClosed``."""
         with self._state:

@@ -1,0 +1,81 @@
+"""Answers that are not there yet: what to do with one when it comes, without a thread that waits for it."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar, overload
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@overload
+def then(source: Future[A], change: Callable[[A], Future[B]]) -> Future[B]: ...
+
+
+@overload
+def then(source: Future[A], change: Callable[[A], B]) -> Future[B]: ...
+
+
+def then(source: Future[A], change: Callable[[A], Any]) -> Future[Any]:
+    """What ``change`` makes of an answer when it comes, or what it or ``source`` raises.
+
+    ``change`` runs in the thread that brings the answer and must not wait; what it needs more time for it returns as a
+    future. To cancel the result gives up what it waits for.
+    """
+    result: _Dependent[Any] = _Dependent(source)
+    source.add_done_callback(lambda _: _pass_on(source, change, result))
+    return result
+
+
+def as_future(answer: A | Future[A]) -> Future[A]:
+    """The same, or a future that has it already."""
+    if isinstance(answer, Future):
+        return answer
+    known: Future[A] = Future()
+    known.set_result(answer)
+    return known
+
+
+def failed(error: Exception) -> Future[Any]:
+    """A future that raises."""
+    known: Future[Any] = Future()
+    known.set_exception(error)
+    return known
+
+
+class _Dependent(Future[B]):
+    """Cancelling it gives up what it waits for."""
+
+    def __init__(self, source: Future[Any]) -> None:
+        super().__init__()
+        self.source = source
+
+    def cancel(self) -> bool:
+        self.source.cancel()
+        return super().cancel()
+
+
+def _pass_on(source: Future[A], change: Callable[[A], Any], result: _Dependent[Any]) -> None:
+    if source.cancelled() or result.cancelled():
+        Future.cancel(result)
+        result.set_running_or_notify_cancel()
+        return
+    try:
+        changed = change(source.result())
+    except Exception as error:  # in this thread nobody else would notice, and who waits would wait on
+        _settle(result, error=error)
+        return
+    if isinstance(changed, Future):
+        result.source = changed
+        changed.add_done_callback(lambda _: _pass_on(changed, lambda answer: answer, result))
+    else:
+        _settle(result, changed)
+
+
+def _settle(result: Future[B], answer: Any = None, error: Exception | None = None) -> None:
+    if not result.set_running_or_notify_cancel():
+        return
+    if error is not None:
+        result.set_exception(error)
+    else:
+        result.set_result(answer)
