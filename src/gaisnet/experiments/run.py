@@ -48,7 +48,7 @@ def run_experiment(
     """
     domains = load_domains(config)
     with RunFolder.create(out) as folder:
-        return carry_out(config, folder, progress, local_build(config, domains, new_ledger), _majorities(domains))
+        return carry_out(config, folder, progress, local_build(config, domains, new_ledger), majorities(domains))
 
 
 def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Summary:
@@ -59,7 +59,7 @@ def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progre
     with RunFolder.resume(out) as folder:
         config = kept_config(folder, overrides)
         domains = load_domains(config)
-        return carry_out(config, folder, progress, local_build(config, domains, Ledger), _majorities(domains))
+        return carry_out(config, folder, progress, local_build(config, domains, Ledger), majorities(domains))
 
 
 def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
@@ -94,7 +94,8 @@ def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: C
     )
 
 
-def _majorities(domains: Mapping[str, DomainData]) -> dict[str, float | None]:
+def majorities(domains: Mapping[str, DomainData]) -> dict[str, float | None]:
+    """What guessing the commonest answer scores, by domain; None where there is no closed set of answers."""
     return {name: majority(domain) for name, domain in domains.items()}
 
 

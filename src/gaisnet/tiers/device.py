@@ -134,7 +134,7 @@ class Device:
 
     def _run_head(self, ids_BT1: Tensor) -> Tensor:
         with self._turn.learning():
-            return cast(Tensor, self._parts()[0](ids_BT1[..., 0]))
+            return cast(Tensor, self.parts()[0](ids_BT1[..., 0]))
 
     def _loss_and_grad(self, output: BodyOutput) -> BodyOutputGrad:
         """Sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
@@ -165,12 +165,12 @@ class Device:
         """Logits [R, V] and labels [R] of some rows at a time."""
         for rows_RD, labels_R in zip(rows_ND.split(_TAIL_ROWS), labels_N.split(_TAIL_ROWS), strict=True):
             with self._turn.learning():
-                logits_RV = self._parts()[1].logits(rows_RD)
+                logits_RV = self.parts()[1].logits(rows_RD)
             yield logits_RV, labels_R
 
     def _before_logits(self, output: BodyOutput, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [N, D] at the label positions that the last norm takes, and the labels [N]."""
-        _, tail = self._parts()
+        _, tail = self.parts()
         chosen = self._chosen(output)
         labels_N = torch.tensor([label for t in chosen for label in t.label_ids])
         norm = next(tail.norm.parameters())
@@ -220,7 +220,8 @@ class Device:
     def _own_labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
         return {name: self._loss_and_grad(output) for name, output in outputs.items()}
 
-    def _parts(self) -> tuple[Head, Tail]:
+    def parts(self) -> tuple[Head, Tail]:
+        """To write answers with. Raises ``UnexpectedMessage`` before the edge has given it a model."""
         if self._head is None or self._tail is None:
             raise UnexpectedMessage(f"device '{self.name}', which has no model yet,", "request for its head or tail")
         return self._head, self._tail

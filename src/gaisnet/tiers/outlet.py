@@ -27,10 +27,14 @@ class Outlet(Protocol):
 
 
 class NoOutlet:
-    """For a tier that nobody asks for answers."""
+    """For a tier that nobody asks for answers.
 
-    def __init__(self) -> None:
-        self.turn = Turn()
+    Args:
+        turn: Of the machine; None for one of its own.
+    """
+
+    def __init__(self, turn: Turn | None = None) -> None:
+        self.turn = turn or Turn()
 
     def put_body(self, body: Body, layers: range) -> None:
         """Drop it."""
