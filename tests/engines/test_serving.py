@@ -139,7 +139,7 @@ def test_its_bytes_are_counted_apart_from_those_of_learning() -> None:
     answer(served, target("cloud", "shapes"), prompt(9))
     assert served.ledger.traffic("edge_cloud").bytes_up > 20 * 32 * 4 // 2
     after = served.network.traffic()
-    assert after["edge_cloud"].bytes_up == before["edge_cloud"].bytes_up
+    assert after["edge_cloud"].bytes_up - before["edge_cloud"].bytes_up < 1000  # what asking for it takes
     served.close()
 
 
