@@ -4,7 +4,7 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from gaisnet.later import as_future, failed, then
+from gaisnet.later import as_future, failed, recast, then
 
 
 def test_an_answer_is_changed_when_it_comes() -> None:
@@ -38,6 +38,15 @@ def test_what_is_raised_on_the_way_comes_through() -> None:
     ):
         with pytest.raises((KeyError, ZeroDivisionError)):
             result.result(timeout=0)
+
+
+def test_what_is_raised_can_be_put_in_other_words() -> None:
+    with pytest.raises(KeyError, match="no 1"):
+        recast(failed(ValueError("1")), lambda error: KeyError(f"no {error}")).result(timeout=0)
+    assert recast(as_future(1), lambda error: error).result(timeout=0) == 1
+    source: Future[int] = Future()
+    result = recast(source, lambda error: error)
+    assert result.cancel() and source.cancelled()
 
 
 def test_to_give_up_reaches_what_is_waited_for() -> None:

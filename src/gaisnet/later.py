@@ -27,6 +27,21 @@ def then(source: Future[A], change: Callable[[A], Any]) -> Future[Any]:
     return result
 
 
+def recast(source: Future[A], change: Callable[[Exception], Exception]) -> Future[A]:
+    """The same answer; what it raises instead is what ``change`` makes of it."""
+    result: _Dependent[A] = _Dependent(source)
+
+    def pass_on(_: Future[A]) -> None:
+        error = None if source.cancelled() else source.exception()
+        if isinstance(error, Exception):
+            _settle(result, error=change(error))
+        else:
+            _pass_on(source, lambda answer: answer, result)
+
+    source.add_done_callback(pass_on)
+    return result
+
+
 def as_future(answer: A | Future[A]) -> Future[A]:
     """The same, or a future that has it already."""
     if isinstance(answer, Future):

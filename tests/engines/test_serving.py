@@ -30,6 +30,7 @@ pytestmark = pytest.mark.integration
 EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
 PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
 NUM_TOKENS = 12
+SAMPLING = Sampling(max_tokens=NUM_TOKENS, stop_ids=frozenset({257}))  # as the reference stops
 Served = dict[str, tuple[LoraSpec, Mapping[str, Tensor]]]
 
 
@@ -74,9 +75,9 @@ def target(body: Place, domain: str) -> Target:
 
 def answer(served: ServedNetwork, to: Target, ids: list[int]) -> tuple[tuple[str, ...], list[int]]:
     """The versions that acted, and the tokens."""
-    parts = served.parts(to.domain)
+    parts = served.parts(served.device(to.domain))
     session = served.open(to, parts.first, parts.stop, len(ids) + NUM_TOKENS)
-    return session.versions, list(write(parts, session, ids, Sampling(max_tokens=NUM_TOKENS)))
+    return session.versions, list(write(parts, session, ids, SAMPLING))
 
 
 def whole(served: ServedNetwork, name: str) -> PreTrainedModel:
@@ -109,7 +110,7 @@ def test_the_merged_adapter_is_served_and_an_unknown_one_refused(learned: Served
 
 
 def test_an_answer_that_is_handed_over_goes_on_as_the_fms(learned: ServedNetwork) -> None:
-    parts, ids = learned.parts("shapes"), prompt(9)
+    parts, ids = learned.parts("north-a"), prompt(9)
     session = learned.open_escalating(Target("edge", (), "shapes"), parts.first, parts.stop, 40)
     head, tail = HeadSession(parts), TailSession(parts, session)
     tail.run(head.run(ids), want=0)
@@ -119,13 +120,13 @@ def test_an_answer_that_is_handed_over_goes_on_as_the_fms(learned: ServedNetwork
         found.append(int(logits_V.argmax()))
         logits_V = tail.run(head.run(found[-1:]))[0]
     session.close()
-    assert found == generated(whole(learned, "tastes"), ids, NUM_TOKENS)
+    assert found == likeliest(whole(learned, "tastes"), ids, found)
 
 
 def test_both_bodies_at_once(learned: ServedNetwork) -> None:
-    parts, ids = learned.parts("shapes"), prompt(9)
+    parts, ids = learned.parts("north-a"), prompt(9)
     drafter, checker = (learned.open(target(body, "shapes"), parts.first, parts.stop, 40) for body in ("edge", "cloud"))
-    found = list(write_speculatively(parts, drafter, checker, ids, Sampling(max_tokens=NUM_TOKENS)))
+    found = list(write_speculatively(parts, drafter, checker, ids, SAMPLING))
     assert found == generated(whole(learned, "shapes"), ids, NUM_TOKENS)
 
 
@@ -148,6 +149,7 @@ class Versions:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of: dict[tuple[int, str], tuple[LoraSpec, Mapping[str, Tensor]]] = {}
+        self._models: dict[tuple[int, str], PreTrainedModel] = {}
         put = BodyOutlet.put_adapter
 
         def record(outlet: BodyOutlet, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
@@ -157,8 +159,11 @@ class Versions:
         monkeypatch.setattr(BodyOutlet, "put_adapter", record)
 
     def model(self, outlet: BodyOutlet, served: str) -> PreTrainedModel:
-        spec, tensors = self.of[id(outlet), served]
-        return with_adapters(lively_model(), it=(spec, dict(tensors)))
+        key = id(outlet), served
+        if key not in self._models:
+            spec, tensors = self.of[key]
+            self._models[key] = with_adapters(lively_model(), it=(spec, dict(tensors)))
+        return self._models[key]
 
 
 @pytest.mark.parametrize("edge_rounds", [1, 2])
@@ -175,8 +180,6 @@ def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds
     versions = Versions(monkeypatch)
     served = built(config)
     served.network.install()
-    for domain in ("shapes", "tastes"):
-        served.parts(domain)
     found: list[tuple[Target, list[int], tuple[str, ...], list[int]]] = []
     failed: list[Exception] = []
     over = threading.Event()
@@ -202,8 +205,15 @@ def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds
     served.close()
     for to, ids, (name,), tokens in found:
         outlet = served._outlets.cloud() if to.body == "cloud" else served._outlets.edge(to.domain)
-        assert tokens == generated(versions.model(outlet, name), ids, NUM_TOKENS), (to, name)
+        assert tokens == likeliest(versions.model(outlet, name), ids, tokens), (to, name)
     assert_learned_alike(config, served)
+
+
+def likeliest(model: PreTrainedModel, ids: list[int], tokens: list[int]) -> list[int]:
+    """What a model in one piece would write at each place of an answer."""
+    logits_TV = model(torch.tensor([ids + tokens[:-1]])).logits[0]
+    choices: list[int] = logits_TV[len(ids) - 1 :].argmax(dim=-1).tolist()
+    return choices
 
 
 def assert_learned_alike(config: Config, served: ServedNetwork) -> None:

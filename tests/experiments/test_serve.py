@@ -35,7 +35,7 @@ def copy_of(finished: Path, folder: Path) -> Path:
 
 
 def answer(served: ServedRun, target: Target) -> list[int]:
-    parts = served.bodies.parts(target.domain)
+    parts = served.bodies.parts("north-a")
     session = served.bodies.open(target, parts.first, parts.stop, 20)
     return list(write(parts, session, served.foundation.tokenizer.encode("Is it so?"), Sampling(max_tokens=6)))
 
@@ -53,7 +53,7 @@ def test_it_serves_what_the_run_has_learned(finished: Path, tmp_path: Path) -> N
     out = copy_of(finished, tmp_path)
     with serve_run(out, ["service.max_sessions=1"]) as served:
         assert served.bodies.adapters("edge", "shapes") == ["domain", "relay"]
-        parts = served.bodies.parts("shapes")
+        parts = served.bodies.parts("north-a")
         for target, versions in ((EDGE, ("relay@1", "domain@1")), (CLOUD, ("shapes@1",))):
             session = served.bodies.open(target, parts.first, parts.stop, 20)
             assert session.versions == versions
@@ -73,7 +73,7 @@ def test_it_goes_on_with_the_run_while_it_serves(finished: Path, tmp_path: Path)
             num_answers += len({tuple(answer(served, target)) for target in (EDGE, CLOUD)})
         end.result()
         assert served.num_cycles == 2
-        parts = served.bodies.parts("shapes")
+        parts = served.bodies.parts("north-a")
         assert served.bodies.open(EDGE, parts.first, parts.stop, 20).versions[1] == "domain@2"
     resume_experiment(alone, ["cycles=2"])
     assert [c["domain"] for c in cycles(out)] == [c["domain"] for c in cycles(alone)]

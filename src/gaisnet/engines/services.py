@@ -51,8 +51,9 @@ class BodyOutlet:
 
     def put_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """See ``Outlet``."""
-        if self._service is not None:
-            self._service.put_adapter(name, version, spec, tensors)
+        service = self._service
+        if service is not None:
+            service.put_adapter(name, version, spec, tensors)
 
     def close(self) -> None:
         """End all sessions, and the thread."""

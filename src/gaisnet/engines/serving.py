@@ -5,13 +5,12 @@ every message as bytes.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
 
 from gaisnet.config import Config, EdgeSettings, ServiceSettings
 from gaisnet.engines.local import Tiers, build_tiers
 from gaisnet.engines.services import BodyOutlet, Front
 from gaisnet.errors import SessionRefused
-from gaisnet.messages import Message, Whose
+from gaisnet.messages import Whose
 from gaisnet.models.foundation import Foundation
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
@@ -21,7 +20,6 @@ from gaisnet.serving.decoding import DeviceParts
 from gaisnet.serving.endpoint import RemoteSession, SessionEndpoint
 from gaisnet.serving.escalation import EdgeSessions
 from gaisnet.tiers.examples import DeviceData
-from gaisnet.transport.base import wait
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
@@ -58,7 +56,7 @@ class MachineOutlets:
 
 
 class ServedNetwork:
-    """A network of local tiers whose bodies are served: the ``Bodies`` of a device per domain.
+    """A network of local tiers whose bodies are served: the ``Bodies`` of its devices.
 
     Args:
         config: The run's configuration.
@@ -77,36 +75,34 @@ class ServedNetwork:
         self._outlets = outlets
         self._settings = {settings.domain: settings for settings in config.edges}
         self._links = {settings.domain: self._link(settings) for settings in config.edges}
-        self.parts: Callable[[str], DeviceParts] = cache(self._parts)
-        """Head and tail of the device that writes a domain's answers, by domain."""
 
     def open(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
         """See ``Bodies.open``."""
-        ask, whose = self._ask(target.domain), _WHOSE[target.body]
-        return RemoteSession(ask, first, stop, target.adapters, num_positions, whose)
+        return self._open(target, first, stop, num_positions, may_escalate=False)
 
     def open_escalating(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
         """See ``Bodies.open_escalating``."""
-        ask, whose = self._ask(target.domain), _WHOSE[target.body]
-        return RemoteSession(ask, first, stop, target.adapters, num_positions, whose, may_escalate=True)
+        return self._open(target, first, stop, num_positions, may_escalate=True)
 
     def adapters(self, body: Place, domain: str) -> list[str]:
         """Names that a ``Target`` may have. Raises ``SessionRefused`` before the body has its model."""
         outlet = self._outlets.cloud() if body == "cloud" else self._outlets.edge(domain)
         return outlet.service.adapters
 
+    def parts(self, device: str) -> DeviceParts:
+        """Head and tail of a device, to write answers with; any domain's. Raises why the device cannot be had."""
+        domain = next(edge.domain for edge, one in self._config.each_device() if one.name == device)
+        self._tiers.edges[domain].equip(device)
+        return DeviceParts(*self._tiers.devices[device].parts())
+
     def device(self, domain: str) -> str:
-        """The device that writes a domain's answers: the first that is split, or the first."""
+        """The device of a domain that answers are written on if nobody names one: the first that is split."""
         devices = self._settings[domain].devices
         return next((device.name for device in devices if device.mode == "split"), devices[0].name)
 
     def close(self) -> None:
         """End all sessions and services."""
         self._outlets.close()
-
-    def _parts(self, domain: str) -> DeviceParts:
-        self._tiers.edges[domain].equip(self.device(domain))
-        return DeviceParts(*self._tiers.devices[self.device(domain)].parts())
 
     def _link(self, edge: EdgeSettings) -> LocalLink:
         """From the device of an edge up to it; the edge has one of its own to the cloud."""
@@ -117,13 +113,13 @@ class ServedNetwork:
         of_device = Front(None, outlet, lambda service: EdgeSessions(service, cloud, device), device)
         return LocalLink(of_device, codec, self.ledger, "device_edge", "up")
 
-    def _ask(self, domain: str) -> Callable[[Message], Message]:
-        if domain not in self._links:
+    def _open(self, target: Target, first: int, stop: int, num_positions: int, may_escalate: bool) -> RemoteSession:
+        if target.domain not in self._links:
             found = f"there are edges for {', '.join(self._links)}"
-            raise SessionRefused(f"a session of domain '{domain}'", found, "name one of those")
-        link, deadline_s = self._links[domain], self._config.faults.step_deadline_s
-        asked = f"device '{self.device(domain)}', waiting for its session"
-        return lambda message: wait(link, link.send(message), asked, deadline_s, deadline_s)
+            raise SessionRefused(f"a session of domain '{target.domain}'", found, "name one of those")
+        ask, deadline_s = self._links[target.domain].send, self._config.faults.step_deadline_s
+        asked = first, stop, target.adapters, num_positions, _WHOSE[target.body], may_escalate
+        return RemoteSession(ask, *asked, deadline_s=deadline_s)
 
 
 def build_served_network(

@@ -15,6 +15,7 @@ from gaisnet.models.foundation import Foundation
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
+from gaisnet.tiers.examples import DeviceData
 
 
 class _Stopped(BaseException):
@@ -26,12 +27,16 @@ class ServedRun:
 
     Attributes:
         config: The run's configuration.
+        data: Private examples, by device; they stay in this process, as the devices do.
         foundation: Its foundation model, for the tokenizer.
         bodies: What devices open sessions on.
     """
 
-    def __init__(self, config: Config, run: Run, foundation: Foundation, bodies: ServedNetwork) -> None:
+    def __init__(
+        self, config: Config, data: Mapping[str, DeviceData], run: Run, foundation: Foundation, bodies: ServedNetwork
+    ) -> None:
         self.config = config
+        self.data = data
         self.foundation = foundation
         self.bodies = bodies
         self._run = run
@@ -115,7 +120,7 @@ def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[S
 
     try:
         run = Run(config, folder, told, build, majorities(domains))
-        served.append(ServedRun(config, run, *made[0]))
+        served.append(ServedRun(config, data, run, *made[0]))
         yield served[0]
     finally:
         for one in served:

@@ -270,6 +270,7 @@ class BodyService:
         if isinstance(outcome, Exception):
             failed = list(session.queue)  # what stands behind them in the sequence cannot run either
             session.queue.clear()
+            session.crop(session.length)  # they are not kept either
             return failed
         waiting.take(outcome)
         if waiting.left:

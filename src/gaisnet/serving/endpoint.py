@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from gaisnet.errors import (
     ContextFull,
     CutError,
     GaisnetError,
+    LinkTimeout,
     PeerError,
     ServiceFull,
     SessionClosed,
@@ -20,7 +22,7 @@ from gaisnet.errors import (
     UnknownAdapter,
     WireFormatError,
 )
-from gaisnet.later import then
+from gaisnet.later import as_future, failed, recast, then
 from gaisnet.messages import (
     CloseSession,
     CropSession,
@@ -36,8 +38,9 @@ from gaisnet.messages import (
 from gaisnet.serving.body import BodyService
 
 M = TypeVar("M", bound=Message)
-Ask = Callable[[Message], Message]
-"""Sends a message and waits for the answer; raises what the other end raised, or that it cannot be reached."""
+T = TypeVar("T")
+Ask = Callable[[Message], Message | Future[Message]]
+"""Sends a message; the answer, now or later, or what the other end raised, or that it cannot be reached."""
 
 _REFUSALS: dict[str, type[GaisnetError]] = {
     kind.__name__: kind
@@ -118,6 +121,7 @@ class RemoteSession:
         num_positions: Memory to hold from the beginning.
         body: Which one, where the other end can reach more than its own.
         may_escalate: Whether ``escalate`` may be asked for.
+        deadline_s: How long an answer is waited for; ``LinkTimeout`` after that.
     """
 
     def __init__(
@@ -129,8 +133,10 @@ class RemoteSession:
         num_positions: int = 0,
         body: Whose = "domain",
         may_escalate: bool = False,
+        deadline_s: float = 60.0,
     ) -> None:
         self._ask = ask
+        self._deadline_s = deadline_s
         message = OpenSession(first, stop, tuple(adapters), num_positions, body, may_escalate)
         opened = self._asked(message, SessionOpened)
         self._name: str | None = opened.session
@@ -140,20 +146,23 @@ class RemoteSession:
 
     def extend(self, rows_TD: Tensor, want: int) -> Tensor:
         """Run new positions over there."""
-        message = ExtendSession(self._open_name(), self._length, want, rows_TD.cpu())
-        rows_WD = self._asked(message, SessionRows).rows_WD
-        if rows_WD.shape != (want, rows_TD.shape[1]):
-            raise WireFormatError(f"output rows {tuple(rows_WD.shape)} where {(want, rows_TD.shape[1])} were asked for")
-        self._length += len(rows_TD)
-        return rows_WD
+        return self._wait(self.send(rows_TD, want), "output rows")
+
+    def send(self, rows_TD: Tensor, want: int) -> Future[Tensor]:
+        """The same, without waiting, and without a deadline."""
+        length = self._length
+        sent = self._sent(ExtendSession(self._open_name(), length, want, rows_TD.cpu()), SessionRows)
+        self._length = length + len(rows_TD)
+        answer = then(sent, lambda rows: _fitting(rows, (want, rows_TD.shape[1])))
+        answer.add_done_callback(lambda done: self._fell_back(done, length))
+        return answer
 
     def escalate(self, adapters: Sequence[str], want: int) -> Tensor:
         """Let the FM's body go on, with these adapters; its output at the last ``want`` positions so far [W, D].
 
         Raises ``BodyUnreachable``, or what that body raises; then the session goes on as it was.
         """
-        message = EscalateSession(self._open_name(), tuple(adapters), want)
-        rows_WD = self._asked(message, SessionRows).rows_WD
+        rows_WD = self._asked(EscalateSession(self._open_name(), tuple(adapters), want), SessionRows).rows_WD
         if len(rows_WD) != want:
             raise WireFormatError(f"{len(rows_WD)} output rows where {want} were asked for")
         return rows_WD
@@ -169,18 +178,47 @@ class RemoteSession:
             name, self._name = self._name, None
             self._asked(CloseSession(name), Done)
 
+    def _fell_back(self, done: Future[Tensor], length: int) -> None:
+        if done.cancelled() or done.exception() is not None:
+            self._length = min(self._length, length)
+
     def _open_name(self) -> str:
         if self._name is None:
             raise SessionClosed("of an answer that has ended")
         return self._name
 
     def _asked(self, message: Message, kind: type[M]) -> M:
+        return self._wait(self._sent(message, kind), f"a {kind.__name__}")
+
+    def _sent(self, message: Message, kind: type[M]) -> Future[M]:
         try:
-            answer = self._ask(message)
-        except PeerError as error:
-            if error.kind not in _REFUSALS:
-                raise
-            raise _REFUSALS[error.kind].quoted(error.text) from error
-        if not isinstance(answer, kind):
-            raise UnexpectedMessage(f"a session, waiting for a {kind.__name__},", type(answer).__name__)
-        return answer
+            answer = as_future(self._ask(message))
+        except Exception as error:
+            answer = failed(error)
+        return then(recast(answer, _as_raised_there), lambda reply: _expected(reply, kind))
+
+    def _wait(self, answer: Future[T], what: str) -> T:
+        try:
+            return answer.result(self._deadline_s)
+        except FutureTimeout:
+            answer.cancel()
+            raise LinkTimeout(f"a session, waiting for {what}", f"none for {self._deadline_s:.0f} s") from None
+
+
+def _as_raised_there(error: Exception) -> Exception:
+    """What a service refused in another process is refused here, in the same words."""
+    if isinstance(error, PeerError) and error.kind in _REFUSALS:
+        return _REFUSALS[error.kind].quoted(error.text)
+    return error
+
+
+def _expected(answer: Message, kind: type[M]) -> M:
+    if not isinstance(answer, kind):
+        raise UnexpectedMessage(f"a session, waiting for a {kind.__name__},", type(answer).__name__)
+    return answer
+
+
+def _fitting(rows: SessionRows, shape: tuple[int, int]) -> Tensor:
+    if rows.rows_WD.shape != shape:
+        raise WireFormatError(f"output rows {tuple(rows.rows_WD.shape)} where {shape} were asked for")
+    return rows.rows_WD
