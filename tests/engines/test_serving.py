@@ -180,6 +180,8 @@ def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds
     versions = Versions(monkeypatch)
     served = built(config)
     served.network.install()
+    for device in ("north-a", "south-a"):
+        served.parts(device)
     found: list[tuple[Target, list[int], tuple[str, ...], list[int]]] = []
     failed: list[Exception] = []
     over = threading.Event()

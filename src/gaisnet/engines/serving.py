@@ -74,6 +74,7 @@ class ServedNetwork:
         self._tiers = tiers
         self._outlets = outlets
         self._settings = {settings.domain: settings for settings in config.edges}
+        self._parts: dict[str, DeviceParts] = {}
         self._links = {settings.domain: self._link(settings) for settings in config.edges}
 
     def open(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
@@ -90,10 +91,15 @@ class ServedNetwork:
         return outlet.service.adapters
 
     def parts(self, device: str) -> DeviceParts:
-        """Head and tail of a device, to write answers with; any domain's. Raises why the device cannot be had."""
-        domain = next(edge.domain for edge, one in self._config.each_device() if one.name == device)
-        self._tiers.edges[domain].equip(device)
-        return DeviceParts(*self._tiers.devices[device].parts())
+        """Head and tail of a device, to write answers with, of any domain; ask for them before learning goes on.
+
+        Raises why the device cannot be had.
+        """
+        if device not in self._parts:
+            domain = next(edge.domain for edge, one in self._config.each_device() if one.name == device)
+            self._tiers.edges[domain].equip(device)
+            self._parts[device] = DeviceParts(*self._tiers.devices[device].parts())
+        return self._parts[device]
 
     def device(self, domain: str) -> str:
         """The device of a domain that answers are written on if nobody names one: the first that is split."""
