@@ -4,7 +4,7 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from gaisnet.later import as_future, failed, recast, then
+from gaisnet.later import as_future, failed, recast, then, then_ask
 
 
 def test_an_answer_is_changed_when_it_comes() -> None:
@@ -22,7 +22,7 @@ def test_one_that_is_there_is_changed_at_once() -> None:
 def test_a_change_that_takes_longer() -> None:
     source: Future[int] = Future()
     longer: Future[str] = Future()
-    result = then(source, lambda _: longer)
+    result = then_ask(source, lambda _: longer)
     source.set_result(1)
     assert not result.done()
     longer.set_result("there")
@@ -34,7 +34,7 @@ def test_what_is_raised_on_the_way_comes_through() -> None:
     for result in (
         then(failed(KeyError("first")), str),
         then(as_future(0), lambda number: 1 // number),
-        then(as_future(0), lambda _: later),
+        then_ask(as_future(0), lambda _: later),
     ):
         with pytest.raises((KeyError, ZeroDivisionError)):
             result.result(timeout=0)
@@ -52,7 +52,7 @@ def test_what_is_raised_can_be_put_in_other_words() -> None:
 def test_to_give_up_reaches_what_is_waited_for() -> None:
     first: Future[int] = Future()
     second: Future[int] = Future()
-    before, after = then(first, str), then(as_future(1), lambda _: second)
+    before, after = then(first, str), then_ask(as_future(1), lambda _: second)
     assert before.cancel() and after.cancel()
     assert first.cancelled() and second.cancelled()
     with pytest.raises(CancelledError):

@@ -2,28 +2,27 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 
-@overload
-def then(source: Future[A], change: Callable[[A], Future[B]]) -> Future[B]: ...
-
-
-@overload
-def then(source: Future[A], change: Callable[[A], B]) -> Future[B]: ...
-
-
-def then(source: Future[A], change: Callable[[A], Any]) -> Future[Any]:
+def then(source: Future[A], change: Callable[[A], B]) -> Future[B]:
     """What ``change`` makes of an answer when it comes, or what it or ``source`` raises.
 
-    ``change`` runs in the thread that brings the answer and must not wait; what it needs more time for it returns as a
-    future. To cancel the result gives up what it waits for.
+    ``change`` runs in the thread that brings the answer and must not wait. To cancel the result gives up what it waits
+    for.
     """
-    result: _Dependent[Any] = _Dependent(source)
+    result: _Dependent[B] = _Dependent(source)
     source.add_done_callback(lambda _: _pass_on(source, change, result))
+    return result
+
+
+def then_ask(source: Future[A], ask: Callable[[A], Future[B]]) -> Future[B]:
+    """The same, where what is made of an answer comes later, too."""
+    result: _Dependent[B] = _Dependent(source)
+    source.add_done_callback(lambda _: _pass_on(source, ask, result))
     return result
 
 

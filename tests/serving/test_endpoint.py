@@ -76,7 +76,7 @@ def test_rounded_rows_still_give_an_answer(body: Served) -> None:
     assert len(list(write(parts, remote(ask, parts), prompt(7), Sampling(max_tokens=8)))) == 8
 
 
-def test_rows_can_be_sent_without_waiting(body: Served) -> None:
+def test_rows_can_be_sent_without_waiting(body: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as they are on their way others can be; where they fail, the session stands where it stood."""
     parts, service = body
     endpoint = SessionEndpoint(service, "clinic")
@@ -85,9 +85,10 @@ def test_rows_can_be_sent_without_waiting(body: Served) -> None:
     sent = [session.send(rows, 1) for session in sessions]
     answers = [answer.result(timeout=60) for answer in sent]
     torch.testing.assert_close(answers[0], answers[2])
-    service._settings = service._settings.model_copy(update={"max_cache_mib": 0})
-    with pytest.raises(ServiceFull):
-        sessions[0].send(torch.zeros(100, 32), 1).result(timeout=60)
+    with monkeypatch.context() as full:
+        full.setattr(service, "_settings", service._settings.model_copy(update={"max_cache_mib": 0}))
+        with pytest.raises(ServiceFull):
+            sessions[0].send(torch.zeros(100, 32), 1).result(timeout=60)
     sessions[0].extend(rows[:1], 1)
     assert sessions[0]._length == 6
 

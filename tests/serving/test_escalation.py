@@ -19,7 +19,7 @@ from gaisnet.errors import (
     UnexpectedMessage,
     UnknownAdapter,
 )
-from gaisnet.later import as_future, failed, then
+from gaisnet.later import as_future, failed, then, then_ask
 from gaisnet.messages import CloseSession, CropSession, Done, EscalateSession, ExtendSession, Message, OpenSession
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving.body import BodyService
@@ -212,7 +212,7 @@ class Held(Cloud):
     def send(self, message: Message) -> Future[Message]:
         gate: Future[None] = Future()
         self.gates.append(gate)
-        return then(gate, lambda _: Cloud.send(self, message))
+        return then_ask(gate, lambda _: Cloud.send(self, message))
 
 
 def test_what_a_device_does_while_its_session_is_on_the_way(place: Place) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from gaisnet.errors import BodyUnreachable, SessionRefused, UnexpectedMessage
-from gaisnet.later import failed, then
+from gaisnet.later import failed, then, then_ask
 from gaisnet.messages import (
     CloseSession,
     CropSession,
@@ -103,7 +103,7 @@ class EdgeSessions:
         first, stop, reserved = self._service.place(name)
         self._moving.add(name)
         opened = self._ask(OpenSession(first, stop, message.adapters, reserved, "foundation"))
-        moved = then(opened, lambda answer: self._move(message, _expect(SessionOpened, answer).session, rows_TD))
+        moved = then_ask(opened, lambda answer: self._move(message, _expect(SessionOpened, answer).session, rows_TD))
         moved.add_done_callback(lambda _: self._moving.discard(name))
         return moved
 
