@@ -140,7 +140,7 @@ class FaultSettings(Settings):
 
 
 class ServiceSettings(Settings):
-    """How much a body serves at once."""
+    """How much a body serves at once, and what learning gets beside it."""
 
     max_cache_mib: int = Field(
         1024, ge=1, description="Of keys and values of all sessions; above it a session is refused."
@@ -148,6 +148,13 @@ class ServiceSettings(Settings):
     max_sessions: int = Field(64, ge=1, description="Open at once.")
     chunk: int = Field(64, ge=1, description="Positions of one session that a step takes at most; splits long prompts.")
     step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")
+    fine_tune_share: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="Of a machine's time, what learning gets where answers would take it all. What answers leave idle "
+        "it has in any case, and that counts: with enough of it, no answer waits for learning.",
+    )
 
 
 class RoutingSettings(Settings):
@@ -241,6 +248,7 @@ class Config(Settings):
     absorb: AbsorbSettings = AbsorbSettings()
     wire: WireSettings = WireSettings()
     faults: FaultSettings = FaultSettings()
+    service: ServiceSettings = ServiceSettings()
     data: DataSettings = DataSettings()
     cloud: CloudSettings = CloudSettings()
     edges: tuple[EdgeSettings, ...] = Field(min_length=1)

@@ -5,10 +5,18 @@ Each class owns its message and takes values. A message has three parts: what wa
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 
 class GaisnetError(Exception):
     """Root of the tree: catch this to catch everything that GaisNet raises on purpose."""
+
+    @classmethod
+    def quoted(cls, text: str) -> Self:
+        """What another site raised, from what it said."""
+        error = cls.__new__(cls)
+        Exception.__init__(error, text)
+        return error
 
 
 class ConfigError(GaisnetError):
@@ -150,6 +158,13 @@ class SessionRefused(ServingError):
 
     def __init__(self, asked: str, found: str, do: str) -> None:
         super().__init__(f"{asked}: {found}; {do}")
+
+
+class BodyUnreachable(ServingError):
+    """The body that a session needs is at a site that is away. What the session had goes on."""
+
+    def __init__(self, body: str, found: str) -> None:
+        super().__init__(f"a session of {body}: {found}; go on with another body, or try again when it is back")
 
 
 class UnknownModel(ServingError):

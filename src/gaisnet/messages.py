@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, StrictFloat, StrictInt
+from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt
 from torch import Tensor
 
 Split = Literal["train", "test"]
 Role = Literal["relay", "domain"]
+Whose = Literal["domain", "foundation"]
 
 
 def wire(setting: str) -> Any:
@@ -196,7 +197,7 @@ class FineTune(Message):
 class Evaluate(Message):
     """Cloud -> edge: score the held-out examples of your devices with a body."""
 
-    body: Literal["domain", "foundation"]
+    body: Whose
     adapter: str | None  # on the foundation: the name of the adapter to plug in
 
 
@@ -225,12 +226,14 @@ class BodyRequest(Message):
 
 @dataclass(frozen=True)
 class OpenSession(Message):
-    """Device -> edge -> cloud: begin to write an answer on layers [first, stop) of your body."""
+    """Device -> edge -> cloud: begin to write an answer on layers [first, stop) of a body."""
 
     first: StrictInt
     stop: StrictInt
     adapters: tuple[str, ...]  # what acts, in the versions that are in place now
     num_positions: StrictInt  # memory to hold from the beginning: the prompt's and the answer's tokens
+    body: Whose = "domain"  # the edge's own, or the FM's, which it passes the session on to
+    may_escalate: StrictBool = False  # the edge keeps the rows, so that the FM's body can take over
 
     def __post_init__(self) -> None:
         if self.num_positions < 0:
@@ -242,6 +245,7 @@ class SessionOpened(Message):
     """Edge or cloud -> device: it is open, under this name."""
 
     session: str
+    adapters: tuple[str, ...] = ()  # what acts to the end of it, each as name@version
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,22 @@ class SessionRows(Message):
     def __post_init__(self) -> None:
         if self.rows_WD.ndim != 2:
             raise ValueError("output rows must be [W, D]")
+
+
+@dataclass(frozen=True)
+class EscalateSession(Message):
+    """Device -> edge: let the FM's body go on with this session; answered by its ``SessionRows``.
+
+    The edge sends the cloud the rows that it has kept. What the device asks of the session afterwards goes there, too.
+    """
+
+    session: str
+    adapters: tuple[str, ...]  # what acts over there
+    want: StrictInt  # how many of the last output rows the tail needs
+
+    def __post_init__(self) -> None:
+        if self.want < 0:
+            raise ValueError("a session gives back no fewer than no rows")
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,43 @@ def test_cropping_goes_back() -> None:
         service.crop(name, 12)
 
 
+def test_rows_that_are_kept_are_those_of_the_session() -> None:
+    service, _ = new_service()
+    name, plain = service.open(0, NUM_LAYERS, keep_rows=True), opened(service)
+    assert service.rows(name).shape == (0, 32)
+    service.extend(name, rows(4, 1))
+    with pytest.raises(SessionRefused, match="rows of it wait"):
+        service.rows(name)
+    run_all(service)
+    service.extend(name, rows(70, 2))
+    run_all(service)
+    service.crop(name, 5)
+    service.extend(name, rows(2, 3))
+    run_all(service)
+    assert torch.equal(service.rows(name), torch.cat([rows(4, 1), rows(70, 2)[:1], rows(2, 3)]))
+    service.crop(name, 0)
+    assert service.rows(name).shape == (0, 32)
+    with pytest.raises(SessionRefused, match="does not keep them"):
+        service.rows(plain)
+
+
+def test_rows_that_failed_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, _ = new_service(chunk=4)
+    name = service.open(0, NUM_LAYERS, keep_rows=True)
+    failing = service.extend(name, rows(10))
+    service.step()
+
+    def fail(_: Any) -> Any:
+        raise MemoryError("too much")
+
+    monkeypatch.setattr(service._layers, "run", fail)
+    service.step()
+    with pytest.raises(MemoryError):
+        failing.result(timeout=0)
+    assert torch.equal(service.rows(name), rows(10)[:4])  # the first chunk is there
+    assert service.place(name) == (0, NUM_LAYERS, BLOCK)
+
+
 def test_memory_has_a_limit_and_closing_frees_it() -> None:
     service, _ = new_service(max_cache_mib=1)
     most = 2**20 // (BLOCK * POSITION_BYTES) * BLOCK
@@ -349,7 +386,7 @@ def test_a_body_serves_while_it_learns() -> None:
     found = []
     for token in write(parts, session(parts, service, ("law",)), prompt(7), Sampling(max_tokens=12)):
         found.append(token)
-        with service.turn:
+        with service.turn.learning():
             body.run(rows(5)[None], 1).square().mean().backward()
             optimizer.step()
         service.put_adapter("law", len(found), DOMAIN, take_out(body, "law"))

@@ -1,12 +1,22 @@
 """Sessions over messages: the same answers, and nobody reaches the sessions of others."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import pytest
 import torch
 
 from gaisnet.config import WireSettings
-from gaisnet.errors import CutError, ServiceFull, SessionClosed, SessionRefused, UnexpectedMessage, WireFormatError
+from gaisnet.errors import (
+    CutError,
+    LinkTimeout,
+    ServiceFull,
+    SessionClosed,
+    SessionRefused,
+    UnexpectedMessage,
+    WireFormatError,
+)
+from gaisnet.later import as_future
 from gaisnet.messages import (
     CloseSession,
     CropSession,
@@ -43,7 +53,8 @@ def over_bytes(service: BodyService, settings: WireSettings = EXACT, peer: str =
     codec, endpoint = Codec(settings), SessionEndpoint(service, peer)
 
     def ask(message: Message) -> Message:
-        return codec.decode(codec.encode(endpoint.handle(codec.decode(codec.encode(message)))))
+        answer = as_future(endpoint.handle(codec.decode(codec.encode(message)))).result(timeout=60)
+        return codec.decode(codec.encode(answer))
 
     return ask
 
@@ -63,6 +74,30 @@ def test_rounded_rows_still_give_an_answer(body: Served) -> None:
     parts, service = body
     ask = over_bytes(service, WireSettings(smashed="int8", body_output="int8"))
     assert len(list(write(parts, remote(ask, parts), prompt(7), Sampling(max_tokens=8)))) == 8
+
+
+def test_rows_can_be_sent_without_waiting(body: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as they are on their way others can be; where they fail, the session stands where it stood."""
+    parts, service = body
+    endpoint = SessionEndpoint(service, "clinic")
+    sessions = [RemoteSession(endpoint.handle, parts.first, parts.stop) for _ in range(3)]
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    sent = [session.send(rows, 1) for session in sessions]
+    answers = [answer.result(timeout=60) for answer in sent]
+    torch.testing.assert_close(answers[0], answers[2])
+    with monkeypatch.context() as full:
+        full.setattr(service, "_settings", service._settings.model_copy(update={"max_cache_mib": 0}))
+        with pytest.raises(ServiceFull):
+            sessions[0].send(torch.zeros(100, 32), 1).result(timeout=60)
+    sessions[0].extend(rows[:1], 1)
+    assert sessions[0]._length == 6
+
+
+def test_an_answer_that_never_comes_is_not_waited_for_any_longer() -> None:
+    never: Future[Message] = Future()
+    with pytest.raises(LinkTimeout, match="waiting for a SessionOpened"):
+        RemoteSession(lambda _: never, 1, 2, deadline_s=0.01)
+    assert never.cancelled()
 
 
 def test_speculation_over_messages() -> None:

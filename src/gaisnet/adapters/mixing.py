@@ -1,7 +1,8 @@
 """Many adapters on one body at once: every row of a batch has its own, and keeps the version that it began with.
 
 A body that learns changes its adapter in place. What is served are copies under names of their own, one per version:
-``domain@3``. Rows of one batch name different ones through peft's mixed batches (S-LoRA's idea, arXiv 2311.03285).
+``domain@3``, or ``domain@3+`` for one that was learned again under the same number. Rows of one batch name different
+ones through peft's mixed batches (S-LoRA's idea, arXiv 2311.03285).
 """
 
 from collections import Counter
@@ -9,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gaisnet.adapters.state import put_in
+from gaisnet.adapters.state import put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, add_adapter, peft_name
 from gaisnet.errors import AdapterMismatch, UnknownAdapter
 
@@ -43,7 +45,7 @@ class ServedAdapters:
 
         Raises ``AdapterMismatch``, and then serves what it served.
         """
-        served = f"{name}@{version}"
+        served = self._name_for(name, version, tensors)
         if self._newest.get(name) == served:
             return
         if not self._holds(served):
@@ -117,6 +119,18 @@ class ServedAdapters:
                 module = cast(nn.Module, layer)
                 self._hooks[layer] = module.register_forward_pre_hook(self._name_adapters, with_kwargs=True)
 
+    @property
+    def names(self) -> list[str]:
+        """Adapters that sessions may ask for."""
+        return sorted(self._newest)
+
+    def _name_for(self, name: str, version: int, tensors: Mapping[str, Tensor]) -> str:
+        """What sessions have stays as it is, even where a cycle that was broken off gives the same number again."""
+        served = f"{name}@{version}"
+        while self._holds(served) and not _same(take_out(self._body, served), tensors):
+            served += "+"
+        return served
+
     def _holds(self, served: str) -> bool:
         return any(peft_name(served) in layer.lora_A for layer in self._layers())
 
@@ -140,3 +154,7 @@ class ServedAdapters:
 
     def _layers(self) -> list[LoraLayer]:
         return [module for module in self._body.modules() if isinstance(module, LoraLayer)]
+
+
+def _same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(t.cpu(), others[key].cpu()) for key, t in some.items())

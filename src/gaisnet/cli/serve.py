@@ -9,7 +9,6 @@ import typer
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
 from gaisnet.config import FrontSettings, RoutingSettings
-from gaisnet.errors import ConfigError
 from gaisnet.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -29,7 +28,9 @@ def open_device(run: Path, name: str | None) -> "AbstractContextManager[ServedDe
         run: The run's output folder.
         name: Which device; None for the first split one.
     """
-    raise ConfigError(f"serving '{run}'", "no engine of this version opens a run's bodies", "use the library")
+    from gaisnet.experiments.front import open_device as opened_device
+
+    return opened_device(run, name)
 
 
 def serve(

@@ -7,11 +7,9 @@ Shape legend: T rows (new positions) of one session, W rows that are wanted back
 
 import secrets
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,68 +19,13 @@ from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import ServiceSettings
 from gaisnet.errors import ContextFull, CutError, ServiceFull, SessionClosed, SessionRefused, WireFormatError
 from gaisnet.models.parts import Body
-from gaisnet.serving.cache import SessionCache, bytes_per_position, in_blocks
-from gaisnet.serving.rows import SessionLayers, Share
+from gaisnet.serving.cache import bytes_per_position, in_blocks
+from gaisnet.serving.plan import Piece, ServedSession, Waiting, plan
+from gaisnet.serving.rows import SessionLayers
+from gaisnet.turn import Turn
 
 _MIB = 2**20
-
-
-@dataclass
-class _Waiting:
-    """Rows that a session has sent, and what has come of them so far."""
-
-    rows_TD: Tensor
-    want: int
-    arrival: int
-    answer: "Future[Tensor]" = field(default_factory=Future)
-    done: int = 0
-    outputs: list[Tensor] = field(default_factory=list)
-
-    def take(self, rows_TD: Tensor) -> None:
-        """Keep of the next outputs what is wanted: the last ``want`` rows of all."""
-        surplus = max(0, len(self.rows_TD) - self.want - self.done)
-        self.done += len(rows_TD)
-        self.outputs.append(rows_TD[surplus:])
-
-    @property
-    def left(self) -> int:
-        """Rows that have not run."""
-        return len(self.rows_TD) - self.done
-
-
-@dataclass
-class _Session:
-    """One sequence, on some layers."""
-
-    name: str
-    first: int
-    stop: int
-    adapters: Stack
-    position_bytes: int
-    reserved: int  # positions that memory is held for
-    cache: SessionCache = field(default_factory=SessionCache)
-    queue: deque[_Waiting] = field(default_factory=deque)
-    running: bool = False
-    closed: bool = False
-
-    @property
-    def length(self) -> int:
-        """Positions that have run or wait to."""
-        return self.cache.length + sum(waiting.left for waiting in self.queue)
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """What a session runs in this step."""
-
-    session: _Session
-    waiting: _Waiting
-    rows_TD: Tensor
-
-    def share(self) -> Share:
-        """The same for a forward."""
-        s = self.session
-        return Share(self.rows_TD, s.cache, s.first, s.stop, s.adapters)
+_ROW_DTYPE = torch.float32  # of rows that are kept
 
 
 class BodyService:
@@ -91,12 +34,13 @@ class BodyService:
     Somebody has to call ``step``: a thread of its own in ``serving()``, or whoever waits for an answer.
 
     Args:
-        body: A DM's or the FM's. Who else uses it, or switches its adapters, holds ``turn`` meanwhile.
+        body: A DM's or the FM's. Who else uses it, or switches its adapters, holds ``turn.learning()`` meanwhile.
         layers: FM layers that it stands for, those that a recipe dropped included.
         settings: Limits.
+        turn: Of the machine that the body is on; None for one of its own.
     """
 
-    def __init__(self, body: Body, layers: range, settings: ServiceSettings) -> None:
+    def __init__(self, body: Body, layers: range, settings: ServiceSettings, turn: Turn | None = None) -> None:
         self._range = layers
         self._config = body.config
         self._adapters = ServedAdapters(body)
@@ -104,18 +48,20 @@ class BodyService:
         self._settings = settings
         weight = next(p for p in body.parameters() if p.is_floating_point())
         self._placement = weight.device, weight.dtype
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, ServedSession] = {}
         self._left: list[Stack] = []  # adapters of sessions that have ended, to give back between two steps
         self._used_bytes = 0
         self._arrivals = 0
         self._state = threading.Condition()  # guards everything but the body; held for moments
-        self.turn = threading.RLock()  # held while the body runs
+        self.turn = turn or Turn(settings.fine_tune_share)  # held while the body runs
         self._ending = False
         self.in_thread = False
 
     # -- what sessions ask -------------------------------------------------------------------------------------------
 
-    def open(self, first: int, stop: int, adapters: Sequence[str] = (), num_positions: int = 0) -> str:
+    def open(
+        self, first: int, stop: int, adapters: Sequence[str] = (), num_positions: int = 0, keep_rows: bool = False
+    ) -> str:
         """Begin a session of layers [first, stop); returns its name, which nobody can guess.
 
         Args:
@@ -123,6 +69,7 @@ class BodyService:
             stop: FM layer to stop before.
             adapters: What acts, besides nothing else, in the versions that are in place now.
             num_positions: Memory to hold from the beginning, so that the session is refused now or not at all.
+            keep_rows: Keep what it is sent, for ``rows``; counts as memory that is held.
 
         Raises:
             ServiceFull: No room.
@@ -134,7 +81,8 @@ class BodyService:
         self._check_context(num_positions)
         kept = sum(first <= index < stop for index in self._layers.indices)
         position_bytes = bytes_per_position(self._config, kept, self._placement[1])
-        with self.turn, self._state:
+        position_bytes += self._width * _ROW_DTYPE.itemsize if keep_rows else 0
+        with self.turn.serving(), self._state:
             self._settle()
             if len(self._sessions) >= self._settings.max_sessions:
                 raise ServiceFull("a new session", f"{len(self._sessions)} are open and no more are allowed")
@@ -145,7 +93,8 @@ class BodyService:
             except Exception:
                 self._used_bytes -= reserved * position_bytes
                 raise
-            session = _Session(secrets.token_hex(8), first, stop, stack, position_bytes, reserved)
+            session = ServedSession(secrets.token_hex(8), first, stop, stack, position_bytes, reserved)
+            session.kept = [] if keep_rows else None
             self._sessions[session.name] = session
             return session.name
 
@@ -180,22 +129,43 @@ class BodyService:
             self._hold(more * session.position_bytes)
             session.reserved += more
             self._arrivals += 1
-            waiting = _Waiting(rows_TD.detach().to(*self._placement), want, self._arrivals)
+            waiting = Waiting(rows_TD.detach().to(*self._placement), want, self._arrivals)
             session.queue.append(waiting)
+            if session.kept is not None:
+                session.kept.append(rows_TD.detach().to("cpu", _ROW_DTYPE))
             self._state.notify_all()
             return waiting.answer
 
     def crop(self, name: str, length: int) -> None:
         """Forget a session's positions from ``length`` on. Raises ``SessionRefused`` while rows of it wait."""
         with self._state:
+            session = self._at_rest(name, "cropping")
+            if not 0 <= length <= session.length:
+                found = f"it has {session.length}"
+                raise SessionRefused(f"cropping session '{name}' to {length}", found, "crop to fewer")
+            session.crop(length)
+
+    def rows(self, name: str) -> Tensor:
+        """All rows [T, D] that a session was sent and has not cropped, float32 on the CPU.
+
+        Raises ``SessionRefused`` while rows of it wait, or if it does not keep them.
+        """
+        with self._state:
+            session = self._at_rest(name, "the rows of")
+            if session.kept is None:
+                raise SessionRefused(f"the rows of session '{name}'", "it does not keep them", "open one that does")
+            return torch.cat(session.kept) if session.kept else torch.zeros(0, self._width, dtype=_ROW_DTYPE)
+
+    def place(self, name: str) -> tuple[int, int, int]:
+        """First layer, the layer it stops before, and positions that memory is held for. Raises ``SessionClosed``."""
+        with self._state:
             session = self._session(name)
-            if session.queue:
-                raise SessionRefused(f"cropping session '{name}'", "rows of it wait", "take their answer first")
-            if not 0 <= length <= session.cache.length:
-                raise SessionRefused(
-                    f"cropping session '{name}' to {length}", f"it has {session.cache.length}", "crop to fewer"
-                )
-            session.cache.crop(length)
+            return session.first, session.stop, session.reserved
+
+    def versions(self, name: str) -> Stack:
+        """The adapters that act on a session, each as ``name@version``. Raises ``SessionClosed``."""
+        with self._state:
+            return self._session(name).adapters
 
     def close(self, name: str) -> None:
         """End a session, whatever it waits for, and free its memory; nothing happens if it has ended before."""
@@ -209,11 +179,11 @@ class BodyService:
             if not session.running:  # else the step frees it
                 self._free(session)
         for rows in waiting:
-            _answer(rows, SessionClosed(name))
+            rows.settle(SessionClosed(name))
 
     def put_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """Serve a version of an adapter to sessions that open from now on. Raises ``AdapterMismatch``."""
-        with self.turn, self._state:
+        with self.turn.serving(), self._state:
             self._settle()
             self._adapters.put(name, version, spec, tensors)
 
@@ -221,23 +191,21 @@ class BodyService:
 
     def step(self) -> int:
         """Run what waits, as one batch; returns the number of rows that ran. Prompts come a chunk at a time."""
-        with self.turn:
+        with self.turn.serving():
             with self._state:
                 self._settle()
-                turns = self._plan()
-                for turn in turns:
-                    turn.session.running = True
-            if not turns:
+                pieces = plan(self._sessions.values(), self._settings)
+                for piece in pieces:
+                    piece.session.running = True
+            if not pieces:
                 return 0
-            outcomes = self._run(turns)
+            outcomes = self._run(pieces)
             with self._state:
-                answers = [self._deliver(turn, outcome) for turn, outcome in zip(turns, outcomes, strict=True)]
-        for waiting, outcome in zip(
-            answers, outcomes, strict=True
-        ):  # without locks: whoever waits may ask again at once
-            for rows in waiting:
-                _answer(rows, outcome)
-        return sum(len(turn.rows_TD) for turn in turns)
+                answers = [self._deliver(piece, outcome) for piece, outcome in zip(pieces, outcomes, strict=True)]
+        for answered, outcome in zip(answers, outcomes, strict=True):  # without locks: who waits may ask again at once
+            for waiting in answered:
+                waiting.settle(outcome)
+        return sum(len(piece.rows_TD) for piece in pieces)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -264,6 +232,11 @@ class BodyService:
         """How many are open."""
         return len(self._sessions)
 
+    @property
+    def adapters(self) -> list[str]:
+        """Names that sessions may ask for."""
+        return self._adapters.names
+
     def _work(self) -> None:
         try:
             while self._wait_for_rows():
@@ -278,31 +251,18 @@ class BodyService:
             self._state.wait_for(lambda: self._ending or any(s.queue for s in self._sessions.values()))
             return not self._ending
 
-    def _plan(self) -> list[_Turn]:
-        """Who runs, and what. Whoever waits longest comes first, so that nobody starves; then the short ones."""
-        ready = sorted((s for s in self._sessions.values() if s.queue), key=lambda s: s.queue[0].arrival)
-        ready[1:] = sorted(ready[1:], key=lambda s: s.queue[0].left)
-        budget, turns = self._settings.step_rows, []
-        for session in ready:
-            waiting = session.queue[0]
-            num_rows = min(waiting.left, self._settings.chunk, budget)
-            if num_rows:
-                turns.append(_Turn(session, waiting, waiting.rows_TD[waiting.done : waiting.done + num_rows]))
-            budget -= num_rows
-        return turns
-
-    def _run(self, turns: Sequence[_Turn]) -> Sequence[Tensor | Exception]:
+    def _run(self, pieces: Sequence[Piece]) -> Sequence[Tensor | Exception]:
         """Outputs, or what went wrong: if the batch fails, each runs alone, and only the culprit fails."""
         try:
-            return self._layers.run([turn.share() for turn in turns])
+            return self._layers.run([piece.share() for piece in pieces])
         except Exception as error:
-            if len(turns) == 1:
+            if len(pieces) == 1:
                 return [error]
-            return [outcome for turn in turns for outcome in self._run([turn])]
+            return [outcome for piece in pieces for outcome in self._run([piece])]
 
-    def _deliver(self, turn: _Turn, outcome: Tensor | Exception) -> list[_Waiting]:
+    def _deliver(self, piece: Piece, outcome: Tensor | Exception) -> list[Waiting]:
         """Keep outputs; returns what is answered by them, or fails."""
-        session, waiting = turn.session, turn.waiting
+        session, waiting = piece.session, piece.waiting
         session.running = False
         if session.closed:
             self._free(session)
@@ -310,6 +270,7 @@ class BodyService:
         if isinstance(outcome, Exception):
             failed = list(session.queue)  # what stands behind them in the sequence cannot run either
             session.queue.clear()
+            session.crop(session.length)  # they are not kept either
             return failed
         waiting.take(outcome)
         if waiting.left:
@@ -322,10 +283,16 @@ class BodyService:
     def _width(self) -> int:
         return int(self._config.hidden_size)
 
-    def _session(self, name: str) -> _Session:
+    def _session(self, name: str) -> ServedSession:
         if name not in self._sessions:
             raise SessionClosed(name)
         return self._sessions[name]
+
+    def _at_rest(self, name: str, asked: str) -> ServedSession:
+        session = self._session(name)
+        if session.queue:
+            raise SessionRefused(f"{asked} session '{name}'", "rows of it wait", "take their answer first")
+        return session
 
     def _hold(self, size_bytes: int) -> None:
         limit = self._settings.max_cache_mib * _MIB
@@ -334,9 +301,9 @@ class BodyService:
             raise ServiceFull("memory for a session", found)
         self._used_bytes += size_bytes
 
-    def _free(self, session: _Session) -> None:
-        self._used_bytes -= session.reserved * session.position_bytes
-        session.cache = SessionCache()
+    def _free(self, session: ServedSession) -> None:
+        self._used_bytes -= session.held_bytes
+        session.forget()
         self._left.append(session.adapters)
 
     def _settle(self) -> None:
@@ -355,12 +322,3 @@ class BodyService:
         limit = int(self._config.max_position_embeddings)
         if num_positions > limit:
             raise ContextFull(num_positions, limit)
-
-
-def _answer(waiting: _Waiting, outcome: Tensor | Exception) -> None:
-    if not waiting.answer.set_running_or_notify_cancel():
-        return
-    if isinstance(outcome, Exception):
-        waiting.answer.set_exception(outcome)
-    else:
-        waiting.answer.set_result(torch.cat(waiting.outputs))

@@ -5,6 +5,7 @@ Shape legend: T new positions, W wanted ones, D hidden size, V vocabulary.
 
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from gaisnet.serving.combining import Combined
 from gaisnet.serving.rows import SessionLayers, Share
 from gaisnet.serving.sampling import Sampler, Sampling
 from gaisnet.serving.sessions import BodySession, SendingSession
+from gaisnet.turn import Turn
 
 PREFILL_CHUNK = 64
 _MOST_ROWS = 256  # of all answers together, in one run of a part
@@ -42,9 +44,11 @@ class DeviceParts:
     Args:
         head: Its first layers.
         tail: Its last.
+        turn: Of the machine that it is on, if others compute there too.
     """
 
-    def __init__(self, head: Head, tail: Tail) -> None:
+    def __init__(self, head: Head, tail: Tail, turn: Turn | None = None) -> None:
+        self._computing: Callable[[], AbstractContextManager[None]] = turn.serving if turn is not None else nullcontext
         self.head = head
         self.tail = tail
         self.head_layers = SessionLayers(head.stack)
@@ -52,7 +56,7 @@ class DeviceParts:
         weight = head.embed_tokens.weight
         self._placement = weight.device, weight.dtype
         self.context = int(head.stack.config.max_position_embeddings)
-        self._begin: Combined[Share, Tensor] = Combined(self.head_layers.run, lambda s: len(s.rows_TD), _MOST_ROWS)
+        self._begin: Combined[Share, Tensor] = Combined(self._begin_all, lambda s: len(s.rows_TD), _MOST_ROWS)
         self._finish: Combined[_Finish, Tensor] = Combined(self._finish_all, lambda f: len(f.output_TD), _MOST_ROWS)
 
     @property
@@ -95,8 +99,16 @@ class DeviceParts:
         except CancelledError:
             raise LinkTimeout("a session, waiting for output rows", f"none for {deadline_s} s") from None
 
+    def _begin_all(self, every: Sequence[Share]) -> Sequence[Tensor]:
+        with self._computing():
+            return self.head_layers.run(every)
+
     @torch.no_grad()
     def _finish_all(self, every: Sequence[_Finish]) -> Sequence[Tensor]:
+        with self._computing():
+            return self._logits(every)
+
+    def _logits(self, every: Sequence[_Finish]) -> Sequence[Tensor]:
         outputs = [one.output_TD for one in every]
         if layers := self.tail_layers.indices:  # they must see every position
             first, stop = layers[0], layers[-1] + 1
