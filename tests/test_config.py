@@ -210,9 +210,9 @@ class TestNames:
         with pytest.raises(ConfigError, match="a domain is named twice"):
             parse(raw, "edges.1.domain=medical")
 
-    @pytest.mark.parametrize("taken", ["foundation", "merged"])
+    @pytest.mark.parametrize("taken", ["auto", "foundation", "merged"])
     def test_the_cloud_has_adapters_of_these_names_itself(self, raw: dict[str, Any], taken: str) -> None:
-        with pytest.raises(ConfigError, match="a domain cannot be named foundation or merged"):
+        with pytest.raises(ConfigError, match="a domain cannot be named auto or foundation or merged"):
             parse(raw, f"edges.1.domain={taken}")
 
     def test_a_name_is_at_most_64_characters(self, raw: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from gaisnet.errors import ConfigError, UnknownKey
 TensorCode = Literal["float32", "float16", "bfloat16", "int8"]
 Precision = Literal["float32", "int8"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-RESERVED_DOMAINS = frozenset({"foundation", "merged"})  # names of adapters in the cloud
+RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged"})  # names of adapters in the cloud, and of models
 RESERVED_SITES = frozenset(
     {"cloud", "admin", "authority", "logs"}
 )  # names of folders beside those of edges and devices
@@ -139,6 +139,49 @@ class FaultSettings(Settings):
     )
 
 
+class ServiceSettings(Settings):
+    """How much a body serves at once, and what learning gets beside it."""
+
+    max_cache_mib: int = Field(
+        1024, ge=1, description="Of keys and values of all sessions; above it a session is refused."
+    )
+    max_sessions: int = Field(64, ge=1, description="Open at once.")
+    chunk: int = Field(64, ge=1, description="Positions of one session that a step takes at most; splits long prompts.")
+    step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")
+    fine_tune_share: float = Field(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="Of a machine's time, what learning gets where answers would take it all. What answers leave idle "
+        "it has in any case, and that counts: with enough of it, no answer waits for learning.",
+    )
+
+
+class RoutingSettings(Settings):
+    """When a domain model's answer is escalated to the foundation model."""
+
+    escalate: Literal["never", "auto", "always"] = Field(
+        "auto", description="A device's policy: 'auto' escalates where the DM is not sure, 'always' at the first token."
+    )
+    threshold: float | None = Field(
+        None, description="A token that the DM is less sure of is the FM's to write; null takes the calibrated one."
+    )
+    gain_kept: float = Field(0.9, gt=0.0, le=1.0, description="Share of what always asking gains, to be kept.")
+    most_escalated: float = Field(0.3, ge=0.0, le=1.0, description="Share of the answers that may be escalated.")
+
+
+class FrontSettings(Settings):
+    """What callers of the HTTP endpoint may ask for at once."""
+
+    max_body_bytes: int = Field(2**20, ge=2**10, description="A larger request is refused with 413.")
+    max_prompt_tokens: int = Field(4096, ge=1, description="A longer prompt is refused with 400.")
+    max_answer_tokens: int = Field(1024, ge=1, description="An answer that asks for more is refused with 400.")
+    default_chat_tokens: int = Field(
+        512, ge=1, description="Tokens of a chat's answer that names no number; completions take 16, as OpenAI's do."
+    )
+    max_answers: int = Field(32, ge=1, description="Answers under way at once; one more is refused with 429.")
+
+
 class CloudSettings(Settings):
     """Where the cloud's site is reached; read by ``gaisnet deploy`` only."""
 
@@ -205,6 +248,7 @@ class Config(Settings):
     absorb: AbsorbSettings = AbsorbSettings()
     wire: WireSettings = WireSettings()
     faults: FaultSettings = FaultSettings()
+    service: ServiceSettings = ServiceSettings()
     data: DataSettings = DataSettings()
     cloud: CloudSettings = CloudSettings()
     edges: tuple[EdgeSettings, ...] = Field(min_length=1)

@@ -1,18 +1,20 @@
 """Everything that crosses a link: one frozen dataclass per message.
 
-Shape legend: N rows (positions of several sequences, one after the other), E examples, D hidden size. All tensors are
-on the CPU. ``wire(...)`` names the setting under ``wire`` that says how a floating tensor is written.
+Shape legend: N rows (positions of several sequences, one after the other), E examples, T positions of one session, W
+those that are wanted back, D hidden size. All tensors are on the CPU. ``wire(...)`` names the setting under ``wire``
+that says how a floating tensor is written.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, StrictFloat, StrictInt
+from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt
 from torch import Tensor
 
 Split = Literal["train", "test"]
 Role = Literal["relay", "domain"]
+Whose = Literal["domain", "foundation"]
 
 
 def wire(setting: str) -> Any:
@@ -195,7 +197,7 @@ class FineTune(Message):
 class Evaluate(Message):
     """Cloud -> edge: score the held-out examples of your devices with a body."""
 
-    body: Literal["domain", "foundation"]
+    body: Whose
     adapter: str | None  # on the foundation: the name of the adapter to plug in
 
 
@@ -220,3 +222,83 @@ class BodyRequest(Message):
 
     owner: str
     adapter: str | None
+
+
+@dataclass(frozen=True)
+class OpenSession(Message):
+    """Device -> edge -> cloud: begin to write an answer on layers [first, stop) of a body."""
+
+    first: StrictInt
+    stop: StrictInt
+    adapters: tuple[str, ...]  # what acts, in the versions that are in place now
+    num_positions: StrictInt  # memory to hold from the beginning: the prompt's and the answer's tokens
+    body: Whose = "domain"  # the edge's own, or the FM's, which it passes the session on to
+    may_escalate: StrictBool = False  # the edge keeps the rows, so that the FM's body can take over
+
+    def __post_init__(self) -> None:
+        if self.num_positions < 0:
+            raise ValueError("a session cannot hold memory for fewer than no positions")
+
+
+@dataclass(frozen=True)
+class SessionOpened(Message):
+    """Edge or cloud -> device: it is open, under this name."""
+
+    session: str
+    adapters: tuple[str, ...] = ()  # what acts to the end of it, each as name@version
+
+
+@dataclass(frozen=True)
+class ExtendSession(Message):
+    """Device -> edge -> cloud: run these positions; answered by ``SessionRows``."""
+
+    session: str
+    position: StrictInt  # of the first row; where the session does not stand there, nothing runs
+    want: StrictInt  # how many of the last output rows the tail needs
+    rows_TD: Tensor = wire("smashed")  # float
+
+    def __post_init__(self) -> None:
+        if self.rows_TD.ndim != 2 or not 0 <= self.want <= len(self.rows_TD) or self.position < 0:
+            raise ValueError("a session takes rows [T, D] at a position, and gives back at most as many")
+
+
+@dataclass(frozen=True)
+class SessionRows(Message):
+    """Edge or cloud -> device: the body's output at the positions that were wanted."""
+
+    rows_WD: Tensor = wire("body_output")  # float
+
+    def __post_init__(self) -> None:
+        if self.rows_WD.ndim != 2:
+            raise ValueError("output rows must be [W, D]")
+
+
+@dataclass(frozen=True)
+class EscalateSession(Message):
+    """Device -> edge: let the FM's body go on with this session; answered by its ``SessionRows``.
+
+    The edge sends the cloud the rows that it has kept. What the device asks of the session afterwards goes there, too.
+    """
+
+    session: str
+    adapters: tuple[str, ...]  # what acts over there
+    want: StrictInt  # how many of the last output rows the tail needs
+
+    def __post_init__(self) -> None:
+        if self.want < 0:
+            raise ValueError("a session gives back no fewer than no rows")
+
+
+@dataclass(frozen=True)
+class CropSession(Message):
+    """Device -> edge -> cloud: forget the session's positions from ``length`` on."""
+
+    session: str
+    length: StrictInt
+
+
+@dataclass(frozen=True)
+class CloseSession(Message):
+    """Device -> edge -> cloud: the answer has ended, or nobody wants more of it."""
+
+    session: str

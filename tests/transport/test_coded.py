@@ -8,7 +8,7 @@ import torch
 from gaisnet.config import WireSettings
 from gaisnet.errors import LinkLost, LinkTimeout, MessageTooLarge, PeerError, UnexpectedMessage, WireFormatError
 from gaisnet.messages import BodyOutput, BodyOutputGrad, Done, FineTune, Message, SmashRequest
-from gaisnet.transport.base import wait
+from gaisnet.transport.base import Handler, wait
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded
 from gaisnet.transport.ledger import Direction, Ledger, LinkKind, Traffic
@@ -53,6 +53,11 @@ def output() -> BodyOutput:
     return BodyOutput("train", 7, 3, torch.arange(3, dtype=torch.int32), rows_ND)
 
 
+def answered(handler: Handler, frame: bytes) -> bytes:
+    reply = coded(handler, EXACT)("edge", frame)
+    return reply.result(timeout=1) if isinstance(reply, Future) else reply
+
+
 def link_over(
     wire: Wire, ledger: Ledger | None = None, codec: Codec = EXACT, direction: Direction = "down"
 ) -> CodedLink:
@@ -68,7 +73,7 @@ def test_frames_go_both_ways_and_the_end_that_asks_counts_them(
     answer = CodedLink(wire, EXACT, ledger, kind, there).send(sent)
     assert not answer.done()
     (request,) = wire.sent
-    reply = coded(Echo(), EXACT)("edge", request)
+    reply = answered(Echo(), request)
     wire.answers[0].set_result(reply)
     received = answer.result(timeout=1)
     assert isinstance(received, BodyOutputGrad) and torch.equal(received.grad_ND, sent.rows_ND)
@@ -81,7 +86,7 @@ def test_requests_are_under_way_side_by_side_and_may_be_answered_in_any_order() 
     wire = Wire()
     link = link_over(wire)
     first, second = link.send(ASK), link.send(output())
-    wire.answers[1].set_result(coded(Echo(), EXACT)("edge", wire.sent[1]))
+    wire.answers[1].set_result(answered(Echo(), wire.sent[1]))
     assert isinstance(second.result(timeout=1), BodyOutputGrad) and not first.done()
     wire.answers[0].set_result(EXACT.encode(Done()))
     assert first.result(timeout=1) == Done()
@@ -170,10 +175,28 @@ def test_what_comes_after_giving_up_is_dropped(late: bytes | Exception, caplog: 
 
 
 def test_the_tier_at_the_other_end_answers_frames_and_raises_what_it_raises() -> None:
-    answer = coded(Echo(), EXACT)
-    reply = EXACT.decode(answer("whoever", EXACT.encode(output())))
+    reply = EXACT.decode(answered(Echo(), EXACT.encode(output())))
     assert isinstance(reply, BodyOutputGrad)
     with pytest.raises(UnexpectedMessage, match="an echo does not take a FineTune"):
-        answer("whoever", EXACT.encode(FineTune(1)))
+        answered(Echo(), EXACT.encode(FineTune(1)))
     with pytest.raises(WireFormatError):
-        answer("whoever", b"no frame")
+        answered(Echo(), b"no frame")
+
+
+def test_a_tier_that_answers_later_does_so_in_frames() -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.answers: list[Future[Message]] = []
+
+        def handle(self, message: Message) -> Future[Message]:
+            self.answers.append(Future())
+            return self.answers[-1]
+
+    slow = Slow()
+    first, second = (coded(slow, EXACT)("edge", EXACT.encode(ASK)) for _ in range(2))
+    assert isinstance(first, Future) and isinstance(second, Future)
+    slow.answers[1].set_exception(UnexpectedMessage("it", "Done"))
+    slow.answers[0].set_result(Done())
+    assert EXACT.decode(first.result(timeout=0)) == Done()
+    with pytest.raises(UnexpectedMessage):
+        second.result(timeout=0)

@@ -4,9 +4,11 @@ import os
 
 import typer
 
+from gaisnet.cli.chat import chat
 from gaisnet.cli.deploy import deploy
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
 from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, output_folder
+from gaisnet.cli.serve import serve
 from gaisnet.cli.sites import cloud, device, edge
 from gaisnet.config import load_config
 
@@ -51,6 +53,8 @@ def run(
     tell_summary(summary, folder)
 
 
+app.command()(serve)
+app.command()(chat)
 app.add_typer(deploy, name="deploy")
 for site in (cloud, edge, device):
     app.command()(site)

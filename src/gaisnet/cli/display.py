@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 console = Console()
 _errors = Console(stderr=True)
 
+_EXTRAS = {
+    "nvflare": ("a network of several sites", "nvflare"),
+    **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), ("answers over HTTP", "serve")),
+}
 _STAGES = {
     "prepare": "making a kit for every site",
     "start": "starting every site",
@@ -28,6 +32,7 @@ _STAGES = {
     "relay": "release: distilling a relay on generated text",
     "fine_tune": "fine-tune: split learning on private data",
     "absorb": "absorb: domain knowledge goes up",
+    "calibrate": "calibrate: how sure a domain model must be, on held-out examples where they are",
     "evaluate": "evaluate: scoring held-out examples where they are",
 }
 
@@ -39,9 +44,11 @@ def told_errors(exit_code: int = 1) -> Iterator[None]:
         try:
             yield
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] != "nvflare":
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRAS:
                 raise
-            raise MissingPackage("a network of several sites", "nvflare", "pip install 'gaisnet[nvflare]'") from error
+            wanted, extra = _EXTRAS[package]
+            raise MissingPackage(wanted, package, f"pip install 'gaisnet[{extra}]'") from error
     except GaisnetError as error:
         _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         _errors.print(str(error), markup=False, highlight=False)

@@ -26,6 +26,7 @@ from gaisnet.experiments.data import load_device, load_public
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import carry_out
 from gaisnet.experiments.summary import Summary
+from gaisnet.later import as_future
 from gaisnet.messages import BodyRequest, Message, SmashedData
 from gaisnet.models.foundation import Foundation, read_tokenizer
 from gaisnet.network import Network
@@ -93,7 +94,8 @@ class _Answers:
         message = self._codec.decode(frame)
         if not self._about(asker, message):
             raise UnexpectedMessage("this site", f"{type(message).__name__} of this kind from '{asker}'")
-        return self._codec.encode(self._tier.result(_START_S).handle(message))
+        answer = as_future(self._tier.result(_START_S).handle(message))
+        return self._codec.encode(answer.result())
 
 
 def run_cloud(folder: Path, out: Path | None = None) -> Summary:

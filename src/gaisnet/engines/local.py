@@ -1,6 +1,8 @@
 """All tiers in one process, over links that still turn every message into bytes."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.models.foundation import Foundation
@@ -11,9 +13,48 @@ from gaisnet.tiers.cloud import Cloud
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.edge import Edge
 from gaisnet.tiers.examples import DeviceData
+from gaisnet.tiers.outlet import NoOutlet, Outlet
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
+from gaisnet.turn import Turn
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """All tiers of a run, and the network of them."""
+
+    devices: Mapping[str, Device]  # by name
+    edges: Mapping[str, Edge]  # by domain
+    cloud: Cloud
+    network: Network
+
+
+class Outlets(Protocol):
+    """Makes the outlets of the tiers on a machine."""
+
+    turn: Turn
+
+    def cloud(self) -> Outlet:
+        """The FM's."""
+
+    def edge(self, domain: str) -> Outlet:
+        """Of the DM of a domain."""
+
+
+class NoOutlets:
+    """For a run that answers nobody."""
+
+    def __init__(self) -> None:
+        self.turn = Turn()
+
+    def cloud(self) -> Outlet:
+        """Drops all."""
+        return NoOutlet(self.turn)
+
+    def edge(self, domain: str) -> Outlet:
+        """Drops all."""
+        return NoOutlet(self.turn)
 
 
 def build_network(
@@ -25,6 +66,20 @@ def build_network(
     progress: Progress = silent,
     new_ledger: Callable[[], Ledger] = Ledger,
 ) -> Network:
+    """Cloud, edges and devices of a run, joined by local links; arguments as for ``build_tiers``."""
+    return build_tiers(config, foundation, shapes, data, retention_text, progress, new_ledger, NoOutlets()).network
+
+
+def build_tiers(
+    config: Config,
+    foundation: Foundation,
+    shapes: Mapping[str, TaskShape],
+    data: Mapping[str, DeviceData],
+    retention_text: str,
+    progress: Progress,
+    new_ledger: Callable[[], Ledger],
+    outlets: Outlets,
+) -> Tiers:
     """Cloud, edges and devices of a run, joined by local links.
 
     Args:
@@ -35,28 +90,29 @@ def build_network(
         retention_text: Public text to watch general ability with.
         progress: Told about every step.
         new_ledger: Makes what counts the bytes, one per site that asks others.
+        outlets: Where bodies and adapters are served.
 
     Raises:
         GaisnetError: Something does not fit, before any work.
     """
     codec = Codec(config.wire)
     devices = {  # first: they check their examples, the cloud works for seconds
-        settings.name: Device(settings, config, foundation.tokenizer, data[settings.name], progress)
+        settings.name: Device(settings, config, foundation.tokenizer, data[settings.name], progress, outlets.turn)
         for _, settings in config.each_device()
     }
-    cloud = Cloud(foundation, config, shapes, retention_text, progress)
+    cloud = Cloud(foundation, config, shapes, retention_text, progress, outlets.cloud())
     cloud_ledger = new_ledger()
 
-    def to_edge(settings: EdgeSettings) -> LocalLink:
+    def edge_of(settings: EdgeSettings) -> Edge:
         ledger = new_ledger()
         to_cloud = LocalLink(cloud, codec, ledger, "edge_cloud", "up")
         links = {
             device.name: LocalLink(devices[device.name], codec, ledger, "device_edge", "down")
             for device in settings.devices
         }
-        edge = Edge(settings, config, to_cloud, links, ledger, progress=progress)
-        return LocalLink(edge, codec, cloud_ledger, "edge_cloud", "down")
+        outlet = outlets.edge(settings.domain)
+        return Edge(settings, config, to_cloud, links, ledger, progress=progress, outlet=outlet)
 
-    return Network(
-        cloud, {settings.domain: to_edge(settings) for settings in config.edges}, cloud_ledger, config.faults
-    )
+    edges = {settings.domain: edge_of(settings) for settings in config.edges}
+    to_edges = {name: LocalLink(edge, codec, cloud_ledger, "edge_cloud", "down") for name, edge in edges.items()}
+    return Tiers(devices, edges, cloud, Network(cloud, to_edges, cloud_ledger, config.faults))

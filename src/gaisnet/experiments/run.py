@@ -36,7 +36,7 @@ Build = Callable[[Foundation, str, Progress], Network]
 """Makes a network out of the foundation model and public text, and tells its progress."""
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
 _CHECKPOINT = "run"
-_MAY_CHANGE = ("cycles", "faults")  # while a run goes on
+_MAY_CHANGE = ("cycles", "faults", "service")  # while a run goes on
 
 
 def run_experiment(
@@ -48,18 +48,18 @@ def run_experiment(
     """
     domains = load_domains(config)
     with RunFolder.create(out) as folder:
-        return carry_out(config, folder, progress, local_build(config, domains, new_ledger), _majorities(domains))
+        return carry_out(config, folder, progress, local_build(config, domains, new_ledger), majorities(domains))
 
 
 def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Summary:
     """Go on with the run in ``out`` after its last finished cycle, with the configuration that it was started with.
 
-    ``overrides`` as for ``load_config``, of ``cycles`` and of ``faults`` only. Raises ``GaisnetError``.
+    ``overrides`` as for ``load_config``, of ``cycles``, ``faults`` and ``service`` only. Raises ``GaisnetError``.
     """
     with RunFolder.resume(out) as folder:
         config = kept_config(folder, overrides)
         domains = load_domains(config)
-        return carry_out(config, folder, progress, local_build(config, domains, Ledger), _majorities(domains))
+        return carry_out(config, folder, progress, local_build(config, domains, Ledger), majorities(domains))
 
 
 def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
@@ -94,7 +94,8 @@ def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: C
     )
 
 
-def _majorities(domains: Mapping[str, DomainData]) -> dict[str, float | None]:
+def majorities(domains: Mapping[str, DomainData]) -> dict[str, float | None]:
+    """What guessing the commonest answer scores, by domain; None where there is no closed set of answers."""
     return {name: majority(domain) for name, domain in domains.items()}
 
 

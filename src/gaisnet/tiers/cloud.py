@@ -27,6 +27,7 @@ from gaisnet.messages import (
     SmashedData,
 )
 from gaisnet.models.foundation import Foundation
+from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
@@ -34,6 +35,7 @@ from gaisnet.relay.upward import Verdict, gate, merge
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.foundation_model import FoundationModel
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.outlet import NoOutlet, Outlet
 from gaisnet.tiers.teacher import Teacher
 
 MERGED = "merged"
@@ -59,6 +61,7 @@ class Cloud:
         shapes: What is public about each domain's task, by domain.
         retention_text: Public text that no domain trains on, to watch general ability with.
         progress: Told while it generates and distils.
+        outlet: Serves the FM and the adapters that are plugged in; None if nobody does.
 
     Raises:
         CutError: The configuration does not fit the FM.
@@ -72,11 +75,13 @@ class Cloud:
         shapes: Mapping[str, TaskShape],
         retention_text: str,
         progress: Progress = silent,
+        outlet: Outlet | None = None,
     ) -> None:
         self.layout = Layout(config, len(foundation.decoder.layers))
         self._config = config
         self._shapes = shapes
-        self._model = model = FoundationModel(foundation, self.layout)
+        self._outlet = outlet = outlet or NoOutlet()
+        self._model = model = FoundationModel(foundation, self.layout, outlet.turn)
         absorb = config.absorb
         self._retention_ids_BT = model.windows(retention_text, absorb.retention_windows, absorb.retention_tokens)
         free_text_BT = self._free_text()
@@ -88,6 +93,7 @@ class Cloud:
         self.anchor_release = AnchorRelease(torch.tensor(hidden.lengths, dtype=torch.int32), hidden.rows_ND)
         foundation_params, split_device_params = model.num_parameters()
         self.sizes = Sizes(foundation_params, self.layout.num_layers, len(recipe.kept), split_device_params)
+        pause_within({*model.body.layers.values(), *domain_body.layers.values()}, outlet.turn.pause)
         self._teacher = Teacher(model, domain_body, self.layout, recipe, shapes, progress)
         self._evaluated: dict[str, Activations] = {}
         self.versions: dict[Role, dict[str, int]] = {
@@ -99,6 +105,8 @@ class Cloud:
         self.perplexity_before = self._perplexity(None)
         # With each adapter that is in place; at the start they are all zero.
         self.retention = dict.fromkeys((*shapes, MERGED), self.perplexity_before)
+        outlet.put_body(model.body, model.layers)
+        self._put_out(*shapes, MERGED)
 
     def _free_text(self) -> Tensor:
         """Token ids [B, T] of text that the FM writes when nobody asks for anything."""
@@ -143,6 +151,7 @@ class Cloud:
         verdict = self._gate(MERGED)
         if verdict.accepted:
             self.retention[MERGED] = verdict.perplexity
+            self._put_out(MERGED)
         else:
             self._model.put(MERGED, before)
         return verdict
@@ -160,6 +169,7 @@ class Cloud:
         if verdict.accepted:
             self.versions["domain"][domain] = update.version
             self.retention[domain] = verdict.perplexity
+            self._put_out(domain)
         else:
             self._model.put(domain, before)
         return verdict
@@ -180,6 +190,13 @@ class Cloud:
         """Shape and tensors of a domain's adapter or of the merged one, as they are plugged in now."""
         num_merged = len(self._shapes) if name == MERGED else 1
         return self.layout.domain_spec(num_merged), self._model.adapter(name)
+
+    def _put_out(self, *names: str) -> None:
+        """What is plugged in now is served from now on."""
+        versions = self.versions["domain"]
+        for name in names:
+            version = max(versions.values()) if name == MERGED else versions[name]
+            self._outlet.put_adapter(name, version, *self.adapter(name))
 
     # -- after a restart -----------------------------------------------------------------------------------------------
 
@@ -204,6 +221,7 @@ class Cloud:
             self._model.put(name, under(f"adapter/{name}/", tensors))
         for domain in self._teacher.relays:
             self._teacher.relays[domain] = under(f"relay/{domain}/", tensors)
+        self._put_out(*self._shapes, MERGED)
 
     # -- asked by edges ------------------------------------------------------------------------------------------------
 

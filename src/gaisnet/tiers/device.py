@@ -1,6 +1,7 @@
 """A device: the only place that sees private text and labels. It holds head and tail, or (local) the whole DM."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from gaisnet.messages import (
     Split,
 )
 from gaisnet.models.parts import Head, Tail
+from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged
 from gaisnet.models.release import ReleasedModel
 from gaisnet.progress import Progress, silent
@@ -33,9 +35,10 @@ from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.domain_model import DomainModel, Member, Outcome
 from gaisnet.tiers.examples import DeviceData, Tokens, tokenize
 from gaisnet.tiers.layout import Layout
+from gaisnet.turn import Turn
 
 _HEAD_BATCH = 32
-_TAIL_ROWS = 512
+_TAIL_ROWS = 64  # a vocabulary is long: more at once would keep answers on the same machine waiting
 
 
 class Device:
@@ -47,6 +50,7 @@ class Device:
         tokenizer: The FM's.
         data: Its private examples.
         progress: Told while a local device learns.
+        turn: Of the machine that it is on, held while it computes; None for one of its own.
 
     Raises:
         DataError: No example to learn from or to hold out, or a completion longer than the context.
@@ -59,11 +63,13 @@ class Device:
         tokenizer: PreTrainedTokenizerBase,
         data: DeviceData,
         progress: Progress = silent,
+        turn: Turn | None = None,
     ) -> None:
         self.name = settings.name
         self._settings = settings
         self._config = config
         self._progress = progress
+        self._turn = turn or Turn()
         self._tokens: dict[Split, list[Tokens]] = {}
         splits: tuple[tuple[Split, Sequence[object]], ...] = (("train", data.train), ("test", data.test))
         for split, examples in splits:
@@ -106,8 +112,9 @@ class Device:
         cut = layout.cut(self._settings)
         self._head = model.head(cut)
         self._tail = model.tail(cut, self._head)
+        pause_within((*self._head.stack.layers.values(), *self._tail.stack.layers.values()), self._turn.pause)
         if self._settings.mode == "local":
-            self._domain = DomainModel(model.body(cut.head, layout.tail_start), layout)
+            self._domain = DomainModel(model.body(cut.head, layout.tail_start), layout, self._turn)
         return Done()
 
     def _smash(self, split: Split) -> SmashedData:
@@ -115,7 +122,7 @@ class Device:
         embedded = Ragged(
             torch.tensor([i for t in tokens for i in t.input_ids])[:, None], tuple(len(t.input_ids) for t in tokens)
         )
-        hidden = embedded.map_batches(lambda ids_BT1: self._parts()[0](ids_BT1[..., 0]), _HEAD_BATCH)
+        hidden = embedded.map_batches(self._run_head, _HEAD_BATCH)
         return SmashedData(
             self.name,
             split,
@@ -125,26 +132,45 @@ class Device:
             hidden.rows_ND,
         )
 
+    def _run_head(self, ids_BT1: Tensor) -> Tensor:
+        with self._turn.learning():
+            return cast(Tensor, self.parts()[0](ids_BT1[..., 0]))
+
     def _loss_and_grad(self, output: BodyOutput) -> BodyOutputGrad:
         """Sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
-        rows_ND = output.rows_ND.requires_grad_()
-        logits_NV, labels_N = self._predict(output, rows_ND)
-        loss = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-        (grad_ND,) = torch.autograd.grad(loss / output.num_labels_total, rows_ND)
-        return BodyOutputGrad(output.step, loss.item(), grad_ND)
+        sent_ND = output.rows_ND.requires_grad_()
+        rows_ND, labels_N = self._before_logits(output, sent_ND)
+        leaf_ND, loss_sum = rows_ND.detach().requires_grad_(), 0.0
+        for logits_RV, labels_R in self._logits(leaf_ND, labels_N):
+            with self._turn.learning():
+                loss = F.cross_entropy(logits_RV.float(), labels_R, reduction="sum")
+                (loss / output.num_labels_total).backward()
+            loss_sum += loss.item()
+        with self._turn.learning():
+            (grad_ND,) = torch.autograd.grad(rows_ND, sent_ND, leaf_ND.grad)
+        return BodyOutputGrad(output.step, loss_sum, grad_ND)
 
     @torch.no_grad()
     def _score(self, output: BodyOutput) -> EvaluationReport:
-        logits_NV, labels_N = self._predict(output, output.rows_ND)
-        right_N = logits_NV.argmax(dim=-1) == labels_N
+        rows_ND, labels_N = self._before_logits(output, output.rows_ND)
+        right, loss_sum = [], 0.0
+        for logits_RV, labels_R in self._logits(rows_ND, labels_N):
+            right.append(logits_RV.argmax(dim=-1) == labels_R)
+            loss_sum += F.cross_entropy(logits_RV.float(), labels_R, reduction="sum").item()
         counts = [len(t.label_ids) for t in self._chosen(output)]
-        num_correct = sum(bool(rights.all()) for rights in right_N.split(counts))
-        loss = F.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
-        return EvaluationReport(len(counts), num_correct, len(labels_N), loss.item())
+        num_correct = sum(bool(rights.all()) for rights in torch.cat(right).split(counts))
+        return EvaluationReport(len(counts), num_correct, len(labels_N), loss_sum)
 
-    def _predict(self, output: BodyOutput, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, V] at the label positions, and the labels [N]."""
-        _, tail = self._parts()
+    def _logits(self, rows_ND: Tensor, labels_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [R, V] and labels [R] of some rows at a time."""
+        for rows_RD, labels_R in zip(rows_ND.split(_TAIL_ROWS), labels_N.split(_TAIL_ROWS), strict=True):
+            with self._turn.learning():
+                logits_RV = self.parts()[1].logits(rows_RD)
+            yield logits_RV, labels_R
+
+    def _before_logits(self, output: BodyOutput, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [N, D] at the label positions that the last norm takes, and the labels [N]."""
+        _, tail = self.parts()
         chosen = self._chosen(output)
         labels_N = torch.tensor([label for t in chosen for label in t.label_ids])
         norm = next(tail.norm.parameters())
@@ -152,10 +178,11 @@ class Device:
             raise WireFormatError(f"rows of width {rows_ND.shape[-1]} where the model has {len(norm)}")
         rows_ND = rows_ND.to(norm.dtype)
         if self._config.tail_layers:
-            rows_ND = _tail_layers(tail, rows_ND, chosen, self.name)
+            with self._turn.learning():
+                rows_ND = _tail_layers(tail, rows_ND, chosen, self.name)
         if len(rows_ND) != len(labels_N):
             raise WireFormatError(f"{len(rows_ND)} rows for the {len(labels_N)} labels of device '{self.name}'")
-        return torch.cat([tail.logits(rows) for rows in rows_ND.split(_TAIL_ROWS)]), labels_N
+        return rows_ND, labels_N
 
     def _chosen(self, output: BodyOutput) -> list[Tokens]:
         tokens = self._tokens[output.split]
@@ -193,7 +220,8 @@ class Device:
     def _own_labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
         return {name: self._loss_and_grad(output) for name, output in outputs.items()}
 
-    def _parts(self) -> tuple[Head, Tail]:
+    def parts(self) -> tuple[Head, Tail]:
+        """To write answers with. Raises ``UnexpectedMessage`` before the edge has given it a model."""
         if self._head is None or self._tail is None:
             raise UnexpectedMessage(f"device '{self.name}', which has no model yet,", "request for its head or tail")
         return self._head, self._tail

@@ -15,15 +15,17 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
-from gaisnet.adapters.tuning import activate, add_adapter, trainable
+from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter, trainable
 from gaisnet.config import FineTuneSettings
 from gaisnet.errors import GaisnetError, NotFinite, WireFormatError
-from gaisnet.messages import AdapterRelease, AnchorRelease, BodyOutput, BodyOutputGrad
+from gaisnet.messages import AdapterRelease, AnchorRelease, BodyOutput, BodyOutputGrad, Role
 from gaisnet.models.parts import Body
+from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged, length_mask, relative_square, shuffled_batches
 from gaisnet.progress import Progress
 from gaisnet.tiers.activations import Activations, rows_for_tail, rows_per_example
 from gaisnet.tiers.layout import Layout
+from gaisnet.turn import Turn
 
 PREFIX_BATCH = 32
 
@@ -61,54 +63,92 @@ class _Step:
 
 
 class DomainModel:
-    """Body with its two adapters."""
+    """Body with its two adapters.
 
-    def __init__(self, body: Body, layout: Layout) -> None:
+    Args:
+        body: Made by the recipe; it is this model's own from now on.
+        layout: Whose layers are whose.
+        turn: Held while the body runs or changes, for others may serve it; None where nobody does.
+    """
+
+    def __init__(self, body: Body, layout: Layout, turn: Turn | None = None) -> None:
         self._body = body.to(layout.config.model.device)
         self._layout = layout
+        self._turn = turn or Turn()
         self._whole = layout.config.tail_layers > 0
         self.versions = {"relay": 0, "domain": -1}  # a relay starts as nothing; a domain adapter is given
         self._anchor: tuple[Ragged, Ragged] | None = None
+        weight = next(body.parameters())
+        self._placement = weight.device, weight.dtype
+        self._specs: dict[Role, LoraSpec] = {"domain": layout.domain_spec()}
         relay_spec = layout.relay_spec(tuple(body.indices))
         if layout.config.relay.enabled and relay_spec.layers:
-            add_adapter(body, "relay", relay_spec, seed=0)
-        add_adapter(body, "domain", layout.domain_spec(), seed=0)
+            self._specs["relay"] = relay_spec
+        for role, spec in self._specs.items():
+            add_adapter(body, role, spec, seed=0)
         activate(body, ("relay", "domain"))
+        pause_within(body.layers.values(), self._turn.pause)
+
+    @property
+    def body(self) -> Body:
+        """To serve it."""
+        return self._body
+
+    @property
+    def layers(self) -> range:
+        """The FM layers that the body stands for."""
+        return range(self._layout.first_cut, self._layout.tail_start)
 
     def placement(self) -> tuple[torch.device, torch.dtype]:
         """Where activations must be, and in which dtype, to enter the body."""
-        parameter = next(self._body.parameters())
-        return parameter.device, parameter.dtype
+        return self._placement
 
     def take(self, release: AdapterRelease) -> None:
         """Put a released adapter in. Raises ``AdapterMismatch``."""
-        put_in(self._body, release.role, release.tensors)
+        self._put(release.role, release.tensors)
         self.versions[release.role] = release.version
+
+    def adapters(self) -> dict[Role, tuple[LoraSpec, AdapterTensors]]:
+        """Shape of both adapters, and copies of their tensors as they are now; no relay where it has none."""
+        return {role: (spec, self._taken_out(role)) for role, spec in self._specs.items()}
 
     def take_anchor(self, anchor: AnchorRelease) -> None:
         """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter."""
         rows_ND = anchor.hidden_ND.to(*self.placement())
         inputs = Ragged(rows_ND, tuple(anchor.lengths_E.tolist()))
-        activate(self._body, ("relay",))
-        self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
-        activate(self._body, ("relay", "domain"))
+        with self._turn.learning():
+            activate(self._body, ("relay",))
+            self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
+            activate(self._body, ("relay", "domain"))
 
     def domain_adapter(self) -> AdapterTensors:
         """Copies of the domain adapter's tensors."""
-        return take_out(self._body, "domain")
+        return self._taken_out("domain")
 
     def put_domain_adapter(self, tensors: AdapterTensors) -> None:
         """Overwrite the domain adapter."""
-        put_in(self._body, "domain", tensors)
+        self._put("domain", tensors)
 
     def prefix(self, smashed: Activations) -> Activations:
         """Finish the frozen layers from wherever the device stopped."""
         first = self._layout.first_adapted
-        return smashed.through(lambda h: self._body.run(h, smashed.next_layer, first), first, PREFIX_BATCH)
+        return smashed.through(lambda h: self._run(h, smashed.next_layer, first), first, PREFIX_BATCH)
 
     def suffix(self, hidden_BTD: Tensor) -> Tensor:
         """The layers that learn, [B, T, D] -> [B, T, D]."""
-        return self._body.run(hidden_BTD, self._layout.first_adapted)
+        return self._run(hidden_BTD, self._layout.first_adapted)
+
+    def _run(self, hidden_BTD: Tensor, start: int, stop: int | None = None) -> Tensor:
+        with self._turn.learning():
+            return self._body.run(hidden_BTD, start, stop)
+
+    def _put(self, role: Role, tensors: AdapterTensors) -> None:
+        with self._turn.learning():
+            put_in(self._body, role, tensors)
+
+    def _taken_out(self, role: Role) -> AdapterTensors:
+        with self._turn.learning():
+            return take_out(self._body, role)
 
     def output_rows(self, inputs: Activations) -> Tensor:
         """Rows for the tail of all examples in order, without gradients."""
@@ -128,7 +168,8 @@ class DomainModel:
         A member that fails is left out from that step on; when none is left the learning ends, and has no examples.
         ``where`` and the step are named where a member's loss is not finite.
         """
-        parameters = trainable(self._body, "domain")
+        with self._turn.learning():
+            parameters = trainable(self._body, "domain")
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         generator = torch.Generator().manual_seed(seed)
         lengths = [n for member in members for n in member.inputs.hidden.lengths]
@@ -146,13 +187,15 @@ class DomainModel:
                 step += 1
                 if not step_tokens:
                     continue
-                self._backward_anchor(settings, generator)
-                clip_grad_norm_(parameters, settings.max_grad_norm)
-                optimizer.step()
+                with self._turn.learning():
+                    self._backward_anchor(settings, generator)
+                    clip_grad_norm_(parameters, settings.max_grad_norm)
+                    optimizer.step()
                 loss_sum, num_tokens = loss_sum + step_loss, num_tokens + step_tokens
                 progress("fine_tune", step, total, {"loss": step_loss / step_tokens})
             loss = loss_sum / max(num_tokens, 1)
-        self._body.requires_grad_(False)
+        with self._turn.learning():
+            self._body.requires_grad_(False)
         stayed = sum(len(member.inputs) for member in members if member.name not in left)
         return Learned(stayed, step, loss, left)
 
@@ -177,6 +220,8 @@ class DomainModel:
         without: Collection[str] = (),
     ) -> tuple[float, int, dict[str, GaisnetError]]:
         """One split forward and backward; gradients are left on the domain adapter.
+
+        While the owners are asked, others may run the body.
 
         Args:
             members: Owners of the examples.
@@ -205,7 +250,8 @@ class DomainModel:
                 grad_ND[forward.rows[name]] = reply.grad_ND.to(grad_ND)
             if len(good) < len(replies):  # owners divided by the labels of all
                 grad_ND *= sum(forward.num_labels.values()) / num_labels
-            forward.rows_ND.backward(grad_ND)
+            with self._turn.learning():
+                forward.rows_ND.backward(grad_ND)
         failed = {name: reply for name, reply in replies.items() if isinstance(reply, GaisnetError)}
         return sum(reply.loss_sum for reply in good.values()), num_labels, failed
 

@@ -25,6 +25,7 @@ from gaisnet.messages import (
     Message,
     ModelRelease,
     ModelRequest,
+    Role,
     TrafficReport,
     TrafficRequest,
 )
@@ -36,6 +37,7 @@ from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.hfsl import HybridLearning
 from gaisnet.tiers.holding import Holding, Rounds, recall
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.outlet import NoOutlet, Outlet
 from gaisnet.tiers.smashed import SmashedStore
 from gaisnet.transport.base import Link, wait
 from gaisnet.transport.ledger import Ledger
@@ -55,6 +57,7 @@ class Edge:
         ledger: Counts the requests that it makes, and their answers.
         shelf: Where it finds what it had when it was stopped; None if it need not survive.
         progress: Told while it learns.
+        outlet: Serves the domain model and its adapters; None if nobody does.
 
     Raises:
         CheckpointError: What the shelf holds cannot be read.
@@ -69,6 +72,7 @@ class Edge:
         ledger: Ledger,
         shelf: Shelf | None = None,
         progress: Progress = silent,
+        outlet: Outlet | None = None,
     ) -> None:
         self.name = settings.name
         self._settings = settings
@@ -76,17 +80,19 @@ class Edge:
         self._cloud = cloud
         self._ledger = ledger
         self._shelf: Shelf = shelf or NoShelf()
+        self._outlet: Outlet = outlet or NoOutlet()
         self._cluster = Cluster(f"edge '{settings.name}'", devices, config.faults, self._kit)
         self._names = [device.name for device in settings.devices]
         self._local = [device.name for device in settings.devices if device.mode == "local"]
         self._smashed = SmashedStore(settings, config.faults, self._cluster)
         self._learning = HybridLearning(settings, config, self._cluster, self._smashed, progress)
         self._cloud_has: dict[str, str] = {}  # by device, the life of the cloud that has its held-out examples
-        self._holding = recall(self._shelf, config, ledger)
+        self._holding = recall(self._shelf, config, ledger, self._outlet.turn)
         self._start: AdapterRelease | None = None
         if self._holding:
             self._smashed.begin(self._holding.hidden_size)
             self._start = self._domain_release()
+            self._put_out_all()
 
     def handle(self, message: Message) -> Message:
         """Answer the cloud. Raises ``UnexpectedMessage``, or what makes the order impossible."""
@@ -115,11 +121,12 @@ class Edge:
             same_model = held is not None and held.digest == order.model
             release = held.release if held and same_model else self._ask_cloud(ModelRequest(), ModelRelease)
             anchor = self._ask_cloud(AnchorRequest(), AnchorRelease)
-            self._holding = Holding(self._config, order.run, order.model, release, anchor)
+            self._holding = Holding(self._config, order.run, order.model, release, anchor, self._outlet.turn)
             self._holding.keep_model(self._shelf)
             self._smashed.begin(self._holding.hidden_size)
             self._cloud_has.clear()
             self._cluster.forget()
+            self._put_out_all()
         versions = self._model().versions
         return Installed(versions["relay"], versions["domain"])
 
@@ -130,8 +137,25 @@ class Edge:
             self._smashed.forget_prefixes()
         self._start = self._domain_release()
         held.keep_progress(self._shelf, self._ledger)
+        self._put_out(release.role, release.version)
         self._cluster.tell(self._local, release)
         return Done()
+
+    def equip(self, name: str) -> None:
+        """Give a device its part of the model, if it lacks it. Raises why it cannot be had."""
+        for error in self._cluster.gather([name]).values():
+            raise error
+
+    def _put_out_all(self) -> None:
+        """Another model: it is served from now on, with the adapters that it has."""
+        domain = self._model()
+        self._outlet.put_body(domain.body, domain.layers)
+        for role in domain.adapters():
+            self._put_out(role, domain.versions[role])
+
+    def _put_out(self, role: Role, version: int) -> None:
+        """The adapter as it is now is finished, and served from now on."""
+        self._outlet.put_adapter(role, version, *self._model().adapters()[role])
 
     def _kit(self, name: str) -> Sequence[Message]:
         """What a device must be sent before it can work."""
@@ -171,6 +195,7 @@ class Edge:
             held.rounds = self._learning.edge_round(domain, held.rounds, self._start)
             if held.rounds.done == self._config.fine_tune.edge_rounds:
                 domain.versions["domain"] = order.cycle + 1
+            self._put_out("domain", order.cycle + 1)
             held.keep_progress(self._shelf, self._ledger)
         rounds = held.rounds
         return AdapterUpdate(

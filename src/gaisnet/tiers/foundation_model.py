@@ -3,7 +3,6 @@
 Shape legend: B sequences, T positions, D hidden size, V vocabulary.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,6 +24,7 @@ from gaisnet.relay.upward import perplexity
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.domain_model import PREFIX_BATCH, body_output_rows
 from gaisnet.tiers.layout import Layout
+from gaisnet.turn import Turn
 
 _CHOICE_SEQUENCES = 8
 
@@ -35,34 +35,47 @@ class FoundationModel:
     Args:
         foundation: Model and tokenizer.
         layout: Whose layers are whose.
+        turn: Held while the model runs or its adapters are switched, for others may serve it.
     """
 
-    def __init__(self, foundation: Foundation, layout: Layout) -> None:
+    def __init__(self, foundation: Foundation, layout: Layout, turn: Turn) -> None:
         self._foundation = foundation
         self._layout = layout
         cut = CutLayers(layout.first_cut, layout.config.tail_layers)
         self._head, self._body, self._tail = cut_decoder(foundation.decoder, cut)
-        self._lock = threading.RLock()  # adapters are switched on and off: one at a time
+        self._turn = turn
+
+    @property
+    def body(self) -> Body:
+        """To serve it."""
+        return self._body
+
+    @property
+    def layers(self) -> range:
+        """The FM layers of the body."""
+        return range(self._layout.first_cut, self._layout.tail_start)
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def add(self, name: str, spec: LoraSpec, seed: int) -> None:
         """An adapter that does nothing yet."""
-        add_adapter(self._body, name, spec, seed)
+        with self._turn.learning():
+            add_adapter(self._body, name, spec, seed)
 
     def adapter(self, name: str) -> AdapterTensors:
         """Copies of an adapter's tensors."""
-        return take_out(self._body, name)
+        with self._turn.learning():
+            return take_out(self._body, name)
 
     def put(self, name: str, tensors: AdapterTensors) -> None:
         """Overwrite an adapter. Raises ``AdapterMismatch``."""
-        with self._lock:
+        with self._turn.learning():
             put_in(self._body, name, tensors)
 
     @contextmanager
     def plugged_in(self, name: str | None) -> Iterator[None]:
-        """Inside, this adapter acts and no other; nobody else uses the model meanwhile."""
-        with self._lock:
+        """Inside, this adapter acts and no other; nobody else uses the model meanwhile, except to serve."""
+        with self._turn.learning():
             activate(self._body, () if name is None else (name,))
             try:
                 yield
@@ -115,22 +128,27 @@ class FoundationModel:
 
     def at_middle(self, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] that enter the middle."""
-        with torch.no_grad():
+        with torch.no_grad(), self._turn.learning():
             return self._body.run(self._head(ids_BT), self._layout.first_cut, self._layout.middle.start)
 
     def middle(self, hidden_BTD: Tensor) -> Tensor:
         """What the middle makes of them."""
-        return self._body.run(hidden_BTD, self._layout.middle.start, self._layout.middle.stop)
+        return self._run(hidden_BTD, self._layout.middle.start, self._layout.middle.stop)
 
     def at_suffix(self, ids_BT: Tensor) -> Ragged:
         """Hidden states that enter the suffix, where adapters begin; one sequence per row of ``ids_BT``."""
         start, first = self._layout.first_cut, self._layout.first_adapted
         ids = Ragged(ids_BT.reshape(-1, 1), (ids_BT.shape[1],) * len(ids_BT))
-        return ids.map_batches(lambda i: self._body.run(self._head(i[..., 0]), start, first), PREFIX_BATCH)
+
+        def run(ids_BT1: Tensor) -> Tensor:
+            with self._turn.learning():
+                return self._body.run(self._head(ids_BT1[..., 0]), start, first)
+
+        return ids.map_batches(run, PREFIX_BATCH)
 
     def suffix(self, hidden_BTD: Tensor) -> Tensor:
         """The layers that adapters act on."""
-        return self._body.run(hidden_BTD, self._layout.first_adapted)
+        return self._run(hidden_BTD, self._layout.first_adapted)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Of suffix and tail, layers of the tail included, [B, T, V]."""
@@ -154,9 +172,13 @@ class FoundationModel:
                 f"{model.config.hidden_size} and takes layers {first_cut} to {first}"
             )
         inputs = Activations.of(smashed, self.device, model.dtype)
-        return inputs.through(lambda h: self._body.run(h, smashed.next_layer, first), first, PREFIX_BATCH)
+        return inputs.through(lambda h: self._run(h, smashed.next_layer, first), first, PREFIX_BATCH)
 
     def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
         """Rows for the tail of all examples in order, without gradients."""
         with self.plugged_in(adapter):
             return body_output_rows(self.suffix, inputs, self._layout.config.tail_layers > 0)
+
+    def _run(self, hidden_BTD: Tensor, start: int, stop: int | None = None) -> Tensor:
+        with self._turn.learning():
+            return self._body.run(hidden_BTD, start, stop)

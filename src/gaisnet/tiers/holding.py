@@ -13,6 +13,7 @@ from gaisnet.models.release import ReleasedModel
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.layout import Layout
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
+from gaisnet.turn import Turn
 
 _KINDS: tuple[LinkKind, ...] = ("device_edge", "edge_cloud")
 
@@ -42,6 +43,7 @@ class Holding:
     digest: str
     release: ModelRelease
     anchor: AnchorRelease
+    turn: Turn = field(default_factory=Turn)
     relay: AdapterRelease | None = None
     rounds: Rounds | None = None
     domain: DomainModel = field(init=False)
@@ -52,7 +54,7 @@ class Holding:
         model = ReleasedModel(self.release)
         self.num_layers, self.hidden_size = model.num_layers, model.config.hidden_size
         layout = Layout(self.config, model.num_layers)
-        self.domain = DomainModel(model.body(layout.first_cut, layout.tail_start), layout)
+        self.domain = DomainModel(model.body(layout.first_cut, layout.tail_start), layout, self.turn)
         self.domain.take_anchor(self.anchor)
 
     def take(self, release: AdapterRelease) -> None:
@@ -90,7 +92,7 @@ class Holding:
         shelf.put("progress", state, tensors)
 
 
-def recall(shelf: Shelf, config: Config, ledger: Ledger) -> Holding | None:
+def recall(shelf: Shelf, config: Config, ledger: Ledger, turn: Turn) -> Holding | None:
     """What was kept last; None if that was nothing whole. Raises ``CheckpointError``."""
     model, anchor, progress = shelf.get("model"), shelf.get("anchor"), shelf.get("progress")
     if model is None or anchor is None or progress is None:
@@ -100,7 +102,8 @@ def recall(shelf: Shelf, config: Config, ledger: Ledger) -> Holding | None:
     if anchor[0]["run"] != run or progress[0]["run"] != run:
         return None  # it was stopped while a new run replaced an old one: the cloud will send it all again
     release = ModelRelease(state["config_json"], tuple(state["layers"]), tuple(state["int8_layers"]), tensors)
-    holding = Holding(config, run, state["digest"], release, AnchorRelease(anchor[1]["lengths"], anchor[1]["hidden"]))
+    anchored = AnchorRelease(anchor[1]["lengths"], anchor[1]["hidden"])
+    holding = Holding(config, run, state["digest"], release, anchored, turn)
     _restore(holding, progress[0], progress[1])
     for kind in _KINDS:
         ledger.add(kind, Traffic(**progress[0]["traffic"][kind]))

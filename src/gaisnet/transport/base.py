@@ -25,8 +25,8 @@ class Link(Protocol):
 class Handler(Protocol):
     """The other end: a tier that answers."""
 
-    def handle(self, message: Message) -> Message:
-        """Answer ``message``. Raises ``UnexpectedMessage``."""
+    def handle(self, message: Message) -> Message | Future[Message]:
+        """Answer ``message``, now or when the answer is there. Raises ``UnexpectedMessage``."""
 
 
 def wait(link: Link, answer: Future[Message], asked: str, deadline_s: float, away_s: float) -> Message:

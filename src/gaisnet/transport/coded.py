@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from gaisnet.errors import LinkError
+from gaisnet.later import failed, then
 from gaisnet.messages import Message
 from gaisnet.transport.base import Handler
 from gaisnet.transport.codec import Codec
@@ -42,37 +43,20 @@ class CodedLink:
         try:
             sent = self._bytes_link.send(frame)
         except LinkError as error:
-            refused: Future[Message] = Future()
-            refused.set_exception(error)
-            return refused
+            return failed(error)
         self._ledger.record(self._kind, self._direction, frame)
-        answer: Future[Message] = _Answer(sent)
-        sent.add_done_callback(lambda done: self._arrived(done, answer))
-        return answer
+        return then(sent, self._arrived)
 
-    def _arrived(self, sent: "Future[bytes]", answer: Future[Message]) -> None:
-        if sent.cancelled() or not answer.set_running_or_notify_cancel():
-            return
-        try:
-            frame = sent.result()
-            self._ledger.record(self._kind, opposite(self._direction), frame)
-            answer.set_result(self._codec.decode(frame))
-        except Exception as error:  # in this thread nobody else would notice, and who waits would wait on
-            answer.set_exception(error)
+    def _arrived(self, frame: bytes) -> Message:
+        self._ledger.record(self._kind, opposite(self._direction), frame)
+        return self._codec.decode(frame)
 
 
-class _Answer(Future[Message]):
-    """Cancelling it gives up the request."""
+def coded(handler: Handler, codec: Codec) -> Callable[[str, bytes], bytes | Future[bytes]]:
+    """A tier as one that answers frames, whoever asks, now or later. What it raises comes through."""
 
-    def __init__(self, sent: "Future[bytes]") -> None:
-        super().__init__()
-        self._sent = sent
+    def answer(_asker: str, frame: bytes) -> bytes | Future[bytes]:
+        reply = handler.handle(codec.decode(frame))
+        return then(reply, codec.encode) if isinstance(reply, Future) else codec.encode(reply)
 
-    def cancel(self) -> bool:
-        self._sent.cancel()
-        return super().cancel()
-
-
-def coded(handler: Handler, codec: Codec) -> Callable[[str, bytes], bytes]:
-    """A tier as one that answers frames, whoever asks. What it raises comes through."""
-    return lambda _asker, frame: codec.encode(handler.handle(codec.decode(frame)))
+    return answer

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 
+from gaisnet.later import as_future, failed, then
 from gaisnet.messages import Message
 from gaisnet.transport.base import Handler
 from gaisnet.transport.codec import Codec
@@ -29,14 +30,12 @@ class LocalLink:
         self._direction: Direction = direction
 
     def send(self, message: Message) -> Future[Message]:
-        """See ``Link.send``. The answer is there when this returns."""
-        answer: Future[Message] = Future()
+        """See ``Link.send``. The answer is there when this returns, unless the other end answers later."""
         try:
             reply = self._other_end.handle(self._cross(message, self._direction))
-            answer.set_result(self._cross(reply, opposite(self._direction)))
         except Exception as error:
-            answer.set_exception(error)
-        return answer
+            return failed(error)
+        return then(as_future(reply), lambda answer: self._cross(answer, opposite(self._direction)))
 
     def _cross(self, message: Message, direction: Direction) -> Message:
         frame = self._codec.encode(message)

@@ -1,0 +1,147 @@
+"""``gaisnet chat``: a conversation in the terminal, in which each body's words have a colour of their own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from gaisnet.cli.conversation import Conversation
+from gaisnet.cli.display import console, quiet_libraries, told_errors
+from gaisnet.cli.serve import ADDRESS_NAME, opened
+from gaisnet.config import RoutingSettings
+from gaisnet.errors import ServerRefused
+
+_COLOURS = {"edge": "green", "cloud": "magenta"}
+_NAMES = {"edge": "domain model", "cloud": "foundation model"}
+_TEACHING = "/model NAME changes the model, /models lists them, /new forgets what was said, /quit ends it"
+
+
+def chat(
+    place: Annotated[
+        str, typer.Argument(metavar="RUN|URL", help="A run's output folder, or where it is served: http://host:port")
+    ],
+    model: Annotated[str, typer.Option(help="auto, foundation, merged, or a domain.")] = "auto",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File whose first key is used. [default: the first of $GAISNET_API_KEYS]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.0,
+    speculate: Annotated[bool, typer.Option("--speculate", help="The DM drafts what the FM writes.")] = False,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help=r"Each line is a prompt as it stands, no chat; \n in it is a new line. For tasks learned so.",
+        ),
+    ] = False,
+) -> None:
+    r"""Talk to a run's models; green is what the domain model wrote, magenta what the foundation model wrote.
+
+    RUN is asked where it is served; if nobody serves it, it is opened here.
+
+    With the demo: gaisnet chat runs/demo-... --model auto --plain, then
+    Diagnosis: Acute myocarditis, unspecified\nChapter:
+    """
+    with told_errors():
+        from gaisnet.serving.keys import first_key
+
+        options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+        if speculate:
+            options["speculate"] = True
+        with _address(place) as url:
+            talk = Conversation(url, model, first_key(api_keys), options, plain)
+            known = talk.models()
+            if model not in known:
+                raise ServerRefused(url, f"it has no model '{model}', but {', '.join(known)}")
+            console.print(f"{model} at {url}. {_TEACHING}.", style="dim", highlight=False)
+            _converse(talk)
+
+
+@contextmanager
+def _address(place: str) -> Iterator[str]:
+    """A server's URL; of one that is only there inside, if there is none."""
+    if place.startswith(("http://", "https://")):
+        yield place
+        return
+    run = Path(place)
+    told = run / ADDRESS_NAME
+    if told.is_file():
+        yield told.read_text(encoding="utf-8").strip()
+        return
+    quiet_libraries()
+    from gaisnet.serving.keys import ApiKeys
+
+    with opened(run, None, RoutingSettings(), False, ApiKeys(), ("127.0.0.1", 0)) as (_, server):
+        with server.in_thread() as url:
+            yield url
+
+
+def _converse(talk: Conversation) -> None:
+    while True:
+        try:
+            line = console.input(f"[bold]{escape(talk.model)}>[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line:
+            _turn(talk, line)
+
+
+def _turn(talk: Conversation, line: str) -> None:
+    """A command, or something to answer; what goes wrong is said, and the conversation goes on."""
+    try:
+        if line.startswith("/"):
+            _command(talk, *line.split())
+        else:
+            _answer(talk, line.replace("\\n", "\n") if talk.plain else line)
+    except ServerRefused as error:
+        console.print(str(error), style="bold red", markup=False, highlight=False)
+
+
+def _command(talk: Conversation, name: str, *values: str) -> None:
+    match name, values:
+        case "/model", (model,):
+            if model not in (known := talk.models()):
+                raise ServerRefused(talk.url, f"it has no model '{model}', but {', '.join(known)}")
+            talk.model = model
+        case "/models", ():
+            console.print(", ".join(talk.models()), highlight=False)
+        case "/new", ():
+            talk.turns.clear()
+        case _:
+            console.print(_TEACHING, style="dim", highlight=False)
+
+
+def _answer(talk: Conversation, text: str) -> None:
+    """Text as it comes, and then who wrote it. Ctrl-C breaks it off."""
+    last: dict[str, Any] = {}
+    try:
+        for chunk in talk.say(text):
+            last = chunk["gaisnet"] or last
+            console.print(
+                chunk["text"], style=_COLOURS.get(last.get("body", "")), end="", markup=False, highlight=False
+            )
+    except KeyboardInterrupt:
+        console.print(" broken off", style="dim", end="")
+    console.print()
+    if last:
+        console.print(_who(last), style="dim", highlight=False)
+
+
+def _who(course: dict[str, Any]) -> str:
+    """Which body wrote, in words."""
+    at, body = course.get("escalated_at"), course.get("body", "")
+    said = f"by the {_NAMES.get(body, 'server')}"
+    if at:
+        said = f"by the domain model, and from token {at + 1} on by the foundation model"
+    elif at == 0:
+        said = "by the foundation model: the domain model was not sure"
+    if course.get("cloud_refused"):
+        said += ", which was not sure; the foundation model could not be had"
+    if "drafted" in course:
+        said += f", {course['accepted']} of {course['drafted']} drafted tokens taken in {course['checks']} calls"
+    return said

@@ -1,0 +1,83 @@
+"""A conversation with a server that speaks OpenAI's words: requests, and text as it comes. Standard library only."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPResponse
+from typing import Any, cast
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from gaisnet.errors import ServerRefused
+
+_TIMEOUT_S = 600.0  # a long prompt on a small machine
+
+
+@dataclass
+class Conversation:
+    """Turns so far, and how to take the next one."""
+
+    url: str  # with or without the /v1 at its end
+    model: str
+    key: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # more fields of every request
+    plain: bool = False  # each line is a prompt of its own, as it stands
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def models(self) -> list[str]:
+        """What the server has. Raises ``ServerRefused``."""
+        return [model["id"] for model in json.load(self._open("models", None))["data"]]
+
+    def say(self, text: str) -> Iterator[dict[str, Any]]:
+        """Chunks of the answer, each with ``text`` and what ``gaisnet`` says of it. Raises ``ServerRefused``."""
+        turns = [*self.turns, {"role": "user", "content": text}]
+        asked = {"prompt": text} if self.plain else {"messages": turns}
+        body = {**self.options, **asked, "model": self.model, "stream": True}
+        answer = ""
+        for chunk in self._events("completions" if self.plain else "chat/completions", body):
+            answer += chunk["text"]
+            yield chunk
+        self.turns = [*turns, {"role": "assistant", "content": answer}]
+
+    def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        with self._open(path, body) as response:
+            try:
+                for line in response:
+                    data = line.decode("utf-8").strip().removeprefix("data: ")
+                    if data == "[DONE]":
+                        return
+                    if data:
+                        yield _read(json.loads(data))
+            except (OSError, HTTPException, ValueError) as error:
+                raise ServerRefused(self.url, f"its answer broke off ({error})") from error
+        raise ServerRefused(self.url, "its answer broke off")
+
+    def _open(self, path: str, body: Mapping[str, Any] | None) -> HTTPResponse:
+        url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
+        headers = {"Content-Type": "application/json"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            return cast(HTTPResponse, urlopen(Request(url, data, headers), timeout=_TIMEOUT_S))
+        except HTTPError as error:
+            raise ServerRefused(self.url, _said(error)) from error
+        except (URLError, OSError, HTTPException, ValueError) as error:
+            raise ServerRefused(self.url, f"it cannot be reached ({error})") from error
+
+
+def _read(chunk: dict[str, Any]) -> dict[str, Any]:
+    """Text of a chunk, of a chat or a completion, and our own field. Raises ``ServerRefused`` for an error."""
+    if "error" in chunk:
+        raise ServerRefused("the server", chunk["error"].get("message", "it failed"))
+    choice = chunk["choices"][0] if chunk.get("choices") else {}
+    text = choice.get("text") or choice.get("delta", {}).get("content") or ""
+    return {"text": text, "gaisnet": chunk.get("gaisnet", {})}
+
+
+def _said(error: HTTPError) -> str:
+    """The server's own words, if it has any."""
+    try:
+        return f"{json.load(error)['error']['message']} ({error.code})"
+    except (ValueError, KeyError, TypeError, OSError):
+        return f"it answers {error.code} {error.reason}"

@@ -1,0 +1,123 @@
+"""``gaisnet serve``: a run's models behind OpenAI's endpoints."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
+from gaisnet.config import FrontSettings, RoutingSettings
+from gaisnet.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from gaisnet.serving.answering import Answering
+    from gaisnet.serving.device import ServedDevice
+    from gaisnet.serving.keys import ApiKeys
+    from gaisnet.serving.server import Server
+
+ADDRESS_NAME = "serving.url"
+"""File in a run's folder that says where it is served, as long as it is."""
+
+
+def open_device(run: Path, name: str | None) -> "AbstractContextManager[ServedDevice]":
+    """A device of a finished run, and the bodies that it reaches, as long as the block lasts.
+
+    Args:
+        run: The run's output folder.
+        name: Which device; None for the first split one.
+    """
+    from gaisnet.experiments.front import open_device as opened_device
+
+    return opened_device(run, name)
+
+
+def serve(
+    run: Annotated[Path, typer.Argument(help="Output folder of a finished run, such as runs/demo-...")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Beyond this machine, such as 0.0.0.0, API keys are needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8000,
+    device: Annotated[
+        str | None, typer.Option(help="The device that answers are written on. [default: the first split one]")
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File with a key per line. [default: $GAISNET_API_KEYS, with commas between]")
+    ] = None,
+    escalate: Annotated[
+        Literal["never", "auto", "always"],
+        typer.Option(help="For the model 'auto': never ask the foundation model, where the DM is not sure, always."),
+    ] = "auto",
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Escalate below this probability of the DM's likeliest token. [default: calibrated]"),
+    ] = None,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="The DM drafts what the foundation model writes: fewer calls to it.")
+    ] = False,
+) -> None:
+    """Serve a run's models on a device: text and token ids stay on it.
+
+    The endpoints are OpenAI's: /v1/chat/completions, /v1/completions, /v1/models; and /health, and /metrics for
+    Prometheus. Models are foundation, merged, one per domain, and auto: the domain model writes and hands over to the
+    foundation model where it is not sure. How sure is sure enough is calibrated once, on the held-out examples of the
+    devices, and kept in RUN/calibration.json.
+
+    Try it: gaisnet chat RUN --model auto, or
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
+    -d '{"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}'
+    """
+    with told_errors():
+        routing = RoutingSettings(escalate=escalate, threshold=threshold)
+        quiet_libraries()
+        from gaisnet.serving.keys import check_bind, read_keys
+
+        keys = read_keys(api_keys)
+        check_bind(host, keys)  # before the models are loaded
+        with opened(run, device, routing, speculate, keys, (host, port)) as (answering, server):
+            console.print(f"Serving {', '.join(answering.models)}", highlight=False)
+            console.print(f"at {server.url}/v1; end it with Ctrl-C", highlight=False)
+            with _announced(run, server.url):
+                server.run()
+
+
+@contextmanager
+def opened(
+    run: Path,
+    device: str | None,
+    routing: RoutingSettings,
+    speculate: bool,
+    keys: "ApiKeys",
+    address: tuple[str, int],
+) -> "Iterator[tuple[Answering, Server]]":
+    """What answers, and a server that listens and does not answer yet."""
+    from gaisnet.serving.api import make_app
+    from gaisnet.serving.device import calibrated, uncalibrated
+    from gaisnet.serving.server import Server
+
+    with open_device(run, device) as served:
+        # It takes minutes, but only once.
+        wanted = uncalibrated(served, routing, run)
+        shown: AbstractContextManager[Progress] = LiveProgress(console) if wanted else nullcontext(silent)
+        with shown as progress:
+            calibrations = calibrated(served, routing, run, progress)
+        answering = served.answering(routing, calibrations, speculate)
+        app = make_app(answering, FrontSettings(), keys, served.gauges)
+        yield answering, Server(app, *address, keys)
+
+
+@contextmanager
+def _announced(run: Path, url: str) -> Iterator[None]:
+    """Inside, whoever knows the run finds the server."""
+    path = run / ADDRESS_NAME
+    with suppress(OSError):  # a run may lie where nobody writes
+        path.write_text(f"{url}\n", encoding="utf-8")
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("ended")
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,164 @@
+"""Answers on one machine: the bodies of a network of local tiers are served, while it may go on learning.
+
+A device's sessions take the way that they take between machines: over a link to its edge, and from there to the cloud,
+every message as bytes.
+"""
+
+from collections.abc import Callable, Mapping
+
+from gaisnet.config import Config, EdgeSettings, ServiceSettings
+from gaisnet.engines.local import Tiers, build_tiers
+from gaisnet.engines.services import BodyOutlet, Front
+from gaisnet.errors import SessionRefused
+from gaisnet.messages import Whose
+from gaisnet.models.foundation import Foundation
+from gaisnet.network import Network
+from gaisnet.progress import Progress, silent
+from gaisnet.relay.downward import TaskShape
+from gaisnet.serving.bodies import Place, Target
+from gaisnet.serving.body import BodyService
+from gaisnet.serving.decoding import DeviceParts
+from gaisnet.serving.endpoint import RemoteSession, SessionEndpoint
+from gaisnet.serving.escalation import EdgeSessions
+from gaisnet.tiers.examples import DeviceData
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.ledger import Ledger
+from gaisnet.transport.local import LocalLink
+from gaisnet.turn import Turn
+
+_WHOSE: dict[Place, Whose] = {"edge": "domain", "cloud": "foundation"}
+
+
+class MachineOutlets:
+    """An outlet for the body of every tier on one machine, whose time they share.
+
+    Args:
+        settings: Of each service.
+        domains: Of the edges.
+    """
+
+    def __init__(self, settings: ServiceSettings, domains: list[str]) -> None:
+        self.turn = Turn(settings.fine_tune_share)
+        self.of_cloud = BodyOutlet(settings, self.turn)
+        self.of_edges = {domain: BodyOutlet(settings, self.turn) for domain in domains}
+
+    def cloud(self) -> BodyOutlet:
+        """The FM's."""
+        return self.of_cloud
+
+    def edge(self, domain: str) -> BodyOutlet:
+        """Of the DM of a domain."""
+        return self.of_edges[domain]
+
+    @property
+    def services(self) -> list[BodyService]:
+        """All that serve now."""
+        every = (*self.of_edges.values(), self.of_cloud)
+        return [outlet.service for outlet in every if outlet.serves]
+
+    def close(self) -> None:
+        """End all services."""
+        for outlet in (*self.of_edges.values(), self.of_cloud):
+            outlet.close()
+
+
+class ServedNetwork:
+    """A network of local tiers whose bodies are served: the ``Bodies`` of its devices.
+
+    Args:
+        config: The run's configuration.
+        tiers: Built with ``outlets``; has its models once ``network.install()`` was called.
+        outlets: Serve the bodies.
+    """
+
+    def __init__(self, config: Config, tiers: Tiers, outlets: MachineOutlets) -> None:
+        self.network: Network = tiers.network
+        self.turn = outlets.turn
+        """Of the machine: whoever computes for an answer, such as a device's head and tail, takes it to serve."""
+        self.ledger = Ledger()
+        """The bytes of answers; those of learning are the network's."""
+        self._config = config
+        self._tiers = tiers
+        self._outlets = outlets
+        self._settings = {settings.domain: settings for settings in config.edges}
+        self._parts: dict[str, DeviceParts] = {}
+        self._links = {settings.domain: self._link(settings) for settings in config.edges}
+
+    def open(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
+        """See ``Bodies.open``."""
+        return self._open(target, first, stop, num_positions, may_escalate=False)
+
+    def open_escalating(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
+        """See ``Bodies.open_escalating``."""
+        return self._open(target, first, stop, num_positions, may_escalate=True)
+
+    def adapters(self, body: Place, domain: str) -> list[str]:
+        """Names that a ``Target`` may have. Raises ``SessionRefused`` before the body has its model."""
+        outlet = self._outlets.cloud() if body == "cloud" else self._outlets.edge(domain)
+        return outlet.service.adapters
+
+    @property
+    def num_sessions(self) -> int:
+        """Open on all bodies together."""
+        return sum(service.num_sessions for service in self._outlets.services)
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory that is held for them."""
+        return sum(service.used_bytes for service in self._outlets.services)
+
+    def parts(self, device: str) -> DeviceParts:
+        """Head and tail of a device, to write answers with, of any domain; ask for them before learning goes on.
+
+        Raises why the device cannot be had.
+        """
+        if device not in self._parts:
+            domain = next(edge.domain for edge, one in self._config.each_device() if one.name == device)
+            self._tiers.edges[domain].equip(device)
+            self._parts[device] = DeviceParts(*self._tiers.devices[device].parts(), self.turn)
+        return self._parts[device]
+
+    def device(self, domain: str) -> str:
+        """The device of a domain that answers are written on if nobody names one: the first that is split."""
+        devices = self._settings[domain].devices
+        return next((device.name for device in devices if device.mode == "split"), devices[0].name)
+
+    def close(self) -> None:
+        """End all sessions and services."""
+        self._outlets.close()
+
+    def _link(self, edge: EdgeSettings) -> LocalLink:
+        """From the device of an edge up to it; the edge has one of its own to the cloud."""
+        codec, device = Codec(self._config.wire), self.device(edge.domain)
+        of_edge = Front(None, self._outlets.cloud(), lambda service: SessionEndpoint(service, edge.name), edge.name)
+        cloud = LocalLink(of_edge, codec, self.ledger, "edge_cloud", "up")
+        outlet = self._outlets.edge(edge.domain)
+        of_device = Front(None, outlet, lambda service: EdgeSessions(service, cloud, device), device)
+        return LocalLink(of_device, codec, self.ledger, "device_edge", "up")
+
+    def _open(self, target: Target, first: int, stop: int, num_positions: int, may_escalate: bool) -> RemoteSession:
+        if target.domain not in self._links:
+            found = f"there are edges for {', '.join(self._links)}"
+            raise SessionRefused(f"a session of domain '{target.domain}'", found, "name one of those")
+        ask, deadline_s = self._links[target.domain].send, self._config.faults.step_deadline_s
+        asked = first, stop, target.adapters, num_positions, _WHOSE[target.body], may_escalate
+        return RemoteSession(ask, *asked, deadline_s=deadline_s)
+
+
+def build_served_network(
+    config: Config,
+    foundation: Foundation,
+    shapes: Mapping[str, TaskShape],
+    data: Mapping[str, DeviceData],
+    retention_text: str,
+    progress: Progress = silent,
+    new_ledger: Callable[[], Ledger] = Ledger,
+) -> ServedNetwork:
+    """``engines.local.build_network``, with bodies that are served; close it in the end. Raises ``GaisnetError``."""
+    outlets = MachineOutlets(config.service, [edge.domain for edge in config.edges])
+    try:
+        tiers = build_tiers(config, foundation, shapes, data, retention_text, progress, new_ledger, outlets)
+    except BaseException:
+        outlets.close()
+        raise
+    return ServedNetwork(config, tiers, outlets)

@@ -1,0 +1,60 @@
+"""A device of a run, opened to write answers on: all tiers are in this process, and so are the held-out examples."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gaisnet.config import DeviceSettings, EdgeSettings
+from gaisnet.errors import ConfigError
+from gaisnet.experiments.serve import ServedRun, serve_run
+from gaisnet.serving.calibration import HeldOut
+from gaisnet.serving.device import ServedDevice, ServedDomain
+from gaisnet.tiers.examples import tokenize
+
+
+@contextmanager
+def open_device(run: Path, name: str | None) -> Iterator[ServedDevice]:
+    """Inside, a device of the run in a folder reaches all bodies, as of the run's last finished cycle.
+
+    Args:
+        run: The run's output folder.
+        name: Which device; None for the first split one.
+
+    Raises:
+        ConfigError: The run has no such device.
+        GaisnetError: There is no run, or it is under way elsewhere.
+    """
+    with serve_run(run) as served:
+        edge, device = _device(served, name)
+        yield ServedDevice(
+            domain=edge.domain,
+            parts=served.bodies.parts(device.name),
+            tokenizer=served.foundation.tokenizer,
+            bodies=served.bodies,
+            domains={each.domain: _domain(served, each) for each in served.config.edges},
+            gauges={
+                "sessions": lambda: float(served.bodies.num_sessions),
+                "cache_bytes": lambda: float(served.bodies.used_bytes),
+            },
+        )
+
+
+def _device(served: ServedRun, name: str | None) -> tuple[EdgeSettings, DeviceSettings]:
+    every = list(served.config.each_device())
+    if name is None:
+        name = served.bodies.device(every[0][0].domain)
+    found = next(((edge, device) for edge, device in every if device.name == name), None)
+    if found is None:
+        known = ", ".join(device.name for _, device in every)
+        raise ConfigError(f"device '{name}'", "the run has none of this name", f"use one of: {known}")
+    return found
+
+
+def _domain(served: ServedRun, edge: EdgeSettings) -> ServedDomain:
+    tokenizer, context = served.foundation.tokenizer, served.config.model.context
+    held_out = [
+        HeldOut(tokens.input_ids[: len(tokens.input_ids) - len(tokens.label_ids) + 1], tokens.label_ids)
+        for device in edge.devices
+        for tokens in tokenize(served.data[device.name].test, tokenizer, context, f"device '{device.name}', test")
+    ]
+    return ServedDomain(tuple(served.bodies.adapters("edge", edge.domain)), (edge.domain,), held_out)

@@ -1,0 +1,95 @@
+"""Answers that are not there yet: what to do with one when it comes, without a thread that waits for it."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def then(source: Future[A], change: Callable[[A], B]) -> Future[B]:
+    """What ``change`` makes of an answer when it comes, or what it or ``source`` raises.
+
+    ``change`` runs in the thread that brings the answer and must not wait. To cancel the result gives up what it waits
+    for.
+    """
+    result: _Dependent[B] = _Dependent(source)
+    source.add_done_callback(lambda _: _pass_on(source, change, result))
+    return result
+
+
+def then_ask(source: Future[A], ask: Callable[[A], Future[B]]) -> Future[B]:
+    """The same, where what is made of an answer comes later, too."""
+    result: _Dependent[B] = _Dependent(source)
+    source.add_done_callback(lambda _: _pass_on(source, ask, result))
+    return result
+
+
+def recast(source: Future[A], change: Callable[[Exception], Exception]) -> Future[A]:
+    """The same answer; what it raises instead is what ``change`` makes of it."""
+    result: _Dependent[A] = _Dependent(source)
+
+    def pass_on(_: Future[A]) -> None:
+        error = None if source.cancelled() else source.exception()
+        if isinstance(error, Exception):
+            _settle(result, error=change(error))
+        else:
+            _pass_on(source, lambda answer: answer, result)
+
+    source.add_done_callback(pass_on)
+    return result
+
+
+def as_future(answer: A | Future[A]) -> Future[A]:
+    """The same, or a future that has it already."""
+    if isinstance(answer, Future):
+        return answer
+    known: Future[A] = Future()
+    known.set_result(answer)
+    return known
+
+
+def failed(error: Exception) -> Future[Any]:
+    """A future that raises."""
+    known: Future[Any] = Future()
+    known.set_exception(error)
+    return known
+
+
+class _Dependent(Future[B]):
+    """Cancelling it gives up what it waits for."""
+
+    def __init__(self, source: Future[Any]) -> None:
+        super().__init__()
+        self.source = source
+
+    def cancel(self) -> bool:
+        self.source.cancel()
+        return super().cancel()
+
+
+def _pass_on(source: Future[A], change: Callable[[A], Any], result: _Dependent[Any]) -> None:
+    if source.cancelled() or result.cancelled():
+        Future.cancel(result)
+        result.set_running_or_notify_cancel()
+        return
+    try:
+        changed = change(source.result())
+    except Exception as error:  # in this thread nobody else would notice, and who waits would wait on
+        _settle(result, error=error)
+        return
+    if isinstance(changed, Future):
+        result.source = changed
+        changed.add_done_callback(lambda _: _pass_on(changed, lambda answer: answer, result))
+    else:
+        _settle(result, changed)
+
+
+def _settle(result: Future[B], answer: Any = None, error: Exception | None = None) -> None:
+    if not result.set_running_or_notify_cancel():
+        return
+    if error is not None:
+        result.set_exception(error)
+    else:
+        result.set_result(answer)

@@ -1,0 +1,191 @@
+"""One forward over many sessions: each brings some new positions, for some of the layers.
+
+All positions of all sessions are rows [N, 1, D] of one batch, without padding: linear layers see them together, and
+each row may have its own adapters. Only attention tells sessions apart. It is the one step of a layer that is replaced,
+through the interface that transformers has for this; the layers' own code runs, and nothing of it is copied.
+
+Shape legend: N rows of all sessions, one session after the other; T rows of one session; K positions it attends to;
+D hidden size, or size of a head; H attention heads, G key-value heads, R heads that share one (H = G * R), S = T * R.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from gaisnet.adapters.mixing import ServedAdapters, Stack
+from gaisnet.models.families import layer_types
+from gaisnet.models.parts import Layers
+from gaisnet.serving.cache import SessionCache
+
+_ATTENTION = "gaisnet_sessions"
+
+
+@dataclass(frozen=True)
+class Share:
+    """One session's part of a forward."""
+
+    rows_TD: Tensor
+    cache: SessionCache
+    first: int  # FM layer that takes the rows
+    stop: int  # FM layer to stop before
+    adapters: Stack = ()
+
+
+@dataclass(frozen=True)
+class _Spans:
+    """Which rows of a batch belong to which session, for the attention of the layers."""
+
+    caches: Sequence[SessionCache]
+    bounds: Sequence[int]  # session i has rows [bounds[i], bounds[i + 1])
+    windows: dict[int, int | None]  # of each layer: how far back attention reaches, itself included; None for all
+    masks: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
+
+    def mask(self, session: int, window: int | None, repeats: int) -> Tensor | None:
+        """Bool [T * R, K]: which positions the rows of a session attend to; None for all."""
+        num_new = self.bounds[session + 1] - self.bounds[session]
+        if num_new == 1:
+            return None  # one row attends to everything that is read for it
+        key = session, window, repeats
+        if key not in self.masks:
+            seen = self.caches[session].length
+            first = first_attended(seen, window)
+            at_T1 = torch.arange(seen, seen + num_new)[:, None]
+            at_K = torch.arange(first, seen + num_new)
+            mask_TK = at_K <= at_T1
+            if window is not None:
+                mask_TK &= at_K > at_T1 - window
+            self.masks[key] = mask_TK.repeat_interleave(repeats, dim=0)
+        return self.masks[key]
+
+
+class SessionLayers:
+    """Runs layers over the rows of many sessions.
+
+    It changes how the layers choose their attention, not what they compute elsewhere: without sessions they use what
+    transformers calls 'sdpa', as before.
+
+    Args:
+        layers: Part of a model; may be empty.
+        adapters: What is served on it; None for none.
+    """
+
+    def __init__(self, layers: Layers, adapters: ServedAdapters | None = None) -> None:
+        self._layers = layers
+        self._adapters = adapters
+        self._windows = {index: _window(layers.config, index) for index in layers.indices}
+        _let_attention_know_sessions(layers)
+
+    @property
+    def indices(self) -> list[int]:
+        """FM numbers of the layers."""
+        return self._layers.indices
+
+    @torch.no_grad()
+    def run(self, shares: Sequence[Share]) -> list[Tensor]:
+        """Output rows [T, D] of every session, whose caches then hold the new positions.
+
+        If it raises, the caches hold what they held.
+        """
+        lengths = [len(share.rows_TD) for share in shares]
+        rows_ND = torch.cat([share.rows_TD for share in shares])
+        positions_N1 = torch.cat(
+            [torch.arange(s.cache.length, s.cache.length + n) for s, n in zip(shares, lengths, strict=True)]
+        ).to(rows_ND.device)[:, None]
+        outputs = list(rows_ND.split(lengths))
+        positions = positions_N1.split(lengths)
+        for start, stop in pairwise(sorted({edge for share in shares for edge in (share.first, share.stop)})):
+            chosen = [i for i, share in enumerate(shares) if share.first <= start and stop <= share.stop]
+            if chosen and (layers := [index for index in self.indices if start <= index < stop]):
+                rows_N1D = torch.cat([outputs[i] for i in chosen])[:, None]
+                at_N1 = torch.cat([positions[i] for i in chosen])
+                rows_N1D = self._segment(layers, rows_N1D, at_N1, [shares[i] for i in chosen])
+                for i, new_TD in zip(chosen, rows_N1D[:, 0].split([lengths[i] for i in chosen]), strict=True):
+                    outputs[i] = new_TD
+        for share, num_new in zip(shares, lengths, strict=True):
+            share.cache.advance(num_new)
+        return outputs
+
+    def _segment(self, layers: list[int], rows_N1D: Tensor, at_N1: Tensor, shares: Sequence[Share]) -> Tensor:
+        """Some layers that all these sessions run."""
+        bounds = [0]
+        for share in shares:
+            bounds.append(bounds[-1] + len(share.rows_TD))
+        spans = _Spans([share.cache for share in shares], bounds, self._windows)
+        rotary = self._layers.rotary_emb(rows_N1D, position_ids=at_N1)
+        stacks = [share.adapters for share in shares for _ in share.rows_TD]
+        with nullcontext() if self._adapters is None else self._adapters.for_rows(stacks):
+            for index in layers:
+                rows_N1D = self._layers.layers[str(index)](
+                    rows_N1D,
+                    attention_mask=None,
+                    position_ids=at_N1,
+                    position_embeddings=rotary,
+                    past_key_values=None,
+                    use_cache=False,
+                    sessions=spans,
+                )
+        return rows_N1D
+
+
+def first_attended(seen: int, window: int | None) -> int:
+    """The earliest position that the first of the new rows attends to."""
+    return 0 if window is None else max(0, seen - window + 1)
+
+
+def _window(config: PretrainedConfig, layer: int) -> int | None:
+    return int(config.sliding_window) if layer_types(config)[layer] == "sliding_attention" else None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    sessions: _Spans | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, [N, H, 1, D] -> [N, 1, H, D]; each session's rows reach its own past only."""
+    if sessions is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    window, scale = sessions.windows[layer], kwargs.get("scaling")
+    key_NGD, value_NGD = key[:, :, 0], value[:, :, 0]
+    num_rows, num_kv, size = key_NGD.shape
+    # The heads that share a key-value head stand as rows of it, so that keys and values need not be repeated.
+    query_NGRD = query[:, :, 0].reshape(num_rows, num_kv, -1, size)
+    result_NGRD = torch.empty_like(query_NGRD)
+    for session, (first, stop) in enumerate(pairwise(sessions.bounds)):
+        cache = sessions.caches[session]
+        cache.write(layer, key_NGD[first:stop].transpose(0, 1), value_NGD[first:stop].transpose(0, 1))
+        keys_GKD, values_GKD = cache.read(layer, first_attended(cache.length, window), cache.length + stop - first)
+        rows_GSD = query_NGRD[first:stop].transpose(0, 1).flatten(1, 2)
+        mask = sessions.mask(session, window, query_NGRD.shape[2])
+        found_GSD = scaled_dot_product_attention(  # the fused kernel takes four dimensions only
+            rows_GSD[None], keys_GKD[None], values_GKD[None], attn_mask=mask, scale=scale
+        )[0]
+        result_NGRD[first:stop] = found_GSD.reshape(num_kv, stop - first, -1, size).transpose(0, 1)
+    return result_NGRD.view(num_rows, 1, -1, size), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+def _let_attention_know_sessions(layers: Layers) -> None:
+    """Give the attention of these layers a configuration of its own that names ours; masks are made as before."""
+    for module in layers.layers.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig) and config._attn_implementation != _ATTENTION:
+            own = copy.copy(config)
+            own._attn_implementation = _ATTENTION
+            module.config = own  # type: ignore[assignment]

@@ -1,0 +1,162 @@
+"""Rows of one batch with different adapters, and versions that are kept as long as somebody uses them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaisnet.adapters.mixing import ServedAdapters
+from gaisnet.adapters.state import take_out
+from gaisnet.adapters.tuning import activate, active_adapters, add_adapter, trainable
+from gaisnet.errors import AdapterMismatch, UnknownAdapter
+from gaisnet.models.families import Decoder
+from gaisnet.models.parts import Body, CutLayers, cut_decoder
+from tests.serving.models import DOMAIN, RELAY, adapter, lively_model, with_adapters
+
+ROWS = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
+
+
+def new_body() -> Body:
+    return cut_decoder(Decoder(lively_model()), CutLayers(0))[1]
+
+
+def alone(row: int, **adapters: object) -> Tensor:
+    """What the row gives on a body of its own that has exactly these adapters."""
+    whole = with_adapters(lively_model(), **adapters)  # type: ignore[arg-type]
+    output: Tensor = cut_decoder(Decoder(whole), CutLayers(0))[1](ROWS[row : row + 1])
+    return output
+
+
+def num_modules(body: Body) -> int:
+    return sum(1 for _ in body.modules())
+
+
+def test_every_row_has_its_own() -> None:
+    body, one, two, relay = new_body(), adapter(DOMAIN, 1), adapter(DOMAIN, 2), adapter(RELAY, 3)
+    served = ServedAdapters(body)
+    served.put("one", 0, DOMAIN, one)
+    served.put("two", 0, DOMAIN, two)
+    served.put("relay", 0, RELAY, relay)
+    stacks = [served.take(["one"]), served.take(["relay", "two"]), served.take([])]
+    with served.for_rows(stacks):
+        found = body(ROWS)
+    expected = [
+        alone(0, one=(DOMAIN, one)),
+        alone(1, two=(DOMAIN, two), relay=(RELAY, relay)),
+        alone(2),
+    ]
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert (expected[0] - alone(0)).abs().max() > 0.1
+
+
+def test_what_learns_on_the_same_body_is_not_disturbed() -> None:
+    body = new_body()
+    add_adapter(body, "domain", DOMAIN, seed=0)
+    for parameter in body.parameters():
+        if parameter.shape[-1] == 2:  # B of the adapter, which begins at zero
+            parameter.data.fill_(0.3)
+    activate(body, ["domain"])
+    before, tensors = body(ROWS), take_out(body, "domain")
+    served = ServedAdapters(body)
+    served.put("domain", 3, DOMAIN, adapter(DOMAIN, 1))
+    with served.for_rows([served.take([])] * 3):
+        torch.testing.assert_close(body(ROWS), new_body()(ROWS), atol=1e-5, rtol=1e-5)
+    assert active_adapters(body) == ["domain"]
+    torch.testing.assert_close(body(ROWS), before)
+    torch.testing.assert_close(take_out(body, "domain"), tensors)
+    activate(body, [])
+    with served.for_rows([served.take(["domain"])] * 3):
+        acting = body(ROWS)
+    assert (acting - body(ROWS)).abs().max() > 0.1
+    assert active_adapters(body) == []
+
+
+def test_what_learns_goes_on_learning_through_a_swap() -> None:
+    body = new_body()
+    add_adapter(body, "domain", DOMAIN, seed=0)
+    activate(body, ["domain"])
+    learning = {id(p) for p in trainable(body, "domain")}
+    served = ServedAdapters(body)
+    for version in range(2):
+        served.put("domain", version, DOMAIN, adapter(DOMAIN, version))
+    assert {id(p) for p in body.parameters() if p.requires_grad} == learning
+    body(ROWS).sum().backward()
+    assert active_adapters(body) == ["domain"]
+
+
+def test_a_version_stays_as_long_as_somebody_uses_it() -> None:
+    body, old, new = new_body(), adapter(DOMAIN, 1), adapter(DOMAIN, 2)
+    served = ServedAdapters(body)
+    served.put("domain", 0, DOMAIN, old)
+    size = num_modules(body)
+    began = served.take(["domain"])
+    served.put("domain", 1, DOMAIN, new)
+    later = served.take(["domain"])
+    with served.for_rows([began, later, later]):
+        found = body(ROWS)
+    expected = [alone(0, d=(DOMAIN, old)), alone(1, d=(DOMAIN, new)), alone(2, d=(DOMAIN, new))]
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert num_modules(body) > size
+    served.give_back(began)
+    assert num_modules(body) == size
+    served.give_back(later)
+    assert num_modules(body) == size  # the present one stays
+
+
+def test_many_swaps_leave_nothing_behind() -> None:
+    body = new_body()
+    served = ServedAdapters(body)
+    sizes = set()
+    for version in range(5):
+        served.put("domain", version, DOMAIN, adapter(DOMAIN, version))
+        sizes.add((num_modules(body), len(body.peft_config)))  # type: ignore[arg-type]
+        served.give_back(served.take(["domain"]))
+    assert len(sizes) == 1
+
+
+def test_the_same_version_again_changes_nothing() -> None:
+    body = new_body()
+    served = ServedAdapters(body)
+    served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
+    size = num_modules(body)
+    served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
+    assert (served.take(["domain"]), num_modules(body)) == (("domain@0",), size)
+
+
+def test_a_version_that_was_learned_again_does_not_change_what_is_in_use() -> None:
+    """A cycle that was broken off gives the same number to other tensors."""
+    body = new_body()
+    served = ServedAdapters(body)
+    versions = []
+    for seed in (1, 2, 1):
+        served.put("domain", 3, DOMAIN, adapter(DOMAIN, seed))
+        versions.append(served.take(["domain"]))
+    assert versions == [("domain@3",), ("domain@3+",), ("domain@3",)]
+    for (name,), seed in zip(versions, (1, 2, 1), strict=True):
+        found, expected = take_out(body, name), adapter(DOMAIN, seed)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_served() -> None:
+    body = new_body()
+    served = ServedAdapters(body)
+    served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
+    size = num_modules(body)
+    with pytest.raises(AdapterMismatch):
+        served.put("domain", 1, DOMAIN, {})
+    assert num_modules(body) == size
+    assert served.take(["domain"]) == ("domain@0",)
+
+
+def test_an_unknown_adapter_is_refused_by_name() -> None:
+    served = ServedAdapters(new_body())
+    served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
+    with pytest.raises(UnknownAdapter, match="'domian'.*served are: domain"):
+        served.take(["domian"])
+
+
+def test_two_adapters_on_one_module_are_refused() -> None:
+    served = ServedAdapters(new_body())
+    served.put("one", 0, DOMAIN, adapter(DOMAIN, 1))
+    served.put("two", 0, DOMAIN, adapter(DOMAIN, 2))
+    with pytest.raises(AdapterMismatch, match="beside 'one@0'"):
+        served.take(["one", "two"])

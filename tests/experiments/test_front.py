@@ -1,0 +1,59 @@
+"""A run that has finished, asked over HTTP: the whole way from a caller to the bodies and back."""
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gaisnet.cli.serve import opened
+from gaisnet.config import RoutingSettings, load_config
+from gaisnet.errors import ConfigError
+from gaisnet.experiments.front import open_device
+from gaisnet.experiments.run import run_experiment
+from gaisnet.serving.calibration import read_calibrations
+from gaisnet.serving.keys import ApiKeys
+from tests.serving.fronts import until
+from tests.tiny import tiny_edge, write_tiny_run
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one cycle of one edge."""
+    folder = tmp_path_factory.mktemp("run")
+    write_tiny_run(folder, edges=[tiny_edge("north", "shapes")], cycles=1)
+    run_experiment(load_config(folder / "run.yaml"), folder / "out")
+    return folder / "out"
+
+
+def test_a_run_answers_callers(finished: Path) -> None:
+    with opened(finished, "north-b", RoutingSettings(), False, ApiKeys(), ("127.0.0.1", 0)) as (answering, server):
+        assert answering.models == ("auto", "foundation", "merged", "shapes")
+        assert read_calibrations(finished)["shapes"].num_trials == 9
+        with server.in_thread() as url:
+            texts = {}
+            for model, more in [*((name, {}) for name in answering.models), ("auto", {"speculate": True})]:
+                asked = {"model": model, "prompt": "Is it so?", "max_tokens": 6, "temperature": 0, **more}
+                response = httpx.post(f"{url}/v1/completions", json=asked, timeout=280)
+                assert response.status_code == 200, response.text
+                texts[model, bool(more)] = response.json()["choices"][0]["text"], response.json()["gaisnet"]["body"]
+            assert {body for _, body in texts.values()} == {"edge", "cloud"}
+            assert texts["shapes", False][1] == "edge"
+            until(lambda: "gaisnet_sessions 0.0" in httpx.get(f"{url}/metrics").text)
+            assert "gaisnet_cache_bytes 0.0" in httpx.get(f"{url}/metrics").text
+
+
+def test_always_asking_is_the_foundation_model_with_the_adapter(finished: Path) -> None:
+    routing = RoutingSettings(escalate="always")
+    with opened(finished, None, routing, False, ApiKeys(), ("127.0.0.1", 0)) as (_, server), server.in_thread() as url:
+        asked = {"model": "auto", "prompt": "Is it so?", "max_tokens": 6, "temperature": 0}
+        always = httpx.post(f"{url}/v1/completions", json=asked, timeout=280).json()
+        drafted = httpx.post(f"{url}/v1/completions", json={**asked, "speculate": True}, timeout=280).json()
+        assert always["gaisnet"] == {"body": "cloud", "domain": "shapes", "escalated_at": 0}
+        assert always["choices"][0]["text"] == drafted["choices"][0]["text"]
+
+
+def test_a_device_that_there_is_not(finished: Path) -> None:
+    with pytest.raises(ConfigError, match="use one of: north-a, north-b, north-c"), open_device(finished, "south-a"):
+        pass

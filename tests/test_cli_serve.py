@@ -1,0 +1,151 @@
+"""``gaisnet serve`` and ``gaisnet chat``: they teach, talk, and show who wrote."""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from gaisnet.cli import serve as serving
+from gaisnet.cli.app import app
+from gaisnet.serving.calibration import FILE_NAME, HeldOut
+from gaisnet.serving.device import ServedDevice, ServedDomain
+from gaisnet.serving.server import Server
+from tests.serving.fronts import Front, chat_tokenizer, front, tiny_bodies, until
+from tests.serving.models import prompt
+
+
+def gaisnet(*arguments: object, said: str = "") -> Result:
+    environment = {"COLUMNS": "120", "TERM": "dumb", "GAISNET_API_KEYS": ""}
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=said, env=environment)
+
+
+def words(text: str) -> str:
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+@contextmanager
+def tiny_device(run: Path, name: str | None) -> Iterator[ServedDevice]:
+    parts, bodies = tiny_bodies()
+    held_out = [HeldOut(tuple(prompt(7, seed=i)), (5, 257)) for i in range(3)]
+    domains = {
+        name: ServedDomain(("relay", "domain"), (name,), held_out if name == "shapes" else ()) for name in bodies.edges
+    }
+    with ExitStack() as stack:
+        for service in bodies.services:
+            stack.enter_context(service.serving())
+        yield ServedDevice("shapes", parts, chat_tokenizer(), bodies, domains)
+
+
+@pytest.fixture
+def opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "open_device", tiny_device)
+
+
+@pytest.fixture(scope="module")
+def up() -> Iterator[Front]:
+    with front(threshold=0.0) as at:
+        yield at
+
+
+@pytest.mark.parametrize(
+    ("command", "taught"),
+    [
+        ("serve", ["/v1/chat/completions", "calibration.json", "--api-keys", "curl", "never ask", "0.0.0.0"]),
+        ("chat", ["green", "magenta", "--plain", "Diagnosis:", "RUN|URL", "--model"]),
+    ],
+)
+def test_help_teaches(command: str, taught: list[str]) -> None:
+    result = gaisnet(command, "--help")
+    assert result.exit_code == 0
+    assert [word for word in taught if word not in words(result.output)] == []
+
+
+def test_serving_beyond_this_machine_needs_keys(tmp_path: Path) -> None:
+    result = gaisnet("serve", tmp_path, "--host", "0.0.0.0")
+    assert result.exit_code == 1
+    assert "others reach it and no API keys are given" in words(result.output)
+
+
+@pytest.mark.usefixtures("opens")
+def test_serve_calibrates_once_and_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def run(server: Server) -> None:
+        url = (tmp_path / serving.ADDRESS_NAME).read_text(encoding="utf-8").strip()
+        seen.append(url)
+        with server.in_thread():
+            seen.append(httpx.get(f"{url}/v1/models").json()["data"][0]["id"])
+
+    plain_run = Server.run
+
+    def run_once(server: Server) -> None:
+        plain_run(server) if threading.current_thread().name == "server" else run(server)
+
+    monkeypatch.setattr(Server, "run", run_once)
+    result = gaisnet("serve", tmp_path, "--port", 0)
+    assert result.exit_code == 0, result.output
+    assert f"at {seen[0]}/v1; end it with Ctrl-C" in words(result.output)
+    assert seen[1] == "auto"
+    assert not (tmp_path / serving.ADDRESS_NAME).exists()
+    kept = (tmp_path / FILE_NAME).read_text(encoding="utf-8")
+    assert '"num_trials": 3' in kept
+    assert "calibrate" in words(result.output)
+    again = gaisnet("serve", tmp_path, "--port", 0)
+    assert "calibrate" not in words(again.output)
+    assert (tmp_path / FILE_NAME).read_text(encoding="utf-8") == kept
+
+
+def test_a_conversation(up: Front) -> None:
+    said = "hello\n/models\n/model foundation\nhello\n/model nobody\n/what\n/new\n/quit\n"
+    result = gaisnet("chat", up.url, "--max-tokens", 6, said=said)
+    text = words(result.output)
+    assert result.exit_code == 0, result.output
+    assert "by the domain model" in text
+    assert "auto, foundation, merged, shapes, tastes" in text
+    assert "by the foundation model" in text
+    assert "it has no model 'nobody'" in text
+    assert "/quit ends it" in text
+
+
+def test_plain_lines_are_prompts(up: Front) -> None:
+    result = gaisnet("chat", f"{up.url}/v1", "--model", "tastes", "--plain", "--max-tokens", 4, said="sweet\\n:\n")
+    asked: dict[str, Any] = {"model": "tastes", "prompt": "sweet\n:", "max_tokens": 4, "temperature": 0}
+    expected = httpx.post(f"{up.url}/v1/completions", json=asked).json()["choices"][0]["text"]
+    assert words(expected) in words(result.output)
+
+
+@pytest.mark.usefixtures("opens")
+def test_a_run_that_nobody_serves_is_opened_here(tmp_path: Path) -> None:
+    result = gaisnet("chat", tmp_path, "--speculate", "--max-tokens", 4, said="hello\n")
+    assert result.exit_code == 0, result.output
+    assert "drafted tokens taken in" in words(result.output)
+
+
+def test_a_run_that_is_served_is_asked_there(tmp_path: Path, up: Front) -> None:
+    (tmp_path / serving.ADDRESS_NAME).write_text(f"{up.url}\n", encoding="utf-8")
+    result = gaisnet("chat", tmp_path, "--model", "merged", "--max-tokens", 4, said="hello\n")
+    assert "by the foundation model" in words(result.output)
+
+
+def test_what_cannot_be_talked_to(up: Front) -> None:
+    nobody = gaisnet("chat", "http://127.0.0.1:9", said="hello\n")
+    assert nobody.exit_code == 1
+    assert "it cannot be reached" in words(nobody.output)
+    unknown = gaisnet("chat", up.url, "--model", "nobody")
+    assert "it has no model 'nobody', but auto, foundation" in words(unknown.output)
+
+
+def test_an_answer_that_breaks_off_is_told_and_the_talk_goes_on(up: Front) -> None:
+    up.bodies.trouble = "lost", 3
+    result = gaisnet("chat", up.url, "--max-tokens", 6, said="hello\n/models\n")
+    up.bodies.trouble = None
+    text = words(result.output)
+    assert "cannot be had now" in text
+    assert "auto, foundation" in text
+    until(lambda: not up.bodies.num_sessions)
