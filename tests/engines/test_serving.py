@@ -27,7 +27,7 @@ from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_tokenizer
 
 pytestmark = pytest.mark.integration
 
-EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
+EXACT = dict.fromkeys(("smashed", "session", "body_output", "gradient", "adapter"), "float32")
 PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
 NUM_TOKENS = 12
 SAMPLING = Sampling(max_tokens=NUM_TOKENS, stop_ids=frozenset({257}))  # as the reference stops
@@ -105,6 +105,8 @@ def test_the_merged_adapter_is_served_and_an_unknown_one_refused(learned: Served
     assert learned.adapters("edge", "shapes") == ["domain"]
     with pytest.raises(UnknownAdapter):
         answer(learned, Target("edge", ("shapes",), "shapes"), prompt(9))
+    with pytest.raises(SessionRefused, match="the run has north-a"):
+        learned.parts("nobody")
     with pytest.raises(SessionRefused, match="edges for shapes, tastes"):
         learned.open(Target("edge", (), "sounds"), 1, 2, 0)
 

@@ -93,11 +93,13 @@ class ServedNetwork:
     def parts(self, device: str) -> DeviceParts:
         """Head and tail of a device, to write answers with, of any domain; ask for them before learning goes on.
 
-        Raises why the device cannot be had.
+        Raises ``SessionRefused`` for a device that the run does not have, or why it cannot be had.
         """
         if device not in self._parts:
-            domain = next(edge.domain for edge, one in self._config.each_device() if one.name == device)
-            self._tiers.edges[domain].equip(device)
+            domains = {one.name: edge.domain for edge, one in self._config.each_device()}
+            if device not in domains:
+                raise SessionRefused(f"device '{device}'", f"the run has {', '.join(domains)}", "name one of those")
+            self._tiers.edges[domains[device]].equip(device)
             self._parts[device] = DeviceParts(*self._tiers.devices[device].parts())
         return self._parts[device]
 
