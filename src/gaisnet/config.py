@@ -157,8 +157,8 @@ class ServiceSettings(Settings):
         0.5,
         ge=0.0,
         le=1.0,
-        description="Of a machine's time, what learning gets where answers would take it all. What answers leave idle "
-        "it has in any case, and that counts: with enough of it, no answer waits for learning.",
+        description="Of a machine's cores, what learning gets while there are answers; both compute at the same time. "
+        "On a single core: of its time, where answers would take it all.",
     )
 
 

@@ -22,6 +22,7 @@ from gaisnet.serving.decoding import HeadSession, TailSession, write
 from gaisnet.serving.sampling import Sampling
 from gaisnet.serving.speculation import write_speculatively
 from gaisnet.transport.ledger import Traffic
+from gaisnet.turn import SideBySide, Turn
 from tests.serving.models import generated, lively_model, prompt, with_adapters
 from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_tokenizer
 
@@ -46,10 +47,10 @@ def served_config(**changes: Any) -> Config:
     return tiny_config(**{**raw, **changes})
 
 
-def built(config: Config) -> ServedNetwork:
+def built(config: Config, turn: Turn | None = None) -> ServedNetwork:
     shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
     foundation = Foundation("tiny", lively_model(), tiny_tokenizer())
-    return build_served_network(config, foundation, shapes, tiny_data(config), PUBLIC_TEXT)
+    return build_served_network(config, foundation, shapes, tiny_data(config), PUBLIC_TEXT, turn=turn)
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,9 @@ class Versions:
         return self._models[key]
 
 
+@pytest.mark.parametrize("turn", [Turn(), SideBySide(0.5, 2, lambda _: None)], ids=["one at a time", "side by side"])
 @pytest.mark.parametrize("edge_rounds", [1, 2])
-def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds: int) -> None:
+def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds: int, turn: Turn) -> None:
     """No answer fails or mixes versions, and what is learned is what a network learns that nobody asks for anything."""
     rounds = {
         "local_epochs": 1,
@@ -180,7 +182,7 @@ def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds
     }
     config = served_config(fine_tune=rounds)
     versions = Versions(monkeypatch)
-    served = built(config)
+    served = built(config, turn)
     served.network.install()
     for device in ("north-a", "south-a"):
         served.parts(device)
