@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from gaisnet.turn import Ration, Turn
+from gaisnet.turn import Ration, SideBySide, Turn
 
 
 class Hands:
@@ -172,6 +172,54 @@ def test_many_who_come_and_go_are_never_there_together() -> None:
         thread.join(60)
         assert not thread.is_alive()
     assert most == [1]
+
+
+def side_by_side(share: float, cores: int, now: list[float]) -> tuple[SideBySide, list[int]]:
+    """A machine, and the cores that threads were told to use."""
+    limits: list[int] = []
+    return SideBySide(share, cores, limits.append, lambda: now[0]), limits
+
+
+def test_with_several_cores_answers_and_learning_are_there_together(now: list[float]) -> None:
+    turn, _ = side_by_side(0.5, 4, now)
+    hands = Hands(turn)
+    hands.turn = turn._lanes["serving"]  # whose queue is watched
+    with turn.learning():
+        first = hands.begin("serve", turn.serving)
+        until(lambda: hands.order == ["serve"])
+        second = hands.begin("serve too", turn.serving)
+        turn.pause()
+        assert hands.order == ["serve"]  # answers one after another
+        first.set()
+        second.set()
+        assert hands.end() == ["serve", "serve too"]
+        with turn.serving():  # as when a new version is put beside the others
+            pass
+
+
+@pytest.mark.parametrize(
+    ("share", "cores", "learns", "serves"),
+    [(0.5, 2, 1, 1), (0.25, 8, 2, 6), (0.0, 4, 1, 3), (1.0, 4, 3, 1), (0.5, 5, 2, 3)],
+)
+def test_each_has_its_cores_while_the_other_is_there(
+    share: float, cores: int, learns: int, serves: int, now: list[float]
+) -> None:
+    turn, limits = side_by_side(share, cores, now)
+    for pass_s, take, expected in (
+        (0.0, turn.learning, cores),
+        (0.5, turn.serving, serves),
+        (0.5, turn.learning, learns),
+        (1.5, turn.learning, cores),
+        (1.0, turn.serving, cores),
+    ):
+        now[0] += pass_s
+        with take():
+            assert limits[-1] == expected
+    assert len(limits) <= 5
+    with turn.learning():
+        now[0] += 30.0
+        with turn.serving():
+            assert limits[-1] == serves  # it has had no end yet
 
 
 def steady_load(share: float, piece_s: float, step_s: float, between_s: float, until_s: float = 60.0) -> float:

@@ -255,7 +255,7 @@ class ExtendSession(Message):
     session: str
     position: StrictInt  # of the first row; where the session does not stand there, nothing runs
     want: StrictInt  # how many of the last output rows the tail needs
-    rows_TD: Tensor = wire("smashed")  # float
+    rows_TD: Tensor = wire("session")  # float
 
     def __post_init__(self) -> None:
         if self.rows_TD.ndim != 2 or not 0 <= self.want <= len(self.rows_TD) or self.position < 0:

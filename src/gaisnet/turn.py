@@ -1,8 +1,8 @@
 """Whose turn it is to compute on a machine: answers go first, learning has what is left, and at least its share.
 
-One ``Turn`` stands for what can only be used by one at a time: the processors of a machine, and the bodies on them,
-whose adapters are switched. Learning is cut into small pieces: between two of them it *pauses*, which costs nothing
-while nobody waits.
+One ``Turn`` stands for a machine that one at a time computes on. Learning is cut into small pieces: between two of them
+it *pauses*, which costs nothing while nobody waits. ``SideBySide`` stands for one with several cores: answers and
+learning run at the same time, each on some of them.
 """
 
 import threading
@@ -14,6 +14,7 @@ from typing import Literal
 
 Kind = Literal["serving", "learning"]
 _MEMORY_S = 1.0
+_RECENT_S = 1.0
 
 
 class Ration:
@@ -97,6 +98,11 @@ class Turn:
             self._wait("learning", ticket)
             self._depth = depth
 
+    @property
+    def free(self) -> bool:
+        """Nobody has it."""
+        return self._holder is None
+
     def _take(self, kind: Kind) -> None:
         with self._changed:
             if self._holder == threading.get_ident():
@@ -148,3 +154,58 @@ class Turn:
         if learns or self._queues["learning"]:
             self._ration.passed(now - self._since, learns)
         self._since = now
+
+
+class SideBySide(Turn):
+    """Answers and learning at the same time, one thread of each, with all cores while the other has had none to do.
+
+    Args:
+        share: Of the cores, what learning gets while there are answers; at least one is left to each.
+        cores: Two or more.
+        limit: Lets the calling thread compute on so many cores from now on.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self, share: float, cores: int, limit: Callable[[int], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(share, clock)
+        self._cores = cores
+        self._limit = limit
+        learning = min(max(1, round(share * cores)), cores - 1)
+        self._part: dict[Kind, int] = {"learning": learning, "serving": cores - learning}
+        self._lanes: dict[Kind, Turn] = {"learning": Turn(), "serving": Turn()}
+        self._busy: dict[Kind, float] = {"learning": -_RECENT_S, "serving": -_RECENT_S}  # when it last had a turn
+        self._limited = threading.local()
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, no other answer is computed."""
+        with self._lane("serving", "learning"):
+            yield
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Inside, nothing else learns."""
+        with self._lane("learning", "serving"):
+            yield
+
+    def pause(self) -> None:
+        """Answers do not wait for learning."""
+
+    @contextmanager
+    def _lane(self, own: Kind, other: Kind) -> Iterator[None]:
+        with self._lanes[own].serving():
+            self._busy[own] = now = self._clock()
+            alone = self._lanes[other].free and now - self._busy[other] >= _RECENT_S
+            self._compute_on(self._cores if alone else self._part[own])
+            try:
+                yield
+            finally:
+                self._busy[own] = self._clock()
+
+    def _compute_on(self, cores: int) -> None:
+        """To change it costs more than to ask whether it must be changed."""
+        if getattr(self._limited, "cores", None) != cores:
+            self._limit(cores)
+            self._limited.cores = cores

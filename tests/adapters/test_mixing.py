@@ -1,11 +1,13 @@
 """Rows of one batch with different adapters, and versions that are kept as long as somebody uses them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from gaisnet.adapters.mixing import ServedAdapters
-from gaisnet.adapters.state import take_out
+from gaisnet.adapters.state import put_in, take_out
 from gaisnet.adapters.tuning import activate, active_adapters, add_adapter, trainable
 from gaisnet.errors import AdapterMismatch, UnknownAdapter
 from gaisnet.models.families import Decoder
@@ -28,6 +30,11 @@ def alone(row: int, **adapters: object) -> Tensor:
 
 def num_modules(body: Body) -> int:
     return sum(1 for _ in body.modules())
+
+
+def held(served: ServedAdapters, body: Body) -> tuple[list[str], int]:
+    """Versions, and modules of the body: serving adds none."""
+    return served.versions, num_modules(body)
 
 
 def test_every_row_has_its_own() -> None:
@@ -87,7 +94,6 @@ def test_a_version_stays_as_long_as_somebody_uses_it() -> None:
     body, old, new = new_body(), adapter(DOMAIN, 1), adapter(DOMAIN, 2)
     served = ServedAdapters(body)
     served.put("domain", 0, DOMAIN, old)
-    size = num_modules(body)
     began = served.take(["domain"])
     served.put("domain", 1, DOMAIN, new)
     later = served.take(["domain"])
@@ -95,31 +101,30 @@ def test_a_version_stays_as_long_as_somebody_uses_it() -> None:
         found = body(ROWS)
     expected = [alone(0, d=(DOMAIN, old)), alone(1, d=(DOMAIN, new)), alone(2, d=(DOMAIN, new))]
     torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
-    assert num_modules(body) > size
+    assert served.versions == ["domain@0", "domain@1"]
     served.give_back(began)
-    assert num_modules(body) == size
+    assert served.versions == ["domain@1"]
     served.give_back(later)
-    assert num_modules(body) == size  # the present one stays
+    assert served.versions == ["domain@1"]  # the present one stays
 
 
 def test_many_swaps_leave_nothing_behind() -> None:
     body = new_body()
     served = ServedAdapters(body)
-    sizes = set()
+    size = num_modules(body)
     for version in range(5):
         served.put("domain", version, DOMAIN, adapter(DOMAIN, version))
-        sizes.add((num_modules(body), len(body.peft_config)))  # type: ignore[arg-type]
+        assert held(served, body) == ([f"domain@{version}"], size)
         served.give_back(served.take(["domain"]))
-    assert len(sizes) == 1
+    assert sum(len(module._forward_hooks) for module in body.modules()) == 3 * len(DOMAIN.layers)
 
 
 def test_the_same_version_again_changes_nothing() -> None:
     body = new_body()
     served = ServedAdapters(body)
     served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
-    size = num_modules(body)
     served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
-    assert (served.take(["domain"]), num_modules(body)) == (("domain@0",), size)
+    assert (served.take(["domain"]), served.versions) == (("domain@0",), ["domain@0"])
 
 
 def test_a_version_that_was_learned_again_does_not_change_what_is_in_use() -> None:
@@ -131,20 +136,55 @@ def test_a_version_that_was_learned_again_does_not_change_what_is_in_use() -> No
         served.put("domain", 3, DOMAIN, adapter(DOMAIN, seed))
         versions.append(served.take(["domain"]))
     assert versions == [("domain@3",), ("domain@3+",), ("domain@3",)]
-    for (name,), seed in zip(versions, (1, 2, 1), strict=True):
-        found, expected = take_out(body, name), adapter(DOMAIN, seed)
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    with served.for_rows(versions):
+        found = body(ROWS)
+    expected = [alone(row, d=(DOMAIN, adapter(DOMAIN, seed))) for row, seed in enumerate((1, 2, 1))]
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    for stack in versions:
+        served.give_back(stack)
+    assert served.versions == ["domain@3"]
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_served() -> None:
     body = new_body()
     served = ServedAdapters(body)
     served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
-    size = num_modules(body)
-    with pytest.raises(AdapterMismatch):
-        served.put("domain", 1, DOMAIN, {})
-    assert num_modules(body) == size
+    fitting, nowhere = adapter(DOMAIN, 2), replace(DOMAIN, layers=(17,))
+    infinite = {key: tensor / 0 for key, tensor in fitting.items()}
+    shorter = {key: tensor[:1] for key, tensor in fitting.items()}
+    for spec, tensors in ((DOMAIN, {}), (DOMAIN, infinite), (DOMAIN, shorter), (RELAY, fitting), (nowhere, {})):
+        with pytest.raises(AdapterMismatch):
+            served.put("domain", 1, spec, tensors)
+        assert served.versions == ["domain@0"]
     assert served.take(["domain"]) == ("domain@0",)
+
+
+def test_a_body_that_learns_later_serves_what_it_served() -> None:
+    """Modules that peft wraps afterwards still have their served adapters, and only those."""
+    body, tensors = new_body(), adapter(DOMAIN, 1)
+    served = ServedAdapters(body)
+    served.put("domain", 0, DOMAIN, tensors)
+    add_adapter(body, "learns", DOMAIN, seed=0)
+    put_in(body, "learns", adapter(DOMAIN, 2))
+    activate(body, ["learns"])
+    served.put("domain", 1, DOMAIN, tensors)
+    with served.for_rows([served.take(["domain"]), served.take([]), served.take(["domain"])]):
+        found = body(ROWS)
+    expected = [alone(0, d=(DOMAIN, tensors)), alone(1), alone(2, d=(DOMAIN, tensors))]
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    learned = [alone(row, d=(DOMAIN, adapter(DOMAIN, 2))) for row in range(3)]
+    torch.testing.assert_close(body(ROWS), torch.cat(learned), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_served_is_a_copy() -> None:
+    body, tensors = new_body(), adapter(DOMAIN, 1)
+    served = ServedAdapters(body)
+    served.put("domain", 0, DOMAIN, tensors)
+    expected = alone(0, d=(DOMAIN, adapter(DOMAIN, 1)))
+    for tensor in tensors.values():
+        tensor.zero_()
+    with served.for_rows([served.take(["domain"])] * 3):
+        torch.testing.assert_close(body(ROWS)[:1], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_an_unknown_adapter_is_refused_by_name() -> None:

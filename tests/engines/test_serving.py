@@ -22,12 +22,13 @@ from gaisnet.serving.decoding import HeadSession, TailSession, write
 from gaisnet.serving.sampling import Sampling
 from gaisnet.serving.speculation import write_speculatively
 from gaisnet.transport.ledger import Traffic
+from gaisnet.turn import SideBySide, Turn
 from tests.serving.models import generated, lively_model, prompt, with_adapters
 from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_tokenizer
 
 pytestmark = pytest.mark.integration
 
-EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
+EXACT = dict.fromkeys(("smashed", "session", "body_output", "gradient", "adapter"), "float32")
 PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
 NUM_TOKENS = 12
 SAMPLING = Sampling(max_tokens=NUM_TOKENS, stop_ids=frozenset({257}))  # as the reference stops
@@ -46,10 +47,10 @@ def served_config(**changes: Any) -> Config:
     return tiny_config(**{**raw, **changes})
 
 
-def built(config: Config) -> ServedNetwork:
+def built(config: Config, turn: Turn | None = None) -> ServedNetwork:
     shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
     foundation = Foundation("tiny", lively_model(), tiny_tokenizer())
-    return build_served_network(config, foundation, shapes, tiny_data(config), PUBLIC_TEXT)
+    return build_served_network(config, foundation, shapes, tiny_data(config), PUBLIC_TEXT, turn=turn)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,8 @@ def test_the_merged_adapter_is_served_and_an_unknown_one_refused(learned: Served
     assert learned.adapters("edge", "shapes") == ["domain"]
     with pytest.raises(UnknownAdapter):
         answer(learned, Target("edge", ("shapes",), "shapes"), prompt(9))
+    with pytest.raises(SessionRefused, match="the run has north-a"):
+        learned.parts("nobody")
     with pytest.raises(SessionRefused, match="edges for shapes, tastes"):
         learned.open(Target("edge", (), "sounds"), 1, 2, 0)
 
@@ -166,8 +169,9 @@ class Versions:
         return self._models[key]
 
 
+@pytest.mark.parametrize("turn", [Turn(), SideBySide(0.5, 2, lambda _: None)], ids=["one at a time", "side by side"])
 @pytest.mark.parametrize("edge_rounds", [1, 2])
-def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds: int) -> None:
+def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds: int, turn: Turn) -> None:
     """No answer fails or mixes versions, and what is learned is what a network learns that nobody asks for anything."""
     rounds = {
         "local_epochs": 1,
@@ -178,7 +182,7 @@ def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds
     }
     config = served_config(fine_tune=rounds)
     versions = Versions(monkeypatch)
-    served = built(config)
+    served = built(config, turn)
     served.network.install()
     for device in ("north-a", "south-a"):
         served.parts(device)

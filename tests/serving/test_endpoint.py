@@ -37,7 +37,7 @@ from gaisnet.transport.codec import Codec
 from tests.serving.models import generated, lively_model, prompt, served, served_domain
 from tests.tiny import NUM_LAYERS
 
-EXACT = WireSettings(smashed="float32", body_output="float32")
+EXACT = WireSettings(session="float32", body_output="float32")
 Served = tuple[DeviceParts, BodyService]
 Ask = Callable[[Message], Message]
 
@@ -72,7 +72,7 @@ def test_an_answer_over_messages(body: Served) -> None:
 
 def test_rounded_rows_still_give_an_answer(body: Served) -> None:
     parts, service = body
-    ask = over_bytes(service, WireSettings(smashed="int8", body_output="int8"))
+    ask = over_bytes(service, WireSettings(session="int8", body_output="int8"))
     assert len(list(write(parts, remote(ask, parts), prompt(7), Sampling(max_tokens=8)))) == 8
 
 

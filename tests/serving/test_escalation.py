@@ -29,7 +29,7 @@ from gaisnet.serving.escalation import EdgeSessions
 from gaisnet.transport.codec import Codec
 from tests.serving.models import DOMAIN, adapter, generated, lively_model, prompt, served, served_domain, with_adapters
 
-EXACT = Codec(WireSettings(smashed="float32", body_output="float32"))
+EXACT = Codec(WireSettings(session="float32", body_output="float32"))
 
 
 @dataclass

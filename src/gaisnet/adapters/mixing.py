@@ -1,66 +1,94 @@
 """Many adapters on one body at once: every row of a batch has its own, and keeps the version that it began with.
 
-A body that learns changes its adapter in place. What is served are copies under names of their own, one per version:
-``domain@3``, or ``domain@3+`` for one that was learned again under the same number. Rows of one batch name different
-ones through peft's mixed batches (S-LoRA's idea, arXiv 2311.03285).
+A body that learns changes its adapter in place. What is served are copies, one per version: ``domain@3``, or
+``domain@3+`` for one that was learned again under the same number. They are plain tensors beside the body, and hooks on
+its linear modules add what they give to the rows that asked for them (S-LoRA's idea, arXiv 2311.03285). So the modules
+of the body stay as they are when versions come and go. Adapters that peft has put there for learning do not act on rows
+that are served, and a thread that serves changes nothing for one that learns on the same body at the same time.
+
+Shape legend: N rows, R rank.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn import functional as F
 
-from gaisnet.adapters.state import put_in, take_out
-from gaisnet.adapters.tuning import LoraSpec, add_adapter, peft_name
+from gaisnet.adapters.state import check_same_shapes
+from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.errors import AdapterMismatch, UnknownAdapter
 
 Stack = tuple[str, ...]
-"""Names of served adapters that act together on one session, on different layers."""
+"""Names of served adapters that act together on one session, on different modules."""
 
+
+@dataclass(frozen=True)
+class _Factors:
+    """What an adapter adds to one linear module; float32, B with the scale in it."""
+
+    a: Tensor  # [R, in]
+    b: Tensor  # [out, R]
+
+    def added(self, output: Tensor, input: Tensor, rows_N: Tensor | None) -> Tensor:
+        """``output`` and the adapter's part, at some rows of the first dimension; None for all."""
+        chosen = input if rows_N is None else input[rows_N]
+        delta = F.linear(F.linear(chosen.to(self.a.dtype), self.a), self.b).to(output.dtype)
+        return output + delta if rows_N is None else output.index_add(0, rows_N.to(output.device), delta)
+
+    def same(self, other: "_Factors") -> bool:
+        return torch.equal(self.a, other.a) and torch.equal(self.b, other.b)
+
+
+_Served = Mapping[str, _Factors]  # by the module's path in the body
 _NONE = "__base__"  # peft's word for a row without an adapter
 
 
+class _Batch(threading.local):
+    """What runs in this thread: which rows each served adapter acts on, and that peft's own act on none."""
+
+    rows_of: Mapping[str, Tensor | None] = {}
+    none: Sequence[str] = ()
+
+
 class ServedAdapters:
-    """The versions of adapters that are served on one body. Not for several threads at once, nor during a forward.
+    """The versions of adapters that are served on one body. Its methods are for one thread at a time.
 
     Args:
-        body: Where they sit, beside those that learn, which are there before sessions begin.
+        body: Where they act; adapters that learn are on it before sessions begin.
     """
 
     def __init__(self, body: nn.Module) -> None:
         self._body = body
+        self._served: dict[str, _Served] = {}
         self._newest: dict[str, str] = {}
         self._users: Counter[str] = Counter()
-        self._hooks: dict[LoraLayer, RemovableHandle] = {}  # on every adapted module, whoever's the adapter is
-        self._stacks: Sequence[Stack] = ()
-        self._rows_of: dict[frozenset[str], list[str]] = {}
+        self._hooked: set[str] = set()
+        self._learning: set[nn.Module] = set()  # modules that peft has wrapped
+        self._batch = _Batch()
 
     def put(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """Serve a version of an adapter to sessions that begin from now on; an older one goes with its last user.
 
         Raises ``AdapterMismatch``, and then serves what it served.
         """
-        served = self._name_for(name, version, tensors)
-        if self._newest.get(name) == served:
-            return
-        if not self._holds(served):
-            with self._others_as_they_are():
-                add_adapter(self._body, served, spec, seed=0)
-        try:
-            put_in(self._body, served, tensors)
-        except AdapterMismatch:
-            self._remove(served)
-            raise
+        modules = _targets(self._body, spec)
+        check_same_shapes(name, _expected(name, modules, spec), tensors)
+        adapter = {path: _factors(path, module, spec, tensors) for path, module in modules.items()}
         self._watch()
-        old = self._newest.get(name)
-        self._newest[name] = served
-        if old is not None and not self._users[old]:
-            self._remove(old)
+        self._hook(modules)
+        served = self._name_for(f"{name}@{version}", adapter)
+        old, self._newest[name] = self._newest.get(name), served
+        self._served.setdefault(served, adapter)
+        if old is not None:
+            self._drop_unused(old)
 
     def take(self, names: Sequence[str]) -> Stack:
         """The present versions of these adapters, kept until ``give_back``.
@@ -72,9 +100,10 @@ class ServedAdapters:
             if name not in self._newest:
                 raise UnknownAdapter(name, self._newest)
         stack = tuple(self._newest[name] for name in names)
-        for layer in self._layers():
-            if len(both := [n for n in stack if peft_name(n) in layer.lora_A]) > 1:
-                raise AdapterMismatch(both[1], f"layers of its own beside '{both[0]}'", "a layer that both adapt")
+        for number, served in enumerate(stack):
+            for other in stack[:number]:
+                if self._served[served].keys() & self._served[other].keys():
+                    raise AdapterMismatch(served, f"modules of its own beside '{other}'", "one that both adapt")
         self._users.update(stack)
         return stack
 
@@ -82,79 +111,99 @@ class ServedAdapters:
         """A session has ended; versions that nobody else uses and that are not the present ones go."""
         self._users.subtract(stack)
         for served in stack:
-            if self._users[served] <= 0:
-                del self._users[served]
-                if served not in self._newest.values():
-                    self._remove(served)
-
-    @contextmanager
-    def for_rows(self, stacks: Sequence[Stack]) -> Iterator[None]:
-        """Inside, row n of what runs through the body has the adapters ``stacks[n]`` and no others."""
-        disabled = [layer for layer in self._hooks if layer.disable_adapters]
-        for layer in disabled:
-            layer._disable_adapters = False
-        self._stacks = stacks
-        try:
-            yield
-        finally:
-            self._stacks = ()
-            self._rows_of.clear()
-            for layer in disabled:
-                layer._disable_adapters = True
-
-    def _name_adapters(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Forward hook of every adapted layer; does nothing outside of ``for_rows``."""
-        if not self._stacks:
-            return None
-        here = frozenset(layer.lora_A)  # type: ignore[arg-type]
-        if here not in self._rows_of:
-            one_of = {s: next((n for n in map(peft_name, s) if n in here), _NONE) for s in set(self._stacks)}
-            self._rows_of[here] = [one_of[stack] for stack in self._stacks]
-        return args, {**kwargs, "adapter_names": self._rows_of[here]}
-
-    def _watch(self) -> None:
-        """Know all adapted modules; walking through a body at every token would take longer than some of its layers."""
-        for layer in self._layers():
-            if layer not in self._hooks:
-                module = cast(nn.Module, layer)
-                self._hooks[layer] = module.register_forward_pre_hook(self._name_adapters, with_kwargs=True)
+            self._drop_unused(served)
 
     @property
     def names(self) -> list[str]:
         """Adapters that sessions may ask for."""
         return sorted(self._newest)
 
-    def _name_for(self, name: str, version: int, tensors: Mapping[str, Tensor]) -> str:
-        """What sessions have stays as it is, even where a cycle that was broken off gives the same number again."""
-        served = f"{name}@{version}"
-        while self._holds(served) and not _same(take_out(self._body, served), tensors):
-            served += "+"
-        return served
-
-    def _holds(self, served: str) -> bool:
-        return any(peft_name(served) in layer.lora_A for layer in self._layers())
-
-    def _remove(self, served: str) -> None:
-        with self._others_as_they_are():
-            for layer in self._layers():  # peft would let another one act in its place
-                layer.set_adapter([name for name in layer.active_adapters if name != peft_name(served)])
-                layer.delete_adapter(peft_name(served))
-        configs: dict[str, Any] = getattr(self._body, "peft_config", {})
-        configs.pop(peft_name(served), None)
+    @property
+    def versions(self) -> list[str]:
+        """All that are held, each as ``name@version``."""
+        return sorted(self._served)
 
     @contextmanager
-    def _others_as_they_are(self) -> Iterator[None]:
-        """What learns on the body still learns afterwards: peft freezes and thaws as it goes."""
-        before = {parameter: parameter.requires_grad for parameter in self._body.parameters()}
+    def for_rows(self, stacks: Sequence[Stack]) -> Iterator[None]:
+        """Inside, row n of what runs through the body has the adapters ``stacks[n]`` and no others."""
+        acting = {served for stack in set(stacks) for served in stack}
+        self._batch.rows_of = {served: _rows(stacks, served) for served in acting}
+        self._batch.none = [_NONE] * len(stacks)
         try:
             yield
         finally:
-            for parameter in self._body.parameters():
-                parameter.requires_grad_(before.get(parameter, False))
+            self._batch.rows_of, self._batch.none = {}, ()
 
-    def _layers(self) -> list[LoraLayer]:
-        return [module for module in self._body.modules() if isinstance(module, LoraLayer)]
+    def _watch(self) -> None:
+        """Know all modules that peft has wrapped; to walk through a body at every token would take too long."""
+        for module in self._body.modules():
+            if isinstance(module, LoraLayer) and module not in self._learning:
+                module.register_forward_pre_hook(self._keep_out, with_kwargs=True)
+                self._learning.add(module)
+
+    def _keep_out(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Forward hook of what peft has wrapped: rows that are served have none of its adapters."""
+        return (args, {**kwargs, "adapter_names": self._batch.none}) if self._batch.none else None
+
+    def _hook(self, modules: Mapping[str, nn.Module]) -> None:
+        """Once per module. Where peft wraps it later, it is the wrapper's base and still called."""
+        for path in modules.keys() - self._hooked:
+            modules[path].register_forward_hook(partial(self._add, path))
+            self._hooked.add(path)
+
+    def _add(self, path: str, _module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Forward hook of every adapted module; does nothing outside of ``for_rows``."""
+        for served, rows_N in self._batch.rows_of.items():
+            factors = self._served[served].get(path)
+            if factors is not None:
+                output = factors.added(output, args[0], rows_N)
+        return output
+
+    def _name_for(self, served: str, adapter: _Served) -> str:
+        """What sessions have stays as it is, even where a cycle that was broken off gives the same number again."""
+        while served in self._served and not _same(self._served[served], adapter):
+            served += "+"
+        return served
+
+    def _drop_unused(self, served: str) -> None:
+        if self._users[served] <= 0:
+            del self._users[served]
+            if served not in self._newest.values():
+                self._served.pop(served, None)
 
 
-def _same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    return some.keys() == others.keys() and all(torch.equal(t.cpu(), others[key].cpu()) for key, t in some.items())
+def _targets(body: nn.Module, spec: LoraSpec) -> dict[str, nn.Module]:
+    """The linear modules that an adapter acts on, by path; of the layers that the body has."""
+
+    def meant(path: str) -> bool:
+        parts = path.split(".")
+        return len(parts) > 2 and parts[0] == "layers" and int(parts[1]) in spec.layers and parts[-1] in spec.targets
+
+    return {path: module for path, module in body.named_modules() if meant(path)}
+
+
+def _expected(name: str, modules: Mapping[str, nn.Module], spec: LoraSpec) -> dict[str, Tensor]:
+    """Tensors of the right shapes without any data."""
+    if not modules:
+        raise AdapterMismatch(name, f"linear modules named {', '.join(spec.targets)}", "none in the body's layers")
+    shapes: dict[str, tuple[int, int]] = {}
+    for path, module in modules.items():
+        size_in, size_out = module.in_features, module.out_features
+        shapes[f"{path}.lora_A.weight"] = spec.rank, size_in  # type: ignore[assignment]
+        shapes[f"{path}.lora_B.weight"] = size_out, spec.rank  # type: ignore[assignment]
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def _factors(path: str, module: nn.Module, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> _Factors:
+    device = next(iter((*module.parameters(), *module.buffers()))).device
+    a, b = (tensors[f"{path}.lora_{letter}.weight"].detach().to(device, torch.float32) for letter in "AB")
+    return _Factors(a.clone(), b * (spec.alpha / spec.rank))
+
+
+def _same(some: _Served, others: _Served) -> bool:
+    return some.keys() == others.keys() and all(factors.same(others[path]) for path, factors in some.items())
+
+
+def _rows(stacks: Sequence[Stack], served: str) -> Tensor | None:
+    rows = [number for number, stack in enumerate(stacks) if served in stack]
+    return None if len(rows) == len(stacks) else torch.tensor(rows)

@@ -4,7 +4,10 @@ A device's sessions take the way that they take between machines: over a link to
 every message as bytes.
 """
 
+import os
 from collections.abc import Callable, Mapping
+
+import torch
 
 from gaisnet.config import Config, EdgeSettings, ServiceSettings
 from gaisnet.engines.local import Tiers, build_tiers
@@ -24,7 +27,7 @@ from gaisnet.tiers.examples import DeviceData
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
-from gaisnet.turn import Turn
+from gaisnet.turn import SideBySide, Turn
 
 _WHOSE: dict[Place, Whose] = {"edge": "domain", "cloud": "foundation"}
 
@@ -35,10 +38,11 @@ class MachineOutlets:
     Args:
         settings: Of each service.
         domains: Of the edges.
+        turn: Of the machine; None for one that fits it.
     """
 
-    def __init__(self, settings: ServiceSettings, domains: list[str]) -> None:
-        self.turn = Turn(settings.fine_tune_share)
+    def __init__(self, settings: ServiceSettings, domains: list[str], turn: Turn | None = None) -> None:
+        self.turn = turn or _turn(settings)
         self.of_cloud = BodyOutlet(settings, self.turn)
         self.of_edges = {domain: BodyOutlet(settings, self.turn) for domain in domains}
 
@@ -110,11 +114,13 @@ class ServedNetwork:
     def parts(self, device: str) -> DeviceParts:
         """Head and tail of a device, to write answers with, of any domain; ask for them before learning goes on.
 
-        Raises why the device cannot be had.
+        Raises ``SessionRefused`` for a device that the run does not have, or why it cannot be had.
         """
         if device not in self._parts:
-            domain = next(edge.domain for edge, one in self._config.each_device() if one.name == device)
-            self._tiers.edges[domain].equip(device)
+            domains = {one.name: edge.domain for edge, one in self._config.each_device()}
+            if device not in domains:
+                raise SessionRefused(f"device '{device}'", f"the run has {', '.join(domains)}", "name one of those")
+            self._tiers.edges[domains[device]].equip(device)
             self._parts[device] = DeviceParts(*self._tiers.devices[device].parts(), self.turn)
         return self._parts[device]
 
@@ -153,12 +159,37 @@ def build_served_network(
     retention_text: str,
     progress: Progress = silent,
     new_ledger: Callable[[], Ledger] = Ledger,
+    turn: Turn | None = None,
 ) -> ServedNetwork:
-    """``engines.local.build_network``, with bodies that are served; close it in the end. Raises ``GaisnetError``."""
-    outlets = MachineOutlets(config.service, [edge.domain for edge in config.edges])
+    """``engines.local.build_network``, with bodies that are served; close it in the end. Raises ``GaisnetError``.
+
+    Args:
+        config: As there, and so are the others but the last.
+        foundation: The FM.
+        shapes: By domain.
+        data: By device.
+        retention_text: Public text.
+        progress: Told about every step.
+        new_ledger: For learning.
+        turn: Of this machine; None for one that fits it.
+    """
+    outlets = MachineOutlets(config.service, [edge.domain for edge in config.edges], turn)
     try:
         tiers = build_tiers(config, foundation, shapes, data, retention_text, progress, new_ledger, outlets)
     except BaseException:
         outlets.close()
         raise
     return ServedNetwork(config, tiers, outlets)
+
+
+def _turn(settings: ServiceSettings) -> Turn:
+    """Answers and learning side by side where this process has several cores."""
+    cores, most = _num_cores(), torch.get_num_threads()
+    if cores < 2:
+        return Turn(settings.fine_tune_share)
+    return SideBySide(settings.fine_tune_share, cores, lambda some: torch.set_num_threads(min(some, most)))
+
+
+def _num_cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux knows which cores are ours
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

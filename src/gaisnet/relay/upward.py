@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gaisnet.adapters.state import AdapterTensors
 
-_CHUNK_ROWS = 1024
+_CHUNK_ROWS = 64  # a vocabulary is long: more at once would keep answers on the same machine waiting
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,11 @@ class FoundationModel:
         with self.plugged_in(adapter), torch.no_grad():
             outputs = entering.map_batches(self.suffix, PREFIX_BATCH)
             hidden_BTD = self._tail.stack.run(outputs.rows_ND.view(*ids_BT.shape, -1))
-            return perplexity(hidden_BTD, self._tail.logits, ids_BT)
+            return perplexity(hidden_BTD, self._tail_logits, ids_BT)
+
+    def _tail_logits(self, rows_ND: Tensor) -> Tensor:
+        self._turn.pause()
+        return self._tail.logits(rows_ND)
 
     def prefix(self, smashed: SmashedData) -> Activations:
         """Finish the frozen layers from where a device stopped. Raises ``WireFormatError`` if that cannot be."""
