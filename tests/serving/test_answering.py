@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gaisnet.errors import ContextFull, GaisnetError, LinkLost, SessionRefused, UnknownModel
+from gaisnet.errors import ContextFull, LinkLost, SessionRefused, UnknownAdapter, UnknownModel
 from gaisnet.serving.answering import Answer, Answering, Ask, Domain
 from gaisnet.serving.bodies import Target
 from gaisnet.serving.decoding import write
@@ -125,10 +125,11 @@ def test_a_body_that_is_lost() -> None:
         answering.begin(ask("foundation"))
 
 
-def test_what_speculation_opened_is_closed_if_the_other_body_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering, bodies = tiny_answering("auto")
-    monkeypatch.delitem(bodies.edges["shapes"]._adapters._newest, "relay")
-    with pytest.raises(GaisnetError):
+def test_what_speculation_opened_is_closed_if_the_other_body_cannot_be_had() -> None:
+    parts, bodies = shared_bodies()
+    unknown = {"shapes": Domain(Routing(("shapes",)), adapters=("relay", "nobody's"))}
+    answering = Answering(parts, chat_tokenizer(), bodies, unknown, "shapes")
+    with pytest.raises(UnknownAdapter):
         answering.begin(ask("auto", speculate=True))
     assert bodies.num_sessions == 0
 
