@@ -101,7 +101,10 @@ class FineTuneSettings(Settings):
         5.0, ge=0.0, description="Weight of the pull toward the FM's own output on generated text, against forgetting."
     )
     anchor_sequences: int = Field(48, ge=1, description="Sequences of generated text that the pull knows.")
-    anchor_batch_size: int = Field(2, ge=1, description="How many of them are in a step.")
+    anchor_batch_size: int = Field(2, ge=1, description="How many of them are in a step that pulls.")
+    anchor_every: int = Field(
+        2, ge=1, description="One step in so many pulls, and that much harder: a pull costs a fifth of a step."
+    )
 
 
 class AbsorbSettings(Settings):

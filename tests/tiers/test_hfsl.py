@@ -376,7 +376,8 @@ def test_no_label_is_in_a_message() -> None:
 def test_the_anchor_adds_the_gradient_of_its_pull() -> None:
     weight = 0.7
     changes = {"local_epochs": 1, "batch_size": 64, "learning_rate": 0.01, "max_grad_norm": 1e9}
-    config = cohort_config((1,), fine_tune={**changes, "anchor_weight": weight, "anchor_batch_size": 2})
+    anchor = {"anchor_weight": weight, "anchor_batch_size": 2, "anchor_every": 1}
+    config = cohort_config((1,), fine_tune={**changes, **anchor})
     cohort = Cohort(config)
     text_T = torch.randint(256, (7,), generator=torch.Generator().manual_seed(3))
     model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
@@ -395,6 +396,27 @@ def test_the_anchor_adds_the_gradient_of_its_pull() -> None:
     naive_step(model, EXAMPLES, config)  # its gradients add to those of the pull
     learn(cohort, cohort.members())
     assert_same(cohort.domain.domain_adapter(), {n: p.detach() for n, p in adapter_parameters(model).items()})
+
+
+def anchored(**changes: object) -> AdapterTensors:
+    """What two epochs of one step each learn, pulled."""
+    settings = {"local_epochs": 2, "batch_size": 64, "learning_rate": 0.01, "anchor_weight": 0.7, **changes}
+    cohort = Cohort(cohort_config((1,), fine_tune=settings))
+    entering = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
+    cohort.domain.take_anchor(AnchorRelease(torch.tensor([7], dtype=torch.int32), entering))
+    learn(cohort, cohort.members())
+    return cohort.domain.domain_adapter()
+
+
+def differ(one: AdapterTensors, other: AdapterTensors) -> bool:
+    return any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_step_pulls_when_it_is_its_turn() -> None:
+    never = anchored(anchor_weight=0.0)
+    assert not differ(anchored(anchor_every=3), never)  # there are two steps
+    seldom, always = anchored(anchor_every=2), anchored(anchor_every=1)
+    assert differ(seldom, never) and differ(seldom, always)
 
 
 def test_an_anchor_without_weight_changes_nothing() -> None:

@@ -188,7 +188,8 @@ class DomainModel:
                 if not step_tokens:
                     continue
                 with self._turn.learning():
-                    self._backward_anchor(settings, generator)
+                    if step % settings.anchor_every == 0:
+                        self._backward_anchor(settings, generator)
                     clip_grad_norm_(parameters, settings.max_grad_norm)
                     optimizer.step()
                 loss_sum, num_tokens = loss_sum + step_loss, num_tokens + step_tokens
@@ -200,7 +201,10 @@ class DomainModel:
         return Learned(stayed, step, loss, left)
 
     def _backward_anchor(self, settings: FineTuneSettings, generator: torch.Generator) -> None:
-        """Add the gradient of the pull toward the FM's own output (learning without forgetting, arXiv 1606.09282)."""
+        """Add the gradient of the pull toward the FM's own output (learning without forgetting, arXiv 1606.09282).
+
+        Not in every step, as a regulariser may be (Karras et al., arXiv 1912.04958, appendix B).
+        """
         if self._anchor is None or not settings.anchor_weight:
             return
         inputs, targets = self._anchor
@@ -208,7 +212,7 @@ class DomainModel:
         mask_BT = length_mask([inputs.lengths[i] for i in batch], inputs.rows_ND.device)
         found_BTD = self.suffix(inputs.padded(batch))
         loss = relative_square(found_BTD, targets.padded(batch), mask_BT)
-        (settings.anchor_weight * loss).backward()
+        (settings.anchor_every * settings.anchor_weight * loss).backward()
 
     def backward(
         self,
