@@ -325,6 +325,47 @@ def test_a_site_answers_one_request_after_the_other_whoever_asks(sites: Sites) -
     assert [answer(future) for future in [first, *others]] == [b"done first", b"done second", b"done third"]
 
 
+def test_an_answer_may_come_later_and_others_are_answered_meanwhile(sites: Sites) -> None:
+    later: dict[bytes, Future[bytes]] = {payload: Future() for payload in (b"1", b"2", b"3", b"4")}
+    edge = sites.listener("clinic", handle=lambda _asker, payload: later.get(payload, payload))
+    clinic = sites.dialer(edge.port, "clinic")
+    asked = {payload: clinic.send(payload) for payload in later}
+    assert answer(clinic.send(b"meanwhile")) == b"meanwhile"
+    later[b"2"].set_result(b"the second")
+    later[b"1"].set_exception(CutError("cut.head", 8, "the model has 4 layers", "use 1 to 3"))
+    later[b"3"].cancel()
+    later[b"4"].set_exception(KeyError("a secret"))
+    assert answer(asked[b"2"]) == b"the second"
+    kinds = {b"1": "CutError", b"3": "LinkTimeout", b"4": "InternalError"}
+    for payload, kind in kinds.items():
+        with pytest.raises(PeerError) as caught:
+            answer(asked[payload])
+        assert caught.value.kind == kind
+
+
+def test_an_answer_that_comes_after_a_drop_is_sent_over_the_next_connection(sites: Sites) -> None:
+    later: Future[bytes] = Future()
+    edge = sites.listener("clinic", handle=lambda _asker, _payload: later)
+    proxy = sites.proxy(edge.port)
+    clinic = sites.dialer(proxy.port, "clinic")
+    asked = clinic.send(b"?")
+    until(lambda: edge.states()["clinic"].connected, "a connection")
+    proxy.drop()
+    later.set_result(b"late")
+    assert answer(asked) == b"late"
+
+
+def test_those_aside_wait_for_nobody(sites: Sites) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", "ward", handle=lambda a, p: gate(a, p) if a == "clinic" else p, aside=["ward"])
+    clinic, ward = (sites.dialer(edge.port, name) for name in ("clinic", "ward"))
+    busy = clinic.send(b"an order")
+    assert gate.entered.wait(DEADLINE_S)
+    assert answer(ward.send(b"a question")) == b"a question"
+    gate.open.set()
+    assert answer(busy) == b"done an order"
+
+
 def test_a_handler_may_close_its_own_link(sites: Sites) -> None:
     closed = threading.Event()
 

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from queue import Empty, SimpleQueue
 
 from gaisnet.errors import GaisnetError, LinkLost, MessageTooLarge, PeerError, WireFormatError
@@ -24,8 +24,11 @@ from gaisnet.transport.session import Answered, Asked, Event, Failed, Job, Sessi
 from gaisnet.transport.stream import Limits, LinkState
 from gaisnet.transport.worker import Worker
 
-ByteHandler = Callable[[str, bytes], bytes]
-"""(name of who asks, payload) -> answer. Raises ``GaisnetError``; anything else stays here, in the log."""
+ByteHandler = Callable[[str, bytes], bytes | Future[bytes]]
+"""(name of who asks, payload) -> answer, now or later. Raises ``GaisnetError``; anything else stays here, in the log.
+
+Who answers later lets the site answer others meanwhile.
+"""
 
 _WARN_EVERY_S = 60.0
 _PATIENCE_S = 0.01  # for a frame that can carry an acknowledgement
@@ -268,7 +271,20 @@ class Endpoint:
         payload, dropped = job.payload, job.dropped
         if dropped:
             return None
-        kind, answer = self._answer_to(payload)
+        return self._settle(job, lambda: self._handle(self.other, payload), connection)
+
+    def _settle(
+        self, job: Job, work: Callable[[], bytes | Future[bytes]], connection: "Connection | None" = None
+    ) -> Frame | None:
+        """Answer with what ``work`` gives, or, where that comes later, then; see ``_run``."""
+        outcome = self._outcome(work)
+        if isinstance(outcome, Future):
+            outcome.add_done_callback(lambda done: self._settle(job, done.result))
+            return None
+        return self._answer(job, *outcome, connection)
+
+    def _answer(self, job: Job, kind: Kind, answer: bytes, connection: "Connection | None" = None) -> Frame | None:
+        """Let an answer go out; see ``_run``."""
         with self._lock:
             held = self._session.held_bytes
             if held and held + len(answer) > self.limits.max_message_bytes:
@@ -281,12 +297,16 @@ class Endpoint:
             self._wake_writer()
             return None
 
-    def _answer_to(self, payload: bytes) -> tuple[Kind, bytes]:
+    def _outcome(self, work: Callable[[], bytes | Future[bytes]]) -> tuple[Kind, bytes] | Future[bytes]:
         try:
-            answer = self._handle(self.other, payload)
+            answer = work()
+            if isinstance(answer, Future):
+                return answer
             if len(answer) > self.limits.max_message_bytes:
                 raise MessageTooLarge(self.other, len(answer), self.limits.max_message_bytes)
             return Kind.ANSWER, answer
+        except CancelledError:
+            return Kind.FAILURE, encode_failure("LinkTimeout", "whoever was to answer gave it up")
         except PeerError as error:  # whoever asks learns what went wrong, not who passed it on
             return Kind.FAILURE, encode_failure(error.kind, error.text)
         except GaisnetError as error:

@@ -81,6 +81,7 @@ class Listener:
             over all links.
         limits: What dialers may send.
         status: Answers ``ask_status``, in threads of gRPC; must not wait for anything.
+        aside: Those of ``accepts`` whose requests do not wait for requests of the others, nor the other way round.
 
     Raises:
         ConfigError: The certificates cannot be read, or the address cannot be listened on.
@@ -95,12 +96,16 @@ class Listener:
         handle: ByteHandler,
         limits: Limits = DEFAULT_LIMITS,
         status: Callable[[], Mapping[str, JsonValue]] = dict,
+        aside: Collection[str] = (),
     ) -> None:
         self._name = name
         self._status = status
-        self._worker = Worker(f"{name} answers")
+        self._workers = {apart: Worker(f"{name} answers") for apart in (False, True)}
         life = os.urandom(LIFE_BYTES)
-        self._endpoints = {other: Endpoint(other, life, limits, handle, self._worker, dials=False) for other in accepts}
+        self._endpoints = {
+            other: Endpoint(other, life, limits, handle, self._workers[other in aside], dials=False)
+            for other in accepts
+        }
         self._lock = threading.Lock()
         self._calls: dict[str, grpc.ServicerContext] = {}
         self._refused: set[str] = set()
@@ -125,7 +130,8 @@ class Listener:
         for endpoint in self._endpoints.values():
             endpoint.close()
         self._server.stop(0).wait(_CLOSE_S)
-        self._worker.close(_CLOSE_S)
+        for worker in self._workers.values():
+            worker.close(_CLOSE_S)
 
     def _serve(self, limits: Limits) -> grpc.Server:
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
