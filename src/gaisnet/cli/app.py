@@ -4,6 +4,7 @@ import os
 
 import typer
 
+from gaisnet.cli.bench import bench
 from gaisnet.cli.chat import chat
 from gaisnet.cli.deploy import deploy
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
@@ -55,6 +56,7 @@ def run(
 
 app.command()(serve)
 app.command()(chat)
+app.command()(bench)
 app.add_typer(deploy, name="deploy")
 for site in (cloud, edge, device):
     app.command()(site)

@@ -33,6 +33,12 @@ _STAGES = {
     "fine_tune": "fine-tune: split learning on private data",
     "absorb": "absorb: domain knowledge goes up",
     "calibrate": "calibrate: how sure a domain model must be, on held-out examples where they are",
+    "bench_single_edge": "bench: one session on a domain model, split and in one piece",
+    "bench_single_cloud": "bench: one session on the foundation model, split and in one piece",
+    "bench_batch_edge": "bench: many sessions on a domain model",
+    "bench_batch_cloud": "bench: many sessions on the foundation model",
+    "bench_speculation": "bench: a domain model drafts, the foundation model checks",
+    "bench_tuning": "bench: answers and fine-tuning, alone and together",
     "evaluate": "evaluate: scoring held-out examples where they are",
 }
 

@@ -12,12 +12,15 @@ from torch import Tensor
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import ServiceSettings
 from gaisnet.errors import SessionRefused, UnexpectedMessage
-from gaisnet.messages import CloseSession, CropSession, EscalateSession, ExtendSession, Message, OpenSession
+from gaisnet.messages import CloseSession, CropSession, EscalateSession, ExtendSession, Message, OpenSession, Whose
 from gaisnet.models.parts import Body
+from gaisnet.serving.bodies import Place, Target
 from gaisnet.serving.body import BodyService
-from gaisnet.transport.base import Handler
+from gaisnet.serving.endpoint import RemoteSession
+from gaisnet.transport.base import Handler, Link
 from gaisnet.turn import Turn
 
+_WHOSE: dict[Place, Whose] = {"edge": "domain", "cloud": "foundation"}
 _OF_SESSIONS = (OpenSession, ExtendSession, EscalateSession, CropSession, CloseSession)
 
 
@@ -64,6 +67,34 @@ class BodyOutlet:
         """End all sessions, and the thread."""
         self._service = None
         self._opened.close()
+
+
+class LinkedBodies:
+    """``Bodies`` that are reached over a link to the edge of each domain.
+
+    Args:
+        links: By domain.
+        deadline_s: How long an answer is waited for.
+    """
+
+    def __init__(self, links: Mapping[str, Link], deadline_s: float) -> None:
+        self._links = links
+        self._deadline_s = deadline_s
+
+    def open(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
+        """See ``Bodies.open``."""
+        return self._open(target, first, stop, num_positions, may_escalate=False)
+
+    def open_escalating(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
+        """See ``Bodies.open_escalating``."""
+        return self._open(target, first, stop, num_positions, may_escalate=True)
+
+    def _open(self, target: Target, first: int, stop: int, num_positions: int, may_escalate: bool) -> RemoteSession:
+        if target.domain not in self._links:
+            found = f"there are edges for {', '.join(self._links)}"
+            raise SessionRefused(f"a session of domain '{target.domain}'", found, "name one of those")
+        asked = first, stop, target.adapters, num_positions, _WHOSE[target.body], may_escalate
+        return RemoteSession(self._links[target.domain].send, *asked, deadline_s=self._deadline_s)
 
 
 class Sessions(Protocol):

@@ -11,25 +11,23 @@ import torch
 
 from gaisnet.config import Config, EdgeSettings, ServiceSettings
 from gaisnet.engines.local import Tiers, build_tiers
-from gaisnet.engines.services import BodyOutlet, Front
+from gaisnet.engines.services import BodyOutlet, Front, LinkedBodies
 from gaisnet.errors import SessionRefused
-from gaisnet.messages import Whose
 from gaisnet.models.foundation import Foundation
+from gaisnet.models.parts import Body
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
-from gaisnet.serving.bodies import Place, Target
+from gaisnet.serving.bodies import Place
 from gaisnet.serving.body import BodyService
 from gaisnet.serving.decoding import DeviceParts
-from gaisnet.serving.endpoint import RemoteSession, SessionEndpoint
+from gaisnet.serving.endpoint import SessionEndpoint
 from gaisnet.serving.escalation import EdgeSessions
 from gaisnet.tiers.examples import DeviceData
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
 from gaisnet.turn import SideBySide, Turn
-
-_WHOSE: dict[Place, Whose] = {"edge": "domain", "cloud": "foundation"}
 
 
 class MachineOutlets:
@@ -42,7 +40,7 @@ class MachineOutlets:
     """
 
     def __init__(self, settings: ServiceSettings, domains: list[str], turn: Turn | None = None) -> None:
-        self.turn = turn or _turn(settings)
+        self.turn = turn or machine_turn(settings)
         self.of_cloud = BodyOutlet(settings, self.turn)
         self.of_edges = {domain: BodyOutlet(settings, self.turn) for domain in domains}
 
@@ -66,7 +64,7 @@ class MachineOutlets:
             outlet.close()
 
 
-class ServedNetwork:
+class ServedNetwork(LinkedBodies):
     """A network of local tiers whose bodies are served: the ``Bodies`` of its devices.
 
     Args:
@@ -86,20 +84,17 @@ class ServedNetwork:
         self._outlets = outlets
         self._settings = {settings.domain: settings for settings in config.edges}
         self._parts: dict[str, DeviceParts] = {}
-        self._links = {settings.domain: self._link(settings) for settings in config.edges}
-
-    def open(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
-        """See ``Bodies.open``."""
-        return self._open(target, first, stop, num_positions, may_escalate=False)
-
-    def open_escalating(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
-        """See ``Bodies.open_escalating``."""
-        return self._open(target, first, stop, num_positions, may_escalate=True)
+        super().__init__(
+            {settings.domain: self._link(settings) for settings in config.edges}, config.faults.step_deadline_s
+        )
 
     def adapters(self, body: Place, domain: str) -> list[str]:
         """Names that a ``Target`` may have. Raises ``SessionRefused`` before the body has its model."""
-        outlet = self._outlets.cloud() if body == "cloud" else self._outlets.edge(domain)
-        return outlet.service.adapters
+        return self._outlet(body, domain).service.adapters
+
+    def body(self, place: Place, domain: str) -> Body:
+        """What is served there; learning may change it. Raises ``SessionRefused`` before there is a model."""
+        return self._outlet(place, domain).service.body
 
     @property
     def num_sessions(self) -> int:
@@ -133,6 +128,9 @@ class ServedNetwork:
         """End all sessions and services."""
         self._outlets.close()
 
+    def _outlet(self, place: Place, domain: str) -> BodyOutlet:
+        return self._outlets.cloud() if place == "cloud" else self._outlets.edge(domain)
+
     def _link(self, edge: EdgeSettings) -> LocalLink:
         """From the device of an edge up to it; the edge has one of its own to the cloud."""
         codec, device = Codec(self._config.wire), self.device(edge.domain)
@@ -141,14 +139,6 @@ class ServedNetwork:
         outlet = self._outlets.edge(edge.domain)
         of_device = Front(None, outlet, lambda service: EdgeSessions(service, cloud, device), device)
         return LocalLink(of_device, codec, self.ledger, "device_edge", "up")
-
-    def _open(self, target: Target, first: int, stop: int, num_positions: int, may_escalate: bool) -> RemoteSession:
-        if target.domain not in self._links:
-            found = f"there are edges for {', '.join(self._links)}"
-            raise SessionRefused(f"a session of domain '{target.domain}'", found, "name one of those")
-        ask, deadline_s = self._links[target.domain].send, self._config.faults.step_deadline_s
-        asked = first, stop, target.adapters, num_positions, _WHOSE[target.body], may_escalate
-        return RemoteSession(ask, *asked, deadline_s=deadline_s)
 
 
 def build_served_network(
@@ -182,7 +172,7 @@ def build_served_network(
     return ServedNetwork(config, tiers, outlets)
 
 
-def _turn(settings: ServiceSettings) -> Turn:
+def machine_turn(settings: ServiceSettings) -> Turn:
     """Answers and learning side by side where this process has several cores."""
     cores, most = _num_cores(), torch.get_num_threads()
     if cores < 2:

@@ -1,6 +1,6 @@
 """A device of a run, opened to write answers on: all tiers are in this process, and so are the held-out examples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from gaisnet.errors import ConfigError
 from gaisnet.experiments.serve import ServedRun, serve_run
 from gaisnet.serving.calibration import HeldOut
 from gaisnet.serving.device import ServedDevice, ServedDomain
-from gaisnet.tiers.examples import tokenize
+from gaisnet.tiers.examples import Tokens, tokenize
 
 
 @contextmanager
@@ -25,18 +25,28 @@ def open_device(run: Path, name: str | None) -> Iterator[ServedDevice]:
         GaisnetError: There is no run, or it is under way elsewhere.
     """
     with serve_run(run) as served:
-        edge, device = _device(served, name)
-        yield ServedDevice(
-            domain=edge.domain,
-            parts=served.bodies.parts(device.name),
-            tokenizer=served.foundation.tokenizer,
-            bodies=served.bodies,
-            domains={each.domain: _domain(served, each) for each in served.config.edges},
-            gauges={
-                "sessions": lambda: float(served.bodies.num_sessions),
-                "cache_bytes": lambda: float(served.bodies.used_bytes),
-            },
-        )
+        yield device_of(served, name)
+
+
+def device_of(served: ServedRun, name: str | None) -> ServedDevice:
+    """A device of a run that is served; None for the first split one. Raises ``ConfigError`` if it has no such."""
+    edge, device = _device(served, name)
+    return ServedDevice(
+        domain=edge.domain,
+        parts=served.bodies.parts(device.name),
+        tokenizer=served.foundation.tokenizer,
+        bodies=served.bodies,
+        domains={each.domain: _domain(served, each) for each in served.config.edges},
+        gauges={
+            "sessions": lambda: float(served.bodies.num_sessions),
+            "cache_bytes": lambda: float(served.bodies.used_bytes),
+        },
+    )
+
+
+def held_out_of(examples: Sequence[Tokens]) -> list[HeldOut]:
+    """Prompts, and the answers that they should have."""
+    return [HeldOut(t.input_ids[: len(t.input_ids) - len(t.label_ids) + 1], t.label_ids) for t in examples]
 
 
 def _device(served: ServedRun, name: str | None) -> tuple[EdgeSettings, DeviceSettings]:
@@ -53,8 +63,10 @@ def _device(served: ServedRun, name: str | None) -> tuple[EdgeSettings, DeviceSe
 def _domain(served: ServedRun, edge: EdgeSettings) -> ServedDomain:
     tokenizer, context = served.foundation.tokenizer, served.config.model.context
     held_out = [
-        HeldOut(tokens.input_ids[: len(tokens.input_ids) - len(tokens.label_ids) + 1], tokens.label_ids)
+        example
         for device in edge.devices
-        for tokens in tokenize(served.data[device.name].test, tokenizer, context, f"device '{device.name}', test")
+        for example in held_out_of(
+            tokenize(served.data[device.name].test, tokenizer, context, f"device '{device.name}', test")
+        )
     ]
     return ServedDomain(tuple(served.bodies.adapters("edge", edge.domain)), (edge.domain,), held_out)

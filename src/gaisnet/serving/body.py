@@ -41,6 +41,7 @@ class BodyService:
     """
 
     def __init__(self, body: Body, layers: range, settings: ServiceSettings, turn: Turn | None = None) -> None:
+        self.body = body
         self._range = layers
         self._config = body.config
         self._adapters = ServedAdapters(body)
