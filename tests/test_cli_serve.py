@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from gaisnet.cli import serve as serving
 from gaisnet.cli.app import app
+from gaisnet.serving.address import ADDRESS_NAME
 from gaisnet.serving.calibration import FILE_NAME, HeldOut
 from gaisnet.serving.device import ServedDevice, ServedDomain
 from gaisnet.serving.server import Server
@@ -77,7 +78,7 @@ def test_serve_calibrates_once_and_says_where_it_is(tmp_path: Path, monkeypatch:
     seen: list[str] = []
 
     def run(server: Server) -> None:
-        url = (tmp_path / serving.ADDRESS_NAME).read_text(encoding="utf-8").strip()
+        url = (tmp_path / ADDRESS_NAME).read_text(encoding="utf-8").strip()
         seen.append(url)
         with server.in_thread():
             seen.append(httpx.get(f"{url}/v1/models").json()["data"][0]["id"])
@@ -92,7 +93,7 @@ def test_serve_calibrates_once_and_says_where_it_is(tmp_path: Path, monkeypatch:
     assert result.exit_code == 0, result.output
     assert f"at {seen[0]}/v1; end it with Ctrl-C" in words(result.output)
     assert seen[1] == "auto"
-    assert not (tmp_path / serving.ADDRESS_NAME).exists()
+    assert not (tmp_path / ADDRESS_NAME).exists()
     kept = (tmp_path / FILE_NAME).read_text(encoding="utf-8")
     assert '"num_trials": 3' in kept
     assert "calibrate" in words(result.output)
@@ -128,7 +129,7 @@ def test_a_run_that_nobody_serves_is_opened_here(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_served_is_asked_there(tmp_path: Path, up: Front) -> None:
-    (tmp_path / serving.ADDRESS_NAME).write_text(f"{up.url}\n", encoding="utf-8")
+    (tmp_path / ADDRESS_NAME).write_text(f"{up.url}\n", encoding="utf-8")
     result = gaisnet("chat", tmp_path, "--model", "merged", "--max-tokens", 4, said="hello\n")
     assert "by the foundation model" in words(result.output)
 

@@ -2,29 +2,36 @@
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
-from gaisnet.config import Config, load_config
+from gaisnet.cli.serve import opened
+from gaisnet.config import Config, RoutingSettings, load_config
+from gaisnet.deployment.front_door import Door
 from gaisnet.deployment.kits import prepare
+from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.one_machine import kits_in, run_network, sites_of
 from gaisnet.deployment.resident import Watched, links_status, run_device, run_edge
 from gaisnet.deployment.site import CLOUD, certificates, read_site
-from gaisnet.deployment.start import plans
+from gaisnet.deployment.start import plans, start_site
 from gaisnet.deployment.status import network_status
-from gaisnet.errors import DataError, KitUnreadable, OutputInUse
+from gaisnet.errors import ConfigError, DataError, KitUnreadable, OutputInUse
 from gaisnet.experiments.output import LOCK_NAME
 from gaisnet.experiments.run import run_experiment
 from gaisnet.experiments.summary import Summary
+from gaisnet.serving.address import ADDRESS_NAME
+from gaisnet.serving.keys import ApiKeys
 from gaisnet.transport.grpc import Dialer, Listener
 from tests.tiny import write_tiny_run
 
@@ -121,6 +128,20 @@ def test_a_device_whose_data_are_not_there_says_so_before_it_dials(kits: Mapping
     (tmp_path / "tokenizer").symlink_to(kits["north-a"] / "tokenizer")
     with pytest.raises(DataError, match="there is no such file"):
         run_device(tmp_path)
+
+
+def test_only_clouds_stay_and_only_devices_serve(kits: Mapping[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="--stay at 'north': the kit's role is edge; give it to a cloud"):
+        start_site(kits["north"], stay=True)
+    with pytest.raises(ConfigError, match="--serve at 'cloud': the kit's role is cloud; give it to a device"):
+        start_site(kits[CLOUD], serve=0)
+
+
+def test_a_port_that_is_taken_is_told(kits: Mapping[str, Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        door = Door(taken.getsockname(), ApiKeys(), RoutingSettings())
+        with pytest.raises(ConfigError, match="listening on '127.0.0.1'"):
+            run_device(kits["north-a"], door)
 
 
 def test_a_network_that_is_not_there_is_told_as_it_is(kits: Mapping[str, Path]) -> None:
@@ -224,6 +245,46 @@ def test_a_network_of_processes_has_the_figures_of_one_process(
     assert "prepare" in watch.stages
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"summary.json", "metrics.jsonl", "report.html", "tensorboard", "adapters", "checkpoint"}
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(240)
+def test_a_network_answers_its_devices_callers(config: Config, tmp_path: Path) -> None:
+    """The text that a device's callers get is that of the run it leaves behind, split in one process."""
+    out, asked = tmp_path / "out", {"prompt": "Is it so?", "max_tokens": 6, "temperature": 0}
+    kits = prepare(config, sites_of(out))
+    more = {"cloud": ["--stay"], "north-a": ["--serve", "0"]}
+    every = [plan for name, kit in kits.items() for plan in plans(kit, sites_of(out) / "logs", out, more.get(name, ()))]
+    texts = {}
+    with Launcher(every):
+        finished = sites_of(out) / "logs" / "cloud.log"
+        wait_until(lambda: finished.exists() and "the run has finished" in finished.read_text(encoding="utf-8"))
+        wait_until((kits["north-a"] / "calibration.json").exists)
+        url = (kits["north-a"] / ADDRESS_NAME).read_text(encoding="utf-8").strip()
+        for model in ("shapes", "foundation", "merged"):
+            response = httpx.post(f"{url}/v1/completions", json={**asked, "model": model}, timeout=60)
+            assert response.status_code == 200, response.text
+            texts[model] = response.json()["choices"][0]["text"], response.json()["gaisnet"]["body"]
+        refused = httpx.post(f"{url}/v1/completions", json={**asked, "model": "tastes"}, timeout=60)
+        assert refused.status_code == 404
+    assert left_behind(out) == []
+    assert {model: body for model, (_, body) in texts.items()} == {
+        "shapes": "edge",
+        "foundation": "cloud",
+        "merged": "cloud",
+    }
+    with opened(out, "north-a", RoutingSettings(escalate="never"), False, ApiKeys(), ("127.0.0.1", 0)) as (_, server):
+        with server.in_thread() as url:
+            for model, (text, _) in texts.items():
+                again = httpx.post(f"{url}/v1/completions", json={**asked, "model": model}, timeout=60).json()
+                assert again["choices"][0]["text"] == text
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    until = time.monotonic() + 150
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.2)
 
 
 def kill(out: Path, role: str) -> None:

@@ -10,9 +10,10 @@ from rich.markup import escape
 
 from gaisnet.cli.conversation import Conversation
 from gaisnet.cli.display import console, quiet_libraries, told_errors
-from gaisnet.cli.serve import ADDRESS_NAME, opened
+from gaisnet.cli.serve import opened
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import ServerRefused
+from gaisnet.serving.address import ADDRESS_NAME
 
 _COLOURS = {"edge": "green", "cloud": "magenta"}
 _NAMES = {"edge": "domain model", "cloud": "foundation model"}

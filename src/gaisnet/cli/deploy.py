@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
-from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, output_folder
+from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, ServeOn, Stay, output_folder
 from gaisnet.config import load_config
 
 deploy = typer.Typer(no_args_is_help=True, help="Cloud, edges and devices as separate sites.")
@@ -64,14 +64,19 @@ def deploy_run(
 def start(
     kit: Annotated[Path, typer.Argument(help="A site's kit.")],
     out: Annotated[Path | None, typer.Option(help="Output folder of the cloud. [default: KIT/run]")] = None,
+    stay: Stay = False,
+    serve: ServeOn = None,
 ) -> None:
-    """Run one site on this host and start it again when it dies; what start.sh in a kit does."""
+    """Run one site on this host and start it again when it dies; what start.sh in a kit does.
+
+    For a network that answers: --stay at the cloud, --serve PORT at the devices that have callers.
+    """
     with told_errors():
         from gaisnet.deployment.resident import end_in_order
         from gaisnet.deployment.start import start_site
 
         end_in_order()
-        start_site(kit, out)
+        start_site(kit, out, stay, serve)
 
 
 @deploy.command()

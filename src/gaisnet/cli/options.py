@@ -14,6 +14,12 @@ ConfigFile = Annotated[Path | None, typer.Argument(help="The run's YAML file, su
 Out = Annotated[Path | None, typer.Option(help="Output folder; must be new or empty. [default: runs/<time>]")]
 Resume = Annotated[Path | None, typer.Option(help="In place of CONFIG: go on with the run in this output folder.")]
 
+Stay = Annotated[bool, typer.Option("--stay", help="A cloud goes on answering when the run has finished.")]
+ServeOn = Annotated[
+    int | None,
+    typer.Option("--serve", metavar="PORT", min=0, max=65535, help="A device answers callers at this port of its own."),
+]
+
 
 def output_folder(config: Path | None, out: Path | None, resume: Path | None) -> Path:
     """The output folder that CONFIG, --out and --resume mean."""

@@ -1,7 +1,7 @@
 """``gaisnet serve``: a run's models behind OpenAI's endpoints."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,15 +10,13 @@ import typer
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
 from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.progress import Progress, silent
+from gaisnet.serving.address import announced
 
 if TYPE_CHECKING:
     from gaisnet.serving.answering import Answering
     from gaisnet.serving.device import ServedDevice
     from gaisnet.serving.keys import ApiKeys
     from gaisnet.serving.server import Server
-
-ADDRESS_NAME = "serving.url"
-"""File in a run's folder that says where it is served, as long as it is."""
 
 
 def open_device(run: Path, name: str | None) -> "AbstractContextManager[ServedDevice]":
@@ -79,8 +77,11 @@ def serve(
         with opened(run, device, routing, speculate, keys, (host, port)) as (answering, server):
             console.print(f"Serving {', '.join(answering.models)}", highlight=False)
             console.print(f"at {server.url}/v1; end it with Ctrl-C", highlight=False)
-            with _announced(run, server.url):
-                server.run()
+            with announced(run, server.url):
+                try:
+                    server.run()
+                except KeyboardInterrupt:
+                    console.print("ended")
 
 
 @contextmanager
@@ -106,18 +107,3 @@ def opened(
         answering = served.answering(routing, calibrations, speculate)
         app = make_app(answering, FrontSettings(), keys, served.gauges)
         yield answering, Server(app, *address, keys)
-
-
-@contextmanager
-def _announced(run: Path, url: str) -> Iterator[None]:
-    """Inside, whoever knows the run finds the server."""
-    path = run / ADDRESS_NAME
-    with suppress(OSError):  # a run may lie where nobody writes
-        path.write_text(f"{url}\n", encoding="utf-8")
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.print("ended")
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from gaisnet.cli.display import quiet_libraries, told_errors
+from gaisnet.cli.options import ServeOn, Stay
+from gaisnet.config import RoutingSettings
 from gaisnet.deployment.launcher import FINAL
 
 
@@ -17,12 +19,13 @@ def cloud(
     out: Annotated[
         Path | None, typer.Option(help="Output folder; goes on if it holds a run. [default: KIT/run]")
     ] = None,
+    stay: Stay = False,
 ) -> None:
     """The cloud's process: holds the foundation model, carries out the run, and ends with it."""
     with _site_process():
         from gaisnet.deployment.resident import run_cloud
 
-        run_cloud(kit, out)
+        run_cloud(kit, out, stay)
 
 
 def edge(kit: Annotated[Path, typer.Argument(help="The edge's kit.")]) -> None:
@@ -33,12 +36,43 @@ def edge(kit: Annotated[Path, typer.Argument(help="The edge's kit.")]) -> None:
         run_edge(kit)
 
 
-def device(kit: Annotated[Path, typer.Argument(help="The device's kit.")]) -> None:
-    """A device's process: holds private data, head and tail, and stays."""
+def device(
+    kit: Annotated[Path, typer.Argument(help="The device's kit.")],
+    serve: ServeOn = None,
+    host: Annotated[
+        str, typer.Option(help="With --serve: address to listen on. Beyond this machine API keys are needed.")
+    ] = "127.0.0.1",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="With --serve: file with a key per line. [default: $GAISNET_API_KEYS]")
+    ] = None,
+    escalate: Annotated[
+        Literal["never", "auto", "always"],
+        typer.Option(help="With --serve: when 'auto' asks the foundation model; see gaisnet serve."),
+    ] = "auto",
+    threshold: Annotated[
+        float | None, typer.Option(help="With --serve: escalate below this confidence. [default: calibrated]")
+    ] = None,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="With --serve: the DM drafts what the foundation model writes.")
+    ] = False,
+) -> None:
+    """A device's process: holds private data, head and tail, and stays.
+
+    With --serve it also answers callers on this device, as gaisnet serve does for a finished run: with the models of
+    the network as they are, while it learns. How sure a domain model must be is calibrated on the device's own held-out
+    examples, anew after every release. The models are the device's own domain, auto, foundation and merged.
+    """
     with _site_process():
         from gaisnet.deployment.resident import run_device
 
-        run_device(kit)
+        if serve is None:
+            run_device(kit)
+        from gaisnet.deployment.front_door import Door
+        from gaisnet.serving.keys import check_bind, read_keys
+
+        keys = read_keys(api_keys)
+        check_bind(host, keys)
+        run_device(kit, Door((host, serve), keys, RoutingSettings(escalate=escalate, threshold=threshold), speculate))
 
 
 @contextmanager

@@ -12,34 +12,42 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import JsonValue
 
 from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
+from gaisnet.deployment.service import SiteService
 from gaisnet.deployment.site import CLOUD, Site, certificates, read_site
 from gaisnet.engines.nvflare.job import JobKeeper
 from gaisnet.engines.nvflare.kit import ORDERS
+from gaisnet.engines.services import Front
+from gaisnet.engines.serving import machine_turn
 from gaisnet.errors import UnexpectedMessage
 from gaisnet.experiments.data import load_device, load_public
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import carry_out
 from gaisnet.experiments.summary import Summary
-from gaisnet.later import as_future
+from gaisnet.later import then
 from gaisnet.messages import BodyRequest, Message, SmashedData
 from gaisnet.models.foundation import Foundation, read_tokenizer
 from gaisnet.network import Network
 from gaisnet.progress import Progress
+from gaisnet.serving.endpoint import SessionEndpoint
+from gaisnet.serving.escalation import EdgeSessions
 from gaisnet.tiers.cloud import Cloud
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.edge import Edge
-from gaisnet.transport.base import Handler
+from gaisnet.transport.base import Handler, Link
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink
 from gaisnet.transport.grpc import Dialer, Listener
 from gaisnet.transport.ledger import Ledger
-from gaisnet.transport.stream import Limits, LinkState
+from gaisnet.transport.stream import ByteLink, Limits, LinkState
+
+if TYPE_CHECKING:
+    from gaisnet.deployment.front_door import Door
 
 _START_S = 600.0  # more than a tier takes to be there once its links are
 _ENDED_BY_SIGNAL = 128 + signal.SIGTERM
@@ -64,7 +72,7 @@ class Watched:
 
 
 class _Answers:
-    """Bytes in, bytes out, for a tier that exists only after its links do.
+    """Bytes in, bytes out, for those who answer that exist only after their links do.
 
     Args:
         codec: Reads requests and writes answers.
@@ -81,43 +89,64 @@ class _Answers:
         self._codec = codec
         self._takes = takes
         self._about = about
-        self._tier: Future[Handler] = Future()
+        self._for: Future[Callable[[str], Handler]] = Future()
 
-    def become(self, tier: Handler) -> None:
-        """From now on ``tier`` answers."""
-        self._tier.set_result(tier)
+    def become(self, handler_for: Callable[[str], Handler]) -> None:
+        """From now on the handler that this gives for whoever asks answers."""
+        self._for.set_result(handler_for)
 
-    def __call__(self, asker: str, frame: bytes) -> bytes:
-        """Answer a frame. Raises ``UnexpectedMessage`` where ``asker`` may not send it."""
+    def __call__(self, asker: str, frame: bytes) -> bytes | Future[bytes]:
+        """Answer a frame, now or later. Raises ``UnexpectedMessage`` where ``asker`` may not send it."""
         if not self._takes(asker):
             raise UnexpectedMessage("this site", f"request from '{asker}'")
         message = self._codec.decode(frame)
         if not self._about(asker, message):
             raise UnexpectedMessage("this site", f"{type(message).__name__} of this kind from '{asker}'")
-        answer = as_future(self._tier.result(_START_S).handle(message))
-        return self._codec.encode(answer.result())
+        answer = self._for.result(_START_S)(asker).handle(message)
+        return then(answer, self._codec.encode) if isinstance(answer, Future) else self._codec.encode(answer)
 
 
-def run_cloud(folder: Path, out: Path | None = None) -> Summary:
-    """Carry out the run of a cloud's kit, or what is left of it, and return. Raises ``GaisnetError``."""
+def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summary:
+    """Carry out the run of a cloud's kit, or what is left of it, and return. Raises ``GaisnetError``.
+
+    Args:
+        folder: The kit.
+        out: Output folder; None for one in the kit.
+        stay: Go on answering when the run has finished, until the process is ended.
+    """
     site = read_site(folder, CLOUD)
     config = site.config
     public = {edge.domain: load_public(edge, config) for edge in config.edges}
     watched = Watched()
-    with RunFolder.claim(out or folder / "run") as run_folder, ExitStack() as opened:
-        keeper = JobKeeper(folder / "admin", [edge.name for edge in config.edges])
-        opened.callback(keeper.close)
-        keeper.start()
+    with ExitStack() as opened:
+        service = SiteService(config.service, config.faults.away_s)
+        opened.callback(service.close)
+        with RunFolder.claim(out or folder / "run") as run_folder, ExitStack() as ends_with_run:
+            keeper = JobKeeper(folder / "admin", [edge.name for edge in config.edges])
+            ends_with_run.callback(keeper.close)
+            keeper.start()
 
-        def build(foundation: Foundation, text: str, progress: Progress) -> Network:
-            cloud = Cloud(foundation, config, {name: one.shape for name, one in public.items()}, text, progress)
-            return _cloud_network(site, folder, cloud, watched, keeper, opened)
+            def build(foundation: Foundation, text: str, progress: Progress) -> Network:
+                shapes = {name: one.shape for name, one in public.items()}
+                cloud = Cloud(foundation, config, shapes, text, progress, service.outlet)
+                return _cloud_network(site, folder, cloud, service, watched, keeper, opened)
 
-        return carry_out(config, run_folder, watched, build, {name: one.majority for name, one in public.items()})
+            majorities = {name: one.majority for name, one in public.items()}
+            summary = carry_out(config, run_folder, watched, build, majorities)
+        if stay:
+            _log.info("the run has finished; answering until this process is ended")
+            _until_ended()
+        return summary
 
 
 def _cloud_network(
-    site: Site, folder: Path, cloud: Cloud, watched: Watched, keeper: JobKeeper, opened: ExitStack
+    site: Site,
+    folder: Path,
+    cloud: Cloud,
+    service: SiteService,
+    watched: Watched,
+    keeper: JobKeeper,
+    opened: ExitStack,
 ) -> Network:
     config, codec, ledger = site.config, Codec(site.config.wire), Ledger()
     names = [edge.name for edge in config.edges]
@@ -128,7 +157,6 @@ def _cloud_network(
         return not isinstance(message, SmashedData | BodyRequest) or message.owner in owners[edge]
 
     answers = _Answers(codec, takes=owners.__contains__, about=own)
-    answers.become(cloud)
     listener = Listener(
         f"0.0.0.0:{config.cloud.link_port}",
         certificates(folder, "cloud"),
@@ -139,6 +167,8 @@ def _cloud_network(
         lambda: {**watched.state(), "job": keeper.state(), "links": links_status(listener.states())},
     )
     opened.callback(listener.close)
+    fronts = {name: _front_of_edge(service, cloud, name, listener.link(name)) for name in names}
+    answers.become(fronts.__getitem__)
     links = {
         edge.domain: CodedLink(listener.link(ORDERS + edge.name), codec, ledger, "edge_cloud", "down")
         for edge in config.edges
@@ -146,15 +176,20 @@ def _cloud_network(
     return Network(cloud, links, ledger, config.faults)
 
 
+def _front_of_edge(service: SiteService, cloud: Cloud, name: str, link: ByteLink) -> Front:
+    return service.front(cloud, name, lambda: link.peer, lambda body: SessionEndpoint(body, name))
+
+
 def run_edge(folder: Path) -> NoReturn:
     """Serve an edge's kit until the process is ended. Raises ``GaisnetError``."""
     site = read_site(folder, "edge")
     config, settings, codec, ledger = site.config, site.edge, Codec(site.config.wire), Ledger()
-    # Orders come from the cloud, by way of this host's own NVFlare process; devices give none.
-    answers, watched = _Answers(codec, takes=site.name.__eq__), Watched()
     own, limits = certificates(folder, "edge"), _limits(config)
     names = [device.name for device in settings.devices]
+    answers, watched = _Answers(codec, takes={site.name, *names}.__contains__), Watched()
     with ExitStack() as opened:
+        service = SiteService(config.service, config.faults.away_s)
+        opened.callback(service.close)
         to_cloud = Dialer(site.cloud_address, own, site.name, CLOUD, _nothing_to_ask, limits)
         opened.callback(to_cloud.close)
         listener = Listener(
@@ -165,26 +200,47 @@ def run_edge(folder: Path) -> NoReturn:
             answers,
             limits,
             lambda: {**watched.state(), "links": links_status({**listener.states(), CLOUD: to_cloud.state()})},
+            aside=names,  # answers do not wait for an order, which takes a whole round
         )
         opened.callback(listener.close)
         devices = {name: CodedLink(listener.link(name), codec, ledger, "device_edge", "down") for name in names}
         cloud = CodedLink(to_cloud, codec, ledger, "edge_cloud", "up")
         shelf = FolderShelf(folder / "state")
-        answers.become(Edge(settings, config, cloud, devices, ledger, shelf, watched))
+        edge = Edge(settings, config, cloud, devices, ledger, shelf, watched, service.outlet)
+        # Orders come from the cloud, by way of this host's own NVFlare process; devices may ask for answers only.
+        asked = CodedLink(to_cloud, codec, Ledger(), "edge_cloud", "up")  # the bytes of answers are not those of a run
+        fronts = {name: _front_of_device(service, asked, name, listener.link(name)) for name in names}
+        answers.become(lambda asker: fronts.get(asker, edge))
         _until_ended()
 
 
-def run_device(folder: Path) -> NoReturn:
-    """Serve a device's kit until the process is ended. Raises ``GaisnetError``."""
+def _front_of_device(service: SiteService, cloud: Link, name: str, link: ByteLink) -> Front:
+    return service.front(None, name, lambda: link.peer, lambda body: EdgeSessions(body, cloud, name))
+
+
+def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
+    """Serve a device's kit until the process is ended. Raises ``GaisnetError``.
+
+    Args:
+        folder: The kit.
+        door: Lets callers on the device ask the network; None for a device that only learns.
+    """
     site = read_site(folder, "device")
     config, codec, watched = site.config, Codec(site.config.wire), Watched()
     tokenizer = read_tokenizer(folder / "tokenizer")
     answers = _Answers(codec)
-    answers.become(Device(site.device, config, tokenizer, load_device(config, site.name), watched))
+    turn = machine_turn(config.service)
+    device = Device(site.device, config, tokenizer, load_device(config, site.name), watched, turn)
+    answers.become(lambda _: device)
     with ExitStack() as opened:
         own = certificates(folder, "device")
         link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits(config))
         opened.callback(link.close)
+        if door is not None:
+            from gaisnet.deployment.front_door import FrontDoor  # it needs packages that only answering needs
+
+            to_edge = CodedLink(link, codec, Ledger(), "device_edge", "up")
+            opened.callback(FrontDoor(device, to_edge, site, folder, door, turn).close)
         _until_ended()
 
 

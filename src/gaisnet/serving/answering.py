@@ -166,6 +166,10 @@ class Answering:
         """Tokens that prompt and answer may have together."""
         return self._parts.context
 
+    def route(self, name: str, routing: Routing) -> None:
+        """From now on ``auto`` goes this way in a domain; answers under way go on as they began."""
+        self._domains[name] = replace(self._domains[name], routing=routing)
+
     def check_model(self, name: str) -> None:
         """Raise ``UnknownModel`` unless it is served."""
         if name not in self.models:

@@ -51,14 +51,14 @@ class ServedDevice:
     ) -> Answering:
         """What writes answers on it. A domain without a threshold is never escalated by 'auto'."""
         domains = {
-            name: Domain(self._routing(name, settings, calibrations), d.adapters) for name, d in self.domains.items()
+            name: Domain(self.routing(name, settings, calibrations), d.adapters) for name, d in self.domains.items()
         }
         return Answering(self.parts, self.tokenizer, self.bodies, domains, self.domain, speculate)
 
     def trials(self, name: str, measure: str, progress: Progress = silent) -> list[Trial]:
         """Both models on a domain's held-out examples, whose text stays here. Raises what the bodies raise."""
         domain = self.domains[name]
-        target, total = Target("edge", domain.adapters, name), len(domain.held_out)
+        target, total = self.target(name), len(domain.held_out)
 
         def one(held_out: HeldOut) -> Trial:
             return collect(self.parts, self.bodies, target, domain.foundation_adapters, held_out, measure)
@@ -71,7 +71,12 @@ class ServedDevice:
                 progress("calibrate", len(found), total, {})
         return found
 
-    def _routing(self, name: str, settings: RoutingSettings, calibrations: Mapping[str, Calibration]) -> Routing:
+    def target(self, name: str) -> Target:
+        """The DM of a domain."""
+        return Target("edge", self.domains[name].adapters, name)
+
+    def routing(self, name: str, settings: RoutingSettings, calibrations: Mapping[str, Calibration]) -> Routing:
+        """When the FM is asked in a domain."""
         known = calibrations.get(name)
         adapters = self.domains[name].foundation_adapters
         if settings.threshold is not None:

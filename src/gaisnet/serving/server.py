@@ -22,14 +22,17 @@ class Server:
         host: Address to listen on.
         port: TCP port; 0 takes a free one.
         keys: That the application asks for.
+        listening: A socket that listens there already.
 
     Raises:
         ConfigError: The address cannot be had, or others could ask without a key.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int, keys: ApiKeys) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, keys: ApiKeys, listening: socket.socket | None = None
+    ) -> None:
         check_bind(host, keys)
-        self._socket = _listen(host, port)
+        self._socket = listening or listen(host, port)
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(
@@ -62,7 +65,8 @@ class Server:
             thread.join()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Take an address. Raises ``ConfigError`` if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

@@ -70,6 +70,7 @@ class Device:
         self._config = config
         self._progress = progress
         self._turn = turn or Turn()
+        self.tokenizer = tokenizer
         self._tokens: dict[Split, list[Tokens]] = {}
         splits: tuple[tuple[Split, Sequence[object]], ...] = (("train", data.train), ("test", data.test))
         for split, examples in splits:
@@ -219,6 +220,11 @@ class Device:
 
     def _own_labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
         return {name: self._loss_and_grad(output) for name, output in outputs.items()}
+
+    @property
+    def test_tokens(self) -> Sequence[Tokens]:
+        """Examples that it held out. They stay on it."""
+        return self._tokens["test"]
 
     def parts(self) -> tuple[Head, Tail]:
         """To write answers with. Raises ``UnexpectedMessage`` before the edge has given it a model."""

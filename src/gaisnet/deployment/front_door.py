@@ -1,0 +1,138 @@
+"""The front door of a device's process: callers on the device are answered while the network learns."""
+
+import logging
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from gaisnet.config import FrontSettings, RoutingSettings
+from gaisnet.deployment.site import Site
+from gaisnet.engines.services import LinkedBodies
+from gaisnet.errors import GaisnetError, UnexpectedMessage
+from gaisnet.experiments.front import held_out_of
+from gaisnet.serving.address import announced
+from gaisnet.serving.answering import Answering
+from gaisnet.serving.api import make_app
+from gaisnet.serving.calibration import calibrate, read_calibrations, write_calibrations
+from gaisnet.serving.decoding import DeviceParts
+from gaisnet.serving.device import ServedDevice, ServedDomain
+from gaisnet.serving.keys import ApiKeys
+from gaisnet.serving.routing import DEFAULT_MEASURE
+from gaisnet.serving.server import Server, listen
+from gaisnet.tiers.device import Device
+from gaisnet.transport.base import Link
+from gaisnet.turn import Turn
+
+_LOOK_S = 2.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Door:
+    """How callers are let in.
+
+    Attributes:
+        address: Where to listen.
+        keys: Of callers.
+        routing: When the FM is asked.
+        speculate: Whether the DM drafts what the FM writes, unless a request says.
+    """
+
+    address: tuple[str, int]
+    keys: ApiKeys
+    routing: RoutingSettings
+    speculate: bool = False
+
+
+class FrontDoor:
+    """Answers callers on a device, from when it has a model.
+
+    Whenever its edge serves another version, it finds out anew how sure is sure enough.
+
+    Args:
+        device: The tier.
+        link: To its edge.
+        site: Its kit.
+        folder: Where the kit is; thresholds and the address are put there.
+        door: How callers are let in.
+        turn: Of the machine.
+
+    Raises:
+        ConfigError: The address cannot be had.
+    """
+
+    def __init__(self, device: Device, link: Link, site: Site, folder: Path, door: Door, turn: Turn) -> None:
+        self._tier = device
+        self._domain = site.edge.domain
+        self._bodies = LinkedBodies({self._domain: link}, site.config.faults.step_deadline_s)
+        self._relay = site.config.relay.enabled
+        self._folder = folder
+        self._door = door
+        self._turn = turn
+        self._socket = listen(*door.address)
+        self._seen: tuple[str, ...] = ()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="front door", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what is under way, and let nobody in any more."""
+        self._ending.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            device = self._device()
+            if device is None:
+                self._socket.close()
+                return
+            answering = device.answering(self._door.routing, read_calibrations(self._folder), self._door.speculate)
+            with ExitStack() as opened:
+                app = make_app(answering, FrontSettings(), self._door.keys, {})
+                server = Server(app, *self._door.address, self._door.keys, self._socket)
+                url = opened.enter_context(server.in_thread())
+                opened.enter_context(announced(self._folder, url))
+                _log.info("serving %s at %s/v1", ", ".join(answering.models), url)
+                while not self._ending.wait(_LOOK_S):
+                    self._keep_calibrated(device, answering)
+        except Exception:
+            _log.exception("the front door is closed; learning goes on")
+
+    def _device(self) -> ServedDevice | None:
+        """The device, ready to write; None if it ends before it has a model."""
+        while not self._ending.wait(_LOOK_S):
+            try:
+                parts = DeviceParts(*self._tier.parts(), self._turn)
+            except UnexpectedMessage:  # the edge has not given it a model yet
+                continue
+            adapters = ("relay", "domain") if self._relay else ("domain",)
+            domain = ServedDomain(adapters, (self._domain,), held_out_of(self._tier.test_tokens))
+            return ServedDevice(self._domain, parts, self._tier.tokenizer, self._bodies, {self._domain: domain})
+        return None
+
+    def _keep_calibrated(self, device: ServedDevice, answering: Answering) -> None:
+        """Where the edge serves another version than the one that the threshold is for."""
+        if self._door.routing.escalate != "auto" or self._door.routing.threshold is not None:
+            return
+        try:
+            versions = self._versions(device)
+            if versions == self._seen:
+                return
+            trials = device.trials(self._domain, DEFAULT_MEASURE)
+        except GaisnetError as error:  # the edge or the cloud is away, or has nothing to serve yet
+            _log.info("not calibrated now: %s", error)
+            return
+        found = {self._domain: calibrate(trials, self._door.routing, DEFAULT_MEASURE)}
+        write_calibrations(self._folder, found)
+        answering.route(self._domain, device.routing(self._domain, self._door.routing, found))
+        self._seen = versions
+        _log.info("calibrated on %s: %s", ", ".join(versions), found[self._domain].model_dump_json())
+
+    def _versions(self, device: ServedDevice) -> tuple[str, ...]:
+        """What acts on the DM now."""
+        session = self._bodies.open(device.target(self._domain), device.parts.first, device.parts.stop, 0)
+        try:
+            return session.versions
+        finally:
+            session.close()
