@@ -93,7 +93,7 @@ class ServingFigures(BaseModel):
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done; the defaults take about half an hour on two cores with a model of 135M parameters."""
+    """How much is done."""
 
     rounds: int = 5
     prompts: int = 4  # per round, to one session
