@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from gaisnet.errors import LinkTimeout
 from gaisnet.network import Network
 from gaisnet.progress import Progress
 
@@ -53,8 +54,12 @@ class Learner:
         self._thread = threading.Thread(target=self._learn, args=(network,), name="learning", daemon=True)
         self._thread.start()
         try:
-            self._first.wait(_START_S)
+            begun = self._first.wait(_START_S)
             self._may_run.clear()
+            if not begun:
+                raise LinkTimeout("fine-tuning, to be measured", f"no step for {_START_S:.0f} s")
+            if self._error is not None:
+                raise self._error
             yield
         finally:
             self._ended = True

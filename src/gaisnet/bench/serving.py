@@ -3,7 +3,6 @@
 Nothing of the run is changed: what is learned here while it answers is thrown away.
 """
 
-import os
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from gaisnet.bench.spread import Spread
 from gaisnet.bench.writing import Prompt, Unsplit, Writers, Written, batches
 from gaisnet.checkpoint import write_text
 from gaisnet.config import RoutingSettings
+from gaisnet.engines.serving import num_cores
 from gaisnet.experiments.front import device_of
 from gaisnet.experiments.serve import ServedRun, serve_run
 from gaisnet.models.foundation import load_foundation
@@ -144,7 +144,7 @@ class _Bench:
         p95, kept = self._beside_learning()
         return ServingFigures(
             run=run.name,
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            cores=num_cores(),
             torch=torch.__version__,
             ratios=Ratios(
                 single_vs_generate=min(single.values(), key=lambda spread: spread.median),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from gaisnet.models.parts import Body
 from gaisnet.serving.bodies import Bodies, Target
-from gaisnet.serving.decoding import DeviceParts, write
+from gaisnet.serving.decoding import DeviceParts, Tokens, write
 from gaisnet.serving.sampling import Sampling
 from gaisnet.turn import Turn
 
@@ -88,7 +88,7 @@ class Writers:
         with ThreadPoolExecutor(at_once) as pool:
             return [gap for gaps in pool.map(go_on, range(at_once)) for gap in gaps]
 
-    def _tokens(self, target: Target, prompt: Prompt, num_tokens: int) -> Any:
+    def _tokens(self, target: Target, prompt: Prompt, num_tokens: int) -> Tokens:
         session = self.bodies.open(target, self.parts.first, self.parts.stop, len(prompt) + num_tokens)
         return write(self.parts, session, prompt, Sampling(max_tokens=num_tokens))
 

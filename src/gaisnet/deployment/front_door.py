@@ -9,7 +9,7 @@ from pathlib import Path
 from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.deployment.site import Site
 from gaisnet.engines.services import LinkedBodies
-from gaisnet.errors import GaisnetError, UnexpectedMessage
+from gaisnet.errors import GaisnetError, OutputNotWritable, UnexpectedMessage
 from gaisnet.experiments.front import held_out_of
 from gaisnet.serving.address import announced
 from gaisnet.serving.answering import Answering
@@ -124,10 +124,13 @@ class FrontDoor:
             _log.info("not calibrated now: %s", error)
             return
         found = {self._domain: calibrate(trials, self._door.routing, DEFAULT_MEASURE)}
-        write_calibrations(self._folder, found)
         answering.route(self._domain, device.routing(self._domain, self._door.routing, found))
         self._seen = versions
         _log.info("calibrated on %s: %s", ", ".join(versions), found[self._domain].model_dump_json())
+        try:
+            write_calibrations(self._folder, found)
+        except OutputNotWritable as error:  # it holds as long as this process; a later one calibrates again
+            _log.warning("%s", error)
 
     def _versions(self, device: ServedDevice) -> tuple[str, ...]:
         """What acts on the DM now."""

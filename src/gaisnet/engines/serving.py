@@ -174,12 +174,13 @@ def build_served_network(
 
 def machine_turn(settings: ServiceSettings) -> Turn:
     """Answers and learning side by side where this process has several cores."""
-    cores, most = _num_cores(), torch.get_num_threads()
+    cores, most = num_cores(), torch.get_num_threads()
     if cores < 2:
         return Turn(settings.fine_tune_share)
     return SideBySide(settings.fine_tune_share, cores, lambda some: torch.set_num_threads(min(some, most)))
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux knows which cores are ours
     return len(affinity(0)) if affinity else os.cpu_count() or 1
