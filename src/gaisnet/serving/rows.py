@@ -129,7 +129,6 @@ class SessionLayers:
                     attention_mask=None,
                     position_ids=at_N1,
                     position_embeddings=rotary,
-                    past_key_values=None,
                     use_cache=False,
                     sessions=spans,
                 )
