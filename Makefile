@@ -19,8 +19,8 @@ SOURCES := src tests benchmarks
 demo: $(VENV)/.demo  ## run the virtuous cycle with the demo's configuration, into a new folder under runs/
 	$(BIN)/gaisnet run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: $(VENV)/.dev  ## run the tests, the long ones left out, and measure their coverage
-	$(BIN)/pytest --cov $(ARGS)
+test: $(VENV)/.dev  ## run the tests on all cores, the long ones left out, and measure their coverage
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --cov $(ARGS)
 
 test-slow: $(VENV)/.dev  ## run the long tests: the real model, killed processes, a million malformed frames
 	$(BIN)/pytest -m slow $(ARGS)

@@ -124,7 +124,7 @@ def test_resume_gives_a_run_another_cycle(tmp_path: Path) -> None:
     assert gaisnet("run", config, "--out", out).exit_code == 0
     result = gaisnet("run", "--resume", out, "--set", "cycles=2")
     assert result.exit_code == 0, result.output
-    assert f"Open {out / 'report.html'}" in result.output.replace("\n", " ").replace("Open  ", "Open ")
+    assert f"Open {out / 'report.html'}" in result.output
     assert [cycle["cycle"] for cycle in summary_of(out)["cycles"]] == [0, 1, 2]
     before = (out / "summary.json").read_bytes()
     assert_fails(gaisnet("run", "--resume", out, "--set", "seed=1"), "ConfigError: --set seed=1 on a run that goes on")

@@ -45,7 +45,7 @@ def bench(
             f"{same.cloud} of the foundation model; with drafts as without: {same.speculative}.",
             highlight=False,
         )
-        console.print(f"All figures are in {path}", highlight=False)
+        console.print(f"All figures are in {path}", highlight=False, soft_wrap=True)
 
 
 def _table(figures: "ServingFigures") -> "Table":

@@ -30,7 +30,7 @@ def prepare(
         from gaisnet.deployment.kits import prepare as make_kits
 
         for name, folder in make_kits(settings, out).items():
-            console.print(f"{name}: {folder}", highlight=False)
+            console.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
 
 
 @deploy.command("run")

@@ -57,7 +57,7 @@ def told_errors(exit_code: int = 1) -> Iterator[None]:
             raise MissingPackage(wanted, package, f"pip install 'gaisnet[{extra}]'") from error
     except GaisnetError as error:
         _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        _errors.print(str(error), markup=False, highlight=False)
+        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)  # a path can be copied
         raise typer.Exit(exit_code) from error
 
 
@@ -66,7 +66,8 @@ def tell_summary(summary: "Summary", folder: Path) -> None:
     from gaisnet.experiments.table import closing_table
 
     console.print(closing_table(summary))
-    console.print(f"Open {folder / 'report.html'}; adapters for peft are in {folder / 'adapters'}", highlight=False)
+    found = f"Open {folder / 'report.html'}; adapters for peft are in {folder / 'adapters'}"
+    console.print(found, highlight=False, soft_wrap=True)
 
 
 class LiveProgress:
