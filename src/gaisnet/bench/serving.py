@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gaisnet.bench.learner import Learner
 from gaisnet.bench.spread import Spread
-from gaisnet.bench.writing import Prompt, Unsplit, Writers, Written, batches
+from gaisnet.bench.writing import Prompt, Unsplit, Writers, batches, num_same
 from gaisnet.checkpoint import write_text
 from gaisnet.config import RoutingSettings
 from gaisnet.engines.serving import num_cores
@@ -41,7 +41,9 @@ class Ratios(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     single_vs_generate: Spread = Field(description="Tokens/s of one session, split, over transformers' generate.")
-    batch16_vs_single: Spread = Field(description="Tokens/s of 16 sessions at once over those of one.")
+    batch16_vs_single: Spread = Field(
+        description="Tokens/s of 16 sessions at once over those of one, once all have read their prompts."
+    )
     p95_tuning_vs_idle: Spread = Field(
         description="Time between tokens, 95th percentile, with fine-tuning over without."
     )
@@ -161,14 +163,16 @@ class _Bench:
     def _single(self, place: str, same: dict[str, Any]) -> Spread:
         """One session against the model in one piece, prompt by prompt."""
         unsplit, target, effort = self._unsplit(place), self._targets[place], self._effort
-        split_s, whole_s, ratios = [], [], []
+        split_s: list[float] = []
+        whole_s: list[float] = []
+        ratios: list[float] = []
         same[place] = 0
         self._writers.one_by_one(target, self._prompts[:1], effort.tokens)  # whatever is done once only
         unsplit.write(self._prompts[:1], effort.tokens)
-        for prompts in self._rounds(f"single_{place}", effort.prompts):
+        for prompts in self._rounds(f"single_{place}", effort.prompts, ratios):
             split = self._writers.one_by_one(target, prompts, effort.tokens)
             whole = unsplit.write(prompts, effort.tokens)
-            same[place] += split.num_same(whole)
+            same[place] += num_same(split.answers, whole.answers)
             split_s.append(split.tokens_per_s)
             whole_s.append(whole.tokens_per_s)
             ratios.append(split.tokens_per_s / whole.tokens_per_s)
@@ -181,26 +185,35 @@ class _Bench:
 
     def _batch(self, place: str) -> Spread:
         """Many sessions against one."""
-        target, effort, ratios, speeds = self._targets[place], self._effort, [], []
-        for prompts in self._rounds(f"batch_{place}", effort.at_once):
+        target, effort = self._targets[place], self._effort
+        speeds: list[float] = []
+        ratios: list[float] = []
+        whole_ratios: list[float] = []
+        for prompts in self._rounds(f"batch_{place}", effort.at_once, ratios):
             one = self._writers.one_by_one(target, prompts[:1], effort.tokens)
             many = self._writers.at_once(target, prompts, effort.tokens)
-            speeds.append(many.tokens_per_s)
-            ratios.append(many.tokens_per_s / one.tokens_per_s)
-        self._by_body[place] |= {"batch_tokens_per_s": Spread.of(speeds), "batch16_vs_single": Spread.of(ratios)}
+            speeds.append(many.writing_tokens_per_s)
+            ratios.append(many.writing_tokens_per_s / one.writing_tokens_per_s)
+            whole_ratios.append(many.tokens_per_s / one.tokens_per_s)
+        self._by_body[place] |= {
+            "batch_tokens_per_s": Spread.of(speeds),
+            "batch16_vs_single": Spread.of(ratios),
+            "batch16_vs_single_with_prompts": Spread.of(whole_ratios),
+        }
         return Spread.of(ratios)
 
     def _speculation(self, same: dict[str, Any]) -> Spread:
         """Drafts of the DM, checked by the FM with the domain's adapter."""
         adapters = self._device.domains[self._home].foundation_adapters
         checker, drafter = Target("cloud", adapters, self._home), self._targets["edge"]
-        calls, same["speculative"] = [], 0
-        for prompts in self._rounds("speculation", self._effort.prompts):
+        calls: list[float] = []
+        same["speculative"] = 0
+        for prompts in self._rounds("speculation", self._effort.prompts, calls):
             length, tally, answers = DraftLength(), Tally(), []
             for prompt in prompts:
                 answers.append(tuple(self._speculative(drafter, checker, prompt, length, tally)))
             plain = self._writers.one_by_one(checker, prompts, self._effort.tokens)
-            same["speculative"] += Written(tuple(answers), 1.0).num_same(plain)
+            same["speculative"] += num_same(answers, plain.answers)
             calls.append(tally.num_tokens / tally.num_checks)
         return Spread.of(calls)
 
@@ -223,14 +236,17 @@ class _Bench:
     def _beside_learning(self) -> tuple[Spread, Spread]:
         """Answers alone, fine-tuning alone, and both; the DM writes that learns."""
         effort, target = self._effort, self._targets["edge"]
-        p95s, kept, alone_s, beside_s = [], [], [], []
+        p95s: list[float] = []
+        kept: list[float] = []
+        alone_s: list[float] = []
+        beside_s: list[float] = []
 
         def p95() -> float:
             gaps = self._writers.gaps(target, self._prompts, effort.tokens, effort.beside, effort.seconds)
             return quantiles(gaps, n=20)[-1]
 
         with self._learner.learning(self._served.bodies.network):
-            for _ in self._rounds("tuning", 0):
+            for _ in self._rounds("tuning", 0, p95s):
                 idle = p95()
                 with self._learner.runs() as alone:
                     time.sleep(effort.seconds)
@@ -249,13 +265,17 @@ class _Bench:
             return unsplit
         return unsplit.with_body(self._served.bodies.body("edge", self._home), self._device.parts.first)
 
-    def _rounds(self, stage: str, num_prompts: int) -> Iterator[list[Prompt]]:
-        """The prompts of every round; tells how far it is."""
+    def _rounds(self, stage: str, num_prompts: int, found: Sequence[float]) -> Iterator[list[Prompt]]:
+        """The prompts of every round; tells how far it is, and what was found."""
         total = self._effort.rounds
         for number, prompts in enumerate(islice(batches(self._prompts, num_prompts), total)):
-            self._progress(f"bench_{stage}", number, total, {})
+            self._tell(stage, number, found)
             yield prompts
-        self._progress(f"bench_{stage}", total, total, {})
+        self._tell(stage, total, found)
+
+    def _tell(self, stage: str, number: int, found: Sequence[float]) -> None:
+        figures = {"median": median(found)} if found else {}
+        self._progress(f"bench_{stage}", number, self._effort.rounds, figures)
 
 
 def auto_figures(halves: Sequence[tuple[Sequence[Trial], Sequence[Trial]]], settings: RoutingSettings) -> AutoFigures:

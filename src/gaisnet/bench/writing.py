@@ -34,9 +34,22 @@ class Written:
         """All tokens over all of the time, prompts included."""
         return sum(map(len, self.answers)) / self.seconds
 
-    def num_same(self, others: "Written") -> int:
-        """Answers that are the same, token for token."""
-        return sum(mine == other for mine, other in zip(self.answers, others.answers, strict=True))
+
+@dataclass(frozen=True)
+class WrittenBySessions(Written):
+    """The same by sessions, of which it is known when every prompt was read."""
+
+    writing_s: float  # after every first token
+
+    @property
+    def writing_tokens_per_s(self) -> float:
+        """Tokens but the first ones, while nothing but tokens is written."""
+        return sum(len(answer) - 1 for answer in self.answers) / self.writing_s
+
+
+def num_same(some: Sequence[Prompt], others: Sequence[Prompt]) -> int:
+    """Answers that are the same, token for token."""
+    return sum(one == other for one, other in zip(some, others, strict=True))
 
 
 class Writers:
@@ -51,18 +64,32 @@ class Writers:
         self.parts = parts
         self.bodies = bodies
 
-    def one_by_one(self, target: Target, prompts: Sequence[Prompt], num_tokens: int) -> Written:
+    def one_by_one(self, target: Target, prompts: Sequence[Prompt], num_tokens: int) -> WrittenBySessions:
         """One session at a time, each of exactly ``num_tokens``."""
-        started = time.perf_counter()
-        answers = tuple(tuple(self._tokens(target, prompt, num_tokens)) for prompt in prompts)
-        return Written(answers, time.perf_counter() - started)
+        every = [self.at_once(target, [prompt], num_tokens) for prompt in prompts]
+        seconds, writing_s = sum(one.seconds for one in every), sum(one.writing_s for one in every)
+        return WrittenBySessions(tuple(answer for one in every for answer in one.answers), seconds, writing_s)
 
-    def at_once(self, target: Target, prompts: Sequence[Prompt], num_tokens: int) -> Written:
-        """All at the same time, each in a thread of its own."""
+    def at_once(self, target: Target, prompts: Sequence[Prompt], num_tokens: int) -> WrittenBySessions:
+        """All at the same time, each in a thread of its own; who has its first token waits for the others."""
+        all_begun, begun_at = threading.Barrier(len(prompts)), []
+
+        def one(prompt: Prompt) -> Prompt:
+            with closing(self._tokens(target, prompt, num_tokens)) as tokens:
+                try:
+                    first = next(tokens)
+                    all_begun.wait()
+                except BaseException:
+                    all_begun.abort()  # the others need not wait for this one
+                    raise
+                begun_at.append(time.perf_counter())
+                return (first, *tokens)
+
         started = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
-            answers = tuple(pool.map(lambda prompt: tuple(self._tokens(target, prompt, num_tokens)), prompts))
-        return Written(answers, time.perf_counter() - started)
+            answers = tuple(pool.map(one, prompts))
+        ended = time.perf_counter()
+        return WrittenBySessions(answers, ended - started, ended - min(begun_at))
 
     def gaps(
         self, target: Target, prompts: Sequence[Prompt], num_tokens: int, at_once: int, seconds: float

@@ -108,6 +108,8 @@ class LiveProgress:
                 self._console.print(_STAGES.get(stage, stage))
         self._done = done
         text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+        if not self._console.is_terminal and done == total and text:
+            self._console.print(f"  {text}", highlight=False)
         self._bars.update(self._task, completed=done, total=total, figures=text)
 
 
