@@ -94,7 +94,7 @@ def main() -> None:
     ratios = []
     for number in range(arguments.rounds):
         ours = seconds_of_gaisnet(config, load_foundation(config.model)) / arguments.epochs
-        plain = seconds_of_plain_lora(config, load_foundation(config.model)) / arguments.epochs
+        plain = seconds_of_plain_lora(config, load_foundation(config.model, plain=True)) / arguments.epochs
         ratios.append(plain / ours)
         print(f"round {number + 1}: plain LoRA {plain:.1f} s, GaisNet {ours:.1f} s an epoch, {ratios[-1]:.2f} times")  # noqa: T201
     print(f"median {statistics.median(ratios):.2f} times, min {min(ratios):.2f}, max {max(ratios):.2f}")  # noqa: T201

@@ -260,7 +260,8 @@ class _Bench:
         return Spread.of(p95s), Spread.of(kept)
 
     def _unsplit(self, place: str) -> Unsplit:
-        unsplit = Unsplit(load_foundation(self._served.config.model).model, self._served.bodies.turn)
+        model = load_foundation(self._served.config.model, plain=place == "cloud").model
+        unsplit = Unsplit(model, self._served.bodies.turn)
         if place == "cloud":
             return unsplit
         return unsplit.with_body(self._served.bodies.body("edge", self._home), self._device.parts.first)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from gaisnet.config import ModelSettings
 from gaisnet.errors import MissingPackage, ModelError
 from gaisnet.models.families import Decoder, check_family
+from gaisnet.models.frozen import freeze_linears
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _logger = logging.getLogger(__name__)
@@ -41,8 +42,13 @@ class Foundation:
         return Decoder(self.model)
 
 
-def load_foundation(settings: ModelSettings) -> Foundation:
-    """Load the FM in ``settings.dtype`` on ``settings.device``. Raises ``ModelError`` or ``MissingPackage``."""
+def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
+    """Load the FM in ``settings.dtype`` on ``settings.device``. Raises ``ModelError`` or ``MissingPackage``.
+
+    Args:
+        settings: Which model, and how it is held.
+        plain: Leave its modules as transformers has them, to compare with.
+    """
     source = _converted(_locate(settings.foundation), settings.foundation)
     try:
         check_family(AutoConfig.from_pretrained(source), settings.foundation)
@@ -63,6 +69,8 @@ def load_foundation(settings: ModelSettings) -> Foundation:
             settings.foundation, "its tokenizer has no end-of-sequence token", "set eos_token in its files"
         )
     model.requires_grad_(False).eval()
+    if not plain:
+        freeze_linears(model)
     nn.Module.to(model, _device(settings))
     return Foundation(settings.foundation, model, tokenizer)
 

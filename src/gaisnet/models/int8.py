@@ -10,7 +10,7 @@ multiplied. Activations are rounded to 7 bits, not 8: without VNNI instructions 
 16 bits, which overflow (docs/decisions/0002-int8-that-transfers.md has the figures).
 """
 
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -131,11 +131,15 @@ def _smoothing(weight: Tensor, input_peak: Tensor) -> Tensor:
     return scale / scale.mean()
 
 
+def _is_wide(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(module, nn.Linear) and not isinstance(module, Int8Linear)
+
+
 def to_int8(module: nn.Module, input_peaks: dict[str, Tensor], prefix: str = "") -> None:
     """Replace every ``nn.Linear`` inside ``module`` by its int8 twin, in place; peaks by dotted name."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if type(child) is nn.Linear:
+        if _is_wide(child):
             setattr(module, name, Int8Linear.from_linear(child, input_peaks.get(path)))
         else:
             to_int8(child, input_peaks, f"{path}.")
@@ -144,7 +148,7 @@ def to_int8(module: nn.Module, input_peaks: dict[str, Tensor], prefix: str = "")
 def to_empty_int8(module: nn.Module) -> None:
     """Replace every ``nn.Linear`` inside ``module`` by a zero int8 twin, in place, to load tensors into."""
     for name, child in module.named_children():
-        if type(child) is nn.Linear:
+        if _is_wide(child):
             setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
         else:
             to_empty_int8(child)
@@ -161,7 +165,7 @@ def input_peaks(module: nn.Module, run: Any) -> dict[str, Tensor]:
 
         return linear.register_forward_pre_hook(note)
 
-    hooks = [watch(name, child) for name, child in module.named_modules() if type(child) is nn.Linear]
+    hooks = [watch(name, child) for name, child in module.named_modules() if _is_wide(child)]
     try:
         run()
     finally:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from gaisnet.errors import ModelError
 from gaisnet.messages import ModelRelease
 from gaisnet.models.families import Decoder, check_family, empty_decoder
+from gaisnet.models.frozen import freeze_linears
 from gaisnet.models.int8 import to_empty_int8
 from gaisnet.models.parts import Body, CutLayers, Head, Layers, Tail
 
@@ -57,6 +58,7 @@ class ReleasedModel:
         self._release = release
         self.config = _read_config(release.config_json)
         self._empty = empty_decoder(self.config)
+        freeze_linears(self._empty.layers, self._empty.lm_head)
         self._rotary_emb = type(self._empty.rotary_emb)(self.config)
 
     @property

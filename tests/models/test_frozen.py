@@ -1,0 +1,73 @@
+"""Frozen linear layers: the same numbers as torch's own, forward and backward, and nothing that learns."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gaisnet.models.frozen import FrozenLinear, freeze_linears
+
+
+def pair(bias: bool) -> tuple[nn.Linear, nn.Linear]:
+    """A plain layer, and a frozen one of the same weights."""
+    plain, frozen = nn.Linear(24, 40, bias=bias), nn.Linear(24, 40, bias=bias)
+    frozen.load_state_dict(plain.state_dict())
+    freeze_linears(frozen)
+    return plain, frozen
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often the product has run on oneDNN: one entry per call."""
+    calls: list[int] = []
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def count(*args: Any) -> torch.Tensor:
+        calls.append(len(args))
+        result: torch.Tensor = real(*args)
+        return result
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", count)
+    return calls
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (5, 7, 24), (0, 24)], ids=str)
+def test_outputs_and_gradients_are_those_of_a_plain_layer(
+    bias: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, frozen = pair(bias)
+    calls = counted(monkeypatch)
+    inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
+    outputs = [layer(each) for layer, each in zip((plain, frozen), inputs, strict=True)]
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-5, atol=1e-4)
+    assert len(calls) == 2  # forward and backward
+    assert all(p.grad is None for p in frozen.parameters())
+
+
+def test_an_input_and_a_gradient_that_do_not_lie_in_a_row() -> None:
+    plain, frozen = pair(bias=True)
+    base = torch.randn(24, 6)
+    inputs = [base.clone().requires_grad_() for _ in range(2)]
+    for layer, each in zip((plain, frozen), inputs, strict=True):
+        layer(each.t()).sum().backward()  # a sum's gradient is one number, expanded
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-5, atol=1e-5)
+
+
+def test_other_dtypes_go_on_as_they_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, frozen = pair(bias=True)
+    calls = counted(monkeypatch)
+    rows = torch.randn(3, 24, dtype=torch.float64)
+    assert torch.equal(frozen.double()(rows), plain.double()(rows))
+    assert not calls
+
+
+def test_tied_weights_stay_tied() -> None:
+    embed, head = nn.Embedding(40, 24), nn.Linear(24, 40, bias=False)
+    head.weight = embed.weight
+    freeze_linears(nn.Sequential(embed, head))
+    assert type(head) is FrozenLinear
+    assert head.weight is embed.weight
