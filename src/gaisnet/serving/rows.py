@@ -12,12 +12,14 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -27,6 +29,8 @@ from gaisnet.models.parts import Layers
 from gaisnet.serving.cache import SessionCache
 
 _ATTENTION = "gaisnet_sessions"
+_SHORT = 512
+"""Positions up to which a session's past is copied, to attend to those of several sessions in one call."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +51,57 @@ class _Spans:
     caches: Sequence[SessionCache]
     bounds: Sequence[int]  # session i has rows [bounds[i], bounds[i + 1])
     windows: dict[int, int | None]  # of each layer: how far back attention reaches, itself included; None for all
-    masks: dict[tuple[int, int | None, int], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # of one session
+    padded_masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def span(self, session: int, window: int | None) -> tuple[int, int]:
+        """Positions [first, stop) that rows of a session attend to."""
+        seen = self.caches[session].length
+        return first_attended(seen, window), seen + self.num_new(session)
+
+    def num_new(self, session: int) -> int:
+        """Rows of a session."""
+        return self.bounds[session + 1] - self.bounds[session]
+
+    @cached_property
+    def together(self) -> list[int]:
+        """Sessions with one new row and a short past, if there are several."""
+        short = [i for i, cache in enumerate(self.caches) if self.num_new(i) == 1 and cache.length < _SHORT]
+        return short if len(short) > 1 else []
+
+    @cached_property
+    def alone(self) -> list[int]:
+        """The others."""
+        return sorted(set(range(len(self.caches))) - set(self.together))
+
+    @cached_property
+    def rows_together(self) -> Tensor:
+        """Row numbers of those together."""
+        return torch.tensor([self.bounds[session] for session in self.together])
 
     def mask(self, session: int, window: int | None, repeats: int) -> Tensor | None:
         """Bool [T * R, K]: which positions the rows of a session attend to; None for all."""
-        num_new = self.bounds[session + 1] - self.bounds[session]
+        num_new = self.num_new(session)
         if num_new == 1:
             return None  # one row attends to everything that is read for it
-        key = session, window, repeats
-        if key not in self.masks:
+        if (window, session) not in self.masks:
             seen = self.caches[session].length
-            first = first_attended(seen, window)
-            at_T1 = torch.arange(seen, seen + num_new)[:, None]
-            at_K = torch.arange(first, seen + num_new)
+            first, stop = self.span(session, window)
+            at_T1 = torch.arange(seen, stop)[:, None]
+            at_K = torch.arange(first, stop)
             mask_TK = at_K <= at_T1
             if window is not None:
                 mask_TK &= at_K > at_T1 - window
-            self.masks[key] = mask_TK.repeat_interleave(repeats, dim=0)
-        return self.masks[key]
+            self.masks[window, session] = mask_TK.repeat_interleave(repeats, dim=0)
+        return self.masks[window, session]
+
+    def padded_mask(self, window: int | None) -> Tensor:
+        """Bool [B, 1, 1, K]: which positions are no padding, for the sessions together."""
+        if window not in self.padded_masks:
+            spans = (self.span(session, window) for session in self.together)
+            lengths_B = torch.tensor([stop - first for first, stop in spans])
+            self.padded_masks[window] = (torch.arange(int(lengths_B.max())) < lengths_B[:, None])[:, None, None]
+        return self.padded_masks[window]
 
 
 class SessionLayers:
@@ -157,24 +194,45 @@ def _attend(
     """Attention as transformers calls it, [N, H, 1, D] -> [N, 1, H, D]; each session's rows reach its own past only."""
     if sessions is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    window, scale = sessions.windows[layer], kwargs.get("scaling")
+    layer, scale = int(module.layer_idx), kwargs.get("scaling")  # type: ignore[arg-type]
     key_NGD, value_NGD = key[:, :, 0], value[:, :, 0]
     num_rows, num_kv, size = key_NGD.shape
     # The heads that share a key-value head stand as rows of it, so that keys and values need not be repeated.
     query_NGRD = query[:, :, 0].reshape(num_rows, num_kv, -1, size)
     result_NGRD = torch.empty_like(query_NGRD)
-    for session, (first, stop) in enumerate(pairwise(sessions.bounds)):
-        cache = sessions.caches[session]
+    for cache, (first, stop) in zip(sessions.caches, pairwise(sessions.bounds), strict=True):
         cache.write(layer, key_NGD[first:stop].transpose(0, 1), value_NGD[first:stop].transpose(0, 1))
-        keys_GKD, values_GKD = cache.read(layer, first_attended(cache.length, window), cache.length + stop - first)
-        rows_GSD = query_NGRD[first:stop].transpose(0, 1).flatten(1, 2)
-        mask = sessions.mask(session, window, query_NGRD.shape[2])
-        found_GSD = scaled_dot_product_attention(  # the fused kernel takes four dimensions only
-            rows_GSD[None], keys_GKD[None], values_GKD[None], attn_mask=mask, scale=scale
-        )[0]
-        result_NGRD[first:stop] = found_GSD.reshape(num_kv, stop - first, -1, size).transpose(0, 1)
+    for session in sessions.alone:
+        first, stop = sessions.bounds[session], sessions.bounds[session + 1]
+        result_NGRD[first:stop] = _attend_alone(sessions, session, layer, query_NGRD[first:stop], scale)
+    if sessions.together:
+        rows_B = sessions.rows_together
+        result_NGRD[rows_B] = _attend_together(sessions, layer, query_NGRD[rows_B], scale)
     return result_NGRD.view(num_rows, 1, -1, size), None
+
+
+def _attend_alone(sessions: _Spans, session: int, layer: int, query_TGRD: Tensor, scale: float | None) -> Tensor:
+    """Attention [T, G, R, D] of one session's rows, on views of its past."""
+    num_new, num_kv, repeats, size = query_TGRD.shape
+    window = sessions.windows[layer]
+    keys_GKD, values_GKD = sessions.caches[session].read(layer, *sessions.span(session, window))
+    rows_GSD = query_TGRD.transpose(0, 1).flatten(1, 2)
+    found_GSD = scaled_dot_product_attention(  # the fused kernel takes four dimensions only
+        rows_GSD[None], keys_GKD[None], values_GKD[None], attn_mask=sessions.mask(session, window, repeats), scale=scale
+    )[0]
+    return found_GSD.reshape(num_kv, num_new, repeats, size).transpose(0, 1)
+
+
+def _attend_together(sessions: _Spans, layer: int, query_BGRD: Tensor, scale: float | None) -> Tensor:
+    """Attention [B, G, R, D] of sessions with one row each, in one call on copies of their pasts, padded."""
+    window = sessions.windows[layer]
+    pasts = [sessions.caches[i].read(layer, *sessions.span(i, window)) for i in sessions.together]
+    keys_BGKD, values_BGKD = (
+        pad_sequence([past_GKD.transpose(0, 1) for past_GKD in each], batch_first=True).transpose(1, 2)
+        for each in zip(*pasts, strict=True)
+    )
+    mask_B11K = sessions.padded_mask(window)
+    return scaled_dot_product_attention(query_BGRD, keys_BGKD, values_BGKD, attn_mask=mask_B11K, scale=scale)
 
 
 AttentionInterface.register(_ATTENTION, _attend)
