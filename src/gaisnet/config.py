@@ -174,6 +174,18 @@ class RoutingSettings(Settings):
     threshold: float | None = Field(
         None, description="A token that the DM is less sure of is the FM's to write; null takes the calibrated one."
     )
+    escalate_to: Literal["merged", "domain"] = Field(
+        "merged",
+        description="What acts on the FM then: the adapter merged from all domains, or that of the DM's domain alone. "
+        "Where there is one domain only, its own.",
+    )
+    other_domains: float = Field(
+        0.2,
+        ge=0.0,
+        le=0.5,
+        description="Share of the requests that are expected to belong to other domains; a threshold is calibrated on "
+        "such a mix, as far as this process has held-out examples of them.",
+    )
     gain_kept: float = Field(0.9, gt=0.0, le=1.0, description="Share of what always asking gains, to be kept.")
     most_escalated: float = Field(0.3, ge=0.0, le=1.0, description="Share of the answers that may be escalated.")
 

@@ -39,7 +39,8 @@ def test_a_run_is_measured_and_left_alone(tmp_path: Path) -> None:
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
         assert spread["rounds"] == 2
     assert 1 <= written["ratios"]["tokens_per_cloud_call"]["min"] <= 6
-    assert set(written["auto"]) == {"shapes", "tastes"}
+    assert set(written["auto"]) == {"shapes", "shapes+others", "tastes", "tastes+others"}
+    assert told["calibrate"] == (11, 11)  # 9 of the domain's own and 2 others, each tried once for both figures
     benches = {stage: told[stage] for stage in told if stage.startswith("bench_")}
     assert set(benches.values()) == {(2, 2)}
     assert len(benches) == 6

@@ -31,6 +31,7 @@ from gaisnet.experiments.output import LOCK_NAME
 from gaisnet.experiments.run import run_experiment
 from gaisnet.experiments.summary import Summary
 from gaisnet.serving.address import ADDRESS_NAME
+from gaisnet.serving.calibration import read_calibrations
 from gaisnet.serving.keys import ApiKeys
 from gaisnet.transport.grpc import Dialer, Listener
 from tests.tiny import write_tiny_run
@@ -259,7 +260,12 @@ def test_a_network_answers_its_devices_callers(config: Config, tmp_path: Path) -
     with Launcher(every):
         finished = sites_of(out) / "logs" / "cloud.log"
         wait_until(lambda: finished.exists() and "the run has finished" in finished.read_text(encoding="utf-8"))
-        wait_until((kits["north-a"] / "calibration.json").exists)
+        # The threshold is for what is served in the end, on the FM too, which learns later than the edge.
+        versions = f"calibrated on relay@{config.cycles}, domain@{config.cycles}, merged@{config.cycles}:"
+        device_log = sites_of(out) / "logs" / "north-a.log"
+        wait_until(lambda: versions in device_log.read_text(encoding="utf-8"))
+        calibration = read_calibrations(kits["north-a"])["shapes"]
+        assert (calibration.adapters, calibration.num_trials, calibration.num_others) == (("merged",), 3, 0)
         url = (kits["north-a"] / ADDRESS_NAME).read_text(encoding="utf-8").strip()
         for model in ("shapes", "foundation", "merged"):
             response = httpx.post(f"{url}/v1/completions", json={**asked, "model": model}, timeout=60)

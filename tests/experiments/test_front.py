@@ -54,6 +54,25 @@ def test_always_asking_is_the_foundation_model_with_the_adapter(finished: Path) 
         assert always["choices"][0]["text"] == drafted["choices"][0]["text"]
 
 
+def test_where_there_are_several_domains_all_of_them_are_escalated_to(tmp_path: Path) -> None:
+    write_tiny_run(tmp_path, edges=[tiny_edge("north", "shapes"), tiny_edge("south", "tastes")], cycles=1)
+    run_experiment(load_config(tmp_path / "run.yaml"), tmp_path / "out")
+    routing = RoutingSettings(escalate="always")
+    with opened(tmp_path / "out", None, routing, False, ApiKeys(), ("127.0.0.1", 0)) as (_, server):
+        with server.in_thread() as url:
+            asked = {"prompt": "Is it so?", "max_tokens": 6, "temperature": 0}
+            always, merged = (
+                httpx.post(f"{url}/v1/completions", json={**asked, "model": model}, timeout=280).json()
+                for model in ("auto", "merged")
+            )
+    assert always["gaisnet"] == {"body": "cloud", "domain": "shapes", "escalated_at": 0}
+    assert always["choices"][0]["text"] == merged["choices"][0]["text"]
+    with open_device(tmp_path / "out", None) as device:
+        assert device.escalation("shapes", RoutingSettings()).adapters == ("merged",)
+        assert device.escalation("shapes", RoutingSettings(escalate_to="domain")).adapters == ("shapes",)
+        assert len(device.others("shapes", RoutingSettings())) == 2  # a fifth of the mix, with nine of its own
+
+
 def test_a_device_that_there_is_not(finished: Path) -> None:
     with pytest.raises(ConfigError, match="use one of: north-a, north-b, north-c"), open_device(finished, "south-a"):
         pass

@@ -1,5 +1,6 @@
 """From who was right, and how sure the domain model was, to a threshold."""
 
+import json
 import random
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def test_by_hand() -> None:
     assert found == Calibration(
         measure="top",
         threshold=(0.15 + 0.20) / 2,  # below it two of the four that are gained
+        adapters=(),
         num_trials=10,
+        num_others=0,
         domain_accuracy=0.4,
         foundation_accuracy=0.8,
         accuracy=0.6,
@@ -125,9 +128,12 @@ def test_trials_of_real_bodies() -> None:
 
 def test_a_file_of_them(tmp_path: Path) -> None:
     assert read_calibrations(tmp_path) == {}
-    kept = {"shapes": calibrate(TEN, SETTINGS, "top"), "tastes": calibrate([], SETTINGS, "top")}
+    kept = {"shapes": calibrate(TEN, SETTINGS, "top", ("merged",), 2), "tastes": calibrate([], SETTINGS, "top")}
     write_calibrations(tmp_path, kept)
     assert read_calibrations(tmp_path) == kept
+    before = {"schema": "gaisnet.calibration/1", "domains": {"shapes": {"threshold": 0.5}}}
+    (tmp_path / FILE_NAME).write_text(json.dumps(before), encoding="utf-8")
+    assert read_calibrations(tmp_path) == {}  # what it is of is not known: it is found anew
     (tmp_path / FILE_NAME).write_text('{"schema": "gaisnet.calibration/9", "domains": {}}', encoding="utf-8")
     with pytest.raises(CheckpointError, match="calibration.json"):
         read_calibrations(tmp_path)

@@ -54,7 +54,10 @@ class Ratios(BaseModel):
 
 
 class AutoFigures(BaseModel):
-    """Of the model 'auto': thresholds from one half of the held-out examples, judged on the other."""
+    """Of the model 'auto' in a domain, or in its mix with other domains' requests.
+
+    Thresholds are from one half of the held-out examples, judged on the other.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -64,7 +67,7 @@ class AutoFigures(BaseModel):
     escalated: Spread = Field(description="Share of the requests that the FM is asked for.")
     accuracy: Spread
     domain_accuracy: Spread = Field(description="Of the DM alone.")
-    foundation_accuracy: Spread = Field(description="Of the FM with the domain's adapter, always asked.")
+    foundation_accuracy: Spread = Field(description="Of the FM, always asked, with what 'auto' escalates to.")
 
 
 class Same(BaseModel):
@@ -88,7 +91,9 @@ class ServingFigures(BaseModel):
     cores: int
     torch: str
     ratios: Ratios
-    auto: dict[str, AutoFigures]
+    auto: dict[str, AutoFigures] = Field(
+        description="By domain, on its own examples; as 'DOMAIN+others' on a mix with those of other domains."
+    )
     same: Same
     by_body: dict[str, dict[str, Spread]] = Field(description="What the ratios are made of, for 'edge' and 'cloud'.")
 
@@ -142,7 +147,7 @@ class _Bench:
         single = {place: self._single(place, same) for place in self._targets}
         batch = {place: self._batch(place) for place in self._targets}
         calls = self._speculation(same)
-        auto = {name: self._auto(name) for name in self._device.domains}
+        auto = {key: found for name in self._device.domains for key, found in self._auto(name).items()}
         p95, kept = self._beside_learning()
         return ServingFigures(
             run=run.name,
@@ -227,11 +232,13 @@ class _Bench:
         sampling = Sampling(max_tokens=self._effort.tokens)
         return write_speculatively(parts, drafts, checks, prompt, sampling, length, tally)
 
-    def _auto(self, name: str) -> AutoFigures:
+    def _auto(self, name: str) -> dict[str, AutoFigures]:
         """A threshold from one half of the held-out examples, judged on the other, for several ways to halve them."""
-        trials = self._device.trials(name, DEFAULT_MEASURE, self._progress)
-        halves = [_halves(trials, seed) for seed in range(self._effort.rounds)]
-        return auto_figures(halves, RoutingSettings())
+        settings = RoutingSettings()
+        own, others = self._device.trials(name, settings, DEFAULT_MEASURE, self._progress)
+        mixes = {name: own} | ({f"{name}+others": [*own, *others]} if others else {})
+        seeds = range(self._effort.rounds)
+        return {key: auto_figures([_halves(mix, seed) for seed in seeds], settings) for key, mix in mixes.items()}
 
     def _beside_learning(self) -> tuple[Spread, Spread]:
         """Answers alone, fine-tuning alone, and both; the DM writes that learns."""

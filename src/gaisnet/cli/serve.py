@@ -47,6 +47,13 @@ def serve(
         Literal["never", "auto", "always"],
         typer.Option(help="For the model 'auto': never ask the foundation model, where the DM is not sure, always."),
     ] = "auto",
+    escalate_to: Annotated[
+        Literal["merged", "domain"],
+        typer.Option(help="The adapter on the foundation model then: that of all domains, or of the DM's own."),
+    ] = "merged",
+    other_domains: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="To calibrate: share of requests of other domains.")
+    ] = 0.2,
     threshold: Annotated[
         float | None,
         typer.Option(help="Escalate below this probability of the DM's likeliest token. [default: calibrated]"),
@@ -59,8 +66,8 @@ def serve(
 
     The endpoints are OpenAI's: /v1/chat/completions, /v1/completions, /v1/models; and /health, and /metrics for
     Prometheus. Models are foundation, merged, one per domain, and auto: the domain model writes and hands over to the
-    foundation model where it is not sure. How sure is sure enough is calibrated once, on the held-out examples of the
-    devices, and kept in RUN/calibration.json.
+    foundation model where it is not sure. How sure is sure enough is calibrated once, on held-out examples of the
+    domain and some of others, and kept in RUN/calibration.json.
 
     Try it: gaisnet chat RUN --model auto, or
 
@@ -68,7 +75,9 @@ def serve(
     -d '{"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}'
     """
     with told_errors():
-        routing = RoutingSettings(escalate=escalate, threshold=threshold)
+        routing = RoutingSettings(
+            escalate=escalate, escalate_to=escalate_to, other_domains=other_domains, threshold=threshold
+        )
         quiet_libraries()
         from gaisnet.serving.keys import check_bind, read_keys
 

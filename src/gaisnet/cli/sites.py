@@ -49,6 +49,9 @@ def device(
         Literal["never", "auto", "always"],
         typer.Option(help="With --serve: when 'auto' asks the foundation model; see gaisnet serve."),
     ] = "auto",
+    escalate_to: Annotated[
+        Literal["merged", "domain"], typer.Option(help="With --serve: with which adapter; see gaisnet serve.")
+    ] = "merged",
     threshold: Annotated[
         float | None, typer.Option(help="With --serve: escalate below this confidence. [default: calibrated]")
     ] = None,
@@ -60,7 +63,8 @@ def device(
 
     With --serve it also answers callers on this device, as gaisnet serve does for a finished run: with the models of
     the network as they are, while it learns. How sure a domain model must be is calibrated on the device's own held-out
-    examples, anew after every release. The models are the device's own domain, auto, foundation and merged.
+    examples, anew for every version that is served. The models are the device's own domain, auto, foundation and
+    merged.
     """
     with _site_process():
         from gaisnet.deployment.resident import run_device
@@ -72,7 +76,8 @@ def device(
 
         keys = read_keys(api_keys)
         check_bind(host, keys)
-        run_device(kit, Door((host, serve), keys, RoutingSettings(escalate=escalate, threshold=threshold), speculate))
+        routing = RoutingSettings(escalate=escalate, escalate_to=escalate_to, threshold=threshold)
+        run_device(kit, Door((host, serve), keys, routing, speculate))
 
 
 @contextmanager

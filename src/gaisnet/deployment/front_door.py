@@ -14,11 +14,10 @@ from gaisnet.experiments.front import held_out_of
 from gaisnet.serving.address import announced
 from gaisnet.serving.answering import Answering
 from gaisnet.serving.api import make_app
-from gaisnet.serving.calibration import calibrate, read_calibrations, write_calibrations
+from gaisnet.serving.calibration import read_calibrations, write_calibrations
 from gaisnet.serving.decoding import DeviceParts
 from gaisnet.serving.device import ServedDevice, ServedDomain
 from gaisnet.serving.keys import ApiKeys
-from gaisnet.serving.routing import DEFAULT_MEASURE
 from gaisnet.serving.server import Server, listen
 from gaisnet.tiers.device import Device
 from gaisnet.transport.base import Link
@@ -48,7 +47,7 @@ class Door:
 class FrontDoor:
     """Answers callers on a device, from when it has a model.
 
-    Whenever its edge serves another version, it finds out anew how sure is sure enough.
+    Whenever its edge or the cloud serves another version, it finds out anew how sure is sure enough.
 
     Args:
         device: The tier.
@@ -67,6 +66,7 @@ class FrontDoor:
         self._domain = site.edge.domain
         self._bodies = LinkedBodies({self._domain: link}, site.config.faults.step_deadline_s)
         self._relay = site.config.relay.enabled
+        self._merged = len(site.config.edges) > 1
         self._folder = folder
         self._door = door
         self._turn = turn
@@ -108,34 +108,36 @@ class FrontDoor:
                 continue
             adapters = ("relay", "domain") if self._relay else ("domain",)
             domain = ServedDomain(adapters, (self._domain,), held_out_of(self._tier.test_tokens))
-            return ServedDevice(self._domain, parts, self._tier.tokenizer, self._bodies, {self._domain: domain})
+            domains = {self._domain: domain}  # no other device's examples come here
+            return ServedDevice(self._domain, parts, self._tier.tokenizer, self._bodies, domains, self._merged)
         return None
 
     def _keep_calibrated(self, device: ServedDevice, answering: Answering) -> None:
-        """Where the edge serves another version than the one that the threshold is for."""
+        """Where other versions are served than those that the threshold is for."""
         if self._door.routing.escalate != "auto" or self._door.routing.threshold is not None:
             return
         try:
             versions = self._versions(device)
             if versions == self._seen:
                 return
-            trials = device.trials(self._domain, DEFAULT_MEASURE)
+            calibration = device.calibration(self._domain, self._door.routing)
         except GaisnetError as error:  # the edge or the cloud is away, or has nothing to serve yet
             _log.info("not calibrated now: %s", error)
             return
-        found = {self._domain: calibrate(trials, self._door.routing, DEFAULT_MEASURE)}
+        found = {self._domain: calibration}
         answering.route(self._domain, device.routing(self._domain, self._door.routing, found))
         self._seen = versions
-        _log.info("calibrated on %s: %s", ", ".join(versions), found[self._domain].model_dump_json())
+        _log.info("calibrated on %s: %s", ", ".join(versions), calibration.model_dump_json())
         try:
             write_calibrations(self._folder, found)
         except OutputNotWritable as error:  # it holds as long as this process; a later one calibrates again
             _log.warning("%s", error)
 
     def _versions(self, device: ServedDevice) -> tuple[str, ...]:
-        """What acts on the DM now."""
-        session = self._bodies.open(device.target(self._domain), device.parts.first, device.parts.stop, 0)
-        try:
-            return session.versions
-        finally:
+        """What acts on the DM now, and on the FM where it is escalated to."""
+        found: tuple[str, ...] = ()
+        for target in (device.target(self._domain), device.escalation(self._domain, self._door.routing)):
+            session = self._bodies.open(target, device.parts.first, device.parts.stop, 0)
+            found += session.versions
             session.close()
+        return found

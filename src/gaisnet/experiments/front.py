@@ -37,6 +37,7 @@ def device_of(served: ServedRun, name: str | None) -> ServedDevice:
         tokenizer=served.foundation.tokenizer,
         bodies=served.bodies,
         domains={each.domain: _domain(served, each) for each in served.config.edges},
+        merged=len(served.config.edges) > 1,
         gauges={
             "sessions": lambda: float(served.bodies.num_sessions),
             "cache_bytes": lambda: float(served.bodies.used_bytes),

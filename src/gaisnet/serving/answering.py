@@ -4,7 +4,8 @@
 ``foundation``  the FM as it was loaded
 ``merged``      the FM with the one adapter that holds all domains
 ``<domain>``    the DM at that domain's edge
-``auto``        the DM of the device's own domain, and the FM with that domain's adapter where it is not sure
+``auto``        the DM of the device's own domain, and the FM where it is not sure: as ``merged`` or with that
+                domain's adapter, whichever its routing says
 =============== ============================================================================================
 """
 
@@ -32,7 +33,7 @@ AUTO, FOUNDATION, MERGED = "auto", "foundation", "merged"
 class Domain:
     """A domain that is served, under the names that the bodies' services know its adapters by."""
 
-    routing: Routing  # to the FM, with the domain's adapters there
+    routing: Routing  # to the FM
     adapters: tuple[str, ...] = ("relay", "domain")  # on the DM
 
 

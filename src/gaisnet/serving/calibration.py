@@ -1,6 +1,7 @@
 """How sure is sure enough: from held-out examples, which never leave their device, to a threshold.
 
 A device lets its DM write each answer and the FM too, and keeps of each only how sure the DM was and who was right.
+Examples of other domains may be among them, as they are among its requests: the DM has not learned those.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,9 +53,11 @@ class Calibration(BaseModel):
 
     measure: str = Field(description="Of confidence, by its name in serving/routing.py.")
     threshold: float = Field(description="A token that the DM is less sure of is the FM's to write.")
+    adapters: tuple[str, ...] = Field(description="What acts on the FM.")
     num_trials: int = Field(ge=0, description="Held-out examples.")
+    num_others: int = Field(ge=0, description="So many of them are of other domains.")
     domain_accuracy: float = Field(description="Of the DM alone.")
-    foundation_accuracy: float = Field(description="Of the FM with the domain's adapter, always asked.")
+    foundation_accuracy: float = Field(description="Of the FM with these adapters, always asked.")
     accuracy: float = Field(description="With this threshold.")
     escalated: float = Field(description="Share of the answers that the FM is asked for.")
 
@@ -65,16 +68,24 @@ class Calibration(BaseModel):
         return (self.accuracy - self.domain_accuracy) / gain if gain > 0 else None
 
 
-def calibrate(trials: Sequence[Trial], settings: RoutingSettings, measure: str) -> Calibration:
+def calibrate(
+    trials: Sequence[Trial],
+    settings: RoutingSettings,
+    measure: str,
+    adapters: tuple[str, ...] = (),
+    num_others: int = 0,
+) -> Calibration:
     """The threshold with the fewest escalations that keeps ``gain_kept`` of what always asking gains.
 
     Where none does with at most ``most_escalated``, the one that is right most often within that. Where the FM does no
     better than the DM, 0: it is never asked.
 
     Args:
-        trials: Held-out examples of one domain.
+        trials: Examples that the DM of one domain was asked.
         settings: What is wanted.
         measure: What ``confidences`` of the trials are.
+        adapters: On the FM of the trials.
+        num_others: So many trials are of other domains.
     """
     total = max(len(trials), 1)
     alone, always = sum(t.wrong_at is None for t in trials), sum(t.foundation_right for t in trials)
@@ -90,7 +101,9 @@ def calibrate(trials: Sequence[Trial], settings: RoutingSettings, measure: str) 
     return Calibration(
         measure=measure,
         threshold=max(best[0], _NEVER),
+        adapters=adapters,
         num_trials=len(trials),
+        num_others=num_others,
         domain_accuracy=alone / total,
         foundation_accuracy=always / total,
         accuracy=best[1] / total,
@@ -147,12 +160,21 @@ def _first_difference(written: Sequence[int], right: Sequence[int]) -> int | Non
     return min(len(written), len(right)) - 1 if same is None else same
 
 
+class _Kind(BaseModel):
+    """What kind of file it is."""
+
+    schema_name: str = Field(alias="schema")
+
+
+_BEFORE = "gaisnet.calibration/1"  # it does not say what acted on the FM, nor on which mix
+
+
 class _File(BaseModel):
     """The whole of ``calibration.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
-    schema_name: str = Field("gaisnet.calibration/1", alias="schema", pattern="^gaisnet.calibration/1$")
+    schema_name: str = Field("gaisnet.calibration/2", alias="schema", pattern="^gaisnet.calibration/2$")
     domains: dict[str, Calibration]
 
 
@@ -162,10 +184,16 @@ def write_calibrations(folder: Path, domains: Mapping[str, Calibration]) -> None
 
 
 def read_calibrations(folder: Path) -> dict[str, Calibration]:
-    """Those of a run's folder; none where it has none. Raises ``CheckpointError`` for a file that is damaged."""
+    """Those of a run's folder; none where it has none, or has them from before they said what they are of.
+
+    Raises ``CheckpointError`` for a file that is damaged.
+    """
     path = folder / FILE_NAME
     try:
-        return _File.model_validate_json(path.read_text(encoding="utf-8")).domains
+        text = path.read_text(encoding="utf-8")
+        if _Kind.model_validate_json(text).schema_name == _BEFORE:
+            return {}
+        return _File.model_validate_json(text).domains
     except FileNotFoundError:
         return {}
     except (OSError, ValidationError, UnicodeDecodeError) as error:

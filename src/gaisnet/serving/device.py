@@ -1,5 +1,6 @@
 """A device that answers are written on, made ready: thresholds calibrated or read, every domain's routing set."""
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaisnet.config import RoutingSettings
 from gaisnet.progress import Progress, silent
-from gaisnet.serving.answering import Answering, Domain
+from gaisnet.serving.answering import MERGED, Answering, Domain
 from gaisnet.serving.bodies import Bodies, Target
 from gaisnet.serving.calibration import (
     Calibration,
@@ -31,7 +32,7 @@ class ServedDomain:
     """A domain that a device reaches."""
 
     adapters: tuple[str, ...]  # on the DM, names as its service knows them
-    foundation_adapters: tuple[str, ...]  # on the FM
+    foundation_adapters: tuple[str, ...]  # on the FM, of this domain alone
     held_out: Sequence[HeldOut] = ()  # examples of this device, or of all that are in this process
 
 
@@ -44,6 +45,7 @@ class ServedDevice:
     tokenizer: PreTrainedTokenizerBase
     bodies: Bodies
     domains: Mapping[str, ServedDomain]
+    merged: bool = False  # whether the FM has an adapter of several domains
     gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # figures for /metrics, by name
 
     def answering(
@@ -55,49 +57,81 @@ class ServedDevice:
         }
         return Answering(self.parts, self.tokenizer, self.bodies, domains, self.domain, speculate)
 
-    def trials(self, name: str, measure: str, progress: Progress = silent) -> list[Trial]:
-        """Both models on a domain's held-out examples, whose text stays here. Raises what the bodies raise."""
-        domain = self.domains[name]
-        target, total = self.target(name), len(domain.held_out)
+    def trials(
+        self, name: str, settings: RoutingSettings, measure: str, progress: Progress = silent
+    ) -> tuple[list[Trial], list[Trial]]:
+        """A domain's DM, and the FM, on held-out examples of the domain and on ``others``; their text stays here.
+
+        Raises what the bodies raise.
+        """
+        target, adapters = self.target(name), self.escalation(name, settings).adapters
+        own, others = self.domains[name].held_out, self.others(name, settings)
 
         def one(held_out: HeldOut) -> Trial:
-            return collect(self.parts, self.bodies, target, domain.foundation_adapters, held_out, measure)
+            return collect(self.parts, self.bodies, target, adapters, held_out, measure)
 
         found: list[Trial] = []
+        total = len(own) + len(others)
         progress("calibrate", 0, total, {})
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for trial in pool.map(one, domain.held_out):
+            for trial in pool.map(one, [*own, *others]):
                 found.append(trial)
                 progress("calibrate", len(found), total, {})
-        return found
+        return found[: len(own)], found[len(own) :]
+
+    def calibration(self, name: str, settings: RoutingSettings, progress: Progress = silent) -> Calibration:
+        """A threshold for a domain, found anew. Raises what the bodies raise."""
+        own, others = self.trials(name, settings, DEFAULT_MEASURE, progress)
+        adapters = self.escalation(name, settings).adapters
+        return calibrate([*own, *others], settings, DEFAULT_MEASURE, adapters, len(others))
+
+    def others(self, name: str, settings: RoutingSettings) -> list[HeldOut]:
+        """Examples of other domains that go with a domain's own, always the same; fewer where this process has few."""
+        every = [one for other, domain in self.domains.items() if other != name for one in domain.held_out]
+        share, own = settings.other_domains, len(self.domains[name].held_out)
+        return random.Random(f"others than {name}").sample(every, min(len(every), round(own * share / (1 - share))))
 
     def target(self, name: str) -> Target:
         """The DM of a domain."""
         return Target("edge", self.domains[name].adapters, name)
 
+    def escalation(self, name: str, settings: RoutingSettings) -> Target:
+        """The FM, with what acts on it where a DM is not sure."""
+        merged = settings.escalate_to == "merged" and self.merged
+        return Target("cloud", (MERGED,) if merged else self.domains[name].foundation_adapters, name)
+
+    def fits(self, name: str, settings: RoutingSettings, calibration: Calibration) -> bool:
+        """Whether a threshold is for what a domain escalates to, and from the mix that is expected."""
+        asked = self.escalation(name, settings).adapters, len(self.others(name, settings))
+        return (calibration.adapters, calibration.num_others) == asked
+
     def routing(self, name: str, settings: RoutingSettings, calibrations: Mapping[str, Calibration]) -> Routing:
         """When the FM is asked in a domain."""
         known = calibrations.get(name)
-        adapters = self.domains[name].foundation_adapters
+        adapters = self.escalation(name, settings).adapters
         if settings.threshold is not None:
             return Routing(adapters, settings.escalate, settings.threshold)
-        if known is None:
+        if known is None or not self.fits(name, settings, known):
             return Routing(adapters, "never" if settings.escalate == "auto" else settings.escalate)
         return Routing(adapters, settings.escalate, known.threshold, known.measure)
 
 
 def uncalibrated(device: ServedDevice, settings: RoutingSettings, run: Path) -> list[str]:
-    """Domains that need a threshold, have none in the run's folder, and have examples. Raises ``CheckpointError``."""
+    """Domains that have examples, and in the run's folder no threshold that fits. Raises ``CheckpointError``."""
     if settings.escalate != "auto" or settings.threshold is not None:
         return []
     known = read_calibrations(run)
-    return [name for name, domain in device.domains.items() if domain.held_out and name not in known]
+    return [
+        name
+        for name, domain in device.domains.items()
+        if domain.held_out and not (name in known and device.fits(name, settings, known[name]))
+    ]
 
 
 def calibrated(
     device: ServedDevice, settings: RoutingSettings, run: Path, progress: Progress = silent
 ) -> dict[str, Calibration]:
-    """Thresholds by domain: those in the run's folder, and new ones, put there, for what has none but examples.
+    """Thresholds by domain: those in the run's folder, and new ones, put there, for what has none that fits.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -106,7 +140,7 @@ def calibrated(
     """
     known, wanted = read_calibrations(run), uncalibrated(device, settings, run)
     for name in wanted:
-        known[name] = calibrate(device.trials(name, DEFAULT_MEASURE, progress), settings, DEFAULT_MEASURE)
+        known[name] = device.calibration(name, settings, progress)
     if wanted:
         write_calibrations(run, known)
     return known
