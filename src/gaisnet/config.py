@@ -186,7 +186,6 @@ class RoutingSettings(Settings):
         description="Share of the requests that are expected to belong to other domains; a threshold is calibrated on "
         "such a mix, as far as this process has held-out examples of them.",
     )
-    gain_kept: float = Field(0.9, gt=0.0, le=1.0, description="Share of what always asking gains, to be kept.")
     most_escalated: float = Field(0.3, ge=0.0, le=1.0, description="Share of the answers that may be escalated.")
 
 

@@ -79,7 +79,7 @@ def test_a_question_of_another_domain_is_what_the_threshold_comes_from() -> None
     dm, fm = Target("edge", ("relay", "domain"), "shapes"), Target("cloud", MERGED, "shapes")
     own, others = [answered(dm, 0), answered(fm, 1)], [answered(fm, 100), answered(fm, 101)]
     device, _ = tiny_device({"shapes": own, "tastes": others})
-    wide = {"gain_kept": 1.0, "most_escalated": 1.0}
+    wide = {"most_escalated": 1.0}
     alone = device.calibration("shapes", RoutingSettings(other_domains=0.0, **wide))
     assert (alone.domain_accuracy, alone.foundation_accuracy, alone.escalated) == (0.5, 0.5, 0.0)
     mixed = device.calibration("shapes", RoutingSettings(other_domains=0.5, **wide))

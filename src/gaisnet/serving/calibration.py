@@ -75,10 +75,10 @@ def calibrate(
     adapters: tuple[str, ...] = (),
     num_others: int = 0,
 ) -> Calibration:
-    """The threshold with the fewest escalations that keeps ``gain_kept`` of what always asking gains.
+    """The threshold that is right most often with at most ``most_escalated``; of several, the one in their middle.
 
-    Where none does with at most ``most_escalated``, the one that is right most often within that. Where the FM does no
-    better than the DM, 0: it is never asked.
+    At the edge of those that do equally well it would be right here and wrong elsewhere. Where the FM does no better
+    than the DM, it is one below all confidences: the FM is never asked.
 
     Args:
         trials: Examples that the DM of one domain was asked.
@@ -89,25 +89,27 @@ def calibrate(
     """
     total = max(len(trials), 1)
     alone, always = sum(t.wrong_at is None for t in trials), sum(t.foundation_right for t in trials)
-    wanted = alone + settings.gain_kept * (always - alone)
-    best = -inf, alone, 0
+    best, num_right = [_NEVER], alone
     for threshold in _candidates(trials) if always > alone else ():
-        num_right = sum(t.right(threshold) for t in trials)
-        num_escalated = sum(t.escalated(threshold) for t in trials)
-        if num_escalated > settings.most_escalated * total or best[1] >= wanted:
+        if sum(t.escalated(threshold) for t in trials) > settings.most_escalated * total:
             break
-        if num_right > best[1]:
-            best = threshold, num_right, num_escalated
+        right = sum(t.right(threshold) for t in trials)
+        if right > num_right:
+            best, num_right = [], right
+        if right == num_right and best != [_NEVER]:
+            best.append(threshold)
+    threshold = best[len(best) // 2]
+    num_escalated = sum(t.escalated(threshold) for t in trials)
     return Calibration(
         measure=measure,
-        threshold=max(best[0], _NEVER),
+        threshold=threshold,
         adapters=adapters,
         num_trials=len(trials),
         num_others=num_others,
         domain_accuracy=alone / total,
         foundation_accuracy=always / total,
-        accuracy=best[1] / total,
-        escalated=best[2] / total,
+        accuracy=num_right / total,
+        escalated=num_escalated / total,
     )
 
 
