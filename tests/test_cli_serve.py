@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def words(text: str) -> str:
 
 
 @contextmanager
-def tiny_device(run: Path, name: str | None) -> Iterator[ServedDevice]:
+def tiny_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> Iterator[ServedDevice]:
     parts, bodies = tiny_bodies()
     held_out = [HeldOut(tuple(prompt(7, seed=i)), (5, 257)) for i in range(3)]
     domains = {
@@ -57,7 +57,7 @@ def up() -> Iterator[Front]:
 @pytest.mark.parametrize(
     ("command", "taught"),
     [
-        ("serve", ["/v1/chat/completions", "calibration.json", "--api-keys", "curl", "never ask", "0.0.0.0"]),
+        ("serve", ["/v1/chat/completions", "calibration.json", "--api-keys", "curl", "never ask", "0.0.0.0", "--set"]),
         ("chat", ["green", "magenta", "--plain", "Diagnosis:", "RUN|URL", "--model"]),
     ],
 )

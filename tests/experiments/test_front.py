@@ -7,9 +7,10 @@ import pytest
 
 from gaisnet.cli.serve import opened
 from gaisnet.config import RoutingSettings, load_config
-from gaisnet.errors import ConfigError
+from gaisnet.errors import ConfigError, ServiceFull
 from gaisnet.experiments.front import open_device
 from gaisnet.experiments.run import run_experiment
+from gaisnet.serving.bodies import Target
 from gaisnet.serving.calibration import read_calibrations
 from gaisnet.serving.keys import ApiKeys
 from tests.serving.fronts import until
@@ -71,6 +72,17 @@ def test_where_there_are_several_domains_all_of_them_are_escalated_to(tmp_path: 
         assert device.escalation("shapes", RoutingSettings()).adapters == ("merged",)
         assert device.escalation("shapes", RoutingSettings(escalate_to="domain")).adapters == ("shapes",)
         assert len(device.others("shapes", RoutingSettings())) == 2  # a fifth of the mix, with nine of its own
+
+
+def test_the_service_of_a_run_may_be_changed_and_nothing_else(finished: Path) -> None:
+    with open_device(finished, None, ["service.max_sessions=1"]) as device:
+        asked = Target("edge", ("domain",), "shapes"), device.parts.first, device.parts.stop, 20
+        first = device.bodies.open(*asked)
+        with pytest.raises(ServiceFull, match="1 are open"):
+            device.bodies.open(*asked)
+        first.close()
+    with pytest.raises(ConfigError, match="seed"), open_device(finished, None, ["seed=1"]):
+        pass
 
 
 def test_a_device_that_there_is_not(finished: Path) -> None:

@@ -1,6 +1,6 @@
 """``gaisnet serve``: a run's models behind OpenAI's endpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from gaisnet.serving.server import Server
 
 
-def open_device(run: Path, name: str | None) -> "AbstractContextManager[ServedDevice]":
+def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> "AbstractContextManager[ServedDevice]":
     """A device of a finished run, and the bodies that it reaches, as long as the block lasts.
 
     Args:
         run: The run's output folder.
         name: Which device; None for the first split one.
+        overrides: As for ``serve_run``.
     """
     from gaisnet.experiments.front import open_device as opened_device
 
-    return opened_device(run, name)
+    return opened_device(run, name, overrides)
 
 
 def serve(
@@ -61,6 +62,10 @@ def serve(
     speculate: Annotated[
         bool, typer.Option("--speculate", help="The DM drafts what the foundation model writes: fewer calls to it.")
     ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting of the service or of faults, e.g. --set service.max_sessions=16."),
+    ] = None,
 ) -> None:
     """Serve a run's models on a device: text and token ids stay on it.
 
@@ -83,7 +88,7 @@ def serve(
 
         keys = read_keys(api_keys)
         check_bind(host, keys)  # before the models are loaded
-        with opened(run, device, routing, speculate, keys, (host, port)) as (answering, server):
+        with opened(run, device, routing, speculate, keys, (host, port), overrides or ()) as (answering, server):
             console.print(f"Serving {', '.join(answering.models)}", highlight=False)
             console.print(f"at {server.url}/v1; end it with Ctrl-C", highlight=False)
             with announced(run, server.url):
@@ -101,13 +106,14 @@ def opened(
     speculate: bool,
     keys: "ApiKeys",
     address: tuple[str, int],
+    overrides: Sequence[str] = (),
 ) -> "Iterator[tuple[Answering, Server]]":
     """What answers, and a server that listens and does not answer yet."""
     from gaisnet.serving.api import make_app
     from gaisnet.serving.device import calibrated, uncalibrated
     from gaisnet.serving.server import Server
 
-    with open_device(run, device) as served:
+    with open_device(run, device, overrides) as served:
         # It takes minutes, but only once.
         wanted = uncalibrated(served, routing, run)
         shown: AbstractContextManager[Progress] = LiveProgress(console) if wanted else nullcontext(silent)

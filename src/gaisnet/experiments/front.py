@@ -13,18 +13,19 @@ from gaisnet.tiers.examples import Tokens, tokenize
 
 
 @contextmanager
-def open_device(run: Path, name: str | None) -> Iterator[ServedDevice]:
+def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> Iterator[ServedDevice]:
     """Inside, a device of the run in a folder reaches all bodies, as of the run's last finished cycle.
 
     Args:
         run: The run's output folder.
         name: Which device; None for the first split one.
+        overrides: As for ``serve_run``.
 
     Raises:
         ConfigError: The run has no such device.
         GaisnetError: There is no run, or it is under way elsewhere.
     """
-    with serve_run(run) as served:
+    with serve_run(run, overrides) as served:
         yield device_of(served, name)
 
 

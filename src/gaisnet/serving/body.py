@@ -7,6 +7,7 @@ Shape legend: T rows (new positions) of one session, W rows that are wanted back
 
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from gaisnet.turn import Turn
 
 _MIB = 2**20
 _ROW_DTYPE = torch.float32  # of rows that are kept
+_LINGER = 0.5  # of a step's time, that the next one waits for sessions of it
 
 
 class BodyService:
@@ -53,6 +55,8 @@ class BodyService:
         self._left: list[Stack] = []  # adapters of sessions that have ended, to give back between two steps
         self._used_bytes = 0
         self._arrivals = 0
+        self._answered: Sequence[ServedSession] = ()  # by the last step; those that go on come back soon
+        self._step_s = 0.0  # how long it took
         self._state = threading.Condition()  # guards everything but the body; held for moments
         self.turn = turn or Turn(settings.fine_tune_share)  # held while the body runs
         self._ending = False
@@ -200,8 +204,10 @@ class BodyService:
                     piece.session.running = True
             if not pieces:
                 return 0
+            started = time.monotonic()
             outcomes = self._run(pieces)
             with self._state:
+                self._answered, self._step_s = [piece.session for piece in pieces], time.monotonic() - started
                 answers = [self._deliver(piece, outcome) for piece, outcome in zip(pieces, outcomes, strict=True)]
         for answered, outcome in zip(answers, outcomes, strict=True):  # without locks: who waits may ask again at once
             for waiting in answered:
@@ -247,10 +253,20 @@ class BodyService:
                 self.close(name)
 
     def _wait_for_rows(self) -> bool:
-        """False when there will be no more."""
+        """False when there will be no more.
+
+        Whoever is answered sends its next rows a moment later. A step that begins with the first to come would run alone,
+        and all others after it: so it waits for the others, a part of the time that it would cost them. Who does not
+        come in that time is not waited for again.
+        """
         with self._state:
             self._state.wait_for(lambda: self._ending or any(s.queue for s in self._sessions.values()))
+            self._state.wait_for(lambda: self._ending or self._all_back(), timeout=_LINGER * self._step_s)
             return not self._ending
+
+    def _all_back(self) -> bool:
+        """Whether all sessions of the last step wait again, or have ended."""
+        return all(session.queue or session.closed for session in self._answered)
 
     def _run(self, pieces: Sequence[Piece]) -> Sequence[Tensor | Exception]:
         """Outputs, or what went wrong: if the batch fails, each runs alone, and only the culprit fails."""
