@@ -9,7 +9,8 @@ import os
 import statistics
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # for both, as the command has it
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -394,3 +394,28 @@ def test_a_body_serves_while_it_learns() -> None:
     assert found == generated(with_adapters(lively_model(), **law), prompt(7), 12)
     assert any((before[name] != tensor).any() for name, tensor in take_out(body, "law").items())
     assert active_adapters(body) == ["law"]
+
+
+def test_a_step_waits_for_those_of_the_last_one_that_are_on_their_way() -> None:
+    service, _ = new_service()
+    names, all_ran, sizes = [opened(service) for _ in range(3)], threading.Event(), []
+    run = service._layers.run
+
+    def slow(shares: Any) -> Any:
+        sizes.append(len(shares))
+        all_ran.wait(0.4)  # so long does a step take that waiting pays
+        return run(shares)
+
+    service._layers.run = slow  # type: ignore[method-assign]
+    answers = [service.extend(name, rows(1)) for name in names]
+    with service.serving():
+        for pause_s in (0.05, 0.0):
+            for answer in answers:
+                answer.result(timeout=60)
+            answers = []
+            for name in names[:2]:  # the third has had enough, and holds nobody up for good
+                answers.append(service.extend(name, rows(1)))
+                all_ran.wait(pause_s)
+        for answer in answers:
+            answer.result(timeout=60)
+    assert sizes == [3, 2, 2]

@@ -13,9 +13,12 @@ from gaisnet.cli.serve import serve
 from gaisnet.cli.sites import cloud, device, edge
 from gaisnet.config import load_config
 
-# Threads that wait for work must not spin: on a machine that is shared, one busy neighbour would slow every
-# multiplication down many times. Read when torch is first imported, which is why torch is imported late.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long OpenMP's threads spin before they sleep. Within a layer the next product comes in microseconds, and to be woken
+# takes longer than a small product; but on a machine that is shared, threads that spin for milliseconds, as they would, slow
+# down all others. Read when torch is first imported, which is why torch is imported late. (docs/decisions/0009)
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # without it, as soon as two threads compute, theirs hardly spin at all
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
