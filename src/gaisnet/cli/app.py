@@ -13,9 +13,9 @@ from gaisnet.cli.serve import serve
 from gaisnet.cli.sites import cloud, device, edge
 from gaisnet.config import load_config
 
-# How long OpenMP's threads spin before they sleep. Within a layer the next product comes in microseconds, and to be woken
-# takes longer than a small product; but on a machine that is shared, threads that spin for milliseconds, as they would, slow
-# down all others. Read when torch is first imported, which is why torch is imported late. (docs/decisions/0009)
+# How long OpenMP's threads spin before they sleep. Within a layer the next product comes in microseconds, and to be
+# woken takes longer than a small product; but on a machine that is shared, threads that spin for milliseconds, as they
+# would, slow down all others (docs/decisions/0009). Read when torch is first imported: it is imported late.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # without it, as soon as two threads compute, theirs hardly spin at all
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -255,9 +255,9 @@ class BodyService:
     def _wait_for_rows(self) -> bool:
         """False when there will be no more.
 
-        Whoever is answered sends its next rows a moment later. A step that begins with the first to come would run alone,
-        and all others after it: so it waits for the others, a part of the time that it would cost them. Who does not
-        come in that time is not waited for again.
+        Whoever is answered sends its next rows a moment later. A step that begins with the first to come would run
+        alone, and all others after it: so it waits for the others, a part of the time that it would cost them. Who
+        does not come in that time is not waited for again.
         """
         with self._state:
             self._state.wait_for(lambda: self._ending or any(s.queue for s in self._sessions.values()))
