@@ -17,7 +17,7 @@ def bench(
     serving: Annotated[
         Path, typer.Option(metavar="RUN", help="Output folder of a finished run, whose answers are measured.")
     ],
-    out: Annotated[Path | None, typer.Option(help="File to write. [default: RUN/serving.json]")] = None,
+    out: Annotated[Path | None, typer.Option(show_default="RUN/serving.json", help="File to write.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every figure is the median of them.")] = 5,
     seconds: Annotated[
         float, typer.Option(min=1.0, help="Of each window in which answers and fine-tuning run, alone and together.")

@@ -26,7 +26,7 @@ def chat(
     ],
     model: Annotated[str, typer.Option(help="auto, foundation, merged, or a domain.")] = "auto",
     api_keys: Annotated[
-        Path | None, typer.Option(help="File whose first key is used. [default: the first of $GAISNET_API_KEYS]")
+        Path | None, typer.Option(show_default="the first of $GAISNET_API_KEYS", help="File whose first key is used.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.0,

@@ -63,7 +63,7 @@ def deploy_run(
 @deploy.command()
 def start(
     kit: Annotated[Path, typer.Argument(help="A site's kit.")],
-    out: Annotated[Path | None, typer.Option(help="Output folder of the cloud. [default: KIT/run]")] = None,
+    out: Annotated[Path | None, typer.Option(show_default="KIT/run", help="Output folder of the cloud.")] = None,
     stay: Stay = False,
     serve: ServeOn = None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,13 +11,60 @@ Overrides = Annotated[
     typer.Option("--set", help="Change one setting: key=value, e.g. --set relay.enabled=false --set seed=1."),
 ]
 ConfigFile = Annotated[Path | None, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.")]
-Out = Annotated[Path | None, typer.Option(help="Output folder; must be new or empty. [default: runs/<time>]")]
+Out = Annotated[Path | None, typer.Option(show_default="runs/<time>", help="Output folder; must be new or empty.")]
 Resume = Annotated[Path | None, typer.Option(help="In place of CONFIG: go on with the run in this output folder.")]
 
 Stay = Annotated[bool, typer.Option("--stay", help="A cloud goes on answering when the run has finished.")]
 ServeOn = Annotated[
     int | None,
     typer.Option("--serve", metavar="PORT", min=0, max=65535, help="A device answers callers at this port of its own."),
+]
+
+_ANSWERS = "Answers"  # a panel of the help
+Host = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=_ANSWERS,
+        help="Address to listen on. Beyond this machine, such as 0.0.0.0, API keys are needed.",
+    ),
+]
+ApiKeysFile = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=_ANSWERS,
+        show_default="$GAISNET_API_KEYS, with commas between",
+        help="File with a key per line.",
+    ),
+]
+Escalate = Annotated[
+    Literal["never", "auto", "always"],
+    typer.Option(
+        rich_help_panel=_ANSWERS,
+        help="For the model 'auto': never ask the foundation model, where the DM is not sure, always.",
+    ),
+]
+EscalateTo = Annotated[
+    Literal["merged", "domain"],
+    typer.Option(
+        rich_help_panel=_ANSWERS,
+        help="The adapter on the foundation model then: that of all domains, or of the DM's own.",
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=_ANSWERS,
+        show_default="calibrated",
+        help="Escalate below this probability of the DM's likeliest token.",
+    ),
+]
+Speculate = Annotated[
+    bool,
+    typer.Option(
+        "--speculate",
+        rich_help_panel=_ANSWERS,
+        help="The DM drafts what the foundation model writes: fewer calls to it.",
+    ),
 ]
 
 

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
+from gaisnet.cli.options import ApiKeysFile, Escalate, EscalateTo, Host, Speculate, Threshold
 from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.progress import Progress, silent
 from gaisnet.serving.address import announced
@@ -34,34 +35,19 @@ def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> "
 
 def serve(
     run: Annotated[Path, typer.Argument(help="Output folder of a finished run, such as runs/demo-...")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on. Beyond this machine, such as 0.0.0.0, API keys are needed.")
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8000,
     device: Annotated[
-        str | None, typer.Option(help="The device that answers are written on. [default: the first split one]")
+        str | None, typer.Option(show_default="the first split one", help="The device that answers are written on.")
     ] = None,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="File with a key per line. [default: $GAISNET_API_KEYS, with commas between]")
-    ] = None,
-    escalate: Annotated[
-        Literal["never", "auto", "always"],
-        typer.Option(help="For the model 'auto': never ask the foundation model, where the DM is not sure, always."),
-    ] = "auto",
-    escalate_to: Annotated[
-        Literal["merged", "domain"],
-        typer.Option(help="The adapter on the foundation model then: that of all domains, or of the DM's own."),
-    ] = "merged",
+    api_keys: ApiKeysFile = None,
+    escalate: Escalate = "auto",
+    escalate_to: EscalateTo = "merged",
     other_domains: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="To calibrate: share of requests of other domains.")
     ] = 0.2,
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Escalate below this probability of the DM's likeliest token. [default: calibrated]"),
-    ] = None,
-    speculate: Annotated[
-        bool, typer.Option("--speculate", help="The DM drafts what the foundation model writes: fewer calls to it.")
-    ] = False,
+    threshold: Threshold = None,
+    speculate: Speculate = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a setting of the service or of faults, e.g. --set service.max_sessions=16."),

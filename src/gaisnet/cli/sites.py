@@ -4,12 +4,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from gaisnet.cli.display import quiet_libraries, told_errors
-from gaisnet.cli.options import ServeOn, Stay
+from gaisnet.cli.options import ApiKeysFile, Escalate, EscalateTo, Host, ServeOn, Speculate, Stay, Threshold
 from gaisnet.config import RoutingSettings
 from gaisnet.deployment.launcher import FINAL
 
@@ -17,7 +17,7 @@ from gaisnet.deployment.launcher import FINAL
 def cloud(
     kit: Annotated[Path, typer.Argument(help="The cloud's kit.")],
     out: Annotated[
-        Path | None, typer.Option(help="Output folder; goes on if it holds a run. [default: KIT/run]")
+        Path | None, typer.Option(show_default="KIT/run", help="Output folder; goes on if it holds a run.")
     ] = None,
     stay: Stay = False,
 ) -> None:
@@ -39,32 +39,19 @@ def edge(kit: Annotated[Path, typer.Argument(help="The edge's kit.")]) -> None:
 def device(
     kit: Annotated[Path, typer.Argument(help="The device's kit.")],
     serve: ServeOn = None,
-    host: Annotated[
-        str, typer.Option(help="With --serve: address to listen on. Beyond this machine API keys are needed.")
-    ] = "127.0.0.1",
-    api_keys: Annotated[
-        Path | None, typer.Option(help="With --serve: file with a key per line. [default: $GAISNET_API_KEYS]")
-    ] = None,
-    escalate: Annotated[
-        Literal["never", "auto", "always"],
-        typer.Option(help="With --serve: when 'auto' asks the foundation model; see gaisnet serve."),
-    ] = "auto",
-    escalate_to: Annotated[
-        Literal["merged", "domain"], typer.Option(help="With --serve: with which adapter; see gaisnet serve.")
-    ] = "merged",
-    threshold: Annotated[
-        float | None, typer.Option(help="With --serve: escalate below this confidence. [default: calibrated]")
-    ] = None,
-    speculate: Annotated[
-        bool, typer.Option("--speculate", help="With --serve: the DM drafts what the foundation model writes.")
-    ] = False,
+    host: Host = "127.0.0.1",
+    api_keys: ApiKeysFile = None,
+    escalate: Escalate = "auto",
+    escalate_to: EscalateTo = "merged",
+    threshold: Threshold = None,
+    speculate: Speculate = False,
 ) -> None:
     """A device's process: holds private data, head and tail, and stays.
 
-    With --serve it also answers callers on this device, as gaisnet serve does for a finished run: with the models of
-    the network as they are, while it learns. How sure a domain model must be is calibrated on the device's own held-out
-    examples, anew for every version that is served. The models are the device's own domain, auto, foundation and
-    merged.
+    With --serve, which the options under Answers are for, it also answers callers on this device, as gaisnet serve does
+    for a finished run: with the models of the network as they are, while it learns. How sure a domain model must be is
+    calibrated on the device's own held-out examples, anew for every version that is served. The models are the device's
+    own domain, auto, foundation and merged.
     """
     with _site_process():
         from gaisnet.deployment.resident import run_device
