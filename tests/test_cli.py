@@ -1,5 +1,6 @@
 """The command ``gaisnet``: it teaches, it runs, and what goes wrong is a sentence and not a traceback."""
 
+import io
 import json
 import re
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from gaisnet.cli.app import app
+from gaisnet.cli.display import LiveProgress
 from tests.tiny import tiny_edge, write_tiny_run
 
 
@@ -224,3 +227,15 @@ def test_an_output_folder_in_use(tmp_path: Path) -> None:
         "is not empty, it holds 'thesis.txt'; choose another with --out, or remove it",
     )
     assert (tmp_path / "out" / "thesis.txt").read_text(encoding="utf-8") == "do not lose me"
+
+
+def test_where_nobody_watches_a_stage_has_a_line_and_what_came_of_it_has_one() -> None:
+    shown = io.StringIO()
+    with LiveProgress(Console(file=shown, width=200)) as progress:
+        for stage in ("fine_tune", "evaluate", "fine_tune"):
+            for done in (0, 1, 2, 2, 2):  # the last one is told as often as somebody asks
+                progress(stage, done, 2, {"loss": 0.5} if done and stage == "fine_tune" else {})
+    lines = shown.getvalue().splitlines()
+    stage, result = "fine-tune: split learning on private data", "  loss 0.500"
+    between = "evaluate: scoring held-out examples where they are"
+    assert lines[:5] == [stage, result, between, stage, result]

@@ -102,14 +102,14 @@ class LiveProgress:
     def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         """See ``gaisnet.progress.Progress``."""
         if stage != self._stage or done < self._done:
-            self._stage = stage
+            self._stage, self._done = stage, -1
             self._bars.reset(self._task, description=_STAGES.get(stage, stage), total=total)
             if not self._console.is_terminal and done == 0:
                 self._console.print(_STAGES.get(stage, stage))
-        self._done = done
         text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
-        if not self._console.is_terminal and done == total and text:
+        if not self._console.is_terminal and self._done < done == total and text:
             self._console.print(f"  {text}", highlight=False)
+        self._done = done
         self._bars.update(self._task, completed=done, total=total, figures=text)
 
 
