@@ -11,6 +11,7 @@ import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # for both, as the command has it
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -104,7 +104,7 @@ class Caller(threading.Thread):
         outcome, failure = "failed", None
         try:
             outcome = ask(client, path, asked)
-        except (Failed, httpx.HTTPError, ValueError, LookupError) as error:
+        except Exception as error:  # whatever it is, it is counted, and the caller goes on
             failure = f"{time.strftime('%H:%M:%S')} {path} {asked['model']}: {type(error).__name__}: {error}"
         self._tally.add(outcome, asked["model"], time.monotonic() - began, failure)
         if outcome == "too many" or self._rng.random() < 0.2:
@@ -336,7 +336,10 @@ def judged(samples: Sequence[dict[str, float]]) -> dict[str, float] | None:
     if len(known) < 12:
         return None
     sixth = known[-1][0] / 6
-    second, last = (median([mib for at, mib in known if k * sixth <= at <= (k + 1) * sixth]) for k in (1, 5))
+    parts = [[mib for at, mib in known if k * sixth <= at <= (k + 1) * sixth] for k in (1, 5)]
+    if not all(parts):  # the server did not say how it was for so long
+        return None
+    second, last = map(median, parts)
     slope = linear_regression(*zip(*[one for one in known if one[0] >= sixth], strict=True)).slope
     return {"mib_per_hour": 3600 * slope, "second_sixth_mib": second, "last_sixth_mib": last, "growth": last / second}
 

@@ -34,7 +34,7 @@ def test_a_run_is_measured_and_left_alone(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
     assert figures.same.model_dump() == {"num_answers": 4, "edge": 4, "cloud": 4, "speculative": 4}
     written = json.loads((tmp_path / "serving.json").read_text(encoding="utf-8"))
-    assert written["schema"] == "gaisnet.serving/1"
+    assert written["schema"] == "gaisnet.serving/2"
     for spread in written["ratios"].values():
         assert 0 < spread["min"] <= spread["median"] <= spread["max"]
         assert spread["rounds"] == 2

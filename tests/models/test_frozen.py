@@ -1,9 +1,11 @@
 """Frozen linear layers: the same numbers as torch's own, forward and backward, and nothing that learns."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from gaisnet.models.frozen import FrozenLinear, freeze_linears
@@ -71,3 +73,37 @@ def test_tied_weights_stay_tied() -> None:
     freeze_linears(nn.Sequential(embed, head))
     assert type(head) is FrozenLinear
     assert head.weight is embed.weight
+
+
+def test_what_learns_goes_the_way_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    for name in ("weight", "bias"):
+        _, frozen = pair(bias=True)
+        getattr(frozen, name).requires_grad_()
+        frozen(torch.randn(3, 24)).sum().backward()
+        assert getattr(frozen, name).grad is not None
+    assert not calls
+
+
+def test_hooks_and_copies_go_on() -> None:
+    layer, seen = nn.Linear(24, 40), []
+    layer.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    freeze_linears(layer)
+    twin = copy.deepcopy(layer)
+    rows = torch.randn(3, 24)
+    assert torch.equal(twin(rows), layer(rows))
+    assert seen == [(3, 40)] * 2
+    assert type(twin) is FrozenLinear
+
+
+def test_an_adapter_of_peft_learns_beside_it() -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(24, 40)})
+    freeze_linears(model)
+    adapted: Any = inject_adapter_in_model(LoraConfig(r=2, target_modules=["proj"]), model)
+    adapted["proj"](torch.randn(3, 24)).square().sum().backward()
+    gradients = {name: p.grad is not None for name, p in adapted.named_parameters()}
+    assert {name for name, has in gradients.items() if has} == {
+        "proj.lora_A.default.weight",
+        "proj.lora_B.default.weight",
+    }
+    assert type(adapted["proj"].base_layer) is FrozenLinear

@@ -23,6 +23,7 @@ from gaisnet.errors import (
 )
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
+from gaisnet.serving import body as body_module
 from gaisnet.serving.body import BodyService
 from gaisnet.serving.cache import BLOCK
 from gaisnet.serving.decoding import write
@@ -396,26 +397,63 @@ def test_a_body_serves_while_it_learns() -> None:
     assert active_adapters(body) == ["law"]
 
 
-def test_a_step_waits_for_those_of_the_last_one_that_are_on_their_way() -> None:
-    service, _ = new_service()
-    names, all_ran, sizes = [opened(service) for _ in range(3)], threading.Event(), []
-    run = service._layers.run
+def lingering(monkeypatch: pytest.MonkeyPatch, steps: float, **settings: int) -> tuple[BodyService, list[int]]:
+    """A service that waits for so many times a step's time, and the number of sessions in each of its steps."""
+    monkeypatch.setattr(body_module, "_LINGER", steps)
+    service, _ = new_service(**settings)
+    run, sizes = service._layers.run, []
 
-    def slow(shares: Any) -> Any:
+    def counted(shares: Any) -> Any:
         sizes.append(len(shares))
-        all_ran.wait(0.4)  # so long does a step take that waiting pays
         return run(shares)
 
-    service._layers.run = slow  # type: ignore[method-assign]
-    answers = [service.extend(name, rows(1)) for name in names]
+    service._layers.run = counted  # type: ignore[method-assign]
+    return service, sizes
+
+
+def asked(service: BodyService, *names: str, num: int = 1) -> "list[Future[Tensor]]":
+    return [service.extend(name, rows(num)) for name in names]
+
+
+def had(answers: "list[Future[Tensor]]") -> None:
+    for answer in answers:
+        answer.result(timeout=60)
+
+
+def test_a_step_waits_for_those_of_the_last_one_that_have_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, sizes = lingering(monkeypatch, 1e9)
+    one, two, three = (opened(service) for _ in range(3))
+    first = asked(service, one, two, three)
     with service.serving():
-        for pause_s in (0.05, 0.0):
-            for answer in answers:
-                answer.result(timeout=60)
-            answers = []
-            for name in names[:2]:  # the third has had enough, and holds nobody up for good
-                answers.append(service.extend(name, rows(1)))
-                all_ran.wait(pause_s)
-        for answer in answers:
-            answer.result(timeout=60)
-    assert sizes == [3, 2, 2]
+        had(first)
+        again = asked(service, one, two)
+        had([*again, *asked(service, three)])
+        again = asked(service, one, two)
+        service.close(three)
+        had(again)
+    assert sizes == [3, 3, 2]
+
+
+def test_who_comes_too_late_is_not_waited_for_until_it_comes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, sizes = lingering(monkeypatch, 0.0)
+    early, late = opened(service), opened(service)
+    first = asked(service, early, late)
+    with service.serving():
+        had(first)
+        had(asked(service, early))
+        monkeypatch.setattr(body_module, "_LINGER", 1e9)
+        had(asked(service, early))
+        waits = asked(service, late)  # for the early one, which has never been late
+        had([*waits, *asked(service, early)])
+        waits = asked(service, early)
+        had([*waits, *asked(service, late)])
+    assert sizes == [2, 1, 1, 2, 2]
+
+
+def test_a_step_that_is_full_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, sizes = lingering(monkeypatch, 1e9, chunk=4, step_rows=4)
+    here, there = opened(service), opened(service)
+    with service.serving():
+        had(asked(service, here))
+        had(asked(service, there, num=4))
+    assert sizes == [1, 1]

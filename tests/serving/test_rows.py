@@ -1,17 +1,20 @@
 """One forward over sessions that differ in everything equals each session alone, with the caches of transformers."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from gaisnet.models.families import LLAMA_SHAPED, Decoder
 from gaisnet.models.parts import Body, CutLayers, Layers, cut_decoder
+from gaisnet.serving import rows
 from gaisnet.serving.cache import SessionCache
 from gaisnet.serving.rows import SessionLayers, Share
 from tests.serving.models import lively_model
 from tests.tiny import NUM_LAYERS
 
-LENGTHS = (13, 9, 6)
+LENGTHS = (9, 7, 12)
 
 
 def sequences() -> list[Tensor]:
@@ -39,7 +42,8 @@ def in_turns(layers: SessionLayers, ranges: list[tuple[int, int]], turns: list[d
     return [torch.cat(rows) for rows in outputs]
 
 
-TURNS = [{0: 4}, {0: 1, 1: 5}, {0: 1, 1: 1, 2: 4}, {1: 3, 0: 7, 2: 1}, {2: 1}]
+# The fourth is of single rows only, behind 6, 2 and 9: with a window of 4 they see 4, 3 and 4.
+TURNS = [{0: 4, 1: 2, 2: 5}, {0: 1, 2: 3}, {0: 1, 2: 1}, {0: 1, 1: 1, 2: 1}, {1: 3, 0: 2, 2: 1}, {2: 1, 1: 1}]
 
 
 @pytest.mark.parametrize("family", sorted(LLAMA_SHAPED))
@@ -47,6 +51,22 @@ def test_sessions_do_not_see_each_other(family: str) -> None:
     found = in_turns(SessionLayers(body_of(family)), [(0, NUM_LAYERS)] * 3, TURNS)
     for rows_TD, sequence_TD in zip(found, sequences(), strict=True):
         torch.testing.assert_close(rows_TD, body_of(family)(sequence_TD[None])[0], atol=2e-4, rtol=1e-3)
+
+
+def test_long_pasts_are_attended_to_alone_and_short_ones_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_SHORT", 7)
+    sizes = []
+    together = rows._attend_together
+
+    def counted(spans: Any, *args: Any) -> Tensor:
+        sizes.append(len(spans.together))
+        return together(spans, *args)
+
+    monkeypatch.setattr(rows, "_attend_together", counted)
+    found = in_turns(SessionLayers(body_of()), [(0, NUM_LAYERS)] * 3, TURNS)
+    for rows_TD, sequence_TD in zip(found, sequences(), strict=True):
+        torch.testing.assert_close(rows_TD, body_of()(sequence_TD[None])[0], atol=2e-4, rtol=1e-3)
+    assert sizes == [2] * NUM_LAYERS  # the first and the second, when the third has nine
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])

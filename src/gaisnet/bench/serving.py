@@ -86,7 +86,7 @@ class ServingFigures(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
-    schema_name: str = Field("gaisnet.serving/1", alias="schema", pattern="^gaisnet.serving/1$")
+    schema_name: str = Field("gaisnet.serving/2", alias="schema", pattern="^gaisnet.serving/2$")
     run: str
     cores: int
     torch: str

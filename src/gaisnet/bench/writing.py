@@ -75,20 +75,24 @@ class Writers:
         all_begun, begun_at = threading.Barrier(len(prompts)), []
 
         def one(prompt: Prompt) -> Prompt:
-            with closing(self._tokens(target, prompt, num_tokens)) as tokens:
-                try:
+            try:
+                with closing(self._tokens(target, prompt, num_tokens)) as tokens:
                     first = next(tokens)
                     all_begun.wait()
-                except BaseException:
-                    all_begun.abort()  # the others need not wait for this one
-                    raise
-                begun_at.append(time.perf_counter())
-                return (first, *tokens)
+                    begun_at.append(time.perf_counter())
+                    return (first, *tokens)
+            except BaseException:
+                all_begun.abort()  # the others need not wait for this one
+                raise
 
         started = time.perf_counter()
         with ThreadPoolExecutor(len(prompts)) as pool:
-            answers = tuple(pool.map(one, prompts))
+            written = [pool.submit(one, prompt) for prompt in prompts]
         ended = time.perf_counter()
+        for error in (each.exception() for each in written):
+            if error is not None and not isinstance(error, threading.BrokenBarrierError):
+                raise error
+        answers = tuple(each.result() for each in written)
         return WrittenBySessions(answers, ended - started, ended - min(begun_at))
 
     def gaps(

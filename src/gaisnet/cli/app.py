@@ -19,6 +19,7 @@ from gaisnet.config import load_config
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # without it, as soon as two threads compute, theirs hardly spin at all
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")  # LLVM's and Intel's OpenMP would spin without end
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from gaisnet.experiments.front import held_out_of
 from gaisnet.serving.address import announced
 from gaisnet.serving.answering import Answering
 from gaisnet.serving.api import make_app
+from gaisnet.serving.bodies import Target
 from gaisnet.serving.calibration import read_calibrations, write_calibrations
 from gaisnet.serving.decoding import DeviceParts
 from gaisnet.serving.device import ServedDevice, ServedDomain
@@ -24,6 +26,7 @@ from gaisnet.transport.base import Link
 from gaisnet.turn import Turn
 
 _LOOK_S = 2.0
+_LOOK_AT_CLOUD_S = 60.0  # many devices do; also looked at when the edge has another version
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +45,17 @@ class Door:
     keys: ApiKeys
     routing: RoutingSettings
     speculate: bool = False
+
+
+@dataclass(frozen=True)
+class _Versions:
+    """Adapters that act, each as name@version."""
+
+    edge: tuple[str, ...] = ()
+    cloud: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join((*self.edge, *self.cloud))
 
 
 class FrontDoor:
@@ -71,7 +85,10 @@ class FrontDoor:
         self._door = door
         self._turn = turn
         self._socket = listen(*door.address)
-        self._seen: tuple[str, ...] = ()
+        self._seen = _Versions()  # that the threshold is for
+        self._last = _Versions()  # at the last look
+        self._looked_at_cloud = -_LOOK_AT_CLOUD_S
+        self._told = ""
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name="front door", daemon=True)
         self._thread.start()
@@ -118,26 +135,34 @@ class FrontDoor:
             return
         try:
             versions = self._versions(device)
-            if versions == self._seen:
+            settled, self._last = versions == self._last, versions  # edge and cloud change one after the other
+            if versions == self._seen or not settled:
                 return
             calibration = device.calibration(self._domain, self._door.routing)
         except GaisnetError as error:  # the edge or the cloud is away, or has nothing to serve yet
-            _log.info("not calibrated now: %s", error)
+            if self._told != str(error):
+                _log.info("not calibrated now: %s", error)
+            self._told = str(error)
             return
         found = {self._domain: calibration}
         answering.route(self._domain, device.routing(self._domain, self._door.routing, found))
         self._seen = versions
-        _log.info("calibrated on %s: %s", ", ".join(versions), calibration.model_dump_json())
+        self._told = ""
+        _log.info("calibrated on %s: %s", versions, calibration.model_dump_json())
         try:
             write_calibrations(self._folder, found)
         except OutputNotWritable as error:  # it holds as long as this process; a later one calibrates again
             _log.warning("%s", error)
 
-    def _versions(self, device: ServedDevice) -> tuple[str, ...]:
+    def _versions(self, device: ServedDevice) -> _Versions:
         """What acts on the DM now, and on the FM where it is escalated to."""
-        found: tuple[str, ...] = ()
-        for target in (device.target(self._domain), device.escalation(self._domain, self._door.routing)):
-            session = self._bodies.open(target, device.parts.first, device.parts.stop, 0)
-            found += session.versions
-            session.close()
-        return found
+        edge, cloud, now = self._acting(device, device.target(self._domain)), self._last.cloud, time.monotonic()
+        if edge != self._last.edge or now - self._looked_at_cloud >= _LOOK_AT_CLOUD_S:
+            cloud = self._acting(device, device.escalation(self._domain, self._door.routing))
+            self._looked_at_cloud = now
+        return _Versions(edge, cloud)
+
+    def _acting(self, device: ServedDevice, target: Target) -> tuple[str, ...]:
+        session = self._bodies.open(target, device.parts.first, device.parts.stop, 0)
+        session.close()
+        return session.versions

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _AVAILABLE = torch.backends.mkldnn.is_available()
@@ -28,9 +29,9 @@ class FrozenLinear(nn.Linear):
         return result
 
     def _on_onednn(self, input: Tensor) -> bool:
-        every = (input, self.weight)
-        plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in every)
-        return _AVAILABLE and plain and not self.weight.requires_grad
+        own = [self.weight] if self.bias is None else [self.weight, self.bias]
+        plain = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in (input, *own))
+        return _AVAILABLE and plain and not any(each.requires_grad for each in own)
 
 
 class _Product(torch.autograd.Function):
@@ -42,6 +43,7 @@ class _Product(torch.autograd.Function):
         return _multiply(input, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         return _multiply(grad_outputs[0], ctx.weight.t(), None), None, None
 

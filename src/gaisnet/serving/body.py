@@ -27,7 +27,7 @@ from gaisnet.turn import Turn
 
 _MIB = 2**20
 _ROW_DTYPE = torch.float32  # of rows that are kept
-_LINGER = 0.5  # of a step's time, that the next one waits for sessions of it
+_LINGER = 1.0  # of a step's time, that the next one waits after it for its sessions
 
 
 class BodyService:
@@ -56,7 +56,7 @@ class BodyService:
         self._used_bytes = 0
         self._arrivals = 0
         self._answered: Sequence[ServedSession] = ()  # by the last step; those that go on come back soon
-        self._step_s = 0.0  # how long it took
+        self._lingers_until = 0.0
         self._state = threading.Condition()  # guards everything but the body; held for moments
         self.turn = turn or Turn(settings.fine_tune_share)  # held while the body runs
         self._ending = False
@@ -183,6 +183,7 @@ class BodyService:
             session.queue.clear()
             if not session.running:  # else the step frees it
                 self._free(session)
+            self._state.notify_all()  # a step may wait for it
         for rows in waiting:
             rows.settle(SessionClosed(name))
 
@@ -207,7 +208,8 @@ class BodyService:
             started = time.monotonic()
             outcomes = self._run(pieces)
             with self._state:
-                self._answered, self._step_s = [piece.session for piece in pieces], time.monotonic() - started
+                ended = time.monotonic()
+                self._answered, self._lingers_until = [p.session for p in pieces], ended + _LINGER * (ended - started)
                 answers = [self._deliver(piece, outcome) for piece, outcome in zip(pieces, outcomes, strict=True)]
         for answered, outcome in zip(answers, outcomes, strict=True):  # without locks: who waits may ask again at once
             for waiting in answered:
@@ -256,17 +258,25 @@ class BodyService:
         """False when there will be no more.
 
         Whoever is answered sends its next rows a moment later. A step that begins with the first to come would run
-        alone, and all others after it: so it waits for the others, a part of the time that it would cost them. Who
-        does not come in that time is not waited for again.
+        alone, and all others after it: so it waits for the others, no longer than a step takes, and not for those that
+        came too late the last time.
         """
         with self._state:
             self._state.wait_for(lambda: self._ending or any(s.queue for s in self._sessions.values()))
-            self._state.wait_for(lambda: self._ending or self._all_back(), timeout=_LINGER * self._step_s)
+            left_s = self._lingers_until - time.monotonic()
+            self._state.wait_for(lambda: self._ending or self._full() or self._all_back(), timeout=max(0.0, left_s))
+            for session in self._answered:
+                session.late = not session.queue
             return not self._ending
 
     def _all_back(self) -> bool:
-        """Whether all sessions of the last step wait again, or have ended."""
-        return all(session.queue or session.closed for session in self._answered)
+        """Whether all sessions of the last step that come in time wait again, or have ended."""
+        return all(session.queue or session.closed or session.late for session in self._answered)
+
+    def _full(self) -> bool:
+        """Whether a step could take no more."""
+        chunk, waiting = self._settings.chunk, (s.queue[0].left for s in self._sessions.values() if s.queue)
+        return sum(min(num_rows, chunk) for num_rows in waiting) >= self._settings.step_rows
 
     def _run(self, pieces: Sequence[Piece]) -> Sequence[Tensor | Exception]:
         """Outputs, or what went wrong: if the batch fails, each runs alone, and only the culprit fails."""

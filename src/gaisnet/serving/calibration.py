@@ -6,7 +6,7 @@ Examples of other domains may be among them, as they are among its requests: the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import inf, nextafter
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def calibrate(
     adapters: tuple[str, ...] = (),
     num_others: int = 0,
 ) -> Calibration:
-    """The threshold that is right most often with at most ``most_escalated``; of several, the one in their middle.
+    """The threshold that is right most often with at most ``most_escalated``; of neighbours, the one in their middle.
 
     At the edge of those that do equally well it would be right here and wrong elsewhere. Where the FM does no better
     than the DM, it is one below all confidences: the FM is never asked.
@@ -89,16 +89,15 @@ def calibrate(
     """
     total = max(len(trials), 1)
     alone, always = sum(t.wrong_at is None for t in trials), sum(t.foundation_right for t in trials)
-    best, num_right = [_NEVER], alone
+    known = [(_NEVER, alone)]
     for threshold in _candidates(trials) if always > alone else ():
         if sum(t.escalated(threshold) for t in trials) > settings.most_escalated * total:
             break
-        right = sum(t.right(threshold) for t in trials)
-        if right > num_right:
-            best, num_right = [], right
-        if right == num_right and best != [_NEVER]:
-            best.append(threshold)
-    threshold = best[len(best) // 2]
+        known.append((threshold, sum(t.right(threshold) for t in trials)))
+    num_right = max(right for _, right in known)
+    runs = [[threshold for threshold, _ in run] for right, run in groupby(known, lambda k: k[1]) if right == num_right]
+    best = max(runs, key=len)
+    threshold = _NEVER if _NEVER in best else best[len(best) // 2]
     num_escalated = sum(t.escalated(threshold) for t in trials)
     return Calibration(
         measure=measure,

@@ -63,6 +63,7 @@ class ServedSession:
     cache: SessionCache = field(default_factory=SessionCache)
     queue: deque[Waiting] = field(default_factory=deque)
     running: bool = False
+    late: bool = False  # it was waited for in vain, and has not come in time since
     closed: bool = False
 
     @property

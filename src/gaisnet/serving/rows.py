@@ -51,6 +51,7 @@ class _Spans:
     caches: Sequence[SessionCache]
     bounds: Sequence[int]  # session i has rows [bounds[i], bounds[i + 1])
     windows: dict[int, int | None]  # of each layer: how far back attention reaches, itself included; None for all
+    device: torch.device  # of the rows
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # of one session
     padded_masks: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -77,7 +78,7 @@ class _Spans:
     @cached_property
     def rows_together(self) -> Tensor:
         """Row numbers of those together."""
-        return torch.tensor([self.bounds[session] for session in self.together])
+        return torch.tensor([self.bounds[session] for session in self.together], device=self.device)
 
     def mask(self, session: int, window: int | None, repeats: int) -> Tensor | None:
         """Bool [T * R, K]: which positions the rows of a session attend to; None for all."""
@@ -87,8 +88,8 @@ class _Spans:
         if (window, session) not in self.masks:
             seen = self.caches[session].length
             first, stop = self.span(session, window)
-            at_T1 = torch.arange(seen, stop)[:, None]
-            at_K = torch.arange(first, stop)
+            at_T1 = torch.arange(seen, stop, device=self.device)[:, None]
+            at_K = torch.arange(first, stop, device=self.device)
             mask_TK = at_K <= at_T1
             if window is not None:
                 mask_TK &= at_K > at_T1 - window
@@ -99,8 +100,10 @@ class _Spans:
         """Bool [B, 1, 1, K]: which positions are no padding, for the sessions together."""
         if window not in self.padded_masks:
             spans = (self.span(session, window) for session in self.together)
-            lengths_B = torch.tensor([stop - first for first, stop in spans])
-            self.padded_masks[window] = (torch.arange(int(lengths_B.max())) < lengths_B[:, None])[:, None, None]
+            lengths = [stop - first for first, stop in spans]
+            at_K = torch.arange(max(lengths), device=self.device)
+            lengths_B1 = torch.tensor(lengths, device=self.device)[:, None]
+            self.padded_masks[window] = (at_K < lengths_B1)[:, None, None]
         return self.padded_masks[window]
 
 
@@ -156,7 +159,7 @@ class SessionLayers:
         bounds = [0]
         for share in shares:
             bounds.append(bounds[-1] + len(share.rows_TD))
-        spans = _Spans([share.cache for share in shares], bounds, self._windows)
+        spans = _Spans([share.cache for share in shares], bounds, self._windows, rows_N1D.device)
         rotary = self._layers.rotary_emb(rows_N1D, position_ids=at_N1)
         stacks = [share.adapters for share in shares for _ in share.rows_TD]
         with nullcontext() if self._adapters is None else self._adapters.for_rows(stacks):
