@@ -123,11 +123,11 @@ class WireSettings(Settings):
 
     smashed: TensorCode = Field("int8", description="Activations of examples, device -> edge -> cloud.")
     session: TensorCode = Field(
-        "float16",
-        description="Activations of answers, device -> edge -> cloud. In int8 a row is half as long, and about one "
-        "token in fifty another one.",
+        "float32",
+        description="Activations of answers, both ways. Only in float32 is an answer of an int8 model that of the "
+        "model in one piece, token for token; float16 halves the bytes.",
     )
-    body_output: TensorCode = Field("float16", description="Activations edge or cloud -> device.")
+    body_output: TensorCode = Field("float16", description="Activations of examples, edge or cloud -> device.")
     gradient: TensorCode = Field("float16", description="Gradients device -> edge.")
     adapter: TensorCode = Field("float32", description="Adapters, both ways.")
     max_message_bytes: int = Field(2**31, ge=2**16, description="Longer frames are refused before they are read.")

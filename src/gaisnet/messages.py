@@ -266,7 +266,7 @@ class ExtendSession(Message):
 class SessionRows(Message):
     """Edge or cloud -> device: the body's output at the positions that were wanted."""
 
-    rows_WD: Tensor = wire("body_output")  # float
+    rows_WD: Tensor = wire("session")  # float
 
     def __post_init__(self) -> None:
         if self.rows_WD.ndim != 2:

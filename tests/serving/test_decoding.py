@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from gaisnet.errors import ContextFull, SessionRefused
 from gaisnet.models.families import LLAMA_SHAPED
-from gaisnet.models.parts import CutLayers
+from gaisnet.models.parts import _CACHE, CutLayers
 from gaisnet.serving import decoding
-from gaisnet.serving.decoding import write
+from gaisnet.serving.decoding import HeadSession, TailSession, write
 from gaisnet.serving.sampling import Sampling
 from tests.serving.models import (
     DOMAIN,
@@ -58,6 +59,24 @@ def test_a_domain_model(kept: tuple[int, ...]) -> None:
     assert list(write(parts, session(parts, service), prompt(7), GREEDY)) == expected
     ids_BT = torch.tensor([prompt(7)])
     assert (whole(ids_BT).logits - lively_model()(ids_BT).logits).abs().max() > 0.01
+
+
+def test_a_long_answer_of_an_int8_model_with_adapters() -> None:
+    """Every sum is in the same order: one last bit that differs would be a step of 1/63 in some layer, and grow."""
+    model, parts, service = served_domain(lively_model(), tuple(range(NUM_LAYERS)))
+    domain, relay = adapter(DOMAIN, 1), adapter(RELAY, 2)
+    whole = with_adapters(model, domain=(DOMAIN, domain), relay=(RELAY, relay))
+    service.put_adapter("domain", 0, DOMAIN, domain)
+    service.put_adapter("relay", 0, RELAY, relay)
+    ids = prompt(40)
+    head, tail = HeadSession(parts), TailSession(parts, session(parts, service, ("relay", "domain")))
+    found = tail.run(head.run(ids), want=40)
+    cache = {_CACHE: DynamicCache(config=whole.config)}
+    with torch.no_grad():
+        torch.testing.assert_close(found, whole(torch.tensor([ids]), **cache).logits[0], rtol=0, atol=0)
+        for token in prompt(60, seed=1):
+            expected = whole(torch.tensor([[token]]), **cache).logits[0]
+            torch.testing.assert_close(tail.run(head.run([token])), expected, rtol=0, atol=0)
 
 
 def test_adapters() -> None:

@@ -92,9 +92,13 @@ class ServedNetwork(LinkedBodies):
         """Names that a ``Target`` may have. Raises ``SessionRefused`` before the body has its model."""
         return self._outlet(body, domain).service.adapters
 
+    def service(self, place: Place, domain: str) -> BodyService:
+        """What serves a body. Raises ``SessionRefused`` before there is a model."""
+        return self._outlet(place, domain).service
+
     def body(self, place: Place, domain: str) -> Body:
         """What is served there; learning may change it. Raises ``SessionRefused`` before there is a model."""
-        return self._outlet(place, domain).service.body
+        return self.service(place, domain).body
 
     @property
     def num_sessions(self) -> int:

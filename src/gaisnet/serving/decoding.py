@@ -165,6 +165,13 @@ def prefill(head: HeadSession, tails: Sequence[TailSession], ids: Sequence[int])
             tail.run(rows_TD, want=0)
 
 
+def read(head: HeadSession, tail: TailSession, prompt: Sequence[int]) -> Sequence[int]:
+    """Let both see a prompt but for its last chunk; returns that one, which the first token comes of."""
+    last = (len(prompt) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+    prefill(head, [tail], prompt[:last])
+    return prompt[last:]
+
+
 def check_prompt(parts: DeviceParts, prompt: Sequence[int], sampling: Sampling) -> None:
     """Raise ``SessionRefused`` or ``ContextFull`` for a prompt that cannot be answered."""
     if not prompt:
@@ -186,13 +193,12 @@ def write(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling
     try:
         check_prompt(parts, prompt, sampling)
         head, tail, sampler = HeadSession(parts), TailSession(parts, body), Sampler(sampling)
-        prefill(head, [tail], prompt[:-1])
-        token = prompt[-1]
+        ids = read(head, tail, prompt)
         for _ in range(sampling.max_tokens):
-            logits_V = tail.run(head.run([token]))[0]
-            token = sampler.draw(sampler.probabilities(logits_V))
+            token = sampler.draw(sampler.probabilities(tail.run(head.run(ids))[0]))
             yield token
             if token in sampling.stop_ids:
                 return
+            ids = [token]
     finally:
         body.close()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gaisnet.errors import GaisnetError, SessionRefused
 from gaisnet.serving.bodies import EscalatingSession, Place
-from gaisnet.serving.decoding import DeviceParts, HeadSession, TailSession, Tokens, check_prompt, prefill
+from gaisnet.serving.decoding import DeviceParts, HeadSession, TailSession, Tokens, check_prompt, read
 from gaisnet.serving.sampling import Sampler, Sampling
 
 Policy = Literal["never", "auto", "always"]
@@ -122,15 +122,15 @@ def write_routed(
     try:
         check_prompt(parts, prompt, sampling)
         head, tail, sampler = HeadSession(parts), _RoutedTail(parts, body), Sampler(sampling)
-        prefill(head, [tail], prompt[:-1])
-        token = prompt[-1]
+        ids = read(head, tail, prompt)
         for _ in range(sampling.max_tokens):
-            logits_V = _routed(tail, tail.run(head.run([token]))[0], routing, trace)
+            logits_V = _routed(tail, tail.run(head.run(ids))[0], routing, trace)
             token = sampler.draw(sampler.probabilities(logits_V))
             trace.bodies.append(trace.body)
             yield token
             if token in sampling.stop_ids:
                 return
+            ids = [token]
     finally:
         body.close()
 

@@ -218,7 +218,19 @@ def _attend_alone(sessions: _Spans, session: int, layer: int, query_TGRD: Tensor
     """Attention [T, G, R, D] of one session's rows, on views of its past."""
     num_new, num_kv, repeats, size = query_TGRD.shape
     window = sessions.windows[layer]
-    keys_GKD, values_GKD = sessions.caches[session].read(layer, *sessions.span(session, window))
+    first, stop = sessions.span(session, window)
+    keys_GKD, values_GKD = sessions.caches[session].read(layer, first, stop)
+    if num_new == 1 or (first, num_new) == (0, stop) and (window is None or window >= stop):
+        # As transformers asks: a sum in another order differs in its last bit, and an int8 layer makes a step of it.
+        found_HTD = scaled_dot_product_attention(
+            query_TGRD.flatten(1, 2).transpose(0, 1)[None],
+            keys_GKD[None],
+            values_GKD[None],
+            is_causal=num_new > 1,
+            scale=scale,
+            enable_gqa=True,
+        )[0]
+        return found_HTD.transpose(0, 1).reshape(num_new, num_kv, repeats, size)
     rows_GSD = query_TGRD.transpose(0, 1).flatten(1, 2)
     found_GSD = scaled_dot_product_attention(  # the fused kernel takes four dimensions only
         rows_GSD[None], keys_GKD[None], values_GKD[None], attn_mask=sessions.mask(session, window, repeats), scale=scale

@@ -1,0 +1,107 @@
+"""Tokens/s of one session whose every message crosses sockets, over those of ``generate`` on the model in one piece.
+
+As between sites: the device dials its edge and the edge the cloud, with gRPC and mutual TLS, on loopback. All three are
+in this process, so that they share one interpreter and the machine's cores; sites would have their own. The two ways
+take turns, answer by answer. Run: python benchmarks/session_over_sockets.py RUN
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # for both, as the command has it
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+from gaisnet.bench.writing import Prompt, Unsplit, Writers, num_same
+from gaisnet.engines.services import LinkedBodies
+from gaisnet.experiments.front import device_of
+from gaisnet.experiments.serve import ServedRun, serve_run
+from gaisnet.models.foundation import load_foundation
+from gaisnet.serving.bodies import Place, Target
+from gaisnet.serving.device import ServedDevice
+from gaisnet.serving.endpoint import SessionEndpoint
+from gaisnet.serving.escalation import EdgeSessions
+from gaisnet.transport.base import Handler
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.coded import CodedLink, coded
+from gaisnet.transport.grpc import Dialer, Listener
+from gaisnet.transport.ledger import Direction, Ledger, LinkKind
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.transport.certificates import Authority
+
+
+def main() -> None:
+    """Print a table."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("run", type=Path, help="folder of a finished run")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--prompts", type=int, default=4, help="answers per round")
+    arguments.add_argument("--tokens", type=int, default=64, help="of each answer")
+    chosen = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        served = stack.enter_context(serve_run(chosen.run))
+        device = device_of(served, None)
+        writers = Writers(device.parts, over_sockets(served, device, Authority(Path(folder)), stack))
+        write(f"{'body':>6} {'split /s':>9} {'whole /s':>9} {'ratio':>6}  of single rounds    the same answers")
+        for place in ("edge", "cloud"):
+            write(row(served, device, writers, place, chosen))
+
+
+def over_sockets(served: ServedRun, device: ServedDevice, authority: Authority, stack: ExitStack) -> LinkedBodies:
+    """The bodies of a served run behind a listener of the edge and one of the cloud."""
+    bodies, config, domain, name = served.bodies, served.config, device.domain, "device"
+    codec, ledger = Codec(config.wire), Ledger()
+
+    def link(asker: str, answerer: str, handler: Handler, kind: LinkKind, direction: Direction) -> CodedLink:
+        listener = Listener("localhost:0", authority.site(answerer), answerer, [asker], coded(handler, codec))
+        stack.callback(listener.close)
+        address = f"localhost:{listener.port}"
+        dialer = Dialer(address, authority.site(asker), asker, answerer, lambda _asker, frame: frame)
+        stack.callback(dialer.close)
+        return CodedLink(dialer, codec, ledger, kind, direction)
+
+    of_edge = SessionEndpoint(bodies.service("cloud", domain), "edge")
+    cloud = link("edge", "cloud", of_edge, "edge_cloud", "up")
+    of_device = EdgeSessions(bodies.service("edge", domain), cloud, name)
+    return LinkedBodies({domain: link(name, "edge", of_device, "device_edge", "up")}, config.faults.step_deadline_s)
+
+
+def row(served: ServedRun, device: ServedDevice, writers: Writers, place: Place, chosen: argparse.Namespace) -> str:
+    """One line of the table."""
+    adapters = device.domains[device.domain].adapters if place == "edge" else ()
+    target, whole = Target(place, adapters, device.domain), unsplit(served, device, place)
+    prompts = [each.prompt for each in device.domains[device.domain].held_out]
+    writers.one_by_one(target, prompts[:1], chosen.tokens)  # whatever is done once only
+    whole.write(prompts[:1], chosen.tokens)
+    rounds, same = [], 0
+    for number in range(chosen.rounds):
+        some: list[Prompt] = prompts[number * chosen.prompts :][: chosen.prompts]
+        by_split, by_whole = writers.one_by_one(target, some, chosen.tokens), whole.write(some, chosen.tokens)
+        rounds.append((by_split.tokens_per_s, by_whole.tokens_per_s))
+        same += num_same(by_split.answers, by_whole.answers)
+    split, one = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratios = sorted(split / one for split, one in rounds)
+    spread = f"{statistics.median(ratios):6.2f}  {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    return f"{place:>6} {split:9.1f} {one:9.1f} {spread:>20} {same:14} of {chosen.rounds * chosen.prompts}"
+
+
+def unsplit(served: ServedRun, device: ServedDevice, place: Place) -> Unsplit:
+    """The same model in one piece; the FM as transformers loads it."""
+    model = Unsplit(load_foundation(served.config.model, plain=place == "cloud").model, served.bodies.turn)
+    body = served.bodies.body("edge", device.domain)
+    return model if place == "cloud" else model.with_body(body, device.parts.first)
+
+
+def write(line: str) -> None:
+    """To standard output, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
