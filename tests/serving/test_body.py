@@ -445,9 +445,12 @@ def test_who_comes_too_late_is_not_waited_for_until_it_comes_in_time(monkeypatch
         had(asked(service, early))
         waits = asked(service, late)  # for the early one, which has never been late
         had([*waits, *asked(service, early)])
+        with service._state:  # both in time, however the threads are scheduled
+            waits = asked(service, early, late)
+        had(waits)
         waits = asked(service, early)
         had([*waits, *asked(service, late)])
-    assert sizes == [2, 1, 1, 2, 2]
+    assert sizes == [2, 1, 1, 2, 2, 2]
 
 
 def test_a_step_that_is_full_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
