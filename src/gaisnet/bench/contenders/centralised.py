@@ -1,0 +1,102 @@
+"""Centralised LoRA on pooled data, as most would do it: transformers' Trainer and peft, nothing of ours.
+
+It gets batches of examples of like lengths, so that it pads no more than the others.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from gaisnet.bench.contenders.task import Result, Task, accuracy, padded
+from gaisnet.tiers.examples import Tokens
+
+
+class _Epochs:
+    """A sampler of batches that has another order in every epoch."""
+
+    def __init__(self, epochs: Sequence[list[list[int]]]) -> None:
+        self._epochs = list(epochs)
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._epochs[0])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self._epochs[self._next]
+        self._next = (self._next + 1) % len(self._epochs)
+        return iter(batches)
+
+
+class _Trainer(Trainer):
+    """Takes the batches that it is given, and keeps every loss as it is."""
+
+    def __init__(self, model: Any, arguments: TrainingArguments, examples: list[Tokens], epochs: _Epochs) -> None:
+        super().__init__(model, arguments)
+        self.losses: list[float] = []
+        self._loader: Any = DataLoader(examples, batch_sampler=epochs, collate_fn=padded)  # type: ignore[arg-type]
+
+    def get_train_dataloader(self) -> Any:
+        return self._loader
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.losses.append(loss.item())
+        return loss
+
+
+class Centralised:
+    """LoRA on every linear module of the layers from ``first_layer`` on.
+
+    Args:
+        name: Of the contender.
+        late: Only the layers that GaisNet adapts; else all.
+    """
+
+    def __init__(self, name: str, late: bool) -> None:
+        self.name = name
+        self._late = late
+
+    def run(self, task: Task, seed: int) -> Result:
+        """Learn and score."""
+        model = adapted(task, self._late, seed)
+        examples, settings = task.pooled, task.config.fine_tune
+        epochs = _Epochs(list(task.batches(examples, task.epochs, seed)))
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=settings.batch_size,
+                num_train_epochs=task.epochs,
+                learning_rate=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                max_grad_norm=settings.max_grad_norm,
+                lr_scheduler_type="constant",
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=task.config.model.device == "cpu",
+                seed=seed,
+            )
+            trainer = _Trainer(model, arguments, examples, epochs)
+            started = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - started
+        model.eval()
+        num_samples = len(examples) * task.epochs
+        return Result(seconds, tuple(trainer.losses), num_samples, 0, 0, accuracy(model, task.test))
+
+
+def adapted(task: Task, late: bool, seed: int) -> Any:
+    """The foundation model with fresh adapters of peft; only they learn."""
+    model: Any = task.foundation().model
+    num_layers = model.config.num_hidden_layers
+    torch.manual_seed(seed)
+    spec = task.lora(task.config.adapters.first_layer if late else 0, num_layers)
+    return get_peft_model(model, spec.peft_config())

@@ -1,0 +1,116 @@
+"""Plain U-shaped split learning, as in SplitLoRA (arXiv 2407.00952) and SplitFed (arXiv 2004.12088).
+
+The device has the head and the tail, the server the layers between. In every step all positions cross in float32: the
+head's output up, the body's output down, its gradient up. Nothing is kept from one epoch to the next.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from gaisnet.adapters.tuning import activate, add_adapter, trainable
+from gaisnet.bench.contenders.task import Result, Task, accuracy
+from gaisnet.config import WireSettings
+from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, SmashedData
+from gaisnet.models.parts import Body, CutLayers, Head, Tail, cut_decoder
+from gaisnet.tiers.activations import rows_for_tail
+from gaisnet.tiers.examples import Tokens
+from gaisnet.transport.codec import Codec
+
+_WIRE = WireSettings(smashed="float32", body_output="float32", gradient="float32")
+_ADAPTER = "domain"
+M = TypeVar("M", bound=Message)
+
+
+class PlainSplit:
+    """One batch at a time, its examples from all devices; adapters on the server's late layers, as GaisNet has them."""
+
+    name = "split_plain"
+
+    def run(self, task: Task, seed: int) -> Result:
+        """Learn and score."""
+        foundation = task.foundation()
+        cut = CutLayers(max(device.head_layers for _, device in task.config.each_device()))
+        head, body, tail = cut_decoder(foundation.decoder, cut)
+        add_adapter(body, _ADAPTER, task.lora(task.config.adapters.first_layer, len(foundation.decoder.layers)), seed)
+        activate(body, (_ADAPTER,))
+        parameters, settings = trainable(body, _ADAPTER), task.config.fine_tune
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        wire, examples = _Wire(), task.pooled
+        losses: list[float] = []
+        device = _Device(head, tail)
+        started = time.perf_counter()
+        for batches in task.batches(examples, task.epochs, seed):
+            for batch in batches:
+                optimizer.zero_grad()
+                losses.append(_step(device, body, [examples[i] for i in batch], wire, len(losses)))
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+        seconds = time.perf_counter() - started
+        num_samples, up, down = len(examples) * task.epochs, wire.up, wire.down
+        return Result(seconds, tuple(losses), num_samples, up, down, accuracy(foundation.model, task.test))
+
+
+class _Wire:
+    """Turns messages into bytes and back, and counts them."""
+
+    def __init__(self) -> None:
+        self._codec = Codec(_WIRE)
+        self.up = self.down = 0
+
+    def to_server(self, message: M) -> M:
+        """From the devices."""
+        frame = self._codec.encode(message)
+        self.up += len(frame)
+        return cast(M, self._codec.decode(frame))
+
+    def to_device(self, message: M) -> M:
+        """From the server."""
+        frame = self._codec.encode(message)
+        self.down += len(frame)
+        return cast(M, self._codec.decode(frame))
+
+
+class _Device:
+    """Head, tail and labels. The devices of a batch do the same side by side; here one does it for all of them."""
+
+    def __init__(self, head: Head, tail: Tail) -> None:
+        self._head = head
+        self._tail = tail
+
+    @torch.no_grad()
+    def smash(self, examples: Sequence[Tokens]) -> SmashedData:
+        """The head's output at all positions of a batch."""
+        ids_BT = pad_sequence([torch.tensor(t.input_ids) for t in examples], batch_first=True)
+        hidden_BTD = self._head(ids_BT)
+        lengths, num_labels = [len(t.input_ids) for t in examples], [len(t.label_ids) for t in examples]
+        rows_ND = rows_for_tail(hidden_BTD, lengths, num_labels, whole=True)
+        lengths_E, num_labels_E = (torch.tensor(each, dtype=torch.int32) for each in (lengths, num_labels))
+        return SmashedData("devices", "train", len(self._head.stack.indices), lengths_E, num_labels_E, rows_ND)
+
+    def gradient(self, output: BodyOutput, examples: Sequence[Tokens]) -> BodyOutputGrad:
+        """Of the mean loss over the batch's label tokens, at all positions."""
+        rows_ND = output.rows_ND.requires_grad_()
+        ends = torch.tensor([len(t.input_ids) for t in examples]).cumsum(0).tolist()
+        at = [n for end, t in zip(ends, examples, strict=True) for n in range(end - len(t.label_ids), end)]
+        labels_N = torch.tensor([label for t in examples for label in t.label_ids])
+        loss = F.cross_entropy(self._tail.logits(rows_ND[at]), labels_N)
+        (grad_ND,) = torch.autograd.grad(loss, rows_ND)
+        return BodyOutputGrad(output.step, loss.item() * len(labels_N), grad_ND)
+
+
+def _step(device: _Device, body: Body, examples: Sequence[Tokens], wire: _Wire, step: int) -> float:
+    """Forward and backward of a batch; gradients are left on the adapter. Returns its loss."""
+    smashed = wire.to_server(device.smash(examples))
+    lengths, num_labels = smashed.lengths_E.tolist(), smashed.num_labels_E.tolist()
+    hidden_BTD = pad_sequence(list(smashed.hidden_ND.split(lengths)), batch_first=True)
+    rows_ND = rows_for_tail(body(hidden_BTD), lengths, num_labels, whole=True)
+    numbers = torch.arange(len(examples), dtype=torch.int32)
+    output = wire.to_device(BodyOutput("train", step, sum(num_labels), numbers, rows_ND.detach()))
+    reply = wire.to_server(device.gradient(output, examples))
+    rows_ND.backward(reply.grad_ND)
+    return float(reply.loss_sum / sum(num_labels))

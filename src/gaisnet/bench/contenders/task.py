@@ -1,0 +1,117 @@
+"""What all contenders learn, and what is asked of them: one model, the same examples, steps and settings."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.config import Config
+from gaisnet.models.foundation import Foundation, load_foundation
+from gaisnet.models.ragged import by_length, shuffled_batches
+from gaisnet.tiers.examples import Tokens
+
+_IGNORED = -100  # a label that transformers' loss passes over
+_SCORED = 32
+
+
+@dataclass(frozen=True)
+class Task:
+    """Fine-tuning on the examples of several devices.
+
+    Attributes:
+        config: Settings of GaisNet; batch size, epochs, learning rate and LoRA's shape are those of all.
+        train: Examples to learn from, by device.
+        test: Examples that nobody learns from.
+    """
+
+    config: Config
+    train: Mapping[str, Sequence[Tokens]]
+    test: Sequence[Tokens]
+
+    @property
+    def pooled(self) -> list[Tokens]:
+        """All examples, device after device."""
+        return [tokens for mine in self.train.values() for tokens in mine]
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the examples."""
+        return self.config.fine_tune.local_epochs
+
+    def foundation(self) -> Foundation:
+        """The foundation model, freshly loaded, as transformers has it."""
+        return load_foundation(self.config.model, plain=True)
+
+    def lora(self, first_layer: int, num_layers: int) -> LoraSpec:
+        """Adapters on all layers from ``first_layer`` on."""
+        settings = self.config.adapters
+        return LoraSpec(settings.rank, settings.alpha, settings.targets, tuple(range(first_layer, num_layers)))
+
+    def batches(self, examples: Sequence[Tokens], epochs: int, seed: int) -> Iterator[list[list[int]]]:
+        """The batches of each epoch, numbers of ``examples``: of like lengths, in random order."""
+        generator = torch.Generator().manual_seed(seed)
+        lengths = [len(tokens.input_ids) for tokens in examples]
+        for _ in range(epochs):
+            yield list(shuffled_batches(lengths, self.config.fine_tune.batch_size, generator))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of learning."""
+
+    seconds: float  # of all epochs, without loading the model
+    losses: tuple[float, ...]  # of each step, mean over its label tokens
+    num_samples: int  # examples times epochs
+    bytes_up: int  # of all devices
+    bytes_down: int
+    accuracy: float  # share of held-out examples that greedy decoding would write to the letter
+
+    @property
+    def samples_per_s(self) -> float:
+        """Examples per second."""
+        return self.num_samples / self.seconds
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """On the devices' links, both ways."""
+        return (self.bytes_up + self.bytes_down) / self.num_samples
+
+
+class Contender(Protocol):
+    """A way to fine-tune."""
+
+    name: str
+
+    def run(self, task: Task, seed: int) -> Result:
+        """Learn and score. Raises a ``GaisnetError``."""
+
+
+def padded(examples: Sequence[Tokens]) -> dict[str, Tensor]:
+    """A batch as transformers' causal models take it: int64 [B, T], padded on the right, labels at answers only."""
+    ids = [torch.tensor([*t.input_ids, t.label_ids[-1]]) for t in examples]
+    labels = [torch.tensor([_IGNORED] * (len(t.input_ids) + 1 - len(t.label_ids)) + [*t.label_ids]) for t in examples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=_IGNORED),
+    }
+
+
+@torch.no_grad()
+def accuracy(model: Any, examples: Sequence[Tokens]) -> float:
+    """Share of examples whose every label is the likeliest token, given the ones before; nan for no examples."""
+    if not examples:
+        return math.nan
+    right = 0
+    for batch in by_length([len(t.input_ids) for t in examples], _SCORED):
+        inputs = padded([examples[i] for i in batch])
+        logits_BTV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        labels_BT = inputs["labels"][:, 1:]
+        hits_BT = (logits_BTV[:, :-1].argmax(-1) == labels_BT) | (labels_BT == _IGNORED)
+        right += int(hits_BT.all(1).sum())
+    return right / len(examples)

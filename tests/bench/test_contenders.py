@@ -1,0 +1,81 @@
+"""Contenders on a tiny model: each is what it says it is, and plain split learning learns as the model in one piece."""
+
+from pathlib import Path
+
+import pytest
+
+from gaisnet.bench.contenders.centralised import Centralised, adapted
+from gaisnet.bench.contenders.federated import Federated
+from gaisnet.bench.contenders.network import GaisNet
+from gaisnet.bench.contenders.plain_split import PlainSplit
+from gaisnet.bench.contenders.task import Task, accuracy
+from gaisnet.config import parse_config
+from gaisnet.relay.downward import TaskShape
+from gaisnet.tiers.examples import DeviceData, Example, tokenize
+from tests.tiny import NUM_LAYERS, save_tiny_foundation, tiny_raw_config, tiny_tokenizer
+
+LATE = 4
+
+
+def data() -> dict[str, DeviceData]:
+    """Two devices with examples of different lengths."""
+    every = [Example("ab" * (1 + i % 5) + "?", " yes" if i % 2 else " no") for i in range(20)]
+    return {"a": DeviceData(tuple(every[:12]), tuple(every[:2])), "b": DeviceData(tuple(every[12:]), tuple(every[2:4]))}
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    folder = save_tiny_foundation(tmp_path / "foundation")
+    devices = [{"name": name, "mode": "split", "head_layers": 1} for name in ("a", "b")]
+    edge = {"name": "north", "domain": "d", "template": "{text}", "labels": ["yes", "no"], "devices": devices}
+    raw = tiny_raw_config(edges=[edge], relay={"enabled": False}, model={"foundation": str(folder), "context": 48})
+    raw["fine_tune"] = {"local_epochs": 2, "batch_size": 4, "learning_rate": 0.01}
+    config, tokenizer = parse_config(raw), tiny_tokenizer()
+    tokens = {name: tokenize(mine.train, tokenizer, 48, name) for name, mine in data().items()}
+    held_out = [t for name, mine in data().items() for t in tokenize(mine.test, tokenizer, 48, name)]
+    return Task(config, tokens, held_out)
+
+
+def test_plain_split_learns_as_the_model_in_one_piece(task: Task) -> None:
+    whole, split = Centralised("centralised_late", late=True).run(task, 0), PlainSplit().run(task, 0)
+    assert len(whole.losses) == 10
+    assert split.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert whole.losses[-1] < whole.losses[0]
+    assert (whole.bytes_up, split.accuracy) == (0, whole.accuracy)
+    positions = sum(len(t.input_ids) for t in task.pooled) * task.epochs
+    one_way = positions * 32 * 4  # float32 rows of width 32
+    assert 2 * one_way < split.bytes_up < 2 * one_way + 10 * 2_000  # head's output and gradient, and headers
+    assert one_way < split.bytes_down < one_way + 10 * 1_000
+
+
+@pytest.mark.parametrize(("late", "layers"), [(True, range(LATE, NUM_LAYERS)), (False, range(NUM_LAYERS))])
+def test_which_layers_learn(task: Task, late: bool, layers: range) -> None:
+    names = [name for name, p in adapted(task, late, 0).named_parameters() if p.requires_grad]
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == set(layers)
+    assert all("lora_" in name for name in names)
+
+
+def test_devices_start_an_epoch_with_the_average_of_the_last(task: Task) -> None:
+    result = Federated().run(task, 0)
+    assert len(result.losses) == 2 * (3 + 2)
+    assert result.losses[-1] < result.losses[0]
+    size = sum(p.numel() for p in adapted(task, late=False, seed=0).parameters() if p.requires_grad) * 4
+    assert (
+        4 * size < result.bytes_up < 4 * size * 1.6
+    )  # two devices, twice; names and headers weigh in so small a model
+    assert 4 * size < result.bytes_down < 4 * size * 1.6
+
+
+def test_gaisnet_itself(task: Task) -> None:
+    contender = GaisNet(data(), TaskShape("{text}", ("yes", "no")), "some public text " * 40)
+    result = contender.run(task, 0)
+    assert result.num_samples == 40
+    assert len(result.losses) == 10
+    assert result.losses[-1] < result.losses[0]
+    assert 0 < result.bytes_per_sample < PlainSplit().run(task, 0).bytes_per_sample
+
+
+def test_accuracy_counts_whole_answers(task: Task) -> None:
+    model = task.foundation().model
+    assert accuracy(model, []) != accuracy(model, [])  # nothing known
+    assert accuracy(model, task.test) == 0.0
