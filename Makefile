@@ -14,7 +14,7 @@ SOURCES := src tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow check format clean help
+.PHONY: demo test test-slow bench-quick check format clean help
 
 demo: $(VENV)/.demo  ## run the virtuous cycle with the demo's configuration, into a new folder under runs/
 	$(BIN)/gaisnet run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
@@ -24,6 +24,10 @@ test: $(VENV)/.dev  ## run the tests on all cores, the long ones left out, and m
 
 test-slow: $(VENV)/.dev  ## run the long tests: the real model, killed processes, a million malformed frames
 	$(BIN)/pytest -m slow $(ARGS)
+
+bench-quick: $(VENV)/.demo  ## let all contenders of `gaisnet bench` learn a little, once: that they run, not how fast
+	$(BIN)/gaisnet bench configs/bench.yaml --rounds 1 --out runs/bench-quick.json \
+		--set data.train_examples=48 --set data.test_examples=24 $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types and the direction of imports; changes nothing
 	$(BIN)/ruff format --check $(SOURCES)

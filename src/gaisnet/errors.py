@@ -289,3 +289,10 @@ class MessageTooLarge(LinkError):
         super().__init__(
             f"a message to '{other}': {size_bytes} bytes, the limit is {limit_bytes}; raise wire.max_message_bytes"
         )
+
+
+class MeasureError(GaisnetError):
+    """A benchmark could not measure what it was asked to."""
+
+    def __init__(self, asked: str, found: str) -> None:
+        super().__init__(f"{asked}: {found}; see what was written above, and run it again")

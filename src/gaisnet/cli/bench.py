@@ -6,46 +6,111 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
+from gaisnet.cli.options import ConfigFile, Overrides
+from gaisnet.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from rich.table import Table
 
+    from gaisnet.bench.contest import LearningFigures
     from gaisnet.bench.serving import ServingFigures
 
 
 def bench(
+    config: ConfigFile = None,
     serving: Annotated[
-        Path, typer.Option(metavar="RUN", help="Output folder of a finished run, whose answers are measured.")
-    ],
-    out: Annotated[Path | None, typer.Option(show_default="RUN/serving.json", help="File to write.")] = None,
+        Path | None,
+        typer.Option(metavar="RUN", help="In place of CONFIG: output folder of a finished run, whose answers to measure."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(show_default="bench.json, or RUN/serving.json", help="File to write.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every figure is the median of them.")] = 5,
     seconds: Annotated[
-        float, typer.Option(min=1.0, help="Of each window in which answers and fine-tuning run, alone and together.")
+        float,
+        typer.Option(min=1.0, help="With --serving: of each window in which answers and fine-tuning run."),
     ] = 15.0,
+    overrides: Overrides = None,
 ) -> None:
-    """Measure how well a finished run answers.
+    """Measure what the network costs and gives, in ratios of things that are done in turn.
 
-    One session against transformers' generate, 16 sessions against one, answers beside fine-tuning against answers
-    alone, tokens per call to the foundation model with speculation, and what the model 'auto' keeps of always asking
-    it. Every figure is a ratio of two things that are done in turn, so a slow machine does not matter, but a machine
-    whose load changes does: leave it alone meanwhile. Nothing of the run is changed. Writes serving.json.
+    With CONFIG, such as configs/bench.yaml: fine-tuning by GaisNet against centralised LoRA (transformers' Trainer and
+    peft, on all layers and on the late ones), federated LoRA and plain split learning, on the same examples: speed,
+    bytes, memory and operations of a device, accuracy. Writes bench.json.
+
+    With --serving RUN: how well a finished run answers. One session against transformers' generate, 16 sessions against
+    one, answers beside fine-tuning against answers alone, tokens per call to the foundation model with speculation, and
+    what the model 'auto' keeps of always asking it. Nothing of the run is changed. Writes serving.json.
+
+    A slow machine does not matter, but a machine whose load changes does: leave it alone meanwhile.
     """
     with told_errors():
         quiet_libraries()
-        from gaisnet.bench.serving import FILE_NAME, Effort, measure_serving, write_figures
+        if (config is None) == (serving is None):
+            found = "neither was given" if config is None else "both were given"
+            raise ConfigError("CONFIG or --serving RUN", found, "give one of them")
+        if config is not None:
+            _learning(config, overrides or [], out or Path("bench.json"), rounds)
+        elif serving is not None:
+            _serving(serving, out, rounds, seconds)
 
-        with LiveProgress(console) as progress:
-            figures = measure_serving(serving, Effort(rounds=rounds, seconds=seconds), progress)
-        path = out or serving / FILE_NAME
-        write_figures(figures, path)
-        console.print(_table(figures))
-        same = figures.same
-        console.print(
-            f"Equal to the model in one piece, of {same.num_answers} answers: {same.edge} of the domain model, "
-            f"{same.cloud} of the foundation model; with drafts as without: {same.speculative}.",
-            highlight=False,
+
+def _learning(file: Path, overrides: list[str], out: Path, rounds: int) -> None:
+    from gaisnet.bench.contest import measure_learning, write_learning
+    from gaisnet.config import load_config
+
+    config = load_config(file, overrides)
+    with LiveProgress(console) as progress:
+        figures = measure_learning(config, rounds, progress)
+    write_learning(figures, out)
+    for table in _learning_tables(figures):
+        console.print(table)
+    console.print(f"All figures are in {out}", highlight=False, soft_wrap=True)
+
+
+def _learning_tables(figures: "LearningFigures") -> "Iterator[Table]":
+    from rich.table import Table
+
+    epochs, cores = figures.config["fine_tune"]["local_epochs"], figures.cores
+    title = f"{epochs} epochs of {figures.num_examples} examples, on {cores} cores; medians"
+    columns = "samples/s", "s to accuracy", "KiB a sample", "device MiB", "device GFLOP a sample", "accuracy"
+    table = Table("", *columns, title=title)
+    for name in type(figures.contenders).model_fields:
+        own = getattr(figures.contenders, name)
+        table.add_row(
+            name,
+            f"{own.samples_per_s.median:.2f}",
+            "–" if own.seconds_to_accuracy is None else f"{own.seconds_to_accuracy.median:.0f}",
+            f"{own.bytes_per_sample.median / 1024:.1f}",
+            f"{own.device_peak_bytes.median / 2**20:.0f}",
+            f"{own.device_flops_per_sample.median / 1e9:.2f}",
+            f"{own.accuracy.median:.1%}",
         )
-        console.print(f"All figures are in {path}", highlight=False, soft_wrap=True)
+    yield table
+    ratios = Table("GaisNet over the other", "median", "min", "max")
+    for name in type(figures.ratios).model_fields:
+        spread = getattr(figures.ratios, name)
+        ratios.add_row(name, *(f"{value:.3g}" for value in (spread.median, spread.min, spread.max)))
+    yield ratios
+
+
+def _serving(run: Path, out: Path | None, rounds: int, seconds: float) -> None:
+    from gaisnet.bench.serving import FILE_NAME, Effort, measure_serving, write_figures
+
+    with LiveProgress(console) as progress:
+        figures = measure_serving(run, Effort(rounds=rounds, seconds=seconds), progress)
+    path = out or run / FILE_NAME
+    write_figures(figures, path)
+    console.print(_table(figures))
+    same = figures.same
+    console.print(
+        f"Equal to the model in one piece, of {same.num_answers} answers: {same.edge} of the domain model, "
+        f"{same.cloud} of the foundation model; with drafts as without: {same.speculative}.",
+        highlight=False,
+    )
+    console.print(f"All figures are in {path}", highlight=False, soft_wrap=True)
 
 
 def _table(figures: "ServingFigures") -> "Table":

@@ -33,6 +33,7 @@ _STAGES = {
     "fine_tune": "fine-tune: split learning on private data",
     "absorb": "absorb: domain knowledge goes up",
     "calibrate": "calibrate: how sure a domain model must be, on held-out examples where they are",
+    "bench_learning": "bench: contenders fine-tune in turn",
     "bench_single_edge": "bench: one session on a domain model, split and in one piece",
     "bench_single_cloud": "bench: one session on the foundation model, split and in one piece",
     "bench_batch_edge": "bench: many sessions on a domain model",

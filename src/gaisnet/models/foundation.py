@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gaisnet.config import ModelSettings
 from gaisnet.errors import MissingPackage, ModelError
@@ -78,6 +85,17 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The FM's tokenizer alone. Raises ``ModelError`` or ``MissingPackage``."""
     return read_tokenizer(Path(_converted(_locate(settings.foundation), settings.foundation)), settings.foundation)
+
+
+def read_config(settings: ModelSettings) -> PretrainedConfig:
+    """The FM's shape, without its weights. Raises ``ModelError`` or ``MissingPackage``."""
+    source = _converted(_locate(settings.foundation), settings.foundation)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(settings.foundation, f"has no configuration ({error})", "give a model folder") from error
+    check_family(config, settings.foundation)
+    return config
 
 
 def read_tokenizer(source: Path, asked: str = "of a kit") -> PreTrainedTokenizerBase:

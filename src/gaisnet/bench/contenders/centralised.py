@@ -4,7 +4,6 @@ It gets batches of examples of like lengths, so that it pads no more than the ot
 """
 
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,9 +11,11 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gaisnet.bench.contenders.task import Result, Task, accuracy, padded
+from gaisnet.bench.contenders.flops import Shape, of_whole_model
+from gaisnet.bench.contenders.memory import peak_bytes
+from gaisnet.bench.contenders.task import Result, Task, Watch, padded
 from gaisnet.tiers.examples import Tokens
 
 
@@ -51,6 +52,20 @@ class _Trainer(Trainer):
         return loss
 
 
+class _Scores(TrainerCallback):
+    """Scores after every epoch."""
+
+    def __init__(self, examples: Sequence[Tokens]) -> None:
+        self._examples = examples
+        self.watch = Watch()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.watch = Watch()
+
+    def on_epoch_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.watch.score(model, self._examples)
+
+
 class Centralised:
     """LoRA on every linear module of the layers from ``first_layer`` on.
 
@@ -62,6 +77,14 @@ class Centralised:
     def __init__(self, name: str, late: bool) -> None:
         self.name = name
         self._late = late
+
+    def device_flops(self, task: Task) -> float:
+        """There is no device: of the machine where the examples are pooled."""
+        return of_whole_model(Shape.of(task.foundation_config()), first_layer(task, self._late), task.pooled)
+
+    def device_peak_bytes(self, task: Task, seed: int) -> int:
+        """Of that machine."""
+        return peak_bytes(_learn, self, task.longest(), seed)
 
     def run(self, task: Task, seed: int) -> Result:
         """Learn and score."""
@@ -85,12 +108,21 @@ class Centralised:
                 seed=seed,
             )
             trainer = _Trainer(model, arguments, examples, epochs)
-            started = time.perf_counter()
+            scores = _Scores(task.test)
+            trainer.add_callback(scores)
             trainer.train()
-            seconds = time.perf_counter() - started
-        model.eval()
         num_samples = len(examples) * task.epochs
-        return Result(seconds, tuple(trainer.losses), num_samples, 0, 0, accuracy(model, task.test))
+        return Result(scores.watch.seconds, tuple(trainer.losses), num_samples, 0, 0, tuple(scores.watch.curve))
+
+
+def first_layer(task: Task, late: bool) -> int:
+    """That learns."""
+    return task.config.adapters.first_layer if late else 0
+
+
+def _learn(contender: Centralised, task: Task, seed: int) -> None:
+    """Work for a process."""
+    contender.run(task, seed)
 
 
 def adapted(task: Task, late: bool, seed: int) -> Any:
@@ -98,5 +130,5 @@ def adapted(task: Task, late: bool, seed: int) -> Any:
     model: Any = task.foundation().model
     num_layers = model.config.num_hidden_layers
     torch.manual_seed(seed)
-    spec = task.lora(task.config.adapters.first_layer if late else 0, num_layers)
+    spec = task.lora(first_layer(task, late), num_layers)
     return get_peft_model(model, spec.peft_config())

@@ -3,7 +3,6 @@
 FedAvg (McMahan et al., arXiv 1602.05629) on LoRA. The adapters cross a link as messages, which are counted.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,9 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.bench.contenders.centralised import adapted
-from gaisnet.bench.contenders.task import Result, Task, accuracy, padded
+from gaisnet.bench.contenders.flops import Shape, of_whole_model
+from gaisnet.bench.contenders.memory import peak_bytes
+from gaisnet.bench.contenders.task import Result, Task, Watch, padded
 from gaisnet.messages import AdapterRelease, AdapterUpdate
 from gaisnet.relay.fedavg import fedavg
 from gaisnet.tiers.examples import Tokens
@@ -26,13 +27,21 @@ class Federated:
 
     name = "federated"
 
+    def device_flops(self, task: Task) -> float:
+        """Of every device: it has the whole model."""
+        return of_whole_model(Shape.of(task.foundation_config()), 0, task.pooled)
+
+    def device_peak_bytes(self, task: Task, seed: int) -> int:
+        """Of a device, which averages with nobody."""
+        return peak_bytes(_learn, self, task.longest(), seed)
+
     def run(self, task: Task, seed: int) -> Result:
         """Learn and score."""
         model, codec = adapted(task, late=False, seed=seed), Codec(task.config.wire)
         present: AdapterTensors = dict(get_peft_model_state_dict(model))
         losses: list[float] = []
         up = down = 0
-        started = time.perf_counter()
+        watch = Watch()
         for epoch in range(task.epochs):
             updates = []
             for number, examples in enumerate(task.train.values()):
@@ -45,11 +54,10 @@ class Federated:
                 up += len(frame)
                 updates.append((codec.decode(frame).tensors, len(examples)))  # type: ignore[attr-defined]
             present = fedavg(updates)
-        seconds = time.perf_counter() - started
-        set_peft_model_state_dict(model, present)
-        model.eval()
+            set_peft_model_state_dict(model, present)
+            watch.score(model, task.test)
         num_samples = len(task.pooled) * task.epochs
-        return Result(seconds, tuple(losses), num_samples, up, down, accuracy(model, task.test))
+        return Result(watch.seconds, tuple(losses), num_samples, up, down, tuple(watch.curve))
 
     def _epoch(self, model: Any, task: Task, examples: Sequence[Tokens], seed: int) -> list[float]:
         """One pass over a device's examples; its losses."""
@@ -66,3 +74,8 @@ class Federated:
             optimizer.step()
             losses.append(loss.item())
         return losses
+
+
+def _learn(contender: Federated, task: Task, seed: int) -> None:
+    """Work for a process."""
+    contender.run(task, seed)

@@ -4,8 +4,9 @@ The device has the head and the tail, the server the layers between. In every st
 head's output up, the body's output down, its gradient up. Nothing is kept from one epoch to the next.
 """
 
-import time
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -13,10 +14,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from gaisnet.adapters.tuning import activate, add_adapter, trainable
-from gaisnet.bench.contenders.task import Result, Task, accuracy
+from gaisnet.bench.contenders.flops import Shape, of_split_device
+from gaisnet.bench.contenders.memory import peak_bytes
+from gaisnet.bench.contenders.task import Result, Task, Watch
 from gaisnet.config import WireSettings
-from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, SmashedData
+from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, ModelRelease, SmashedData
 from gaisnet.models.parts import Body, CutLayers, Head, Tail, cut_decoder
+from gaisnet.models.release import ReleasedModel, release_model, restrict
 from gaisnet.tiers.activations import rows_for_tail
 from gaisnet.tiers.examples import Tokens
 from gaisnet.transport.codec import Codec
@@ -31,10 +35,24 @@ class PlainSplit:
 
     name = "split_plain"
 
+    def device_flops(self, task: Task) -> float:
+        """Of a device with the longest head, per sample."""
+        shape = Shape.of(task.foundation_config())
+        return of_split_device(shape, _head_layers(task), task.pooled, task.epochs, cached=False)
+
+    def device_peak_bytes(self, task: Task, seed: int) -> int:
+        """Of a device with the longest head, in a process of its own."""
+        decoder, cut = task.foundation().decoder, CutLayers(_head_layers(task))
+        release = release_model(decoder, cut_decoder(decoder, cut)[1], (), cut.head, len(decoder.layers))
+        with tempfile.NamedTemporaryFile(prefix="gaisnet-bench-") as file:
+            file.write(Codec(_WIRE).encode(restrict(release, range(cut.head))))
+            file.flush()
+            return peak_bytes(_be_device, task.longest(), cut, seed, file.name)
+
     def run(self, task: Task, seed: int) -> Result:
         """Learn and score."""
         foundation = task.foundation()
-        cut = CutLayers(max(device.head_layers for _, device in task.config.each_device()))
+        cut = CutLayers(_head_layers(task))
         head, body, tail = cut_decoder(foundation.decoder, cut)
         add_adapter(body, _ADAPTER, task.lora(task.config.adapters.first_layer, len(foundation.decoder.layers)), seed)
         activate(body, (_ADAPTER,))
@@ -42,17 +60,17 @@ class PlainSplit:
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         wire, examples = _Wire(), task.pooled
         losses: list[float] = []
-        device = _Device(head, tail)
-        started = time.perf_counter()
+        device = PlainDevice(head, tail)
+        watch = Watch()
         for batches in task.batches(examples, task.epochs, seed):
             for batch in batches:
                 optimizer.zero_grad()
                 losses.append(_step(device, body, [examples[i] for i in batch], wire, len(losses)))
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
-        seconds = time.perf_counter() - started
+            watch.score(foundation.model, task.test)
         num_samples, up, down = len(examples) * task.epochs, wire.up, wire.down
-        return Result(seconds, tuple(losses), num_samples, up, down, accuracy(foundation.model, task.test))
+        return Result(watch.seconds, tuple(losses), num_samples, up, down, tuple(watch.curve))
 
 
 class _Wire:
@@ -75,7 +93,7 @@ class _Wire:
         return cast(M, self._codec.decode(frame))
 
 
-class _Device:
+class PlainDevice:
     """Head, tail and labels. The devices of a batch do the same side by side; here one does it for all of them."""
 
     def __init__(self, head: Head, tail: Tail) -> None:
@@ -103,7 +121,27 @@ class _Device:
         return BodyOutputGrad(output.step, loss.item() * len(labels_N), grad_ND)
 
 
-def _step(device: _Device, body: Body, examples: Sequence[Tokens], wire: _Wire, step: int) -> float:
+def _head_layers(task: Task) -> int:
+    return max(device.head_layers for _, device in task.config.each_device())
+
+
+def _be_device(task: Task, cut: CutLayers, seed: int, release: str) -> None:
+    """Work for a process: head and tail as they are in a file; one epoch of batches, all examples its own."""
+    codec, examples = Codec(_WIRE), task.pooled
+    model = ReleasedModel(cast(ModelRelease, codec.decode(Path(release).read_bytes())))
+    head = model.head(cut)
+    device = PlainDevice(head, model.tail(cut, head))
+    del model
+    for batches in task.batches(examples, 1, seed):
+        for batch in batches:
+            some = [examples[i] for i in batch]
+            smashed = cast(SmashedData, codec.decode(codec.encode(device.smash(some))))
+            numbers = torch.arange(len(some), dtype=torch.int32)  # what a body gives has the shape of what it gets
+            output = BodyOutput("train", 0, int(smashed.num_labels_E.sum()), numbers, smashed.hidden_ND)
+            codec.encode(device.gradient(cast(BodyOutput, codec.decode(codec.encode(output))), some))
+
+
+def _step(device: PlainDevice, body: Body, examples: Sequence[Tokens], wire: _Wire, step: int) -> float:
     """Forward and backward of a batch; gradients are left on the adapter. Returns its loss."""
     smashed = wire.to_server(device.smash(examples))
     lengths, num_labels = smashed.lengths_E.tolist(), smashed.num_labels_E.tolist()

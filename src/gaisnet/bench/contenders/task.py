@@ -1,6 +1,7 @@
 """What all contenders learn, and what is asked of them: one model, the same examples, steps and settings."""
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,15 +9,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig
 
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config
-from gaisnet.models.foundation import Foundation, load_foundation
+from gaisnet.models.foundation import Foundation, load_foundation, read_config
 from gaisnet.models.ragged import by_length, shuffled_batches
 from gaisnet.tiers.examples import Tokens
 
 _IGNORED = -100  # a label that transformers' loss passes over
 _SCORED = 32
+_LONGEST = 3  # batches
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,16 @@ class Task:
     def epochs(self) -> int:
         """Passes over the examples."""
         return self.config.fine_tune.local_epochs
+
+    def longest(self) -> "Task":
+        """The same with some batches of the longest examples, of one device, once: what needs most memory."""
+        some = sorted(self.pooled, key=lambda t: -len(t.input_ids))[: _LONGEST * self.config.fine_tune.batch_size]
+        settings = self.config.fine_tune.model_copy(update={"local_epochs": 1})
+        return Task(self.config.model_copy(update={"fine_tune": settings}), {"one": some}, ())
+
+    def foundation_config(self) -> PretrainedConfig:
+        """Of the foundation model, without its weights."""
+        return read_config(self.config.model)
 
     def foundation(self) -> Foundation:
         """The foundation model, freshly loaded, as transformers has it."""
@@ -69,7 +82,16 @@ class Result:
     num_samples: int  # examples times epochs
     bytes_up: int  # of all devices
     bytes_down: int
-    accuracy: float  # share of held-out examples that greedy decoding would write to the letter
+    curve: tuple[tuple[float, float], ...]  # seconds of learning so far, and accuracy then; at the end at least
+
+    @property
+    def accuracy(self) -> float:
+        """In the end: share of held-out examples that greedy decoding would write to the letter."""
+        return self.curve[-1][1]
+
+    def seconds_to(self, accuracy: float) -> float | None:
+        """Of learning, until it was first seen to be as good; None if never."""
+        return next((seconds for seconds, found in self.curve if found >= accuracy), None)
 
     @property
     def samples_per_s(self) -> float:
@@ -82,6 +104,24 @@ class Result:
         return (self.bytes_up + self.bytes_down) / self.num_samples
 
 
+class Watch:
+    """Seconds of learning, without those of scoring, and the accuracy after each epoch."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.curve: list[tuple[float, float]] = []
+        self._started = time.perf_counter()
+
+    def score(self, model: Any, examples: Sequence[Tokens]) -> None:
+        """The watch stands while this scores."""
+        self.seconds += time.perf_counter() - self._started
+        was_training = model.training
+        model.eval()
+        self.curve.append((self.seconds, accuracy(model, examples)))
+        model.train(was_training)
+        self._started = time.perf_counter()
+
+
 class Contender(Protocol):
     """A way to fine-tune."""
 
@@ -89,6 +129,12 @@ class Contender(Protocol):
 
     def run(self, task: Task, seed: int) -> Result:
         """Learn and score. Raises a ``GaisnetError``."""
+
+    def device_flops(self, task: Task) -> float:
+        """Floating-point operations per sample and epoch of the machine that holds the examples."""
+
+    def device_peak_bytes(self, task: Task, seed: int) -> int:
+        """Most memory that it holds at once, in a process of its own, interpreter and libraries included."""
 
 
 def padded(examples: Sequence[Tokens]) -> dict[str, Tensor]:

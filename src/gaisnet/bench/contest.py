@@ -1,0 +1,198 @@
+"""Fine-tuning by GaisNet and by what a user would pick instead: one model, the same examples, steps and settings.
+
+Contenders take turns, round after round, each round with a seed of its own, so that a machine whose speed changes
+changes it for all. Quickest is whoever learns most samples per second; whether it has learned is another column.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from gaisnet.bench.contenders.centralised import Centralised
+from gaisnet.bench.contenders.federated import Federated
+from gaisnet.bench.contenders.network import GaisNet
+from gaisnet.bench.contenders.plain_split import PlainSplit
+from gaisnet.bench.contenders.task import Contender, Result, Task
+from gaisnet.bench.spread import Spread
+from gaisnet.checkpoint import write_text
+from gaisnet.config import Config
+from gaisnet.engines.serving import num_cores
+from gaisnet.errors import ConfigError
+from gaisnet.experiments.data import DomainData, load_domains, retention_text
+from gaisnet.models.foundation import load_tokenizer
+from gaisnet.progress import Progress, silent
+from gaisnet.relay.downward import TaskShape
+from gaisnet.tiers.examples import Tokens, tokenize
+
+FILE_NAME = "bench.json"
+_RETENTION_CHARS = 40_000
+
+
+class Figures(BaseModel):
+    """Of one contender."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples_per_s: Spread = Field(description="Examples times epochs, over the seconds of all epochs, caches included.")
+    seconds_to_accuracy: Spread | None = Field(
+        description="Of learning, until it is first seen (after an epoch; GaisNet: in the end) to be as good as "
+        "'centralised_all' in the end of the same round; null if it is not in any round."
+    )
+    bytes_per_sample: Spread = Field(description="On the links of all devices, both ways, per example and epoch.")
+    device_peak_bytes: Spread = Field(
+        description="Most memory of a device's process, interpreter included; centralised: where examples are pooled."
+    )
+    device_flops_per_sample: Spread = Field(description="Per example and epoch, from the model's shape.")
+    accuracy: Spread = Field(description="On held-out examples, in the end.")
+
+
+class Contenders(BaseModel):
+    """All of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    centralised_all: Figures = Field(description="Trainer and peft on pooled data, adapters on all layers.")
+    centralised_late: Figures = Field(description="The same, adapters on GaisNet's layers only.")
+    federated: Figures = Field(description="Every device holds the whole model; adapters on all layers; FedAvg.")
+    split_plain: Figures = Field(description="U-shaped split learning: float32, all positions, every step.")
+    gaisnet: Figures
+
+
+class Ratios(BaseModel):
+    """What the command is for; each is taken within a round."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    speed_vs_centralised_all: Spread
+    speed_vs_centralised_late: Spread
+    bytes_vs_split_plain: Spread
+    device_memory_vs_federated: Spread
+
+
+class LearningFigures(BaseModel):
+    """All of ``bench.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+
+    schema_name: str = Field("gaisnet.bench/1", alias="schema", pattern="^gaisnet.bench/1$")
+    cores: int
+    torch: str
+    config: dict[str, Any]
+    num_examples: int = Field(description="To learn from, of all devices.")
+    contenders: Contenders
+    ratios: Ratios
+
+
+@dataclass
+class _Kept:
+    """Of one contender, a value a round."""
+
+    results: list[Result] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+
+def measure_learning(config: Config, rounds: int = 5, progress: Progress = silent) -> LearningFigures:
+    """Let all contenders learn what the devices of the one edge of ``config`` hold. Raises ``GaisnetError``.
+
+    Args:
+        config: One edge whose devices are split; batch size, epochs and the like are those of all contenders.
+        rounds: How often; every figure is a median of them.
+        progress: Told about every turn.
+    """
+    check_contest(config)
+    ((domain, data),) = load_domains(config).items()
+    task = _task(config, data)
+    shape = TaskShape(data.template, data.labels)
+    contenders: dict[str, Contender] = {
+        "centralised_all": Centralised("centralised_all", late=False),
+        "centralised_late": Centralised("centralised_late", late=True),
+        "federated": Federated(),
+        "split_plain": PlainSplit(),
+        "gaisnet": GaisNet(data.devices, shape, retention_text(_RETENTION_CHARS)),
+    }
+    kept = {name: _Kept() for name in contenders}
+    for number in range(rounds):
+        for at, (name, contender) in enumerate(_turned(contenders, number)):
+            progress("bench_learning", number * len(contenders) + at, rounds * len(contenders), {})
+            kept[name].results.append(contender.run(task, config.seed + number))
+            kept[name].peaks.append(contender.device_peak_bytes(task, config.seed + number))
+    progress("bench_learning", rounds * len(contenders), rounds * len(contenders), {})
+    return LearningFigures(
+        cores=num_cores(),
+        torch=torch.__version__,
+        config=json.loads(config.model_dump_json()),
+        num_examples=len(task.pooled),
+        contenders=Contenders(
+            **{name: _figures(kept[name], kept["centralised_all"], c.device_flops(task)) for name, c in contenders.items()}
+        ),
+        ratios=_ratios(kept),
+    )
+
+
+def check_contest(config: Config) -> None:
+    """Raise ``ConfigError`` for a network that the contenders cannot all learn on."""
+    if len(config.edges) != 1:
+        raise ConfigError("the contest's edges", f"there are {len(config.edges)}", "name one, all learn its domain")
+    local = [device.name for _, device in config.each_device() if device.mode != "split"]
+    if local:
+        raise ConfigError(f"device '{local[0]}'", "is local", "let all devices be split, the contest is about those")
+    if config.tail_layers:
+        raise ConfigError("tail_layers", f"is {config.tail_layers}", "set it to 0, as plain split learning has it")
+
+
+def write_learning(figures: LearningFigures, path: Path) -> None:
+    """Put them into a file. Raises ``OutputNotWritable``."""
+    write_text(path, figures.model_dump_json(indent=2) + "\n")
+
+
+def _task(config: Config, data: DomainData) -> Task:
+    tokenizer, context = load_tokenizer(config.model), config.model.context
+    train = {name: tokenize(mine.train, tokenizer, context, name) for name, mine in data.devices.items()}
+    test: list[Tokens] = [
+        tokens for name, mine in data.devices.items() for tokens in tokenize(mine.test, tokenizer, context, name)
+    ]
+    return Task(config, train, test)
+
+
+def _turned(contenders: Mapping[str, Contender], by: int) -> Iterable[tuple[str, Contender]]:
+    """Another one begins in every round."""
+    every = list(contenders.items())
+    first = by % len(every)
+    return [*every[first:], *every[:first]]
+
+
+def _figures(kept: _Kept, best: _Kept, flops: float) -> Figures:
+    def spread(value: Callable[[Result], float]) -> Spread:
+        return Spread.of([value(result) for result in kept.results])
+
+    pairs = zip(kept.results, best.results, strict=True)
+    seconds = [found for mine, its in pairs if (found := mine.seconds_to(its.accuracy)) is not None]
+    return Figures(
+        samples_per_s=spread(lambda r: r.samples_per_s),
+        seconds_to_accuracy=Spread.of(seconds) if seconds else None,
+        bytes_per_sample=spread(lambda r: r.bytes_per_sample),
+        device_peak_bytes=Spread.of(kept.peaks),
+        device_flops_per_sample=Spread.of([flops] * len(kept.results)),
+        accuracy=spread(lambda r: r.accuracy),
+    )
+
+
+def _ratios(kept: Mapping[str, _Kept]) -> Ratios:
+    own = kept["gaisnet"]
+
+    def of(value: Callable[[Result], float], other: str) -> Spread:
+        pairs = zip(own.results, kept[other].results, strict=True)
+        return Spread.of([value(mine) / value(its) for mine, its in pairs])
+
+    peaks: Sequence[tuple[int, int]] = list(zip(own.peaks, kept["federated"].peaks, strict=True))
+    return Ratios(
+        speed_vs_centralised_all=of(lambda r: r.samples_per_s, "centralised_all"),
+        speed_vs_centralised_late=of(lambda r: r.samples_per_s, "centralised_late"),
+        bytes_vs_split_plain=of(lambda r: r.bytes_per_sample, "split_plain"),
+        device_memory_vs_federated=Spread.of([mine / its for mine, its in peaks]),
+    )

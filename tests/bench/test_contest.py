@@ -1,0 +1,91 @@
+"""The contest: every contender has its turn, and the figures are those of its turns."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gaisnet.bench.contenders.memory import peak_bytes
+from gaisnet.bench.contest import check_contest, measure_learning, write_learning
+from gaisnet.config import Config, load_config, parse_config
+from gaisnet.errors import ConfigError, MeasureError
+from tests.tiny import tiny_edge, write_tiny_run
+
+MIB = 2**20
+
+
+def contest(folder: Path) -> Config:
+    """A tiny one of two devices."""
+    write_tiny_run(folder, edges=[tiny_edge("north", "shapes")], cycles=1)
+    config = load_config(folder / "run.yaml")
+    raw = json.loads(config.model_dump_json())
+    for device in raw["edges"][0]["devices"]:
+        device["mode"], device["head_layers"] = "split", 1
+    raw["fine_tune"] |= {"local_epochs": 2, "batch_size": 4}
+    raw["relay"]["enabled"] = False
+    return parse_config(raw)
+
+
+@pytest.mark.integration
+def test_all_have_their_turns(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    figures = measure_learning(contest(tmp_path), 2, lambda stage, done, total, _: told.append((done, total)))
+    write_learning(figures, tmp_path / "bench.json")
+    written = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert told == [(done, 10) for done in range(11)]
+    names = {"centralised_all", "centralised_late", "federated", "split_plain", "gaisnet"}
+    assert set(written["contenders"]) == names
+    for own in written["contenders"].values():
+        for key in ("samples_per_s", "bytes_per_sample", "device_peak_bytes", "device_flops_per_sample", "accuracy"):
+            assert own[key]["min"] <= own[key]["median"] <= own[key]["max"]
+            assert own[key]["rounds"] == 2
+        assert own["device_peak_bytes"]["min"] > 100 * MIB  # torch alone takes more
+    own, plain = written["contenders"]["gaisnet"], written["contenders"]["split_plain"]
+    assert own["device_flops_per_sample"]["median"] < plain["device_flops_per_sample"]["median"]
+    assert written["contenders"]["centralised_all"]["bytes_per_sample"]["max"] == 0
+    assert written["contenders"]["centralised_all"]["seconds_to_accuracy"]["rounds"] == 2  # it reaches its own
+    assert written["ratios"]["bytes_vs_split_plain"]["max"] < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"edges": "twice"}, "name one"),
+        ({"mode": "local"}, "let all devices be split"),
+        ({"tail_layers": 1}, "set it to 0"),
+    ],
+)
+def test_a_network_that_not_all_can_learn_on(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    raw = json.loads(contest(tmp_path).model_dump_json())
+    if "edges" in change:
+        other = json.loads(json.dumps(raw["edges"][0]))
+        other |= {"name": "south", "domain": "tastes"}
+        for device in other["devices"]:
+            device["name"] += "-south"
+        raw["edges"].append(other)
+    if "mode" in change:
+        raw["edges"][0]["devices"][0]["mode"] = "local"
+    if "tail_layers" in change:
+        raw["tail_layers"] = 1
+    with pytest.raises(ConfigError, match=said):
+        check_contest(parse_config(raw))
+
+
+def _hold(num_bytes: int) -> None:
+    assert len(bytearray(b"x") * num_bytes) == num_bytes
+
+
+def _fail() -> None:
+    raise SystemExit(3)
+
+
+def test_memory_is_that_of_the_other_process() -> None:
+    mine = bytearray(b"x") * (300 * MIB)
+    little, much = peak_bytes(_hold, 1), peak_bytes(_hold, 200 * MIB)
+    assert 150 * MIB < much - little < 250 * MIB
+    assert little < len(mine) + 200 * MIB
+
+
+def test_a_process_that_fails() -> None:
+    with pytest.raises(MeasureError, match="ended with code 3"):
+        peak_bytes(_fail)
