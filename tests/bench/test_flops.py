@@ -16,7 +16,9 @@ def test_a_forward_pass_as_torch_counts_it() -> None:
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.randint(256, (1, 40)))
     attention = 2 * 2 * shape.attention_width * 40 / 2 * 40 * NUM_LAYERS  # torch counts what causality leaves out
-    assert shape.layers(NUM_LAYERS, 40) + shape.vocabulary(40) + attention == pytest.approx(counted.get_total_flops(), rel=0.01)
+    assert shape.layers(NUM_LAYERS, 40) + shape.vocabulary(40) + attention == pytest.approx(
+        counted.get_total_flops(), rel=0.01
+    )
 
 
 def test_what_a_device_saves() -> None:

@@ -122,14 +122,14 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
             kept[name].results.append(contender.run(task, config.seed + number))
             kept[name].peaks.append(contender.device_peak_bytes(task, config.seed + number))
     progress("bench_learning", rounds * len(contenders), rounds * len(contenders), {})
+    best = kept["centralised_all"]
+    figures = {name: _figures(kept[name], best, one.device_flops(task)) for name, one in contenders.items()}
     return LearningFigures(
         cores=num_cores(),
         torch=torch.__version__,
         config=json.loads(config.model_dump_json()),
         num_examples=len(task.pooled),
-        contenders=Contenders(
-            **{name: _figures(kept[name], kept["centralised_all"], c.device_flops(task)) for name, c in contenders.items()}
-        ),
+        contenders=Contenders(**figures),
         ratios=_ratios(kept),
     )
 

@@ -22,7 +22,7 @@ def bench(
     config: ConfigFile = None,
     serving: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="In place of CONFIG: output folder of a finished run, whose answers to measure."),
+        typer.Option(metavar="RUN", help="In place of CONFIG: folder of a finished run, whose answers to measure."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(show_default="bench.json, or RUN/serving.json", help="File to write.")

@@ -62,8 +62,8 @@ class _Scores(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.watch = Watch()
 
-    def on_epoch_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
-        self.watch.score(model, self._examples)
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.watch.score(kwargs["model"], self._examples)
 
 
 class Centralised:
