@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from gaisnet.errors import ConfigError, UnknownKey
 
-TensorCode = Literal["float32", "float16", "bfloat16", "int8"]
+TensorCode = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Precision = Literal["float32", "int8"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged"})  # names of adapters in the cloud, and of models

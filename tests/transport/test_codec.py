@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -210,13 +211,21 @@ def test_a_loss_that_is_not_finite_arrives_so_that_the_edge_can_name_the_step(lo
 
 # -- error bounds, as the docstring of codec.py states them ------------------------------------------------------------
 
+
+def of_group(rows: Tensor) -> Tensor:
+    """The largest magnitude among the 32 that share a scale with each number."""
+    groups = [group.abs().amax(dim=-1, keepdim=True).expand_as(group) for group in rows.split(32, dim=-1)]
+    return torch.cat(groups, dim=-1)
+
+
 BOUNDS: dict[TensorCode, Callable[[Tensor], Tensor]] = {
     "float32": torch.zeros_like,
     "float16": lambda rows: rows.abs() * 2**-11 + 2**-25,
     "bfloat16": lambda rows: rows.abs() * 2**-8,
     "int8": lambda rows: (rows.abs().amax(dim=-1, keepdim=True) / 254).expand_as(rows),
+    "int4": lambda rows: (of_group(rows) + rows.abs().amax(dim=-1, keepdim=True) / 255) / 14,
 }
-LARGEST: dict[TensorCode, float] = {"float32": 3e38, "float16": 65504.0, "bfloat16": 3e38, "int8": 3e38}
+LARGEST: dict[TensorCode, float] = {"float32": 3e38, "float16": 65504.0, "bfloat16": 3e38, "int8": 3e38, "int4": 3e38}
 
 
 def through_codec(rows: Tensor, code: TensorCode) -> Tensor:
@@ -248,7 +257,7 @@ def test_error_is_within_the_bound(code: TensorCode, seed: int) -> None:
     assert bool((error_ND <= BOUNDS[code](rows_ND.double()) * slack).all())
 
 
-@pytest.mark.parametrize("code", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("code", ["float16", "bfloat16", "int8", "int4"])
 def test_a_bound_is_not_far_from_the_error(code: TensorCode) -> None:
     rows_ND = numbers(64, 33)
     share = (through_codec(rows_ND, code) - rows_ND).abs() / BOUNDS[code](rows_ND)
@@ -286,7 +295,9 @@ def test_float16_does_not_hide_a_number_that_it_cannot_hold() -> None:
     assert not torch.isfinite(through_codec(torch.tensor([[1e5, 1.0]]), "float16")[0, 0])
 
 
-@pytest.mark.parametrize(("code", "size"), [("float32", 4.0), ("float16", 2.0), ("bfloat16", 2.0), ("int8", 1.0)])
+@pytest.mark.parametrize(
+    ("code", "size"), [("float32", 4.0), ("float16", 2.0), ("bfloat16", 2.0), ("int8", 1.0), ("int4", 0.53)]
+)
 def test_a_code_costs_what_it_says(code: TensorCode, size: float) -> None:
     one, many = (
         len(Codec(WireSettings(gradient=code)).encode(BodyOutputGrad(0, 0.0, numbers(n, 1000)))) for n in (1, 101)
@@ -492,6 +503,36 @@ def test_codes_without_their_scales_are_refused() -> None:
     header["grad_ND"]["data_offsets"] = [0, 12]
     assert scales[1] - scales[0] == 12
     refused(framed(header, after[slice(*codes)]))
+
+
+@pytest.mark.parametrize(
+    ("part", "odd"),
+    [
+        ("grad_ND#width", torch.tensor(33, dtype=torch.int32)),
+        ("grad_ND#width", torch.tensor(-5, dtype=torch.int32)),
+        ("grad_ND#width", torch.tensor([40], dtype=torch.int32)),
+        ("grad_ND#width", torch.tensor(40)),
+        ("grad_ND#groups", torch.zeros(3, 1, dtype=torch.uint8)),
+        ("grad_ND#groups", torch.zeros(3, 2, dtype=torch.int8)),
+        ("grad_ND#scale", torch.zeros(3, 1, dtype=torch.float64)),
+        ("grad_ND#scale", torch.zeros(2, 1)),
+        ("grad_ND", torch.zeros(3, 21, dtype=torch.uint8)),
+        ("grad_ND", torch.zeros((), dtype=torch.uint8)),
+        ("grad_ND", torch.zeros(3, 20, dtype=torch.int8)),
+        ("grad_ND#width", None),
+        ("grad_ND#groups", None),
+        ("grad_ND#scale", None),
+    ],
+)
+def test_parts_of_int4_that_do_not_fit_are_refused(part: str, odd: Tensor | None) -> None:
+    frame = Codec(WireSettings(gradient="int4")).encode(BodyOutputGrad(0, 0.0, numbers(3, 40)))
+    tensors = safetensors.torch.load(frame)
+    header = json.loads(frame[8 : 8 + int.from_bytes(frame[:8], "little")])
+    if odd is None:
+        del tensors[part]
+    else:
+        tensors[part] = odd
+    refused(safetensors.torch.save(tensors, header["__metadata__"]), "grad_ND")
 
 
 @pytest.mark.parametrize("shape", [[1, 3], [3], [], [1], [3, 1, 1], [4, 1], [1, 1]])

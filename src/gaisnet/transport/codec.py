@@ -9,6 +9,7 @@ magnitude m: float16 2**-11 |x| (down to 2**-25 absolute), bfloat16 2**-8 |x|, i
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import Field, fields
 from typing import Any
 
@@ -21,12 +22,15 @@ from torch import Tensor
 from gaisnet.config import TensorCode, WireSettings
 from gaisnet.errors import WireFormatError
 from gaisnet.messages import Message
+from gaisnet.transport.rounding import from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
 
 _SCALE = "#scale"
+_GROUPS = "#groups"
+_WIDTH = "#width"
+_BESIDE = (_SCALE, _GROUPS, _WIDTH)
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 2**24
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_INT8_LEVELS = 127
 _TYPES: dict[str, type[Message]] = {cls.__name__: cls for cls in Message.__subclasses__()}
 _ADAPTERS = {name: TypeAdapter(cls) for name, cls in _TYPES.items()}
 
@@ -76,7 +80,10 @@ class Codec:
             return
         code: TensorCode = getattr(self._settings, setting)
         if code == "int8":
-            tensors[name], tensors[name + _SCALE] = quantize_rows(value)
+            tensors[name], tensors[name + _SCALE] = to_int8(value)
+        elif code == "int4":
+            tensors[name], tensors[name + _GROUPS], tensors[name + _SCALE] = to_int4(value)
+            tensors[name + _WIDTH] = torch.tensor(value.shape[-1], dtype=torch.int32)
         else:
             tensors[name] = value.to(_DTYPES[code])
 
@@ -97,29 +104,17 @@ class Codec:
         return name, values
 
 
-def quantize_rows(value: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of the shape of ``value`` and one float32 scale per row [..., 1] (a vector is one row)."""
-    value = value.float()
-    scale = value.abs().amax(dim=-1, keepdim=True) / _INT8_LEVELS if value.numel() else value[..., :1]
-    codes = (value / scale.clamp(min=torch.finfo(torch.float32).tiny)).round()
-    return codes.to(torch.int8), scale
-
-
-def dequantize_rows(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 numbers of ``quantize_rows``."""
-    return codes.float() * scale
-
-
 def _gather(tensors: dict[str, Tensor], cls: type[Message]) -> dict[str, Any]:
     """Tensors back into the fields of their message: ``field/key`` into a dictionary, coded ones widened to float32."""
     coded = {declared.name for declared in fields(cls) if "wire" in declared.metadata}
     values: dict[str, Any] = {declared.name: {} for declared in fields(cls) if declared.type == dict[str, Tensor]}
     for name, tensor in tensors.items():
         owner, _, key = name.partition("/")
-        if owner.removesuffix(_SCALE) in coded:
-            if name.endswith(_SCALE) and name.removesuffix(_SCALE) in tensors:
-                continue
-            tensor = _widened(name, tensor, tensors.get(name + _SCALE))
+        whole, _, part = name.partition("#")
+        if owner.partition("#")[0] in coded:
+            if part and whole in tensors:
+                continue  # stands beside a tensor, and is read with it
+            tensor = _widened(name, tensor, {p: tensors[name + p] for p in _BESIDE if name + p in tensors})
         if key and isinstance(values.get(owner), dict):
             values[owner][key] = tensor
         else:
@@ -127,14 +122,30 @@ def _gather(tensors: dict[str, Tensor], cls: type[Message]) -> dict[str, Any]:
     return values
 
 
-def _widened(name: str, tensor: Tensor, scale: Tensor | None) -> Tensor:
+def _widened(name: str, tensor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
     """float32 numbers of a tensor as ``_pack`` wrote it."""
-    if scale is None:
+    if not beside:
         if tensor.dtype not in _DTYPES.values():
             raise WireFormatError(f"'{name}' in {tensor.dtype} without scales")
         return tensor.float()
-    if tensor.dtype != torch.int8 or scale.dtype != torch.float32:
-        raise WireFormatError(f"'{name}' in {tensor.dtype} with scales in {scale.dtype}")
+    scale = beside.get(_SCALE)
+    if scale is None or scale.dtype != torch.float32:
+        raise WireFormatError(f"'{name}' with {'no scales of rows' if scale is None else scale.dtype} beside it")
     if scale.shape != (*tensor.shape[:-1], 1):
         raise WireFormatError(f"scales of shape {tuple(scale.shape)} for '{name}' {tuple(tensor.shape)}")
-    return dequantize_rows(tensor, scale)
+    if set(beside) == {_SCALE}:
+        if tensor.dtype != torch.int8:
+            raise WireFormatError(f"'{name}' in {tensor.dtype} with scales of rows")
+        return from_int8(tensor, scale)
+    if set(beside) != set(_BESIDE):
+        raise WireFormatError(f"'{name}' with {' and '.join(sorted(beside))} only")
+    return _widened_int4(name, tensor, scale, beside[_GROUPS], beside[_WIDTH])
+
+
+def _widened_int4(name: str, tensor: Tensor, scale: Tensor, groups: Tensor, width: Tensor) -> Tensor:
+    if width.shape != () or width.dtype != torch.int32 or tensor.dtype != torch.uint8 or groups.dtype != torch.uint8:
+        raise WireFormatError(f"'{name}' in {tensor.dtype}, scales of groups in {groups.dtype}")
+    size, rows = int(width), tuple(tensor.shape[:-1])
+    if size < 0 or tensor.shape != (*rows, num_bytes(size)) or groups.shape != (*rows, num_groups(size)):
+        raise WireFormatError(f"'{name}' {tuple(tensor.shape)}, scales {tuple(groups.shape)} for rows of {size}")
+    return from_int4(tensor, groups, scale, size)

@@ -1,0 +1,78 @@
+"""Rows of numbers in a few bits each, with scales beside them, and back.
+
+Shape legend: D width of a row, P = ceil(D / 2) bytes, G = ceil(D / GROUP) groups.
+
+int8: one float32 scale per row. An error is at most m / 254, m the row's largest magnitude.
+
+int4: two numbers in a byte, and for every 32 of them a scale in a byte, which is so many 255ths of the row's, rounded
+up; the row's is float32. Channels whose numbers are a hundred times those of the others, as hidden states have them,
+spoil their own group only. An error is at most (g + m / 255) / 14, g the group's largest magnitude. The scales of
+scales are QLoRA's idea (arXiv 2305.14314); the levels are even, for a bound that holds.
+
+What is not finite makes its whole row NaN.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GROUP = 32
+"""Numbers that share a scale in int4."""
+
+_TINY = torch.finfo(torch.float32).tiny
+_INT8_LEVELS = 127
+_INT4_LEVELS = 7
+_INT4_ZERO = 8
+_SCALE_LEVELS = 255
+
+
+def to_int8(value: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of the shape of ``value`` and one float32 scale per row [..., 1] (a vector is one row)."""
+    value = value.float()
+    scale = value.abs().amax(dim=-1, keepdim=True) / _INT8_LEVELS if value.numel() else value[..., :1]
+    codes = (value / scale.clamp(min=_TINY)).round()
+    return codes.to(torch.int8), scale
+
+
+def from_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 numbers of ``to_int8``."""
+    return codes.float() * scale
+
+
+def to_int4(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [..., P], scales of groups uint8 [..., G] and of rows float32 [..., 1] of ``value`` [..., D]."""
+    value = value.float()
+    row = value.abs().amax(dim=-1, keepdim=True) if value.numel() else value[..., :1]
+    grouped = _in_groups(value)
+    largest = grouped.abs().amax(dim=-1)
+    shares = (largest / row.clamp(min=_TINY) * _SCALE_LEVELS).ceil().nan_to_num(_SCALE_LEVELS).clamp(0, _SCALE_LEVELS)
+    scale = (shares / _SCALE_LEVELS * row).unsqueeze(-1) / _INT4_LEVELS
+    codes = (grouped / scale.clamp(min=_TINY)).round().nan_to_num(0).clamp(-_INT4_LEVELS, _INT4_LEVELS) + _INT4_ZERO
+    flat = codes.to(torch.uint8).flatten(-2)[..., : value.shape[-1]]
+    flat = F.pad(flat, (0, flat.shape[-1] % 2), value=_INT4_ZERO)
+    return flat[..., ::2] | flat[..., 1::2] << 4, shares.to(torch.uint8), row
+
+
+def from_int4(codes: Tensor, shares: Tensor, row: Tensor, width: int) -> Tensor:
+    """float32 numbers [..., D] of ``to_int4``."""
+    flat = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :width]
+    grouped = _in_groups(flat.float() - _INT4_ZERO)
+    scale = (shares.float() / _SCALE_LEVELS * row).unsqueeze(-1) / _INT4_LEVELS
+    return (grouped * scale).flatten(-2)[..., :width]
+
+
+def num_groups(width: int) -> int:
+    """Scales of a row in int4."""
+    return -(-width // GROUP)
+
+
+def num_bytes(width: int) -> int:
+    """Bytes of a row's codes in int4."""
+    return -(-width // 2)
+
+
+def _in_groups(value: Tensor) -> Tensor:
+    """[..., D] as [..., G, GROUP], the last group filled up with zeros."""
+    width = value.shape[-1]
+    filled = F.pad(value, (0, num_groups(width) * GROUP - width))
+    return filled.reshape(*value.shape[:-1], num_groups(width), GROUP)
