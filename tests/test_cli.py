@@ -211,6 +211,11 @@ def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
     )
 
 
+def test_figures_and_their_picture_are_two_files(tmp_path: Path) -> None:
+    result = gaisnet("bench", small_run(tmp_path), "--out", tmp_path / "bench.png")
+    assert_fails(result, "is where the picture would go; name the figures' file, such as bench.json")
+
+
 def test_brackets_in_a_message_are_no_markup(tmp_path: Path) -> None:
     path = tmp_path / "[red]run.yaml"
     assert_fails(gaisnet("run", path, "--out", tmp_path / "out"), "[red]run.yaml")

@@ -124,6 +124,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path`` atomically, as ``replacing`` says."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

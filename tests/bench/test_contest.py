@@ -7,6 +7,7 @@ import pytest
 
 from gaisnet.bench.contenders.memory import peak_bytes
 from gaisnet.bench.contest import check_contest, measure_learning, write_learning
+from gaisnet.bench.picture import draw_learning
 from gaisnet.config import Config, load_config, parse_config
 from gaisnet.errors import ConfigError, MeasureError
 from tests.tiny import tiny_edge, write_tiny_run
@@ -31,6 +32,8 @@ def test_all_have_their_turns(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     figures = measure_learning(contest(tmp_path), 2, lambda stage, done, total, _: told.append((done, total)))
     write_learning(figures, tmp_path / "bench.json")
+    draw_learning(figures, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert told == [(done, 10) for done in range(11)]
     names = {"centralised_all", "centralised_late", "federated", "split_plain", "gaisnet"}

@@ -38,7 +38,7 @@ def bench(
 
     With CONFIG, such as configs/bench.yaml: fine-tuning by GaisNet against centralised LoRA (transformers' Trainer and
     peft, on all layers and on the late ones), federated LoRA and plain split learning, on the same examples: speed,
-    bytes, memory and operations of a device, accuracy. Writes bench.json.
+    bytes, memory and operations of a device, accuracy. Writes bench.json, and draws it in bench.png.
 
     With --serving RUN: how well a finished run answers. One session against transformers' generate, 16 sessions against
     one, answers beside fine-tuning against answers alone, tokens per call to the foundation model with speculation, and
@@ -59,15 +59,20 @@ def bench(
 
 def _learning(file: Path, overrides: list[str], out: Path, rounds: int) -> None:
     from gaisnet.bench.contest import measure_learning, write_learning
+    from gaisnet.bench.picture import draw_learning
     from gaisnet.config import load_config
 
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise ConfigError(f"--out {out}", "is where the picture would go", "name the figures' file, such as bench.json")
     config = load_config(file, overrides)
     with LiveProgress(console) as progress:
         figures = measure_learning(config, rounds, progress)
     write_learning(figures, out)
+    draw_learning(figures, picture)
     for table in _learning_tables(figures):
         console.print(table)
-    console.print(f"All figures are in {out}", highlight=False, soft_wrap=True)
+    console.print(f"All figures are in {out}, drawn in {picture}", highlight=False, soft_wrap=True)
 
 
 def _learning_tables(figures: "LearningFigures") -> "Iterator[Table]":
