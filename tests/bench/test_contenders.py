@@ -1,16 +1,23 @@
 """Contenders on a tiny model: each is what it says it is, and plain split learning learns as the model in one piece."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from gaisnet.bench.contenders.centralised import Centralised, adapted
 from gaisnet.bench.contenders.federated import Federated
 from gaisnet.bench.contenders.network import GaisNet
 from gaisnet.bench.contenders.plain_split import PlainSplit
 from gaisnet.bench.contenders.task import Task, accuracy
+from gaisnet.bench.contenders.unsplit import run_unsplit, unsplit_domain_model
 from gaisnet.config import parse_config
+from gaisnet.models.families import Decoder
+from gaisnet.models.foundation import load_foundation
+from gaisnet.models.release import ReleasedModel
 from gaisnet.relay.downward import TaskShape
+from gaisnet.tiers.cloud import Cloud
 from gaisnet.tiers.examples import DeviceData, Example, tokenize
 from tests.tiny import NUM_LAYERS, save_tiny_foundation, tiny_raw_config, tiny_tokenizer
 
@@ -23,17 +30,23 @@ def data() -> dict[str, DeviceData]:
     return {"a": DeviceData(tuple(every[:12]), tuple(every[:2])), "b": DeviceData(tuple(every[12:]), tuple(every[2:4]))}
 
 
-@pytest.fixture
-def task(tmp_path: Path) -> Task:
+def task_in(tmp_path: Path, **domain: Any) -> Task:
+    """The examples, and a domain model by recipe."""
     folder = save_tiny_foundation(tmp_path / "foundation")
     devices = [{"name": name, "mode": "split", "head_layers": 1} for name in ("a", "b")]
     edge = {"name": "north", "domain": "d", "template": "{text}", "labels": ["yes", "no"], "devices": devices}
     raw = tiny_raw_config(edges=[edge], relay={"enabled": False}, model={"foundation": str(folder), "context": 48})
+    raw["domain"] |= domain
     raw["fine_tune"] = {"local_epochs": 2, "batch_size": 4, "learning_rate": 0.01}
     config, tokenizer = parse_config(raw), tiny_tokenizer()
     tokens = {name: tokenize(mine.train, tokenizer, 48, name) for name, mine in data().items()}
     held_out = [t for name, mine in data().items() for t in tokenize(mine.test, tokenizer, 48, name)]
     return Task(config, tokens, held_out)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return task_in(tmp_path)
 
 
 def test_plain_split_learns_as_the_model_in_one_piece(task: Task) -> None:
@@ -73,6 +86,34 @@ def test_gaisnet_itself(task: Task) -> None:
     assert len(result.losses) == 10
     assert result.losses[-1] < result.losses[0]
     assert 0 < result.bytes_per_sample < PlainSplit().run(task, 0).bytes_per_sample
+
+
+def test_the_domain_model_in_one_piece_without_a_recipe_is_the_foundation_model(tmp_path: Path) -> None:
+    task = task_in(tmp_path, precision="float32", keep_layers=None)
+    unsplit, whole = run_unsplit(task, 0), Centralised("centralised_late", late=True).run(task, 0)
+    assert len(unsplit.losses) == 10
+    assert (unsplit.losses, unsplit.accuracy) == (whole.losses, whole.accuracy)  # to the bit
+
+
+def test_the_domain_model_in_one_piece_is_the_one_that_an_edge_has(task: Task) -> None:
+    model, config = unsplit_domain_model(task, seed=5), task.config.model_copy(update={"seed": 5})
+    cloud = Cloud(load_foundation(config.model), config, {"d": TaskShape("{text}", ("yes", "no"))}, "public text " * 40)
+    released = ReleasedModel(cloud.model_release)
+    body, layers = released.body(1, NUM_LAYERS), Decoder(model).layers
+    assert len(body.indices) == NUM_LAYERS - 2  # without the head's layer, and the one that the recipe drops
+    for index in body.indices:
+        own, of_edge = layers[index].state_dict(), body.layers[str(index)].state_dict()
+        assert own.keys() == of_edge.keys()
+        assert all(torch.equal(own[key], of_edge[key]) for key in own)
+    hidden_BTD = torch.randn(2, 7, 32)
+    (dropped,) = set(range(1, NUM_LAYERS)) - set(body.indices)
+    assert torch.equal(layers[dropped](hidden_BTD, attention_mask=None), hidden_BTD)
+
+
+def test_the_domain_model_in_one_piece_learns(task: Task) -> None:
+    result = run_unsplit(task, 0)
+    assert result.losses[-1] < result.losses[0]
+    assert result.losses != Centralised("centralised_late", late=True).run(task, 0).losses
 
 
 def test_accuracy_counts_whole_answers(task: Task) -> None:

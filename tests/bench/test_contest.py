@@ -35,7 +35,7 @@ def test_all_have_their_turns(tmp_path: Path) -> None:
     draw_learning(figures, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
-    assert told == [(done, 10) for done in range(11)]
+    assert told == [(done, 12) for done in range(13)]
     names = {"centralised_all", "centralised_late", "federated", "split_plain", "gaisnet"}
     assert set(written["contenders"]) == names
     for own in written["contenders"].values():
@@ -48,6 +48,9 @@ def test_all_have_their_turns(tmp_path: Path) -> None:
     assert written["contenders"]["centralised_all"]["bytes_per_sample"]["max"] == 0
     assert written["contenders"]["centralised_all"]["seconds_to_accuracy"]["rounds"] == 2  # it reaches its own
     assert written["ratios"]["bytes_vs_split_plain"]["max"] < 1
+    assert 0 <= written["unsplit_domain_model"]["accuracy"]["min"] <= 1
+    assert len(written["differences"]) == 3
+    assert all(-1 <= spread["min"] <= spread["max"] <= 1 for spread in written["differences"].values())
 
 
 @pytest.mark.parametrize(

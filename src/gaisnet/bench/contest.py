@@ -18,6 +18,7 @@ from gaisnet.bench.contenders.federated import Federated
 from gaisnet.bench.contenders.network import GaisNet
 from gaisnet.bench.contenders.plain_split import PlainSplit
 from gaisnet.bench.contenders.task import Contender, Result, Task
+from gaisnet.bench.contenders.unsplit import run_unsplit
 from gaisnet.bench.spread import Spread
 from gaisnet.checkpoint import write_text
 from gaisnet.config import Config
@@ -74,6 +75,25 @@ class Ratios(BaseModel):
     device_memory_vs_federated: Spread
 
 
+class Reference(BaseModel):
+    """The domain model in one piece on pooled data, Trainer and peft, adapters on GaisNet's layers: no contender."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    samples_per_s: Spread
+    accuracy: Spread
+
+
+class Differences(BaseModel):
+    """GaisNet's accuracy minus another's, each within a round; step by step from its own model to the best."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    accuracy_minus_unsplit_domain_model: Spread = Field(description="What splitting, links and the anchor change.")
+    accuracy_minus_centralised_late: Spread = Field(description="And the recipe of the domain model.")
+    accuracy_minus_centralised_all: Spread = Field(description="And that only the late layers learn.")
+
+
 class LearningFigures(BaseModel):
     """All of ``bench.json``."""
 
@@ -85,7 +105,9 @@ class LearningFigures(BaseModel):
     config: dict[str, Any]
     num_examples: int = Field(description="To learn from, of all devices.")
     contenders: Contenders
+    unsplit_domain_model: Reference
     ratios: Ratios
+    differences: Differences
 
 
 @dataclass
@@ -115,13 +137,16 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
         "split_plain": PlainSplit(),
         "gaisnet": GaisNet(data.devices, shape, retention_text(_RETENTION_CHARS)),
     }
-    kept = {name: _Kept() for name in contenders}
+    kept, unsplit = {name: _Kept() for name in contenders}, list[Result]()
+    turns = len(contenders) + 1
     for number in range(rounds):
         for at, (name, contender) in enumerate(_turned(contenders, number)):
-            progress("bench_learning", number * len(contenders) + at, rounds * len(contenders), {})
+            progress("bench_learning", number * turns + at, rounds * turns, {})
             kept[name].results.append(contender.run(task, config.seed + number))
             kept[name].peaks.append(contender.device_peak_bytes(task, config.seed + number))
-    progress("bench_learning", rounds * len(contenders), rounds * len(contenders), {})
+        progress("bench_learning", number * turns + turns - 1, rounds * turns, {})
+        unsplit.append(run_unsplit(task, config.seed + number))
+    progress("bench_learning", rounds * turns, rounds * turns, {})
     best = kept["centralised_all"]
     figures = {name: _figures(kept[name], best, one.device_flops(task)) for name, one in contenders.items()}
     return LearningFigures(
@@ -130,7 +155,12 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
         config=json.loads(config.model_dump_json()),
         num_examples=len(task.pooled),
         contenders=Contenders(**figures),
+        unsplit_domain_model=Reference(
+            samples_per_s=Spread.of([result.samples_per_s for result in unsplit]),
+            accuracy=Spread.of([result.accuracy for result in unsplit]),
+        ),
         ratios=_ratios(kept),
+        differences=_differences(kept, unsplit),
     )
 
 
@@ -195,4 +225,16 @@ def _ratios(kept: Mapping[str, _Kept]) -> Ratios:
         speed_vs_centralised_late=of(lambda r: r.samples_per_s, "centralised_late"),
         bytes_vs_split_plain=of(lambda r: r.bytes_per_sample, "split_plain"),
         device_memory_vs_federated=Spread.of([mine / its for mine, its in peaks]),
+    )
+
+
+def _differences(kept: Mapping[str, _Kept], unsplit: Sequence[Result]) -> Differences:
+    def to(others: Sequence[Result]) -> Spread:
+        pairs = zip(kept["gaisnet"].results, others, strict=True)
+        return Spread.of([mine.accuracy - its.accuracy for mine, its in pairs])
+
+    return Differences(
+        accuracy_minus_unsplit_domain_model=to(unsplit),
+        accuracy_minus_centralised_late=to(kept["centralised_late"].results),
+        accuracy_minus_centralised_all=to(kept["centralised_all"].results),
     )

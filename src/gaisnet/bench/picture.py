@@ -20,9 +20,10 @@ _PANELS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 def draw_learning(figures: LearningFigures, path: Path) -> None:
     """Put a PNG with a panel per figure at ``path``. Raises ``OutputNotWritable``."""
-    contenders = {name: getattr(figures.contenders, name) for name in type(figures.contenders).model_fields}
+    drawn = {name: getattr(figures.contenders, name) for name in type(figures.contenders).model_fields}
+    drawn["DM in one piece"] = figures.unsplit_domain_model
     panels = [
-        Panel(title, {name: _bar(getattr(own, field)) for name, own in contenders.items()}, show)
+        Panel(title, {name: _bar(getattr(own, field, None)) for name, own in drawn.items()}, show)
         for field, title, show in _PANELS
     ]
     epochs, rounds = figures.config["fine_tune"]["local_epochs"], figures.contenders.gaisnet.samples_per_s.rounds

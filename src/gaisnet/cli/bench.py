@@ -93,12 +93,16 @@ def _learning_tables(figures: "LearningFigures") -> "Iterator[Table]":
             f"{own.device_flops_per_sample.median / 1e9:.2f}",
             f"{own.accuracy.median:.1%}",
         )
+    unsplit = figures.unsplit_domain_model
+    speed, accuracy = f"{unsplit.samples_per_s.median:.2f}", f"{unsplit.accuracy.median:.1%}"
+    table.add_row("domain model in one piece", speed, *["–"] * 4, accuracy, style="dim")
     yield table
-    ratios = Table("GaisNet over the other", "median", "min", "max")
-    for name in type(figures.ratios).model_fields:
-        spread = getattr(figures.ratios, name)
-        ratios.add_row(name, *(f"{value:.3g}" for value in (spread.median, spread.min, spread.max)))
-    yield ratios
+    against = Table("GaisNet against the other", "median", "min", "max")
+    for every, show in ((figures.ratios, "{:.3g}"), (figures.differences, "{:+.1%}")):
+        for name in type(every).model_fields:
+            spread = getattr(every, name)
+            against.add_row(name, *(show.format(value) for value in (spread.median, spread.min, spread.max)))
+    yield against
 
 
 def _serving(run: Path, out: Path | None, rounds: int, seconds: float) -> None:

@@ -39,7 +39,6 @@ from gaisnet.tiers.outlet import NoOutlet, Outlet
 from gaisnet.tiers.teacher import Teacher
 
 MERGED = "merged"
-_CALIBRATION_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ class Cloud:
         self._model = model = FoundationModel(foundation, self.layout, outlet.turn)
         absorb = config.absorb
         self._retention_ids_BT = model.windows(retention_text, absorb.retention_windows, absorb.retention_tokens)
-        free_text_BT = self._free_text()
-        recipe, domain_body = model.make_domain_body(free_text_BT[:_CALIBRATION_SEQUENCES])
+        free_text_BT = model.free_text()
+        recipe, domain_body = model.make_domain_body(free_text_BT)
         # All of these are taken before adapters stand between the layers and their weights.
         self.model_release = model.release(recipe, domain_body)
         self.model_digest = digest_of(self.model_release.tensors)
@@ -107,13 +106,6 @@ class Cloud:
         self.retention = dict.fromkeys((*shapes, MERGED), self.perplexity_before)
         outlet.put_body(model.body, model.layers)
         self._put_out(*shapes, MERGED)
-
-    def _free_text(self) -> Tensor:
-        """Token ids [B, T] of text that the FM writes when nobody asks for anything."""
-        num = max(_CALIBRATION_SEQUENCES, self._config.fine_tune.anchor_sequences)
-        settings = self._config.relay.model_copy(update={"sequences": num})
-        ids = self._model.write(TaskShape(None, ()), settings, self._config.seed_for("free text"), None)
-        return torch.tensor(ids, device=self._model.device)
 
     def _add_adapters(self) -> None:
         seed = self._config.seed_for("domain adapter")

@@ -26,7 +26,7 @@ from gaisnet.tiers.domain_model import PREFIX_BATCH, body_output_rows
 from gaisnet.tiers.layout import Layout
 from gaisnet.turn import Turn
 
-_CHOICE_SEQUENCES = 8
+_CHOICE_SEQUENCES, _CALIBRATION_SEQUENCES = 8, 16
 
 
 class FoundationModel:
@@ -84,10 +84,18 @@ class FoundationModel:
 
     # -- what is made of it, before it has adapters --------------------------------------------------------------------
 
+    def free_text(self) -> Tensor:
+        """Token ids [B, T] of text that it writes when nobody asks for anything, enough for a DM and its anchor."""
+        config = self._layout.config
+        num = max(_CALIBRATION_SEQUENCES, config.fine_tune.anchor_sequences)
+        settings = config.relay.model_copy(update={"sequences": num})
+        ids = self.write(TaskShape(None, ()), settings, config.seed_for("free text"), None)
+        return torch.tensor(ids, device=self.device)
+
     def make_domain_body(self, text_BT: Tensor) -> tuple[Recipe, Body]:
-        """The DM's body: the recipe filled in, int8 calibrated, both on ``text_BT`` (int64)."""
+        """The DM's body: the recipe filled in, int8 calibrated, both on the first sequences of ``text_BT`` (int64)."""
         layout = self._layout
-        hidden_BTD = self.at_middle(text_BT)
+        hidden_BTD = self.at_middle(text_BT[:_CALIBRATION_SEQUENCES])
         recipe = choose_recipe(layout.config.domain, layout.middle, self._body, hidden_BTD[:_CHOICE_SEQUENCES])
         decoder, first, stop = self._foundation.decoder, layout.first_cut, layout.tail_start
         return recipe, make_domain_body(decoder, first, stop, recipe, layout.middle, hidden_BTD)

@@ -88,31 +88,35 @@ class Centralised:
 
     def run(self, task: Task, seed: int) -> Result:
         """Learn and score."""
-        model = adapted(task, self._late, seed)
-        examples, settings = task.pooled, task.config.fine_tune
-        epochs = _Epochs(list(task.batches(examples, task.epochs, seed)))
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=settings.batch_size,
-                num_train_epochs=task.epochs,
-                learning_rate=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                max_grad_norm=settings.max_grad_norm,
-                lr_scheduler_type="constant",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=task.config.model.device == "cpu",
-                seed=seed,
-            )
-            trainer = _Trainer(model, arguments, examples, epochs)
-            scores = _Scores(task.test)
-            trainer.add_callback(scores)
-            trainer.train()
-        num_samples = len(examples) * task.epochs
-        return Result(scores.watch.seconds, tuple(trainer.losses), num_samples, 0, 0, tuple(scores.watch.curve))
+        return train(adapted(task, self._late, seed), task, seed)
+
+
+def train(model: Any, task: Task, seed: int) -> Result:
+    """Let what learns of ``model`` learn from the pooled examples, with transformers' Trainer, and score it."""
+    examples, settings = task.pooled, task.config.fine_tune
+    epochs = _Epochs(list(task.batches(examples, task.epochs, seed)))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=settings.batch_size,
+            num_train_epochs=task.epochs,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=task.config.model.device == "cpu",
+            seed=seed,
+        )
+        trainer = _Trainer(model, arguments, examples, epochs)
+        scores = _Scores(task.test)
+        trainer.add_callback(scores)
+        trainer.train()
+    num_samples = len(examples) * task.epochs
+    return Result(scores.watch.seconds, tuple(trainer.losses), num_samples, 0, 0, tuple(scores.watch.curve))
 
 
 def first_layer(task: Task, late: bool) -> int:
@@ -127,8 +131,11 @@ def _learn(contender: Centralised, task: Task, seed: int) -> None:
 
 def adapted(task: Task, late: bool, seed: int) -> Any:
     """The foundation model with fresh adapters of peft; only they learn."""
-    model: Any = task.foundation().model
-    num_layers = model.config.num_hidden_layers
+    return with_adapters(task.foundation().model, task, late, seed)
+
+
+def with_adapters(model: Any, task: Task, late: bool, seed: int) -> Any:
+    """A model with fresh adapters of peft; only they learn."""
     torch.manual_seed(seed)
-    spec = task.lora(first_layer(task, late), num_layers)
+    spec = task.lora(first_layer(task, late), model.config.num_hidden_layers)
     return get_peft_model(model, spec.peft_config())
