@@ -7,7 +7,6 @@ take turns, answer by answer. Run: python benchmarks/session_over_sockets.py RUN
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -16,11 +15,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # for both, as the command has it
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-from gaisnet.bench.writing import Prompt, Unsplit, Writers, num_same
+from gaisnet.bench.rounds import Effort, Rounds
+from gaisnet.bench.sessions import single
+from gaisnet.bench.writing import Writers, in_one_piece
 from gaisnet.engines.services import LinkedBodies
 from gaisnet.experiments.front import device_of
 from gaisnet.experiments.serve import ServedRun, serve_run
-from gaisnet.models.foundation import load_foundation
+from gaisnet.progress import silent
 from gaisnet.serving.bodies import Place, Target
 from gaisnet.serving.device import ServedDevice
 from gaisnet.serving.endpoint import SessionEndpoint
@@ -43,13 +44,14 @@ def main() -> None:
     arguments.add_argument("--prompts", type=int, default=4, help="answers per round")
     arguments.add_argument("--tokens", type=int, default=64, help="of each answer")
     chosen = arguments.parse_args()
+    effort = Effort(chosen.rounds, chosen.prompts, chosen.tokens)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         served = stack.enter_context(serve_run(chosen.run))
         device = device_of(served, None)
         writers = Writers(device.parts, over_sockets(served, device, Authority(Path(folder)), stack))
-        write(f"{'body':>6} {'split /s':>9} {'whole /s':>9} {'ratio':>6}  of single rounds    the same answers")
+        write(f"{'body':>6} {'split /s':>9} {'whole /s':>9} {'ratio, of rounds':>21} {'the same answers':>19}")
         for place in ("edge", "cloud"):
-            write(row(served, device, writers, place, chosen))
+            write(row(served, device, writers, place, effort))
 
 
 def over_sockets(served: ServedRun, device: ServedDevice, authority: Authority, stack: ExitStack) -> LinkedBodies:
@@ -71,30 +73,14 @@ def over_sockets(served: ServedRun, device: ServedDevice, authority: Authority, 
     return LinkedBodies({domain: link(name, "edge", of_device, "device_edge", "up")}, config.faults.step_deadline_s)
 
 
-def row(served: ServedRun, device: ServedDevice, writers: Writers, place: Place, chosen: argparse.Namespace) -> str:
+def row(served: ServedRun, device: ServedDevice, writers: Writers, place: Place, effort: Effort) -> str:
     """One line of the table."""
-    adapters = device.domains[device.domain].adapters if place == "edge" else ()
-    target, whole = Target(place, adapters, device.domain), unsplit(served, device, place)
-    prompts = [each.prompt for each in device.domains[device.domain].held_out]
-    writers.one_by_one(target, prompts[:1], chosen.tokens)  # whatever is done once only
-    whole.write(prompts[:1], chosen.tokens)
-    rounds, same = [], 0
-    for number in range(chosen.rounds):
-        some: list[Prompt] = prompts[number * chosen.prompts :][: chosen.prompts]
-        by_split, by_whole = writers.one_by_one(target, some, chosen.tokens), whole.write(some, chosen.tokens)
-        rounds.append((by_split.tokens_per_s, by_whole.tokens_per_s))
-        same += num_same(by_split.answers, by_whole.answers)
-    split, one = (statistics.median(column) for column in zip(*rounds, strict=True))
-    ratios = sorted(split / one for split, one in rounds)
-    spread = f"{statistics.median(ratios):6.2f}  {ratios[0]:.2f} to {ratios[-1]:.2f}"
-    return f"{place:>6} {split:9.1f} {one:9.1f} {spread:>20} {same:14} of {chosen.rounds * chosen.prompts}"
-
-
-def unsplit(served: ServedRun, device: ServedDevice, place: Place) -> Unsplit:
-    """The same model in one piece; the FM as transformers loads it."""
-    model = Unsplit(load_foundation(served.config.model, plain=place == "cloud").model, served.bodies.turn)
-    body = served.bodies.body("edge", device.domain)
-    return model if place == "cloud" else model.with_body(body, device.parts.first)
+    domain = device.domains[device.domain]
+    target = Target(place, domain.adapters if place == "edge" else (), device.domain)
+    rounds = Rounds([each.prompt for each in domain.held_out], effort, silent)
+    found = single(writers, target, in_one_piece(served, device, place), rounds, place)
+    speeds = f"{found.split.median:9.1f} {found.whole.median:9.1f} {found.ratio!s:>21}"
+    return f"{place:>6} {speeds} {found.num_same:14} of {effort.rounds * effort.prompts}"
 
 
 def write(line: str) -> None:

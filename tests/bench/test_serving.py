@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gaisnet.bench.serving import Effort, auto_figures, measure_serving, write_figures
+from gaisnet.bench.escalation import auto_figures
+from gaisnet.bench.rounds import Effort
+from gaisnet.bench.serving import measure_serving, write_figures
 from gaisnet.config import RoutingSettings, load_config
 from gaisnet.experiments.run import run_experiment
 from gaisnet.serving.calibration import Trial

@@ -13,9 +13,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from gaisnet.experiments.serve import ServedRun
+from gaisnet.models.foundation import load_foundation
 from gaisnet.models.parts import Body
-from gaisnet.serving.bodies import Bodies, Target
+from gaisnet.serving.bodies import Bodies, Place, Target
 from gaisnet.serving.decoding import DeviceParts, Tokens, write
+from gaisnet.serving.device import ServedDevice
 from gaisnet.serving.sampling import Sampling
 from gaisnet.turn import Turn
 
@@ -162,6 +165,15 @@ class Unsplit:
                 pad_token_id=self._pad,
             )
         return tuple(output[0, len(prompt) :].tolist())
+
+
+def in_one_piece(served: ServedRun, device: ServedDevice, place: Place) -> Unsplit:
+    """The model that writes for ``device`` at ``place``: the foundation model as transformers loads it, or the DM."""
+    model = load_foundation(served.config.model, plain=place == "cloud").model
+    unsplit = Unsplit(model, served.bodies.turn)
+    if place == "cloud":
+        return unsplit
+    return unsplit.with_body(served.bodies.body("edge", device.domain), device.parts.first)
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -106,7 +106,8 @@ def _learning_tables(figures: "LearningFigures") -> "Iterator[Table]":
 
 
 def _serving(run: Path, out: Path | None, rounds: int, seconds: float) -> None:
-    from gaisnet.bench.serving import FILE_NAME, Effort, measure_serving, write_figures
+    from gaisnet.bench.rounds import Effort
+    from gaisnet.bench.serving import FILE_NAME, measure_serving, write_figures
 
     with LiveProgress(console) as progress:
         figures = measure_serving(run, Effort(rounds=rounds, seconds=seconds), progress)
