@@ -45,7 +45,10 @@ def rows_for_tail(hidden_BTD: Tensor, lengths: Sequence[int], num_labels: Sequen
         whole: Every real position, because the tail has layers of its own; otherwise label positions only.
     """
     firsts = [0] * len(lengths) if whole else [n - k for n, k in zip(lengths, num_labels, strict=True)]
-    return torch.cat([hidden_BTD[b, first:n] for b, (first, n) in enumerate(zip(firsts, lengths, strict=True))])
+    longest = hidden_BTD.shape[1]
+    rows = [b * longest + t for b, (first, n) in enumerate(zip(firsts, lengths, strict=True)) for t in range(first, n)]
+    # All at once: the gradient of a slice per sequence would be a whole batch of zeros per sequence.
+    return hidden_BTD.flatten(0, 1).index_select(0, torch.tensor(rows, device=hidden_BTD.device))
 
 
 def rows_per_example(lengths: Sequence[int], num_labels: Sequence[int], whole: bool) -> list[int]:
