@@ -131,7 +131,7 @@ def tiny_raw_config(**changes: Any) -> dict[str, Any]:
         "model": {"foundation": "tiny", "context": 48},
         "domain": {"precision": "int8", "keep_layers": 5},
         "adapters": {"rank": 2, "alpha": 4, "first_layer": 4},
-        "relay": {"rank": 2, "sequences": 8, "tokens": 12, "epochs": 1, "batch_size": 4},
+        "relay": {"rank": 2, "sequences": 16, "tokens": 12},
         "fine_tune": {"local_epochs": 1, "batch_size": 4, "learning_rate": 0.01},
         "absorb": {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 0.5},
         "edges": [tiny_edge("north", "shapes"), tiny_edge("south", "tastes")],

@@ -70,22 +70,33 @@ class AdapterSettings(Settings):
 
 
 class RelaySettings(Settings):
-    """Data-free knowledge relay, the down flow: a LoRA on the DM's middle, distilled from the FM on generated text."""
+    """Data-free knowledge relay, the down flow: low-rank weights in the DM's middle, fitted to the FM on its text."""
 
     enabled: bool = Field(True, description="Without it the DM stays as its recipe made it.")
-    rank: int = Field(16, ge=1, description="LoRA rank of the relay adapter.")
-    target: Literal["hidden", "logits"] = Field(
-        "hidden", description="What the DM should match: the FM's hidden states where adapters start, or its logits."
+    rank: int = Field(64, ge=1, description="Rank of the relay in each layer that has one.")
+    penalty: float = Field(
+        2.0, gt=0.0, description="Ridge penalty on its weights, in units of the mean square of an input."
     )
-    sequences: int = Field(96, ge=8, description="Sequences that the FM generates per domain and cycle.")
+    sequences: int = Field(64, ge=8, description="Generated sequences that a relay is fitted to in the first cycle.")
     tokens: int = Field(32, ge=4, description="Length of a generated sequence in tokens.")
     template_share: float = Field(
-        0.5, ge=0.0, le=1.0, description="Share of sequences shaped by the public task template and label names."
+        0.25,
+        ge=0.0,
+        le=1.0,
+        description="Share of them that the FM writes for a domain, with what it has learned of it, shaped by the public "
+        "task template and label names; in every cycle as many more. The others it writes once, for all.",
     )
     temperature: float = Field(1.0, gt=0.0, description="Of the sampling.")
-    epochs: int = Field(3, ge=1, description="Passes over the generated sequences per cycle.")
-    batch_size: int = Field(8, ge=1, description="Sequences per distillation step.")
-    learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW, decayed to zero along a cosine in each cycle.")
+
+    @property
+    def num_shaped(self) -> int:
+        """Sequences that are written for a domain in a cycle."""
+        return round(self.sequences * self.template_share)
+
+    @property
+    def num_free(self) -> int:
+        """Sequences that are written once, for all domains."""
+        return self.sequences - self.num_shaped
 
 
 class FineTuneSettings(Settings):

@@ -149,18 +149,19 @@ def test_updates_tell_how_much_was_learned(finished: Run) -> None:
 
 def test_a_relay_is_distilled_for_every_domain_in_every_cycle(finished: Run) -> None:
     assert [relays.keys() for relays in finished.relays] == [{"shapes", "tastes"}] * 2
-    for relays in finished.relays:
-        assert all(0.0 < relay.error_after < relay.error_before for relay in relays.values())
+    assert all(0.0 < relay.error_after < relay.error_before for relay in finished.relays[0].values())
+    first, second = ({d: r.error_before for d, r in relays.items()} for relays in finished.relays)
+    assert all(second[domain] < 0.9 * first[domain] for domain in first)  # it has the first cycle's
 
 
 def test_a_relay_that_makes_a_domain_model_worse_is_not_released() -> None:
-    raw = {"rank": 2, "sequences": 8, "tokens": 12, "epochs": 1, "batch_size": 4}
-    ruinous = Run(alone(relay={**raw, "learning_rate": 10.0}))
+    raw, whole = {"rank": 8, "sequences": 16, "tokens": 12}, {"precision": "int8"}
+    ruinous = Run(alone(relay={**raw, "sequences": 8, "penalty": 1e-9}, domain=whole))  # learns noise by heart
     ruinous.network.install()
     before = ruinous.network.evaluate()
     assert not any(relay.helped for relay in ruinous.network.release().values())
     assert ruinous.network.evaluate() == before
-    useful = Run(alone(relay={**raw, "learning_rate": 0.01}))
+    useful = Run(alone(relay=raw))
     useful.network.install()
     before = useful.network.evaluate()
     assert all(relay.helped for relay in useful.network.release().values())
@@ -231,7 +232,8 @@ def test_the_relay_changes_the_domain_model_in_the_middle_only(finished: Run) ->
     releases = [m for m in given if isinstance(m, ModelRelease)]
     adapters = [m for m in given if isinstance(m, AdapterRelease)]
     assert len(releases) == 2
-    assert sorted(adapter.role for adapter in adapters) == ["domain"] * 2 + ["relay"] * 4
+    helped = sum(relay.helped for relays in finished.relays for relay in relays.values())
+    assert sorted(adapter.role for adapter in adapters) == ["domain"] * 2 + ["relay"] * helped and helped >= 2
     kept = set(releases[0].layers)
     assert len(kept) == 5 and kept >= {0, 1, 4, 5} and set(releases[0].int8_layers) == kept & MIDDLE
     for adapter in adapters:

@@ -57,11 +57,13 @@ def test_merged_adapters_keep_their_scale() -> None:
     assert found.alpha / found.rank == 6 / 2
 
 
-def test_a_relay_sits_on_what_is_left_of_the_middle() -> None:
+def test_a_relay_sits_beside_the_gaps_of_the_middle_or_on_all_of_it() -> None:
     found = layout(relay={"rank": 5})
-    assert found.relay_spec((0, 1, 2, 3, 4, 5)) == LoraSpec(5, 10, ("q_proj",), (2, 3))
+    assert found.relay_spec((0, 1, 2, 3, 4, 5)) == LoraSpec(5, 5, ("down_proj",), (2, 3))
     assert found.relay_spec((0, 1, 3, 4, 5)).layers == (3,)
     assert found.relay_spec((1, 4, 5)).layers == ()
+    deep = layout((1,), first_layer=12, num_layers=16)
+    assert deep.relay_spec(tuple(i for i in range(16) if i not in (4, 5, 11))).layers == (3, 6, 7, 10)
 
 
 @pytest.mark.parametrize(

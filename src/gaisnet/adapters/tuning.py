@@ -4,13 +4,15 @@ An adapter has a name. Several may sit on one body; those that are active add up
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from gaisnet.errors import AdapterMismatch
 
@@ -82,6 +84,17 @@ def active_adapters(body: nn.Module) -> list[str]:
 def has_adapter(body: nn.Module, name: str) -> bool:
     """Whether an adapter of this name sits on ``body``."""
     return any(peft_name(name) in layer.lora_A for layer in _adapted(body))
+
+
+@contextmanager
+def watched(layer: nn.Module, name: str, seen: list[Tensor]) -> Iterator[None]:
+    """Inside, what enters the module of ``layer`` that an adapter sits on is put into ``seen``, call after call."""
+    (module,) = (module for module in _adapted(layer) if peft_name(name) in module.lora_A)
+    handle = cast(nn.Module, module).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def trainable(body: nn.Module, name: str) -> list[nn.Parameter]:

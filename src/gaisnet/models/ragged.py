@@ -28,6 +28,11 @@ class Ragged:
         """Views [length, D], one per sequence."""
         return tuple(torch.split(self.rows_ND, list(self.lengths)))
 
+    def some(self, indices: Sequence[int]) -> "Ragged":
+        """Some of the sequences, in the order of ``indices``."""
+        every = self.sequences()
+        return Ragged(torch.cat([every[i] for i in indices]), tuple(self.lengths[i] for i in indices))
+
     def padded(self, indices: Sequence[int]) -> Tensor:
         """Some sequences as [B, T, D], padded with zeros on the right."""
         every = self.sequences()

@@ -1,26 +1,37 @@
 """The down flow: data-free knowledge relay. The FM writes text, and a DM learns to see in it what the FM sees.
 
 No data set enters. The public task template and label names may shape the text. What has to be repaired is the input
-of the layers that both models share (from ``adapters.first_layer`` on), so the target is the FM's hidden state there,
-or the logits that follow from it.
+of the layers that both models share (from ``adapters.first_layer`` on), so the target is the FM's hidden state on the
+way there. A relay sits on the last linear module of a layer and adds to what leaves the layer; so its best low-rank
+weights have a closed form, layer after layer, and no step of an optimizer is needed.
+
+Shape legend: N rows (positions of all sequences), I inputs of a linear module, D hidden size, R rank.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gaisnet.adapters.state import AdapterTensors, put_in, take_out
+from gaisnet.adapters.tuning import LoraSpec, watched
 from gaisnet.config import RelaySettings
 from gaisnet.errors import NotFinite
-from gaisnet.models.ragged import Ragged, by_length, length_mask, relative_square, shuffled_batches
+from gaisnet.models.parts import Layers
+from gaisnet.models.ragged import Ragged, join
 from gaisnet.progress import Progress
 
+RELAY = "relay"
 _GENERATION_BATCH = 128
+_BATCH = 32
+_HOLD_OUT = 8
 _TEXT = "{text}"
 
 
@@ -45,21 +56,53 @@ class Distillation:
         return self.error_after < self.error_before
 
 
-def generate_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shape: TaskShape, settings: RelaySettings, seed: int
-) -> list[list[int]]:
-    """``settings.sequences`` sequences of at most ``settings.tokens`` token ids, sampled from the FM.
+@dataclass(frozen=True)
+class Lesson:
+    """Generated text as the FM sees it: hidden states that enter layers of the middle, and those that leave it."""
 
-    A share of them fills the task's template: the FM continues what stands before ``{text}``, and a random label name
-    follows. The others continue nothing but the beginning-of-sequence token.
+    states: Mapping[int, Ragged]  # by the number of the FM layer that they enter
+
+    @property
+    def middle(self) -> tuple[int, int]:
+        """First layer, and the layer to stop before."""
+        return min(self.states), max(self.states)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.states[self.middle[0]])
+
+    def some(self, indices: Sequence[int]) -> "Lesson":
+        """Of some of the sequences."""
+        return Lesson({layer: states.some(indices) for layer, states in self.states.items()})
+
+    def and_also(self, other: "Lesson") -> "Lesson":
+        """Both, one after the other."""
+        return Lesson({layer: join([states, other.states[layer]]) for layer, states in self.states.items()})
+
+    def halves(self) -> "tuple[Lesson, Lesson]":
+        """What to learn from; and every eighth sequence, to see whether that has helped."""
+        every = range(len(self))
+        return self.some([i for i in every if i % _HOLD_OUT]), self.some(every[::_HOLD_OUT])
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    shape: TaskShape,
+    num: int,
+    settings: RelaySettings,
+    seed: int,
+) -> list[list[int]]:
+    """``num`` sequences of at most ``settings.tokens`` token ids, sampled from the FM.
+
+    They fill the task's template: the FM continues what stands before ``{text}``, and a random label name follows.
+    Without a template they continue nothing but the beginning-of-sequence token.
     """
-    num_shaped = round(settings.sequences * settings.template_share) if shape.template else 0
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed)
-        free = _sample(model, tokenizer, [_start_token(tokenizer)], settings.sequences - num_shaped, settings)
-        if not num_shaped or shape.template is None:
-            return free
-        return free + _shaped(model, tokenizer, shape.template, shape.labels, num_shaped, settings)
+        if shape.template is None:
+            return _sample(model, tokenizer, [_start_token(tokenizer)], num, settings)
+        return _shaped(model, tokenizer, shape.template, shape.labels, num, settings)
 
 
 def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -116,77 +159,99 @@ def _sample(
     return sequences
 
 
-def distil(
-    run: Callable[[Tensor], Tensor],
-    parameters: Sequence[nn.Parameter],
-    inputs: Ragged,
-    targets: Ragged,
-    settings: RelaySettings,
-    logits: Callable[[Tensor], Tensor],
-    seed: int,
-    progress: Progress,
-) -> Distillation:
-    """Train a relay adapter so that the DM's middle gives what the FM's gives.
+@torch.no_grad()
+def repair(body: Layers, spec: LoraSpec, lesson: Lesson, penalty: float, progress: Progress) -> AdapterTensors:
+    """Fit a relay, layer after layer: what leaves a layer shall be what enters the FM's next.
+
+    A layer sees what the repaired ones before it give, so that each mends what the others left. Rows count by their
+    relative errors: the first position, an attention sink, is hundreds of times as large as others.
 
     Args:
-        run: The DM's middle with the relay active, [B, T, D] -> [B, T, D].
-        parameters: The relay adapter's parameters; nothing else changes.
-        inputs: What both middles start from, on generated text.
-        targets: What the FM's middle makes of ``inputs``.
-        settings: Epochs, batch size, learning rate, and which target to match.
-        logits: Suffix and tail, [B, T, D] -> [B, T, V]; called only for target 'logits'.
-        seed: Of the order of the batches.
-        progress: Told after every step.
+        body: The DM's, whose adapter ``RELAY`` is active. It is overwritten.
+        spec: Its shape, on one linear module of each layer, whose output is added to what leaves the layer.
+        lesson: With the states behind every layer of ``spec``.
+        penalty: On the weights, as ``fit_low_rank`` takes it.
+        progress: Told after every layer.
 
     Raises:
-        NotFinite: The loss stopped being a number.
+        NotFinite: An error stopped being a number.
     """
-    held_out = list(range(0, len(inputs), 8))
-    learned = [index for index in range(len(inputs)) if index not in set(held_out)]
-    before = _error(run, inputs, targets, held_out, settings.batch_size)
-    loss_of = relative_square if settings.target == "hidden" else _logits_loss(logits)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    steps = settings.epochs * math.ceil(len(learned) / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    step = 0
-    for _ in range(settings.epochs):
-        for chosen in shuffled_batches([inputs.lengths[i] for i in learned], settings.batch_size, generator):
-            batch = [learned[i] for i in chosen]
-            mask_BT = length_mask([inputs.lengths[i] for i in batch], inputs.rows_ND.device)
-            loss = loss_of(run(inputs.padded(batch)), targets.padded(batch), mask_BT)
-            if not torch.isfinite(loss):
-                raise NotFinite("the relay's loss", f"step {step}", loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            step += 1
-            progress("relay", step, steps, {"relay_loss": loss.item()})
-    return Distillation(before, _error(run, inputs, targets, held_out, settings.batch_size))
+    relay = {key: torch.zeros_like(tensor) for key, tensor in take_out(body, RELAY).items()}
+    put_in(body, RELAY, relay)
+    first, end = lesson.middle
+    kept = [index for index in body.indices if first <= index < end]
+    hidden, scale = lesson.states[first], spec.alpha / spec.rank
+    for layer, stop in pairwise([*kept, end]):
+        if layer not in spec.layers:
+            hidden = hidden.map_batches(partial(body.run, start=layer, stop=layer + 1), _BATCH)
+            continue
+        entering, hidden = _traced(body, layer, hidden)
+        x_NI, target_ND = entering.rows_ND.float(), lesson.states[stop].rows_ND.float()
+        size_N1 = target_ND.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        missing_ND = (target_ND - hidden.rows_ND) / size_N1
+        a_RI, b_DR = fit_low_rank(x_NI / size_N1, missing_ND, spec.rank, penalty)
+        relay |= _named(relay, layer, a_RI, b_DR / scale)
+        added_ND = x_NI @ a_RI.T @ b_DR.T
+        hidden = Ragged((hidden.rows_ND + added_ND).to(hidden.rows_ND.dtype), hidden.lengths)
+        loss = float((missing_ND - added_ND / size_N1).square().sum(-1).mean())
+        if not math.isfinite(loss):
+            raise NotFinite("the relay's error", f"layer {layer}", loss)
+        done = spec.layers.index(layer) + 1
+        progress("relay", done, len(spec.layers), {"relay_loss": loss})
+    put_in(body, RELAY, relay)
+    return relay
 
 
-def _logits_loss(logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Mean over tokens of KL(FM || DM) (Hinton et al., arXiv 1503.02531, temperature 1)."""
+def fit_low_rank(x_NI: Tensor, y_ND: Tensor, rank: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """The A [R, I] and B [D, R] for which ``x @ A.T @ B.T`` is nearest to ``y``: reduced-rank ridge regression.
 
-    def loss(hidden_BTD: Tensor, target_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        with torch.no_grad():
-            expected_NV = F.log_softmax(logits(target_BTD)[mask_BT].float(), dim=-1)
-        found_NV = F.log_softmax(logits(hidden_BTD)[mask_BT].float(), dim=-1)
-        return F.kl_div(found_NV, expected_NV, log_target=True, reduction="batchmean")
+    Least squares plus ``penalty`` times the mean square of a column of ``x``, times that of the weights B A (Mukherjee
+    and Zhu, Statistical Analysis and Data Mining 4, 2011). float32.
+    """
+    x_NI, y_ND = x_NI.float(), y_ND.float()
+    ridge = penalty * float(x_NI.square().sum()) / x_NI.shape[1]
+    if len(x_NI) < x_NI.shape[1]:  # the same weights either way; the smaller system is solved
+        full_ID = x_NI.T @ torch.linalg.solve(_with_ridge(x_NI @ x_NI.T, ridge), y_ND)
+    else:
+        full_ID = torch.linalg.solve(_with_ridge(x_NI.T @ x_NI, ridge), x_NI.T @ y_ND)
+    _, directions_DD = torch.linalg.eigh(y_ND.T @ x_NI @ full_ID)  # in order of what they explain
+    b_DR = directions_DD[:, -rank:]
+    a_RI = (full_ID @ b_DR).T
+    lacking = rank - len(a_RI)  # of a rank above the width
+    return F.pad(a_RI, (0, 0, 0, lacking)).contiguous(), F.pad(b_DR, (0, lacking)).contiguous()
 
-    return loss
+
+def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
+    return gram + ridge * torch.eye(len(gram), device=gram.device)
+
+
+def _traced(body: Layers, layer: int, hidden: Ragged) -> tuple[Ragged, Ragged]:
+    """What enters the relay's module of a layer, and what leaves the layer, whose relay is nothing yet."""
+    seen: list[Tensor] = []
+
+    def run(hidden_BTD: Tensor) -> Tensor:
+        seen.clear()
+        output_BTD = body.run(hidden_BTD, layer, layer + 1)
+        return torch.cat([*seen, output_BTD], dim=-1)
+
+    with watched(body.layers[str(layer)], RELAY, seen):
+        both = hidden.map_batches(run, _BATCH)
+    width = both.rows_ND.shape[1] - hidden.rows_ND.shape[1]
+    entering_NI, leaving_ND = both.rows_ND.split([width, hidden.rows_ND.shape[1]], dim=1)
+    return Ragged(entering_NI, hidden.lengths), Ragged(leaving_ND, hidden.lengths)
+
+
+def _named(relay: AdapterTensors, layer: int, a_RI: Tensor, b_DR: Tensor) -> AdapterTensors:
+    mine = [key for key in relay if key.startswith(f"layers.{layer}.")]
+    return {key: a_RI if ".lora_A." in key else b_DR for key in mine}
 
 
 @torch.no_grad()
-def _error(
-    run: Callable[[Tensor], Tensor], inputs: Ragged, targets: Ragged, indices: Sequence[int], batch_size: int
-) -> float:
-    total, count = 0.0, 0
-    for places in by_length([inputs.lengths[i] for i in indices], batch_size):
-        batch = [indices[place] for place in places]
-        mask_BT = length_mask([inputs.lengths[i] for i in batch], inputs.rows_ND.device)
-        hidden_ND, target_ND = run(inputs.padded(batch))[mask_BT], targets.padded(batch)[mask_BT]
-        total += float(((hidden_ND - target_ND).norm(dim=-1) / target_ND.norm(dim=-1)).sum())
-        count += len(target_ND)
-    return total / max(count, 1)
+def relative_error(body: Layers, lesson: Lesson) -> float:
+    """Mean of |hidden - target| / |target| where the middle ends, first positions left out."""
+    first, end = lesson.middle
+    found = lesson.states[first].map_batches(lambda hidden_BTD: body.run(hidden_BTD, first, end), _BATCH)
+    later_N = torch.cat([torch.arange(length) > 0 for length in found.lengths]).to(found.rows_ND.device)
+    target_ND = lesson.states[end].rows_ND[later_N]
+    errors_N = (found.rows_ND[later_N] - target_ND).norm(dim=-1) / target_ND.norm(dim=-1)
+    return float(errors_N.sum()) / max(len(errors_N), 1)

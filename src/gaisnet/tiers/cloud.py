@@ -93,7 +93,7 @@ class Cloud:
         foundation_params, split_device_params = model.num_parameters()
         self.sizes = Sizes(foundation_params, self.layout.num_layers, len(recipe.kept), split_device_params)
         pause_within({*model.body.layers.values(), *domain_body.layers.values()}, outlet.turn.pause)
-        self._teacher = Teacher(model, domain_body, self.layout, recipe, shapes, progress)
+        self._teacher = Teacher(model, domain_body, self.layout, recipe, shapes, free_text_BT.tolist(), progress)
         self._evaluated: dict[str, Activations] = {}
         self.versions: dict[Role, dict[str, int]] = {
             "relay": dict.fromkeys(shapes, 0),
@@ -194,7 +194,12 @@ class Cloud:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that a run has changed, for ``restore``; everything else follows from the configuration."""
-        state = {"versions": self.versions, "retention": self.retention, "perplexity_before": self.perplexity_before}
+        state = {
+            "versions": self.versions,
+            "retention": self.retention,
+            "perplexity_before": self.perplexity_before,
+            "texts": self._teacher.texts,
+        }
         tensors = {
             f"adapter/{name}/{key}": t
             for name in (*self._shapes, MERGED)
@@ -208,7 +213,7 @@ class Cloud:
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from where ``state`` was taken. Raises ``AdapterMismatch`` if the configuration is another one."""
         self.versions, self.retention = state["versions"], state["retention"]
-        self.perplexity_before = state["perplexity_before"]
+        self.perplexity_before, self._teacher.texts = state["perplexity_before"], state["texts"]
         for name in (*self._shapes, MERGED):
             self._model.put(name, under(f"adapter/{name}/", tensors))
         for domain in self._teacher.relays:

@@ -85,11 +85,10 @@ class FoundationModel:
     # -- what is made of it, before it has adapters --------------------------------------------------------------------
 
     def free_text(self) -> Tensor:
-        """Token ids [B, T] of text that it writes when nobody asks for anything, enough for a DM and its anchor."""
+        """Token ids [B, T] of text that it writes when nobody asks for anything, enough for a DM, its anchor and relay."""
         config = self._layout.config
-        num = max(_CALIBRATION_SEQUENCES, config.fine_tune.anchor_sequences)
-        settings = config.relay.model_copy(update={"sequences": num})
-        ids = self.write(TaskShape(None, ()), settings, config.seed_for("free text"), None)
+        num = max(_CALIBRATION_SEQUENCES, config.fine_tune.anchor_sequences, config.relay.num_free)
+        ids = self.write(TaskShape(None, ()), num, config.relay, config.seed_for("free text"), None)
         return torch.tensor(ids, device=self.device)
 
     def make_domain_body(self, text_BT: Tensor) -> tuple[Recipe, Body]:
@@ -121,10 +120,12 @@ class FoundationModel:
         """Where it is."""
         return self._foundation.model.device
 
-    def write(self, shape: TaskShape, settings: RelaySettings, seed: int, adapter: str | None) -> list[list[int]]:
+    def write(
+        self, shape: TaskShape, num: int, settings: RelaySettings, seed: int, adapter: str | None
+    ) -> list[list[int]]:
         """Token ids of texts that it writes, as ``relay.downward.generate_text`` says."""
         with self.plugged_in(adapter):
-            return generate_text(self._foundation.model, self._foundation.tokenizer, shape, settings, seed)
+            return generate_text(self._foundation.model, self._foundation.tokenizer, shape, num, settings, seed)
 
     def windows(self, text: str, num: int, num_tokens: int) -> Tensor:
         """The beginning of a text as token ids [num, num_tokens]. Raises ``DataError`` where it is too short."""
@@ -139,9 +140,9 @@ class FoundationModel:
         with torch.no_grad(), self._turn.learning():
             return self._body.run(self._head(ids_BT), self._layout.first_cut, self._layout.middle.start)
 
-    def middle(self, hidden_BTD: Tensor) -> Tensor:
-        """What the middle makes of them."""
-        return self._run(hidden_BTD, self._layout.middle.start, self._layout.middle.stop)
+    def between(self, hidden: Ragged, start: int, stop: int) -> Ragged:
+        """What the layers [start, stop) make of hidden states, without gradients."""
+        return hidden.map_batches(lambda hidden_BTD: self._run(hidden_BTD, start, stop), PREFIX_BATCH)
 
     def at_suffix(self, ids_BT: Tensor) -> Ragged:
         """Hidden states that enter the suffix, where adapters begin; one sequence per row of ``ids_BT``."""
@@ -157,11 +158,6 @@ class FoundationModel:
     def suffix(self, hidden_BTD: Tensor) -> Tensor:
         """The layers that adapters act on."""
         return self._run(hidden_BTD, self._layout.first_adapted)
-
-    def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """Of suffix and tail, layers of the tail included, [B, T, V]."""
-        logits: Tensor = self._tail(self.suffix(hidden_BTD))
-        return logits
 
     def perplexity(self, ids_BT: Tensor, entering: Ragged, adapter: str | None) -> float:
         """On text, with an adapter or as it is; ``entering`` is what ``at_suffix`` gave for it."""

@@ -8,6 +8,8 @@ from gaisnet.errors import CutError
 from gaisnet.models.domain import Middle, check_recipe
 from gaisnet.models.parts import CutLayers
 
+_LAST_MODULE = "down_proj"  # of a layer of every family in ``models.families``
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -69,7 +71,11 @@ class Layout:
         return LoraSpec(settings.rank * num_merged, settings.alpha * num_merged, settings.targets, layers)
 
     def relay_spec(self, kept: tuple[int, ...]) -> LoraSpec:
-        """Shape of a relay adapter, on the layers of the middle that the recipe kept."""
-        rank = self.config.relay.rank
-        layers = tuple(index for index in kept if index in self.middle)
-        return LoraSpec(rank, 2 * rank, self.config.adapters.targets, layers)
+        """Shape of a relay adapter: beside the gaps that a recipe left, or, where it left none, on the whole middle.
+
+        One layer before a gap, and two behind it. Only the module that ends a layer has it: see ``relay.downward``.
+        """
+        rank, middle = self.config.relay.rank, [index for index in kept if index in self.middle]
+        gone = set(self.middle.layers()) - set(middle)
+        near = [index for index in middle if gone & {index + 1, index - 1} or index - 1 in middle and index - 2 in gone]
+        return LoraSpec(rank, rank, (_LAST_MODULE,), tuple(near if gone else middle))
