@@ -83,8 +83,8 @@ class RelaySettings(Settings):
         0.25,
         ge=0.0,
         le=1.0,
-        description="Share of them that the FM writes for a domain, with what it has learned of it, shaped by the public "
-        "task template and label names; in every cycle as many more. The others it writes once, for all.",
+        description="Share of them that the FM writes for a domain, with what it has learned of it, shaped by the "
+        "public task template and label names; in every cycle as many more. The others it writes once, for all.",
     )
     temperature: float = Field(1.0, gt=0.0, description="Of the sampling.")
 
