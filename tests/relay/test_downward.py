@@ -120,7 +120,8 @@ def test_without_a_template_nothing_is_shaped() -> None:
 
 def test_a_long_ending_leaves_at_least_the_beginning() -> None:
     shape = TaskShape("{text}" + " and so on" * 10, ("yes",))
-    assert all(len(ids) == 24 and " and so on and s" in text_of(ids[1:]) for ids in written(shape))
+    for ids in written(shape):  # one token is left to write, and it may be a space
+        assert len(ids) >= 23 and " and so on and" in text_of(ids)
 
 
 @pytest.mark.parametrize("shape", [TaskShape("{text}", ()), TaskShape("{text}", ("a",)), SHAPE])

@@ -101,7 +101,7 @@ def generate_text(
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed)
         if shape.template is None:
-            return _sample(model, tokenizer, [_start_token(tokenizer)], num, settings)
+            return _sample(model, tokenizer, [_start_token(tokenizer)], num, settings.tokens - 1, settings)
         return _shaped(model, tokenizer, shape.template, shape.labels, num, settings)
 
 
@@ -122,13 +122,14 @@ def _shaped(
     settings: RelaySettings,
 ) -> list[list[int]]:
     before, _, after = template.partition(_TEXT)
+    endings = [f"{after} {label}" for label in labels] or [after]
+    closings = [tokenizer.encode(ending, add_special_tokens=False) for ending in endings]
     opening = tokenizer.encode(before.rstrip() or " ", add_special_tokens=False)
-    written = _sample(model, tokenizer, opening, num, settings)
-    picks = torch.randint(len(labels), (num,)).tolist() if labels else []
+    room = settings.tokens - len(opening) - min(map(len, closings))  # what is written beyond it would be cut off
+    written = _sample(model, tokenizer, opening, num, max(1, room), settings)
     sequences = []
-    for i, ids in enumerate(written):
-        line = str(tokenizer.decode(ids[len(opening) :])).strip().partition("\n")[0]
-        closing = tokenizer.encode(after + (f" {labels[picks[i]]}" if labels else ""), add_special_tokens=False)
+    for ids, pick in zip(written, torch.randint(len(closings), (num,)).tolist(), strict=True):
+        line, closing = str(tokenizer.decode(ids[len(opening) :])).strip().partition("\n")[0], closings[pick]
         body = tokenizer.encode(before + line, add_special_tokens=False)[: max(1, settings.tokens - len(closing))]
         filled = (body + closing)[: settings.tokens]
         sequences.append(filled if len(filled) > 1 else ids[: settings.tokens])  # one token teaches nothing
@@ -137,13 +138,17 @@ def _shaped(
 
 @torch.no_grad()
 def _sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, opening: list[int], num: int, settings: RelaySettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    opening: list[int],
+    num: int,
+    num_new: int,
+    settings: RelaySettings,
 ) -> list[list[int]]:
     sequences: list[list[int]] = []
     while len(sequences) < num:
         batch = min(_GENERATION_BATCH, num - len(sequences))
         prompt_BT = torch.tensor([opening] * batch, device=model.device)
-        new = max(1, settings.tokens - len(opening))
         written_BT = cast(Any, model).generate(
             prompt_BT,
             attention_mask=torch.ones_like(prompt_BT),
@@ -151,8 +156,8 @@ def _sample(
             temperature=settings.temperature,
             top_k=0,
             top_p=1.0,
-            max_new_tokens=new,
-            min_new_tokens=new,
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
             pad_token_id=tokenizer.eos_token_id,
         )
         sequences.extend(written_BT.tolist())
