@@ -85,7 +85,7 @@ class FoundationModel:
     # -- what is made of it, before it has adapters --------------------------------------------------------------------
 
     def free_text(self) -> Tensor:
-        """Token ids [B, T] of text that it writes when nobody asks for anything, enough for a DM, its anchor and relay."""
+        """Token ids [B, T] of text that it writes when nobody asks for anything: for a DM, its anchor and its relay."""
         config = self._layout.config
         num = max(_CALIBRATION_SEQUENCES, config.fine_tune.anchor_sequences, config.relay.num_free)
         ids = self.write(TaskShape(None, ()), num, config.relay, config.seed_for("free text"), None)
