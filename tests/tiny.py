@@ -1,6 +1,7 @@
 """Tiny models with random weights, and a tiny network of them: real parts, small enough for every test."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from gaisnet.config import Config, parse_config
+from gaisnet.config import Config, DevicePrecision, parse_config
+from gaisnet.models.families import Decoder
 from gaisnet.models.foundation import Foundation
+from gaisnet.rounding import from_int4, from_int8, to_int4, to_int8
 from gaisnet.tiers.examples import DeviceData, Example
 
 NUM_LAYERS = 6
@@ -39,6 +42,17 @@ def tiny_model(family: str = "llama", tied: bool = True, seed: int = 0, **change
     config = AutoConfig.for_model(family, **{**settings, **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.requires_grad_(False).eval()
+    return model
+
+
+def round_weights(model: PreTrainedModel, layers: Iterable[int], precision: DevicePrecision) -> PreTrainedModel:
+    """Embeddings, vocabulary head and some layers of a model as they are in few bits, widened again, in place."""
+    decoder = Decoder(model)
+    parts = [decoder.embed_tokens, decoder.lm_head, *(decoder.layers[index] for index in layers)]
+    matrices = {id(p): p for part in parts for p in part.parameters() if p.ndim == 2}  # a tied one once
+    for weight in matrices.values() if precision != "float32" else ():
+        width = weight.shape[1]
+        weight.data = from_int8(*to_int8(weight)) if precision == "int8" else from_int4(*to_int4(weight), width)
     return model
 
 

@@ -20,6 +20,7 @@ from gaisnet.errors import ConfigError, UnknownKey
 
 TensorCode = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Precision = Literal["float32", "int8"]
+DevicePrecision = Literal["float32", "int8", "int4"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged"})  # names of adapters in the cloud, and of models
 RESERVED_SITES = frozenset(
@@ -167,6 +168,12 @@ class ServiceSettings(Settings):
     max_sessions: int = Field(64, ge=1, description="Open at once.")
     chunk: int = Field(64, ge=1, description="Positions of one session that a step takes at most; splits long prompts.")
     step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")
+    max_activations_mib: int | None = Field(
+        None,
+        ge=0,
+        description="Of its devices' activations, what an edge keeps in memory to learn from; the rest is in files of "
+        "the folder that TMPDIR names, which should be on a disk. null keeps all in memory.",
+    )
     fine_tune_share: float = Field(
         0.5,
         ge=0.0,
@@ -269,6 +276,12 @@ class Config(Settings):
     cycles: int = Field(2, ge=1, description="release, fine_tune, absorb; over and over.")
     tail_layers: int = Field(
         0, ge=0, description="Last layers held by every device; with 0 only labelled positions travel to the tail."
+    )
+    device_precision: DevicePrecision = Field(
+        "float32",
+        description="Of the frozen matrices that every device holds: embeddings, vocabulary head, layers of its head "
+        "and tail. In int8 or int4 (weights only) they take a quarter or an eighth of the memory and of the download, "
+        "and a device's network is that of a model with these rounded; in float32 it is that of the model itself.",
     )
     model: ModelSettings = ModelSettings()
     domain: DomainSettings = DomainSettings()

@@ -66,6 +66,16 @@ class OutputNotWritable(GaisnetError):
         super().__init__(f"writing '{path}': {found}; free some space or choose a writable folder with --out")
 
 
+class ActivationsNotKept(GaisnetError):
+    """Activations beyond the limit in memory cannot be written to a file. What was kept before is as it was."""
+
+    def __init__(self, size_bytes: int, folder: str, found: str) -> None:
+        super().__init__(
+            f"keeping {size_bytes / 2**20:.0f} MiB of activations in a file of '{folder}': {found}; free some space, "
+            "let TMPDIR name a folder with more, or raise service.max_activations_mib, and resume"
+        )
+
+
 class CheckpointError(GaisnetError):
     """A checkpoint is there but cannot be read."""
 

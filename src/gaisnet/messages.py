@@ -12,6 +12,8 @@ import torch
 from pydantic import ConfigDict, StrictBool, StrictFloat, StrictInt
 from torch import Tensor
 
+from gaisnet.config import DevicePrecision
+
 Split = Literal["train", "test"]
 Role = Literal["relay", "domain"]
 Whose = Literal["domain", "foundation"]
@@ -68,6 +70,7 @@ class ModelRelease(Message):
     layers: tuple[StrictInt, ...]  # FM numbers of the layers in ``tensors``
     int8_layers: tuple[StrictInt, ...]  # those of them in int8
     tensors: dict[str, Tensor]  # by their names in the FM's decoder; frozen, in their own dtypes
+    precision: DevicePrecision = "float32"  # of embeddings, vocabulary head, and layers of head and tail
 
 
 @dataclass(frozen=True)

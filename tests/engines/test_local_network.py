@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from gaisnet.adapters.state import AdapterTensors, save_for_peft
-from gaisnet.config import Config, FaultSettings, ModelSettings
+from gaisnet.config import Config, DevicePrecision, FaultSettings, ModelSettings
 from gaisnet.engines.local import build_network
 from gaisnet.errors import CutError, DataError, UnexpectedMessage
 from gaisnet.messages import (
@@ -42,7 +42,16 @@ from gaisnet.tiers.edge import Edge
 from gaisnet.tiers.examples import DeviceData, Example, tokenize
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 from tests.frames import Frames
-from tests.tiny import save_tiny_foundation, tiny_config, tiny_data, tiny_edge, tiny_foundation, tiny_tokenizer
+from tests.tiny import (
+    NUM_LAYERS,
+    round_weights,
+    save_tiny_foundation,
+    tiny_config,
+    tiny_data,
+    tiny_edge,
+    tiny_foundation,
+    tiny_tokenizer,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -263,6 +272,25 @@ def test_scores_through_the_split_are_those_of_the_unsplit_model_with_the_saved_
     assert run.scores[-1].foundation["shapes"].loss_sum == pytest.approx(sum(losses.values()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("precision", "tail_layers"), [("int8", 0), ("int4", 1)])
+def test_scores_of_devices_in_few_bits_are_those_of_models_so_rounded(
+    tmp_path: Path, precision: DevicePrecision, tail_layers: int
+) -> None:
+    """Heads of different lengths, and a local device, so each has a model of its own."""
+    run = Run(alone(wire=EXACT, device_precision=precision, tail_layers=tail_layers)).go()
+    spec, tensors = run.network.cloud.adapter("shapes")
+    save_for_peft(tmp_path, spec, tensors, "tiny")
+    loss_sum = 0.0
+    for _, device in run.config.each_device():
+        held = (*range(device.head_layers), *range(NUM_LAYERS - tail_layers, NUM_LAYERS))
+        foundation = tiny_foundation(initializer_range=WEIGHTS)
+        round_weights(foundation.model, held, precision)
+        losses = unsplit_losses(foundation, {device.name: tiny_data(run.config)[device.name]}, tmp_path)
+        loss_sum += losses[device.name]
+    assert run.scores[-1].foundation["shapes"].loss_sum == pytest.approx(loss_sum, rel=1e-5)
+    assert run.scores[-1].domain["shapes"].loss_sum < run.scores[0].domain["shapes"].loss_sum
+
+
 @pytest.mark.parametrize("tail_layers", [0, 1])
 def test_retention_is_the_unsplit_models_perplexity_with_the_saved_adapter(tmp_path: Path, tail_layers: int) -> None:
     run = Run(alone(tail_layers=tail_layers))
@@ -282,11 +310,13 @@ def test_retention_is_the_unsplit_models_perplexity_with_the_saved_adapter(tmp_p
     assert perplexity(adapted) != pytest.approx(run.network.cloud.perplexity_before, rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_run_in_half_precision(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("bfloat16", "float32"), ("float16", "float32"), ("bfloat16", "int8")]
+)
+def test_a_run_in_half_precision(tmp_path: Path, dtype: str, precision: str) -> None:
     folder = save_tiny_foundation(tmp_path, initializer_range=WEIGHTS)
     foundation = load_foundation(ModelSettings.model_validate({"foundation": str(folder), "dtype": dtype}))
-    run = Run(alone(), foundation=foundation).go()
+    run = Run(alone(device_precision=precision), foundation=foundation).go()
     assert run.scores[-1].domain["shapes"].loss_sum < run.scores[0].domain["shapes"].loss_sum
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.config import Config
+from gaisnet.config import Config, DevicePrecision
 from gaisnet.engines.local import build_network
 from gaisnet.engines.services import BodyOutlet
 from gaisnet.engines.serving import ServedNetwork, build_served_network
@@ -24,7 +24,7 @@ from gaisnet.serving.speculation import write_speculatively
 from gaisnet.transport.ledger import Traffic
 from gaisnet.turn import SideBySide, Turn
 from tests.serving.models import generated, lively_model, prompt, with_adapters
-from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_tokenizer
+from tests.tiny import round_weights, tiny_config, tiny_data, tiny_edge, tiny_tokenizer
 
 pytestmark = pytest.mark.integration
 
@@ -96,6 +96,17 @@ def test_an_answer_is_that_of_a_model_in_one_piece(learned: ServedNetwork, body:
     assert versions == (("domain@1",) if body == "edge" else (f"{domain}@1",))
     assert found == generated(whole(learned, domain), ids, NUM_TOKENS)
     assert found != generated(lively_model(), ids, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_an_answer_of_a_device_in_few_bits_is_that_of_the_model_so_rounded(precision: DevicePrecision) -> None:
+    served, ids = built(served_config(device_precision=precision)), prompt(9)
+    served.network.install()
+    model = round_weights(lively_model(), range(1), precision)
+    for body in ("edge", "cloud"):
+        _, found = answer(served, Target(body, (), "shapes"), ids)
+        assert found == generated(model, ids, NUM_TOKENS)
+    served.close()
 
 
 def test_the_merged_adapter_is_served_and_an_unknown_one_refused(learned: ServedNetwork) -> None:

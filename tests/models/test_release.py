@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gaisnet.config import ModelSettings, WireSettings
+from gaisnet.config import DevicePrecision, ModelSettings, WireSettings
 from gaisnet.errors import ModelError
 from gaisnet.messages import ModelRelease
 from gaisnet.models.domain import Middle, Recipe, make_domain_body
@@ -16,9 +17,9 @@ from gaisnet.models.families import LLAMA_SHAPED, Decoder
 from gaisnet.models.foundation import load_foundation
 from gaisnet.models.int8 import Int8Linear
 from gaisnet.models.parts import Body, CutLayers, Head, Tail, cut_decoder
-from gaisnet.models.release import ReleasedModel, release_model, restrict
+from gaisnet.models.release import ReleasedModel, release_model, restrict, rounded
 from gaisnet.transport.codec import Codec
-from tests.tiny import VOCAB, save_tiny_foundation, tiny_model
+from tests.tiny import VOCAB, round_weights, save_tiny_foundation, tiny_model
 
 CUT = CutLayers(1, 1)
 LAST_CUT = 2
@@ -42,9 +43,14 @@ def parts_and_release(
     calibration_BTD = cut_decoder(decoder, CutLayers(LAST_CUT, 0))[0](ids())
     body = make_domain_body(decoder, CUT.head, stop, recipe, MIDDLE, calibration_BTD)
     release = release_model(decoder, body, recipe.int8, LAST_CUT, stop)
-    arrived = Codec(WireSettings()).decode(Codec(WireSettings()).encode(release))
-    assert isinstance(arrived, ModelRelease)
-    return head, body, tail, arrived
+    return head, body, tail, arrived(release)
+
+
+def arrived(release: ModelRelease) -> ModelRelease:
+    """As it is at the other end of a link."""
+    received = Codec(WireSettings()).decode(Codec(WireSettings()).encode(release))
+    assert isinstance(received, ModelRelease)
+    return received
 
 
 def layers_named(tensors: Iterable[str]) -> set[int]:
@@ -80,6 +86,43 @@ def test_rebuilt_parts_in_half_precision_give_the_same_and_stay_in_it(tmp_path: 
     assert torch.equal(logits, tail(body(head(ids()))))
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", sorted(LLAMA_SHAPED))
+def test_parts_in_few_bits_are_those_of_the_model_so_rounded(
+    precision: DevicePrecision, tied: bool, family: str
+) -> None:
+    model, found_head, found_tail = in_few_bits(precision, family, tied)
+    head, _, tail = cut_decoder(Decoder(model), CUT)
+    hidden_BTD = head(ids())
+    expected = tail(hidden_BTD)
+    torch.testing.assert_close(found_head(ids()), hidden_BTD, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found_tail(hidden_BTD), expected, atol=1e-5, rtol=1e-5)
+    exact, _, _ = cut_decoder(Decoder(tiny_model(family, tied, initializer_range=0.2)), CUT)
+    assert (exact(ids()) - hidden_BTD).abs().max() > 1e-3  # it is rounded
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_gradients_pass_through_parts_in_few_bits(precision: DevicePrecision) -> None:
+    model, _, found = in_few_bits(precision)
+    _, _, tail = cut_decoder(Decoder(model), CUT)
+    grads = []
+    for part in (tail, found):
+        hidden_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        part(hidden_BTD).logsumexp(-1).sum().backward()
+        grads.append(hidden_BTD.grad)
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-5, rtol=1e-5)
+
+
+def in_few_bits(precision: DevicePrecision, family: str = "llama", tied: bool = True) -> tuple[Any, Head, Tail]:
+    """A model with its outer weights rounded, and a device's parts out of a release in few bits of one that is not."""
+    *_, release = parts_and_release(PLAIN, family, tied)
+    held = (*range(CUT.head), 5)
+    model = ReleasedModel(arrived(rounded(restrict(release, held), held, precision)))
+    head = model.head(CUT)
+    return round_weights(tiny_model(family, tied, initializer_range=0.2), held, precision), head, model.tail(CUT, head)
+
+
 @pytest.mark.parametrize("cut", [CutLayers(0, 1), CutLayers(2, 1)])
 def test_devices_with_other_cuts_build_from_the_same_release(cut: CutLayers) -> None:
     head, body, tail, release = parts_and_release(PLAIN)
@@ -113,6 +156,29 @@ def test_a_tied_vocabulary_head_is_held_once() -> None:
         assert ("lm_head.weight" in release.tensors) == (not tied)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_tied_vocabulary_head_in_few_bits_is_held_once(precision: DevicePrecision) -> None:
+    for tied in (True, False):
+        _, head, tail = in_few_bits(precision, tied=tied)
+        assert (tail.lm_head.weight is head.embed_tokens.weight) == tied
+        matrices = [b for part in (head, tail) for b in part.buffers() if len(b) == VOCAB]
+        assert len({b.data_ptr() for b in matrices}) == (1 if tied else 2) * (2 if precision == "int8" else 3)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_local_device_gets_the_middle_as_it_is(precision: DevicePrecision) -> None:
+    head, body, _, release = parts_and_release(INT8)
+    mine = arrived(rounded(release, (0, 5), precision))
+    assert mine.layers == release.layers and mine.int8_layers == release.int8_layers
+    hidden_BTD = head(ids())
+    assert torch.equal(ReleasedModel(mine).body(CUT.head, 5)(hidden_BTD), body(hidden_BTD))
+
+
+def test_in_float32_nothing_is_rounded() -> None:
+    *_, release = parts_and_release(INT8)
+    assert rounded(release, (0, 5), "float32") is release
+
+
 # -- nobody gets more than is needed -----------------------------------------------------------------------------------
 
 
@@ -132,6 +198,14 @@ def test_int8_makes_a_release_small() -> None:
             sum(t.nbytes for name, t in release.tensors.items() if name.startswith(("layers.2.", "layers.3.")))
         )
     assert sizes[1] < 0.35 * sizes[0]
+
+
+@pytest.mark.parametrize(("precision", "share"), [("int8", 0.31), ("int4", 0.19)])  # narrow rows: scales weigh in
+def test_few_bits_make_a_release_small(precision: DevicePrecision, share: float) -> None:
+    *_, release = parts_and_release(PLAIN)
+    exact = restrict(release, (0, 5))
+    small = rounded(exact, (0, 5), precision)
+    assert sum(t.nbytes for t in small.tensors.values()) < share * sum(t.nbytes for t in exact.tensors.values())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -228,6 +302,40 @@ def test_weights_of_a_wrong_kind_are_a_model_error(name: str, dtype: torch.dtype
     *_, release = parts_and_release(INT8)
     with pytest.raises(ModelError, match="of a release"):
         build(put(name, release.tensors[name].to(dtype))(release))
+
+
+CODES, SHARES, SCALE = (f"embed_tokens.weight.{part}" for part in ("codes", "shares", "scale"))
+UP = "layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "where"),
+    [
+        (lose(CODES), "embed_tokens."),
+        (lose(SHARES), "embed_tokens."),
+        (lose(SCALE), "embed_tokens."),
+        (put(CODES, torch.zeros(VOCAB, 32, dtype=torch.uint8)), "embed_tokens."),
+        (put(CODES, torch.zeros(VOCAB + 1, 16, dtype=torch.uint8)), "embed_tokens."),
+        (put(CODES, torch.zeros(VOCAB, 16, dtype=torch.int8)), "torch.int8 where torch.uint8 belongs"),
+        (put(CODES, torch.zeros(VOCAB, 16, dtype=torch.int64)), "torch.int64 where torch.uint8 belongs"),
+        (put(SHARES, torch.zeros(VOCAB, 1)), "torch.float32 where torch.uint8 belongs"),
+        (put(SHARES, torch.zeros(VOCAB, 2, dtype=torch.uint8)), "embed_tokens."),
+        (put(SCALE, torch.zeros(VOCAB)), "embed_tokens."),
+        (put(SCALE, torch.zeros(VOCAB, 1, dtype=torch.int32)), "torch.int32 where torch.float32 belongs"),
+        (put(SCALE, torch.zeros(VOCAB, 1, dtype=torch.float64)), "torch.float64 where torch.float32 belongs"),
+        (put("embed_tokens.weight", torch.zeros(VOCAB, 32)), "embed_tokens."),
+        (put("lm_head.weight.codes", torch.zeros(VOCAB, 16, dtype=torch.uint8)), "lm_head."),
+        (lose(f"{UP}.scale"), "layers.0."),
+        (put(UP, torch.zeros(48, 32)), "layers.0."),
+        (lambda release: replace(release, precision="int8"), "embed_tokens."),
+        (lambda release: replace(release, precision="float32"), "embed_tokens."),
+        (lose("norm.weight"), "norm."),
+    ],
+)
+def test_few_bits_that_do_not_fit_are_a_model_error(spoil: Spoil, where: str) -> None:
+    *_, release = parts_and_release(INT8)
+    with pytest.raises(ModelError, match=f"(?s)of a release.*{where}.*update both ends"):
+        build(spoil(rounded(release, (0, 5), "int4")))
 
 
 @pytest.mark.parametrize(

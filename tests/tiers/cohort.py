@@ -13,7 +13,7 @@ from gaisnet.messages import BodyOutput, BodyOutputGrad, ModelRelease, SmashedDa
 from gaisnet.models.domain import Recipe, make_domain_body
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
-from gaisnet.models.release import ReleasedModel, release_model, restrict
+from gaisnet.models.release import ReleasedModel, release_model, restrict, rounded
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.domain_model import DomainModel, Member, Outcome
@@ -97,7 +97,7 @@ class Cohort:
         self.links = [LocalLink(device, codec, self.ledger, "device_edge", "down") for device in self.devices]
         for link, one in zip(self.links, settings, strict=True):
             holds = (*range(one.head_layers), *range(self.layout.tail_start, NUM_LAYERS))
-            link.send(restrict(self.release, holds)).result()
+            link.send(rounded(restrict(self.release, holds), holds, self.config.device_precision)).result()
         self.body: Body = ReleasedModel(self.release).body(self.layout.first_cut, self.layout.tail_start)
         self.domain = DomainModel(self.body, self.layout)
         self.domain.put_domain_adapter(random_adapter(self.domain.domain_adapter(), seed=5))

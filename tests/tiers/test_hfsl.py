@@ -5,7 +5,7 @@ after the other, no cache, no batch, no link.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from gaisnet.adapters.state import AdapterTensors, take_out
 from gaisnet.adapters.tuning import LoraSpec, trainable
-from gaisnet.config import Config
+from gaisnet.config import Config, DevicePrecision
 from gaisnet.errors import GaisnetError, LinkTimeout
 from gaisnet.messages import (
     AdapterRelease,
@@ -61,7 +61,7 @@ from tests.tiers.cohort import (
     model_release,
     random_adapter,
 )
-from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import NUM_LAYERS, round_weights, tiny_config, tiny_model, tiny_tokenizer
 
 CUTS = [((1,), 0), ((0,), 0), ((2,), 0), ((1, 2), 0), ((2, 0, 1), 0), ((1,), 1), ((2, 1), 2)]
 EOS = 257
@@ -69,9 +69,12 @@ EOS = 257
 # -- the unsplit model -------------------------------------------------------------------------------------------------
 
 
-def unsplit(spec: LoraSpec, tensors: AdapterTensors) -> PeftModel:
-    """The foundation model with an adapter, as anyone who knows peft would make it."""
-    model = cast(PeftModel, get_peft_model(tiny_model(initializer_range=WEIGHTS), spec.peft_config()))
+def unsplit(
+    spec: LoraSpec, tensors: AdapterTensors, precision: DevicePrecision = "float32", outer: Iterable[int] = ()
+) -> PeftModel:
+    """The foundation model with an adapter, as anyone who knows peft would make it; what devices hold is rounded."""
+    foundation = round_weights(tiny_model(initializer_range=WEIGHTS), outer, precision)
+    model = cast(PeftModel, get_peft_model(foundation, spec.peft_config()))
     model.eval()
     for name, parameter in adapter_parameters(model).items():
         parameter.data.copy_(tensors[name])
@@ -137,11 +140,20 @@ def learn(cohort: Cohort, members: Sequence[Member], seed: int = 1, labels: Labe
 # -- (a), (d): split equals unsplit ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("heads", "tail_layers"), CUTS)
-def test_a_split_step_is_that_of_the_unsplit_model(heads: tuple[int, ...], tail_layers: int) -> None:
-    cohort = Cohort(cohort_config(heads, tail_layers))
+@pytest.mark.parametrize(
+    ("heads", "tail_layers", "precision"),
+    [
+        *((*cut, "float32") for cut in CUTS),
+        *((heads, tail, p) for p in ("int8", "int4") for heads, tail in [((1,), 0), ((2, 2), 0), ((1, 1), 2)]),
+    ],
+)
+def test_a_split_step_is_that_of_the_unsplit_model(
+    heads: tuple[int, ...], tail_layers: int, precision: DevicePrecision
+) -> None:
+    cohort = Cohort(cohort_config(heads, tail_layers, device_precision=precision))
     before = cohort.domain.domain_adapter()
-    model = unsplit(cohort.layout.domain_spec(), before)
+    outer = (*range(heads[0]), *range(NUM_LAYERS - tail_layers, NUM_LAYERS))
+    model = unsplit(cohort.layout.domain_spec(), before, precision, outer)
     expected_loss, expected = naive_step(model, EXAMPLES, cohort.config)
     members = cohort.members()
 

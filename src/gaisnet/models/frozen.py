@@ -5,6 +5,7 @@ makes its code for the CPU that it finds (docs/decisions/0009-products-on-onednn
 no gradients of its own; here weights are frozen, so that only that of the input is needed, which is another product.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class FrozenLinear(nn.Linear):
 
     def _on_onednn(self, input: Tensor) -> bool:
         own = [self.weight] if self.bias is None else [self.weight, self.bias]
-        plain = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in (input, *own))
-        return _AVAILABLE and plain and not any(each.requires_grad for each in own)
+        return _onednn_takes(input, *own) and not any(each.requires_grad for each in own)
 
 
 class _Product(torch.autograd.Function):
@@ -51,6 +51,24 @@ class _Product(torch.autograd.Function):
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")
     return product
+
+
+def frozen_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """[N, in] and [out, in] to [N, out], on oneDNN where it can be; without gradients."""
+    return _multiply(rows, weight, None) if _onednn_takes(rows, weight) else F.linear(rows, weight)
+
+
+def _onednn_takes(*tensors: Tensor) -> bool:
+    return _AVAILABLE and all(each.device.type == "cpu" and each.dtype == torch.float32 for each in tensors)
+
+
+def replace_linears(module: nn.Module, twin: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put the twin of every ``nn.Linear`` inside ``module`` in its place."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, twin(child))
+        else:
+            replace_linears(child, twin)
 
 
 def freeze_linears(*modules: nn.Module) -> None:

@@ -15,6 +15,8 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from gaisnet.models.frozen import replace_linears
+
 _WEIGHT_LEVELS = 127
 _INPUT_LEVELS = 63
 _INPUT_ZERO = 64
@@ -147,11 +149,7 @@ def to_int8(module: nn.Module, input_peaks: dict[str, Tensor], prefix: str = "")
 
 def to_empty_int8(module: nn.Module) -> None:
     """Replace every ``nn.Linear`` inside ``module`` by a zero int8 twin, in place, to load tensors into."""
-    for name, child in module.named_children():
-        if _is_wide(child):
-            setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
-        else:
-            to_empty_int8(child)
+    replace_linears(module, lambda wide: Int8Linear(wide.in_features, wide.out_features, wide.bias is not None))
 
 
 def input_peaks(module: nn.Module, run: Any) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from gaisnet.errors import CutError
 from gaisnet.models.families import Decoder, layer_types
+from gaisnet.models.few_bits import RoundedEmbedding
 
 # transformers 5.24 renamed the argument of masks and layers together, from 'past_key_values'.
 _CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -144,7 +145,7 @@ class Layers(nn.Module):
 class Head(nn.Module):
     """A device's first part: embeddings and the first layers. Token ids in, smashed data out."""
 
-    def __init__(self, embed_tokens: nn.Embedding, layers: Layers) -> None:
+    def __init__(self, embed_tokens: nn.Embedding | RoundedEmbedding, layers: Layers) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
         self.stack = layers

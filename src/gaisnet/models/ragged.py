@@ -40,13 +40,16 @@ class Ragged:
 
     def map_batches(self, function: Callable[[Tensor], Tensor], batch_size: int) -> "Ragged":
         """Apply a function [B, T, D] -> [B, T, E] that is causal, in batches of like lengths, without gradients."""
-        results: list[Tensor | None] = [None] * len(self)
+        results: list[Tensor] = []  # views of one block
         with torch.no_grad():
             for batch in by_length(self.lengths, batch_size):
                 output_BTE = function(self.padded(batch))
+                if not results:
+                    block_NE = output_BTE.new_empty(len(self.rows_ND), output_BTE.shape[-1])
+                    results = list(torch.split(block_NE, list(self.lengths)))
                 for index, rows in zip(batch, output_BTE, strict=True):
-                    results[index] = rows[: self.lengths[index]].clone()
-        return Ragged(torch.cat([rows for rows in results if rows is not None]), self.lengths)
+                    results[index].copy_(rows[: self.lengths[index]])
+        return Ragged(block_NE, self.lengths)
 
 
 def join(parts: Sequence[Ragged]) -> Ragged:

@@ -2,6 +2,7 @@
 
 Tensors are named as in the FM's decoder: ``embed_tokens.weight``, ``layers.3.mlp.up_proj.weight``, ``norm.weight``, and
 ``lm_head.weight`` where it is not tied to the embeddings. An int8 layer has int8 weights with their scales beside them.
+What a device holds in few bits has ``weight.codes`` and its scales in place of a ``weight``.
 """
 
 import json
@@ -9,12 +10,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from gaisnet.config import DevicePrecision
 from gaisnet.errors import ModelError
 from gaisnet.messages import ModelRelease
 from gaisnet.models.families import Decoder, check_family, empty_decoder
+from gaisnet.models.few_bits import RoundedEmbedding, RoundedMatrix, empty_linear, empty_matrix, to_empty_few_bits
 from gaisnet.models.frozen import freeze_linears
 from gaisnet.models.int8 import to_empty_int8
 from gaisnet.models.parts import Body, CutLayers, Head, Layers, Tail
@@ -22,6 +26,7 @@ from gaisnet.models.parts import Body, CutLayers, Head, Layers, Tail
 _EMBEDDINGS = "embed_tokens."
 _HEAD = "lm_head."
 _NORM = "norm."
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -51,6 +56,20 @@ def restrict(release: ModelRelease, layers: Iterable[int]) -> ModelRelease:
     )
 
 
+def rounded(release: ModelRelease, layers: Iterable[int], precision: DevicePrecision) -> ModelRelease:
+    """The same with the matrices of embeddings, vocabulary head and some layers in few bits, for a device to hold."""
+    if precision == "float32":
+        return release
+    held = (_EMBEDDINGS, _HEAD, *map(_layer, layers))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in release.tensors.items():
+        if tensor.ndim == 2 and name.startswith(held):
+            tensors.update(_named(RoundedMatrix.of(tensor, precision), f"{name}."))
+        else:
+            tensors[name] = tensor
+    return replace(release, precision=precision, tensors=tensors)
+
+
 class ReleasedModel:
     """Builds parts out of a ``ModelRelease``. Raises ``ModelError`` where a tensor is missing or misshapen."""
 
@@ -68,33 +87,49 @@ class ReleasedModel:
 
     def head(self, cut: CutLayers) -> Head:
         """Embeddings and the first layers."""
-        return _frozen(Head(self._embed_tokens(), self._layers(range(cut.head))))
+        return _frozen(Head(self._embed_tokens(), self._outer_layers(range(cut.head))))
 
     def body(self, first: int, stop: int) -> Body:
         """The DM's kept layers in [first, stop)."""
         kept = [index for index in self._release.layers if first <= index < stop]
-        return _frozen(Body(self.config, self._built(kept), self._rotary_emb))
+        return _frozen(Body(self.config, {index: self._inner_layer(index) for index in kept}, self._rotary_emb))
 
     def tail(self, cut: CutLayers, head: Head) -> Tail:
         """The last layers, the last norm and the vocabulary head (shared with ``head`` where the FM ties them)."""
-        norm = _filled(self._empty.norm, self._release.tensors, _NORM)
+        layers = self._outer_layers(range(self.num_layers - cut.tail, self.num_layers))
+        return _frozen(Tail(layers, self._norm(), self._lm_head(head)))
+
+    def _norm(self) -> nn.Module:
+        return _filled(self._empty.norm, self._release.tensors, _NORM)
+
+    def _embed_tokens(self) -> nn.Embedding | RoundedEmbedding:
+        empty: nn.Embedding | RoundedEmbedding = self._empty.embed_tokens
+        if self._release.precision != "float32":
+            matrix = empty_matrix(self._release.precision, *self._empty.embed_tokens.weight.shape)
+            empty = RoundedEmbedding(matrix, next(self._norm().parameters()).dtype)
+        return _filled(empty, self._release.tensors, _EMBEDDINGS)
+
+    def _lm_head(self, head: Head) -> nn.Module:
+        empty: nn.Module = self._empty.lm_head
+        if self._release.precision != "float32":
+            empty = empty_linear(self._empty.lm_head, self._release.precision)
         if any(name.startswith(_HEAD) for name in self._release.tensors):
-            lm_head: nn.Module = _filled(self._empty.lm_head, self._release.tensors, _HEAD)
-        else:
-            lm_head = self._empty.lm_head
-            lm_head.weight = head.embed_tokens.weight
-        return _frozen(Tail(self._layers(range(self.num_layers - cut.tail, self.num_layers)), norm, lm_head))
+            return _filled(empty, self._release.tensors, _HEAD)
+        empty.weight = head.embed_tokens.weight
+        return empty
 
-    def _embed_tokens(self) -> nn.Embedding:
-        return _filled(self._empty.embed_tokens, self._release.tensors, _EMBEDDINGS)
+    def _outer_layers(self, indices: Iterable[int]) -> Layers:
+        """Of a head or a tail."""
+        return Layers(self.config, {index: self._outer_layer(index) for index in indices}, self._rotary_emb)
 
-    def _layers(self, indices: Iterable[int]) -> Layers:
-        return Layers(self.config, self._built(indices), self._rotary_emb)
+    def _outer_layer(self, index: int) -> nn.Module:
+        layer = self._empty.layers[index]
+        if self._release.precision != "float32":
+            to_empty_few_bits(layer, self._release.precision)
+        return _filled(layer, self._release.tensors, _layer(index))
 
-    def _built(self, indices: Iterable[int]) -> dict[int, nn.Module]:
-        return {index: self._layer(index) for index in indices}
-
-    def _layer(self, index: int) -> nn.Module:
+    def _inner_layer(self, index: int) -> nn.Module:
+        """Of a body."""
         layer = self._empty.layers[index]
         if index in self._release.int8_layers:
             to_empty_int8(layer)
@@ -123,7 +158,7 @@ def _filled(module: M, tensors: Mapping[str, Tensor], prefix: str) -> M:
     mine = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     expected = module.state_dict()
     for name, tensor in mine.items():
-        if name in expected and tensor.is_floating_point() != expected[name].is_floating_point():
+        if name in expected and not _fits(tensor.dtype, expected[name].dtype):
             found = f"'{prefix}{name}' is {tensor.dtype} where {expected[name].dtype} belongs"
             raise ModelError("of a release", found, "update both ends")
     try:
@@ -131,6 +166,11 @@ def _filled(module: M, tensors: Mapping[str, Tensor], prefix: str) -> M:
     except RuntimeError as error:
         raise ModelError("of a release", f"'{prefix}' does not fit ({error})", "update both ends") from error
     return module
+
+
+def _fits(found: torch.dtype, expected: torch.dtype) -> bool:
+    """Whole numbers in exactly the dtype that is expected, floating ones in any that a model is held in."""
+    return found in _FLOATING if expected.is_floating_point else found == expected
 
 
 def _frozen(part: M) -> M:

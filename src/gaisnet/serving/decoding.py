@@ -53,8 +53,8 @@ class DeviceParts:
         self.tail = tail
         self.head_layers = SessionLayers(head.stack)
         self.tail_layers = SessionLayers(tail.stack)
-        weight = head.embed_tokens.weight
-        self._placement = weight.device, weight.dtype
+        norm = next(tail.norm.parameters())
+        self._placement = norm.device, norm.dtype
         self.context = int(head.stack.config.max_position_embeddings)
         self._begin: Combined[Share, Tensor] = Combined(self._begin_all, lambda s: len(s.rows_TD), _MOST_ROWS)
         self._finish: Combined[_Finish, Tensor] = Combined(self._finish_all, lambda f: len(f.output_TD), _MOST_ROWS)
@@ -72,8 +72,7 @@ class DeviceParts:
     @torch.no_grad()
     def smash(self, ids: Sequence[int], cache: SessionCache) -> Tensor:
         """Smashed rows [T, D] of the next tokens of the answer that ``cache`` belongs to."""
-        embed = self.head.embed_tokens
-        rows_TD = embed(torch.tensor(ids, device=embed.weight.device))
+        rows_TD: Tensor = self.head.embed_tokens(torch.tensor(ids, device=self._placement[0]))
         return self._begin(Share(rows_TD, cache, 0, self.first)) if self.first else rows_TD
 
     def logits(

@@ -29,14 +29,12 @@ from gaisnet.messages import (
     TrafficReport,
     TrafficRequest,
 )
-from gaisnet.models.release import restrict
 from gaisnet.progress import Progress, silent
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.cluster import Cluster
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.hfsl import HybridLearning
 from gaisnet.tiers.holding import Holding, Rounds, recall
-from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.outlet import NoOutlet, Outlet
 from gaisnet.tiers.smashed import SmashedStore
 from gaisnet.transport.base import Link, wait
@@ -84,7 +82,7 @@ class Edge:
         self._cluster = Cluster(f"edge '{settings.name}'", devices, config.faults, self._kit)
         self._names = [device.name for device in settings.devices]
         self._local = [device.name for device in settings.devices if device.mode == "local"]
-        self._smashed = SmashedStore(settings, config.faults, self._cluster)
+        self._smashed = SmashedStore(settings, config.faults, self._cluster, config.service.max_activations_mib)
         self._learning = HybridLearning(settings, config, self._cluster, self._smashed, progress)
         self._cloud_has: dict[str, str] = {}  # by device, the life of the cloud that has its held-out examples
         self._holding = recall(self._shelf, config, ledger, self._outlet.turn)
@@ -161,12 +159,11 @@ class Edge:
         """What a device must be sent before it can work."""
         held = self._held()
         settings = next(device for device in self._settings.devices if device.name == name)
-        layout = Layout(self._config, held.num_layers)
+        release = held.release_for(settings)
         if settings.mode == "split":
-            tail = range(layout.tail_start, layout.num_layers)
-            return [restrict(held.release, (*range(settings.head_layers), *tail))]
-        adapters = [release for release in (held.relay, self._start) if release is not None]
-        return [held.release, held.anchor, *adapters]
+            return [release]
+        adapters = [adapter for adapter in (held.relay, self._start) if adapter is not None]
+        return [release, held.anchor, *adapters]
 
     def _domain_release(self) -> AdapterRelease:
         domain = self._model()

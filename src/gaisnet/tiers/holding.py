@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from gaisnet.checkpoint import Shelf, under
-from gaisnet.config import Config
+from gaisnet.config import Config, DeviceSettings
 from gaisnet.messages import AdapterRelease, AnchorRelease, ModelRelease
-from gaisnet.models.release import ReleasedModel
+from gaisnet.models.release import ReleasedModel, restrict, rounded
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.layout import Layout
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
@@ -56,6 +57,21 @@ class Holding:
         layout = Layout(self.config, model.num_layers)
         self.domain = DomainModel(model.body(layout.first_cut, layout.tail_start), layout, self.turn)
         self.domain.take_anchor(self.anchor)
+
+    def release_for(self, device: DeviceSettings) -> ModelRelease:
+        """What a device needs: head and tail in ``device_precision``, and if it is local, all of the DM between."""
+        layout = Layout(self.config, self.num_layers)
+        held = (*range(device.head_layers), *range(layout.tail_start, self.num_layers))
+        if device.mode == "local":
+            return rounded(self.release, held, self.config.device_precision)
+        return restrict(self._outer, held)
+
+    @cached_property
+    def _outer(self) -> ModelRelease:
+        """Head and tail of all devices; rounded once."""
+        layout = Layout(self.config, self.num_layers)
+        layers = (*range(layout.last_cut), *range(layout.tail_start, self.num_layers))
+        return rounded(restrict(self.release, layers), layers, self.config.device_precision)
 
     def take(self, release: AdapterRelease) -> None:
         """Put a released adapter in. Raises ``AdapterMismatch``."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from gaisnet.config import TensorCode, WireSettings
 from gaisnet.errors import WireFormatError
 from gaisnet.messages import Message
-from gaisnet.transport.rounding import from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
+from gaisnet.rounding import from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
 
 _SCALE = "#scale"
 _GROUPS = "#groups"

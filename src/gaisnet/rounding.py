@@ -12,6 +12,8 @@ scales are QLoRA's idea (arXiv 2305.14314); the levels are even, for a bound tha
 What is not finite makes its whole row NaN.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,9 +36,10 @@ def to_int8(value: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-def from_int8(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 numbers of ``to_int8``."""
-    return codes.float() * scale
+def from_int8(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """float32 numbers of ``to_int8``, in ``out`` [..., D] if it is given."""
+    numbers = _float32(codes.shape, codes.device) if out is None else out
+    return numbers.copy_(codes).mul_(scale)
 
 
 def to_int4(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,12 +56,15 @@ def to_int4(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return flat[..., ::2] | flat[..., 1::2] << 4, shares.to(torch.uint8), row
 
 
-def from_int4(codes: Tensor, shares: Tensor, row: Tensor, width: int) -> Tensor:
-    """float32 numbers [..., D] of ``to_int4``."""
-    flat = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :width]
-    grouped = _in_groups(flat.float() - _INT4_ZERO)
+def from_int4(codes: Tensor, shares: Tensor, row: Tensor, width: int, out: Tensor | None = None) -> Tensor:
+    """float32 numbers [..., D] of ``to_int4``, in ``out`` [..., G * GROUP] if it is given."""
+    rows, groups = codes.shape[:-1], num_groups(width)
+    filled = _float32((*rows, groups * GROUP), codes.device) if out is None else out
+    pairs = filled.view(*rows, groups * GROUP // 2, 2)[..., : num_bytes(width), :]
+    pairs[..., 0], pairs[..., 1] = codes & 15, codes >> 4
     scale = (shares.float() / _SCALE_LEVELS * row).unsqueeze(-1) / _INT4_LEVELS
-    return (grouped * scale).flatten(-2)[..., :width]
+    filled.view(*rows, groups, GROUP).sub_(_INT4_ZERO).mul_(scale)
+    return filled[..., :width]
 
 
 def num_groups(width: int) -> int:
@@ -76,3 +82,7 @@ def _in_groups(value: Tensor) -> Tensor:
     width = value.shape[-1]
     filled = F.pad(value, (0, num_groups(width) * GROUP - width))
     return filled.reshape(*value.shape[:-1], num_groups(width), GROUP)
+
+
+def _float32(shape: Sequence[int], device: torch.device) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device=device)
