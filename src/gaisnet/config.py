@@ -131,7 +131,7 @@ class AbsorbSettings(Settings):
 
 
 class WireSettings(Settings):
-    """How tensors are written on a link: int8 has one scale per row, the others are plain casts."""
+    """How tensors are written on a link: int8 and int4 with scales, see ``gaisnet.rounding``; others as plain casts."""
 
     smashed: TensorCode = Field("int8", description="Activations of examples, device -> edge -> cloud.")
     session: TensorCode = Field(
@@ -141,8 +141,15 @@ class WireSettings(Settings):
     )
     body_output: TensorCode = Field("float16", description="Activations of examples, edge or cloud -> device.")
     gradient: TensorCode = Field("float16", description="Gradients device -> edge.")
+    gradient_rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest", description="How int8 and int4 gradients are rounded; by chance, errors are larger but cancel out."
+    )
     adapter: TensorCode = Field("float32", description="Adapters, both ways.")
     max_message_bytes: int = Field(2**31, ge=2**16, description="Longer frames are refused before they are read.")
+
+    def rounding(self, setting: str) -> Literal["nearest", "stochastic"]:
+        """How what is written as ``setting`` says is rounded, if it is."""
+        return self.gradient_rounding if setting == "gradient" else "nearest"
 
 
 class FaultSettings(Settings):

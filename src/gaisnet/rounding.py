@@ -9,9 +9,14 @@ up; the row's is float32. Channels whose numbers are a hundred times those of th
 spoil their own group only. An error is at most (g + m / 255) / 14, g the group's largest magnitude. The scales of
 scales are QLoRA's idea (arXiv 2305.14314); the levels are even, for a bound that holds.
 
+Rounded to the nearest level, errors of like numbers are alike, and add up over steps. Rounded by chance (``dither``),
+up or down by how near each level is, they are twice as large at most, but zero in the mean (Gupta et al., arXiv
+1502.02551).
+
 What is not finite makes its whole row NaN.
 """
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -28,11 +33,17 @@ _INT4_ZERO = 8
 _SCALE_LEVELS = 255
 
 
-def to_int8(value: Tensor) -> tuple[Tensor, Tensor]:
+def dither(value: Tensor) -> Tensor:
+    """Random numbers in [0, 1) of the shape of ``value``: the same for the same numbers on every machine."""
+    seed = zlib.crc32(value.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def to_int8(value: Tensor, dither: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """int8 codes of the shape of ``value`` and one float32 scale per row [..., 1] (a vector is one row)."""
     value = value.float()
     scale = value.abs().amax(dim=-1, keepdim=True) / _INT8_LEVELS if value.numel() else value[..., :1]
-    codes = (value / scale.clamp(min=_TINY)).round()
+    codes = _rounded(value / scale.clamp(min=_TINY), dither).clamp(-_INT8_LEVELS, _INT8_LEVELS)
     return codes.to(torch.int8), scale
 
 
@@ -42,7 +53,7 @@ def from_int8(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor
     return numbers.copy_(codes).mul_(scale)
 
 
-def to_int4(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def to_int4(value: Tensor, dither: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [..., P], scales of groups uint8 [..., G] and of rows float32 [..., 1] of ``value`` [..., D]."""
     value = value.float()
     row = value.abs().amax(dim=-1, keepdim=True) if value.numel() else value[..., :1]
@@ -50,7 +61,8 @@ def to_int4(value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = grouped.abs().amax(dim=-1)
     shares = (largest / row.clamp(min=_TINY) * _SCALE_LEVELS).ceil().nan_to_num(_SCALE_LEVELS).clamp(0, _SCALE_LEVELS)
     scale = (shares / _SCALE_LEVELS * row).unsqueeze(-1) / _INT4_LEVELS
-    codes = (grouped / scale.clamp(min=_TINY)).round().nan_to_num(0).clamp(-_INT4_LEVELS, _INT4_LEVELS) + _INT4_ZERO
+    levels = _rounded(grouped / scale.clamp(min=_TINY), None if dither is None else _in_groups(dither))
+    codes = levels.nan_to_num(0).clamp(-_INT4_LEVELS, _INT4_LEVELS) + _INT4_ZERO
     flat = codes.to(torch.uint8).flatten(-2)[..., : value.shape[-1]]
     flat = F.pad(flat, (0, flat.shape[-1] % 2), value=_INT4_ZERO)
     return flat[..., ::2] | flat[..., 1::2] << 4, shares.to(torch.uint8), row
@@ -75,6 +87,10 @@ def num_groups(width: int) -> int:
 def num_bytes(width: int) -> int:
     """Bytes of a row's codes in int4."""
     return -(-width // 2)
+
+
+def _rounded(levels: Tensor, dither: Tensor | None) -> Tensor:
+    return levels.round() if dither is None else (levels + dither).floor()
 
 
 def _in_groups(value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import safetensors.torch
@@ -228,8 +228,8 @@ BOUNDS: dict[TensorCode, Callable[[Tensor], Tensor]] = {
 LARGEST: dict[TensorCode, float] = {"float32": 3e38, "float16": 65504.0, "bfloat16": 3e38, "int8": 3e38, "int4": 3e38}
 
 
-def through_codec(rows: Tensor, code: TensorCode) -> Tensor:
-    codec = Codec(WireSettings(gradient=code))
+def through_codec(rows: Tensor, code: TensorCode, rounding: Literal["nearest", "stochastic"] = "nearest") -> Tensor:
+    codec = Codec(WireSettings(gradient=code, gradient_rounding=rounding))
     found = codec.decode(codec.encode(BodyOutputGrad(0, 0.0, rows)))
     assert isinstance(found, BodyOutputGrad)
     return found.grad_ND
@@ -257,6 +257,36 @@ def test_error_is_within_the_bound(code: TensorCode, seed: int) -> None:
     assert bool((error_ND <= BOUNDS[code](rows_ND.double()) * slack).all())
 
 
+@pytest.mark.parametrize("code", ["int8", "int4"])
+@pytest.mark.parametrize("seed", range(5))
+def test_rounded_by_chance_an_error_is_twice_as_large_at_most(code: TensorCode, seed: int) -> None:
+    rows_ND = rows_of_all_sizes(LARGEST[code], seed)
+    error_ND = (through_codec(rows_ND, code, "stochastic").double() - rows_ND.double()).abs()
+    assert bool((error_ND <= 2 * BOUNDS[code](rows_ND.double()) * (1 + 1e-5)).all())
+    assert bool((error_ND > BOUNDS[code](rows_ND.double())).any())
+
+
+@pytest.mark.parametrize("code", ["int8", "int4"])
+def test_rounded_by_chance_an_error_is_zero_in_the_mean(code: TensorCode) -> None:
+    row_D = numbers(1, 64)[0]
+    rows_ND = row_D.expand(4000, -1).clone()
+    limit_D = 5 * 2 * BOUNDS[code](row_D[None])[0] / 4000**0.5  # of a mean of so many, whose spread is less than that
+    mean_D = (through_codec(rows_ND, code, "stochastic") - rows_ND).mean(dim=0).abs()
+    assert bool((mean_D < limit_D).all())
+    assert not bool(((through_codec(rows_ND, code) - rows_ND).mean(dim=0).abs() < limit_D).all())
+
+
+@pytest.mark.parametrize("code", ["int8", "int4"])
+def test_chance_is_the_same_for_the_same_numbers_everywhere(code: TensorCode) -> None:
+    rows_ND = numbers(8, 33)
+    torch.manual_seed(1)
+    first_ND = through_codec(rows_ND, code, "stochastic")
+    torch.manual_seed(2)
+    assert torch.equal(through_codec(rows_ND, code, "stochastic"), first_ND)
+    rows_ND[0, 0] += 0.25
+    assert not torch.equal(through_codec(rows_ND, code, "stochastic")[1:], first_ND[1:])
+
+
 @pytest.mark.parametrize("code", ["float16", "bfloat16", "int8", "int4"])
 def test_a_bound_is_not_far_from_the_error(code: TensorCode) -> None:
     rows_ND = numbers(64, 33)
@@ -264,15 +294,17 @@ def test_a_bound_is_not_far_from_the_error(code: TensorCode) -> None:
     assert 0.4 < share.max().item() <= 1.001
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("code", BOUNDS)
-def test_zeros_stay_zeros(code: TensorCode) -> None:
-    assert torch.equal(through_codec(torch.zeros(3, 4), code), torch.zeros(3, 4))
+def test_zeros_stay_zeros(code: TensorCode, rounding: Literal["nearest", "stochastic"]) -> None:
+    assert torch.equal(through_codec(torch.zeros(3, 4), code, rounding), torch.zeros(3, 4))
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("code", BOUNDS)
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 1), (4,), (2, 3, 4)])
-def test_shapes_come_back(code: TensorCode, shape: tuple[int, ...]) -> None:
-    assert through_codec(numbers(*shape), code).shape == shape
+def test_shapes_come_back(code: TensorCode, shape: tuple[int, ...], rounding: Literal["nearest", "stochastic"]) -> None:
+    assert through_codec(numbers(*shape), code, rounding).shape == shape
 
 
 def test_a_huge_row_takes_nothing_from_another_in_int8() -> None:

@@ -5,7 +5,8 @@ shape and place, and the raw numbers. The message's name and its plain fields st
 pickled; every size is checked against the frame before a tensor is made.
 
 Floating tensors are written as the settings under ``wire`` say. Error bounds, per number x of a row with largest
-magnitude m: float16 2**-11 |x| (down to 2**-25 absolute), bfloat16 2**-8 |x|, int8 m / 254.
+magnitude m: float16 2**-11 |x| (down to 2**-25 absolute), bfloat16 2**-8 |x|, int8 m / 254, int4 (g + m / 255) / 14
+with g the largest magnitude of 32 numbers; int8 and int4 twice as much where they round by chance.
 """
 
 import json
@@ -22,7 +23,7 @@ from torch import Tensor
 from gaisnet.config import TensorCode, WireSettings
 from gaisnet.errors import WireFormatError
 from gaisnet.messages import Message
-from gaisnet.rounding import from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
+from gaisnet.rounding import dither, from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
 
 _SCALE = "#scale"
 _GROUPS = "#groups"
@@ -79,10 +80,11 @@ class Codec:
             tensors[name] = value
             return
         code: TensorCode = getattr(self._settings, setting)
+        by_chance = dither(value) if self._settings.rounding(setting) == "stochastic" else None
         if code == "int8":
-            tensors[name], tensors[name + _SCALE] = to_int8(value)
+            tensors[name], tensors[name + _SCALE] = to_int8(value, by_chance)
         elif code == "int4":
-            tensors[name], tensors[name + _GROUPS], tensors[name + _SCALE] = to_int4(value)
+            tensors[name], tensors[name + _GROUPS], tensors[name + _SCALE] = to_int4(value, by_chance)
             tensors[name + _WIDTH] = torch.tensor(value.shape[-1], dtype=torch.int32)
         else:
             tensors[name] = value.to(_DTYPES[code])
