@@ -85,6 +85,26 @@ def test_every_gradient_equals_the_unsplit_model(cut: CutLayers) -> None:
         torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("family", sorted(LLAMA_SHAPED))
+@pytest.mark.parametrize("span", [(1, 5), (4, 5), (5, 5)], ids=str)
+def test_picked_rows_are_those_of_a_whole_run(family: str, span: tuple[int, int]) -> None:
+    """Outputs and gradients; the last layer alone, and no layer at all, too."""
+    _, body, _ = cut_decoder(Decoder(tiny_model(family)), CutLayers(1, 1))
+    wanted = torch.tensor([3, 4, 10, 20, 32])
+    found: list[tuple[Tensor, Tensor]] = []
+    for picking in (False, True):
+        hidden_BTD = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+        def pick(output_BTD: Tensor) -> Tensor:
+            return output_BTD.flatten(0, 1)[wanted]
+
+        rows_ND = body.run(hidden_BTD, *span, pick=pick) if picking else pick(body.run(hidden_BTD, *span))
+        rows_ND.square().sum().backward()
+        assert hidden_BTD.grad is not None
+        found.append((rows_ND.detach(), hidden_BTD.grad))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
 def test_parts_share_the_models_modules() -> None:
     model = tiny_model()
     head, body, tail = cut_decoder(Decoder(model), CutLayers(2, 1))

@@ -13,8 +13,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gaisnet.errors import AdapterMismatch
+from gaisnet.products import product
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,17 @@ class LoraSpec:
         )
 
 
+class _Factor(nn.Linear):
+    """A or B of an adapter: where it learns, its products run as those of frozen weights do.
+
+    Where it does not, they stay torch's own, as they are in peft: answers keep their bits.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Output [..., out] of [..., in]."""
+        return product(input, self.weight) if self.weight.requires_grad else F.linear(input, self.weight)
+
+
 def peft_name(name: str) -> str:
     """An adapter's name inside peft: unlike any module or attribute, whatever the user calls a domain."""
     return f"adapter-{name}"
@@ -58,9 +71,11 @@ def add_adapter(body: nn.Module, name: str, spec: LoraSpec, seed: int) -> None:
                 inject_adapter_in_model(spec.peft_config(), body, adapter_name=peft_name(name))
         except ValueError as error:
             raise AdapterMismatch(name, f"linear modules named {', '.join(spec.targets)}", str(error)) from error
-    for path, parameter in body.named_parameters():
-        if path.endswith(f".{peft_name(name)}.weight"):  # half precision would lose small steps of the optimizer
-            parameter.data = parameter.data.float()
+    for module in _adapted(body):
+        for factors in (module.lora_A, module.lora_B):
+            if peft_name(name) in factors:
+                factors[peft_name(name)].__class__ = _Factor
+                factors[peft_name(name)].float()  # half precision would lose small steps of the optimizer
     activate(body, active)
     body.eval()  # peft's new modules start in training mode
 

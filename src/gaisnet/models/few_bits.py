@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gaisnet.models.frozen import frozen_product, replace_linears
+from gaisnet.models.frozen import replace_linears
+from gaisnet.products import product
 from gaisnet.rounding import GROUP, from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
 
 FewBits = Literal["int8", "int4"]
@@ -101,8 +102,8 @@ class RoundedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Output [..., R] of activations [..., D], in their dtype."""
-        product: Tensor = _Product.apply(input, self.weight)
-        return product if self.bias is None else product + self.bias
+        result: Tensor = _Product.apply(input, self.weight)
+        return result if self.bias is None else result + self.bias
 
 
 class _Product(torch.autograd.Function):
@@ -114,7 +115,7 @@ class _Product(torch.autograd.Function):
         rows_ND = input.reshape(-1, matrix.width)
         product_NR = rows_ND.new_empty(len(rows_ND), matrix.num_rows)
         for which, block_RD in matrix.blocks():
-            product_NR[:, which] = frozen_product(rows_ND, block_RD.to(input.dtype))
+            product_NR[:, which] = product(rows_ND, block_RD.to(input.dtype))
         return product_NR.view(*input.shape[:-1], matrix.num_rows)
 
     @staticmethod
@@ -124,7 +125,7 @@ class _Product(torch.autograd.Function):
         grad_NR = grad.reshape(-1, matrix.num_rows)
         sum_ND = grad_NR.new_zeros(len(grad_NR), matrix.width)
         for which, block_RD in matrix.blocks():
-            sum_ND += frozen_product(grad_NR[:, which], block_RD.to(grad.dtype).t())
+            sum_ND += product(grad_NR[:, which], block_RD.to(grad.dtype).t())
         return sum_ND.view(*grad.shape[:-1], matrix.width), None
 
 

@@ -9,7 +9,7 @@ one.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -65,6 +65,10 @@ def _cache_layer(config: PretrainedConfig, kind: str) -> DynamicLayer:
     return DynamicLayer()
 
 
+Pick = Callable[[Tensor], Tensor]
+"""Picks rows: [B, T, D] -> [N, D]."""
+
+
 class Layers(nn.Module):
     """Some layers of the FM, run one after the other."""
 
@@ -86,6 +90,7 @@ class Layers(nn.Module):
         stop: int | None = None,
         cache: PartCache | None = None,
         attention_mask_BT: Tensor | None = None,
+        pick: Pick | None = None,
     ) -> Tensor:
         """Run the layers whose FM number is in [start, stop).
 
@@ -97,26 +102,32 @@ class Layers(nn.Module):
                 be the same at every call.
             attention_mask_BT: 1 for real and 0 for padded positions, earlier ones in the cache included. Only needed
                 with left padding.
+            pick: Of the output, what is wanted; the last layer computes no more of it than it must.
 
         Returns:
-            Output of the last layer that ran, [B, T, D].
+            Output of the last layer that ran, [B, T, D], or what ``pick`` makes of that.
         """
         chosen = [index for index in self.indices if index >= start and (stop is None or index < stop)]
         if not chosen:
-            return hidden_BTD
+            return hidden_BTD if pick is None else pick(hidden_BTD)
         positions_BT = self._positions(hidden_BTD, cache, attention_mask_BT)
         masks = self._masks(hidden_BTD, cache, attention_mask_BT, positions_BT)
         rotary = self.rotary_emb(hidden_BTD, position_ids=positions_BT)
         kinds = layer_types(self.config)
         for index in chosen:
-            hidden_BTD = self.layers[str(index)](
-                hidden_BTD,
-                attention_mask=masks[kinds[index]],
-                position_ids=positions_BT,
-                position_embeddings=rotary,
-                use_cache=cache is not None,
-                **{_CACHE: cache},
+            layer, shared = (
+                self.layers[str(index)],
+                {
+                    "attention_mask": masks[kinds[index]],
+                    "position_ids": positions_BT,
+                    "position_embeddings": rotary,
+                    "use_cache": cache is not None,
+                    _CACHE: cache,
+                },
             )
+            if pick is not None and index == chosen[-1]:
+                return _picked(layer, hidden_BTD, pick, shared)
+            hidden_BTD = layer(hidden_BTD, **shared)
         return hidden_BTD
 
     def _positions(self, hidden_BTD: Tensor, cache: PartCache | None, attention_mask_BT: Tensor | None) -> Tensor:
@@ -140,6 +151,13 @@ class Layers(nn.Module):
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         kinds = {layer_types(self.config)[index] for index in self.indices}
         return {kind: makers[kind](**shared) for kind in kinds}
+
+
+def _picked(layer: Any, hidden_BTD: Tensor, pick: Pick, shared: Mapping[str, Any]) -> Tensor:
+    """A layer whose attention sees all positions, and whose MLP, most of its weights, only those that are picked."""
+    attended_BTD, *_ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_BTD), **shared)
+    rows_ND = pick(hidden_BTD + attended_BTD)
+    return cast(Tensor, rows_ND + layer.mlp(layer.post_attention_layernorm(rows_ND)))
 
 
 class Head(nn.Module):

@@ -264,7 +264,12 @@ class DomainModel:
         lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
         num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
         hidden_BTD = pad_sequence([members[m].inputs.hidden.sequences()[e] for m, e in picks], batch_first=True)
-        rows_ND = rows_for_tail(self.suffix(hidden_BTD), lengths, num_labels, self._whole)
+        with self._turn.learning():
+            rows_ND = self._body.run(
+                hidden_BTD,
+                self._layout.first_adapted,
+                pick=lambda output_BTD: rows_for_tail(output_BTD, lengths, num_labels, self._whole),
+            )
         counts = rows_per_example(lengths, num_labels, self._whole)
         forward, first = _Step(rows_ND, {}, {}, {}), 0
         for m in sorted({m for m, _ in picks}):
