@@ -1,38 +1,56 @@
-"""Products with weights that learn: outputs and all gradients are those of torch's own."""
+"""Products on oneDNN: outputs and all gradients are those of torch's own. Frozen ones: ``models/test_frozen.py``."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from gaisnet.products import product
+from gaisnet.products import add_low_rank
+
+LowRank = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
-def some(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def as_it_reads(result: Tensor, input: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return result + scale * (input @ a.T) @ b.T
+
+
+def learned(function: LowRank, shape: tuple[int, ...], dtype: torch.dtype, of_input: bool) -> list[Tensor | None]:
+    """The output, and the gradients of the result, the input and both factors."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*shape[:-1], 40), shape, (8, 24), (40, 8)]
+    leaves = [torch.randn(each, generator=generator).to(dtype) for each in shapes]
+    for leaf, learns in zip(leaves, (True, of_input, True, True), strict=True):
+        leaf.requires_grad_(learns)
+    result, input, a, b = leaves
+    output = function(result, input, a, b, 2.0)
+    output.square().sum().backward()
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (5, 7, 24), (0, 24)], ids=str)
 @pytest.mark.parametrize("of_input", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_outputs_and_gradients_are_those_of_torch(shape: tuple[int, ...], of_input: bool, bias: bool) -> None:
-    found: list[list[Tensor | None]] = []
-    for function in (F.linear, product):
-        input, weight = some(*shape, seed=0).requires_grad_(of_input), some(40, 24, seed=1).requires_grad_()
-        output = function(input, weight, some(40, seed=2) if bias else None)
-        output.square().sum().backward()
-        found.append([output.detach(), input.grad, weight.grad])
-    for mine, its in zip(*found, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_and_gradients_are_those_of_torch(shape: tuple[int, ...], of_input: bool, dtype: torch.dtype) -> None:
+    found, expected = (learned(each, shape, dtype, of_input) for each in (add_low_rank, as_it_reads))
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_go_the_way_of_torch(dtype: torch.dtype) -> None:
-    input, weight = some(3, 24, seed=0).to(dtype), some(40, 24, seed=1).to(dtype)
-    assert torch.equal(product(input, weight), F.linear(input, weight))
+def test_nothing_need_lie_in_a_row() -> None:
+    result, input = torch.randn(40, 6).t(), torch.randn(24, 6).t()
+    a, b = torch.randn(8, 24).requires_grad_(), torch.randn(40, 8).requires_grad_()
+    output = add_low_rank(result, input, a, b, 2.0)
+    torch.testing.assert_close(output, as_it_reads(result, input, a, b, 2.0), rtol=1e-4, atol=1e-4)
+    output.sum().backward()  # a sum's gradient is one number, expanded
+    torch.testing.assert_close(b.grad, (2.0 * (input @ a.T)).sum(dim=0).expand(40, -1), rtol=1e-4, atol=1e-4)
 
 
-def test_half_of_the_gradients_need_not_be_in_a_row() -> None:
-    input, weight = some(24, 6, seed=0).t(), some(40, 24, seed=1).requires_grad_()
-    product(input, weight).sum().backward()  # a sum's gradient is one number, expanded
-    torch.testing.assert_close(weight.grad, input.sum(dim=0).expand(40, -1), rtol=1e-5, atol=1e-4)
+def test_factors_in_float32_beside_weights_in_half() -> None:
+    result, input = torch.randn(3, 40).bfloat16(), torch.randn(3, 24).bfloat16()
+    a, b = torch.randn(8, 24), torch.randn(40, 8)
+    found = add_low_rank(result, input, a, b, 2.0)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        found.float(), as_it_reads(result.float(), input.float(), a, b, 2.0), rtol=0.02, atol=0.2
+    )

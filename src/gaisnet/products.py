@@ -1,4 +1,4 @@
-"""Products with weights on oneDNN, and so at a CPU's full width.
+"""Products with frozen weights, and with a LoRA's, on oneDNN, and so at a CPU's full width.
 
 torch hands float32 products on x86 to MKL, which keeps to AVX2 on CPUs that are not Intel's. oneDNN, in the same wheel,
 makes its code for the CPU that it finds (docs/decisions/0009-products-on-onednn.md has the figures). Its operator has
@@ -18,37 +18,70 @@ _AVAILABLE = torch.backends.mkldnn.is_available()
 def product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``input`` [..., in] times ``weight`` [out, in], plus ``bias`` [out]: [..., out]; on oneDNN on a CPU in float32.
 
-    Gradients go to the input, and to a weight that learns; a bias that learns takes torch's own way.
+    Gradients go to the input; weights that learn take torch's own way.
     """
-    own = [input, weight] if bias is None else [input, weight, bias]
-    if not _onednn_takes(*own) or (bias is not None and bias.requires_grad):
+    own = [weight] if bias is None else [weight, bias]
+    if not _onednn_takes(input, *own) or any(each.requires_grad for each in own):
         return F.linear(input, weight, bias)
     result: Tensor = _Product.apply(input, weight, bias)
     return result
 
 
+def add_low_rank(result: Tensor, input: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``result`` [..., out] plus ``scale`` times ``b`` [out, R] ``a`` [R, in] ``input`` [..., in], as LoRA adds it.
+
+    Gradients go to all four. The scale acts on the narrow side, and on a CPU in float32 the sum is part of the product.
+    """
+    if not _onednn_takes(result, input, a, b):
+        narrow = F.linear(input.to(a.dtype), a) * scale
+        return result + F.linear(narrow, b).to(result.dtype)
+    added: Tensor = _LowRank.apply(result, input, a, b, scale)
+    return added
+
+
 class _Product(torch.autograd.Function):
-    """Forward the product; backward one product for each gradient that is needed."""
+    """Forward the product; backward that of the gradient of the input by the same weights."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input if weight.requires_grad else None, weight)
+        ctx.weight = weight
         return _multiply(input, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,), (input, weight) = grad_outputs, ctx.saved_tensors
-        of_input = _multiply(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return of_input, None, None
-        if not input.numel():  # oneDNN sums over one row at least
-            return of_input, torch.zeros_like(weight), None
-        rows, inputs = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
-        return of_input, _multiply(rows.t(), inputs.t(), None), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return _multiply(grad_outputs[0], ctx.weight.t()), None, None
 
 
-def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+class _LowRank(torch.autograd.Function):
+    """Forward two products, the second onto the result; backward two for the input and one for each factor."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, input: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        narrow = _multiply(input, a).mul_(scale)
+        ctx.save_for_backward(input, narrow, a, b)
+        ctx.scale = scale
+        added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(narrow, result.contiguous(), b, None, "add")
+        return added
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None]:
+        (grad,), (input, narrow, a, b) = grad_outputs, ctx.saved_tensors
+        of_narrow = _multiply(grad, b.t()).mul_(ctx.scale)
+        of_input = _multiply(of_narrow, a.t()) if ctx.needs_input_grad[1] else None
+        return grad, of_input, _summed(of_narrow, input), _summed(grad, narrow), None
+
+
+def _summed(left: Tensor, right: Tensor) -> Tensor:
+    """[out, in] of [..., out] and [..., in]: the outer products of all rows."""
+    if not right.numel():  # oneDNN sums over one row at least
+        return left.new_zeros(left.shape[-1], right.shape[-1])
+    rows, columns = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    return _multiply(rows.t(), columns.t())
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     result: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight, bias, "none", [], "")
     return result
 

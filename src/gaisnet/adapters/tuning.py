@@ -7,16 +7,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gaisnet.errors import AdapterMismatch
-from gaisnet.products import product
+from gaisnet.products import add_low_rank
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,17 @@ class LoraSpec:
         )
 
 
-class _Factor(nn.Linear):
-    """A or B of an adapter: where it learns, its products run as those of frozen weights do.
+class _Fused(LoraVariant):
+    """Tells peft how to run an adapter: as it does by itself, but in one operation where the adapter learns."""
 
-    Where it does not, they stay torch's own, as they are in peft: answers keep their bits.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Output [..., out] of [..., in]."""
-        return product(input, self.weight) if self.weight.requires_grad else F.linear(input, self.weight)
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """``result`` [..., out] and what the adapter makes of ``x`` [..., in]."""
+        a, b, scale = (factors[active_adapter] for factors in (module.lora_A, module.lora_B, module.scaling))
+        if a.weight.requires_grad:
+            return add_low_rank(result, x, a.weight, b.weight, scale)
+        plain: Tensor = result + b(a(x)) * scale  # as in peft: answers keep their bits
+        return plain
 
 
 def peft_name(name: str) -> str:
@@ -72,10 +73,10 @@ def add_adapter(body: nn.Module, name: str, spec: LoraSpec, seed: int) -> None:
         except ValueError as error:
             raise AdapterMismatch(name, f"linear modules named {', '.join(spec.targets)}", str(error)) from error
     for module in _adapted(body):
-        for factors in (module.lora_A, module.lora_B):
-            if peft_name(name) in factors:
-                factors[peft_name(name)].__class__ = _Factor
+        if peft_name(name) in module.lora_A:
+            for factors in (module.lora_A, module.lora_B):
                 factors[peft_name(name)].float()  # half precision would lose small steps of the optimizer
+            module.lora_variant[peft_name(name)] = _Fused()
     activate(body, active)
     body.eval()  # peft's new modules start in training mode
 
