@@ -133,14 +133,14 @@ class AbsorbSettings(Settings):
 class WireSettings(Settings):
     """How tensors are written on a link: int8 and int4 with scales, see ``gaisnet.rounding``; others as plain casts."""
 
-    smashed: TensorCode = Field("int8", description="Activations of examples, device -> edge -> cloud.")
+    smashed: TensorCode = Field("int4", description="Activations of examples, device -> edge -> cloud.")
     session: TensorCode = Field(
         "float32",
         description="Activations of answers, both ways. Only in float32 is an answer of an int8 model that of the "
         "model in one piece, token for token; float16 halves the bytes.",
     )
-    body_output: TensorCode = Field("float16", description="Activations of examples, edge or cloud -> device.")
-    gradient: TensorCode = Field("float16", description="Gradients device -> edge.")
+    body_output: TensorCode = Field("int4", description="Activations of examples, edge or cloud -> device.")
+    gradient: TensorCode = Field("int4", description="Gradients device -> edge.")
     gradient_rounding: Literal["nearest", "stochastic"] = Field(
         "nearest", description="How int8 and int4 gradients are rounded; by chance, errors are larger but cancel out."
     )

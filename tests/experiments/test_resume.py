@@ -172,7 +172,7 @@ def test_a_run_that_breaks_off_in_its_second_cycle_goes_on_to_the_same_end(
 
 @pytest.mark.parametrize(
     ("stage", "after"),
-    [("release", 0), ("relay", 3), ("fine_tune", 4), ("absorb", 1), ("evaluate", 1)],
+    [("release", 0), ("relay", 1), ("fine_tune", 4), ("absorb", 1), ("evaluate", 1)],
     ids=["before", "in a relay", "in a step", "after absorb", "after evaluate"],
 )
 def test_a_run_that_goes_on_may_break_off_as_well(short: Path, whole: Path, stage: str, after: int) -> None:

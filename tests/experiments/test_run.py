@@ -136,7 +136,8 @@ def test_later_entries_were_measured_after_learning(finished: Finished) -> None:
             assert cycles[2][body][domain]["loss"] < cycles[0][body][domain]["loss"]
     for cycle in cycles[1:]:
         assert all(seconds > 0.0 for seconds in cycle["seconds"].values())
-        assert [text.split("'")[1] for text in cycle["gate"]] == ["shapes", "tastes", MERGED]
+        judged = [text.split("'")[1] for text in cycle["gate"] if "perplexity" in text]  # others tell of relays
+        assert judged == ["shapes", "tastes", MERGED]
         assert cycle["relay"].keys() == {"shapes", "tastes"}
 
 
@@ -259,7 +260,7 @@ def test_an_evaluation_that_is_not_finite_is_named_and_not_written(tmp_path: Pat
 def test_finished_cycles_stay_when_a_later_one_breaks_off(tmp_path: Path) -> None:
     config = small_config(tmp_path, cycles=3)
     out = tmp_path / "out"
-    with pytest.raises(NotFinite, match=r"the relay's loss at step 0 is nan"), RunFolder.create(out) as folder:
+    with pytest.raises(NotFinite, match=r"the relay's error at layer 2 is nan"), RunFolder.create(out) as folder:
         domains = load_domains(config)
         run = Run(config, folder, silent, local_build(config, domains, Ledger), {})
         run.cycle()

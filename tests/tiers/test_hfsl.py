@@ -123,6 +123,14 @@ def assert_same(found: AdapterTensors, expected: AdapterTensors, tolerance: floa
         assert bool((error <= tolerance + 1e-5 * tensor.abs()).all()), f"{name}: off by {error.max():.2e}"
 
 
+def assert_same_step(found: AdapterTensors, expected: AdapterTensors, gradients: Mapping[str, Tensor]) -> None:
+    """AdamW's first step divides a gradient by its size and 1e-8: of one so small, the last digits are seen."""
+    settled = {name: gradient.abs() > 1e-6 for name, gradient in gradients.items()}
+    assert all(bool(mask.any()) for mask in settled.values())
+    assert_same({n: found[n][m] for n, m in settled.items()}, {n: expected[n][m] for n, m in settled.items()})
+    assert_same(found, expected, 1e-3)
+
+
 def gradients(cohort: Cohort, members: Sequence[Member], batch: Sequence[int]) -> tuple[float, AdapterTensors]:
     """Loss and gradients of one split step."""
     parameters = trainable(cohort.body, "domain")
@@ -167,7 +175,7 @@ def test_a_split_step_is_that_of_the_unsplit_model(
     assert (learned.num_examples, learned.num_steps) == (len(EXAMPLES), 1)
     assert learned.loss == pytest.approx(expected_loss / num_tokens, rel=1e-5)
     after = cohort.domain.domain_adapter()
-    assert_same(after, {name: p.detach() for name, p in adapter_parameters(model).items()})
+    assert_same_step(after, {name: p.detach() for name, p in adapter_parameters(model).items()}, expected)
     assert all((after[name] - before[name]).abs().max() > 1e-3 for name in after)
 
 
