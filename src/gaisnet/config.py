@@ -8,6 +8,7 @@ import copy
 import difflib
 import hashlib
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -306,7 +307,7 @@ class Config(Settings):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         names = [edge.name for edge in self.edges] + [device.name for _, device in self.each_device()]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated:
             raise ValueError(f"names must be unique, but these are used twice: {', '.join(repeated)}")
         if RESERVED_SITES.intersection(names):

@@ -14,6 +14,7 @@ from gaisnet.tiers.device import Device
 from gaisnet.tiers.edge import Edge
 from gaisnet.tiers.examples import DeviceData
 from gaisnet.tiers.outlet import NoOutlet, Outlet
+from gaisnet.tiers.stock import Stock
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
@@ -95,9 +96,10 @@ def build_tiers(
     Raises:
         GaisnetError: Something does not fit, before any work.
     """
-    codec = Codec(config.wire)
+    codec, turn = Codec(config.wire), outlets.turn
+    stock = Stock(config, turn)
     devices = {  # first: they check their examples, the cloud works for seconds
-        settings.name: Device(settings, config, foundation.tokenizer, data[settings.name], progress, outlets.turn)
+        settings.name: Device(settings, config, foundation.tokenizer, data[settings.name], progress, turn, stock)
         for _, settings in config.each_device()
     }
     cloud = Cloud(foundation, config, shapes, retention_text, progress, outlets.cloud())

@@ -27,14 +27,13 @@ from gaisnet.messages import (
     Split,
 )
 from gaisnet.models.parts import Head, Tail
-from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged
 from gaisnet.models.release import ReleasedModel
 from gaisnet.progress import Progress, silent
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.domain_model import DomainModel, Member, Outcome
 from gaisnet.tiers.examples import DeviceData, Tokens, tokenize
-from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.stock import Parts, Stock
 from gaisnet.turn import Turn
 
 _HEAD_BATCH = 32
@@ -51,6 +50,7 @@ class Device:
         data: Its private examples.
         progress: Told while a local device learns.
         turn: Of the machine that it is on, held while it computes; None for one of its own.
+        stock: Of the same machine: frozen parts, shared by its devices; None for one of its own.
 
     Raises:
         DataError: No example to learn from or to hold out, or a completion longer than the context.
@@ -64,12 +64,14 @@ class Device:
         data: DeviceData,
         progress: Progress = silent,
         turn: Turn | None = None,
+        stock: Stock | None = None,
     ) -> None:
         self.name = settings.name
         self._settings = settings
         self._config = config
         self._progress = progress
         self._turn = turn or Turn()
+        self._stock = stock or Stock(config, self._turn)
         self.tokenizer = tokenizer
         self._tokens: dict[Split, list[Tokens]] = {}
         splits: tuple[tuple[Split, Sequence[object]], ...] = (("train", data.train), ("test", data.test))
@@ -81,8 +83,7 @@ class Device:
         context = config.model.context
         self._tokens["train"] = tokenize(data.train, tokenizer, context, f"device '{self.name}', train")
         self._tokens["test"] = tokenize(data.test, tokenizer, context, f"device '{self.name}', test")
-        self._head: Head | None = None
-        self._tail: Tail | None = None
+        self._parts: Parts | None = None
         self._domain: DomainModel | None = None
         self._learning_inputs: Activations | None = None
 
@@ -108,14 +109,10 @@ class Device:
                 raise UnexpectedMessage(f"device '{self.name}'", type(message).__name__)
 
     def _install(self, release: ModelRelease) -> Done:
-        model = ReleasedModel(release)
-        layout = Layout(self._config, model.num_layers)
-        cut = layout.cut(self._settings)
-        self._head = model.head(cut)
-        self._tail = model.tail(cut, self._head)
-        pause_within((*self._head.stack.layers.values(), *self._tail.stack.layers.values()), self._turn.pause)
-        if self._settings.mode == "local":
-            self._domain = DomainModel(model.body(cut.head, layout.tail_start), layout, self._turn)
+        self._parts = parts = self._stock.parts(release, self._settings)
+        if self._settings.mode == "local":  # a body of its own, for its adapters; the weights are shared
+            body = ReleasedModel(parts.release).body(self._settings.head_layers, parts.layout.tail_start)
+            self._domain = DomainModel(body, parts.layout, self._turn)
         return Done()
 
     def _smash(self, split: Split) -> SmashedData:
@@ -228,9 +225,9 @@ class Device:
 
     def parts(self) -> tuple[Head, Tail]:
         """To write answers with. Raises ``UnexpectedMessage`` before the edge has given it a model."""
-        if self._head is None or self._tail is None:
+        if self._parts is None:
             raise UnexpectedMessage(f"device '{self.name}', which has no model yet,", "request for its head or tail")
-        return self._head, self._tail
+        return self._parts.head, self._parts.tail
 
 
 def _tail_layers(tail: Tail, rows_ND: Tensor, chosen: Sequence[Tokens], name: str) -> Tensor:

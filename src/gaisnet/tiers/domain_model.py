@@ -6,8 +6,10 @@ come out of a cache, only rows that carry a label go to their owner, gradients c
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -308,8 +310,9 @@ def body_output_rows(suffix: Callable[[Tensor], Tensor], inputs: Activations, wh
 
 def _places(members: Sequence[Member], batch: Sequence[int]) -> list[tuple[int, int]]:
     """(member, example) of each place, sorted so that a member's rows lie together."""
-    owners = [(m, e) for m, member in enumerate(members) for e in range(len(member.inputs))]
-    return sorted(owners[place] for place in batch)
+    ends = list(accumulate(len(member.inputs) for member in members))
+    firsts, owners = [0, *ends], ((bisect_right(ends, place), place) for place in batch)
+    return sorted((m, place - firsts[m]) for m, place in owners)
 
 
 def _int32(values: Sequence[int]) -> Tensor:

@@ -80,7 +80,8 @@ class Edge:
         self._shelf: Shelf = shelf or NoShelf()
         self._outlet: Outlet = outlet or NoOutlet()
         self._cluster = Cluster(f"edge '{settings.name}'", devices, config.faults, self._kit)
-        self._names = [device.name for device in settings.devices]
+        self._devices = {device.name: device for device in settings.devices}
+        self._names = list(self._devices)
         self._local = [device.name for device in settings.devices if device.mode == "local"]
         self._smashed = SmashedStore(settings, config.faults, self._cluster, config.service.max_activations_mib)
         self._learning = HybridLearning(settings, config, self._cluster, self._smashed, progress)
@@ -158,7 +159,7 @@ class Edge:
     def _kit(self, name: str) -> Sequence[Message]:
         """What a device must be sent before it can work."""
         held = self._held()
-        settings = next(device for device in self._settings.devices if device.name == name)
+        settings = self._devices[name]
         release = held.release_for(settings)
         if settings.mode == "split":
             return [release]

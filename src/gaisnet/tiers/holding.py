@@ -48,20 +48,19 @@ class Holding:
     relay: AdapterRelease | None = None
     rounds: Rounds | None = None
     domain: DomainModel = field(init=False)
-    num_layers: int = field(init=False)  # of the FM
+    layout: Layout = field(init=False)
     hidden_size: int = field(init=False)
 
     def __post_init__(self) -> None:
         model = ReleasedModel(self.release)
-        self.num_layers, self.hidden_size = model.num_layers, model.config.hidden_size
-        layout = Layout(self.config, model.num_layers)
+        self.hidden_size = model.config.hidden_size
+        self.layout = layout = Layout(self.config, model.num_layers)
         self.domain = DomainModel(model.body(layout.first_cut, layout.tail_start), layout, self.turn)
         self.domain.take_anchor(self.anchor)
 
     def release_for(self, device: DeviceSettings) -> ModelRelease:
         """What a device needs: head and tail in ``device_precision``, and if it is local, all of the DM between."""
-        layout = Layout(self.config, self.num_layers)
-        held = (*range(device.head_layers), *range(layout.tail_start, self.num_layers))
+        held = (*range(device.head_layers), *range(self.layout.tail_start, self.layout.num_layers))
         if device.mode == "local":
             return rounded(self.release, held, self.config.device_precision)
         return restrict(self._outer, held)
@@ -69,8 +68,7 @@ class Holding:
     @cached_property
     def _outer(self) -> ModelRelease:
         """Head and tail of all devices; rounded once."""
-        layout = Layout(self.config, self.num_layers)
-        layers = (*range(layout.last_cut), *range(layout.tail_start, self.num_layers))
+        layers = (*range(self.layout.last_cut), *range(self.layout.tail_start, self.layout.num_layers))
         return rounded(restrict(self.release, layers), layers, self.config.device_precision)
 
     def take(self, release: AdapterRelease) -> None:

@@ -1,0 +1,71 @@
+"""What the devices of one machine hold together: parts of the model that never change are there once, however many."""
+
+from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from gaisnet.config import Config, DeviceSettings
+from gaisnet.messages import ModelRelease
+from gaisnet.models.parts import Head, Tail
+from gaisnet.models.pauses import pause_within
+from gaisnet.models.release import ReleasedModel
+from gaisnet.tiers.layout import Layout
+from gaisnet.turn import Turn
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Of a device, or of all whose cut and release are the same; frozen, and only ever called."""
+
+    release: ModelRelease  # its tensors are those of the parts
+    layout: Layout
+    head: Head
+    tail: Tail
+
+
+class Stock:
+    """Gives devices their parts. Nothing is kept that no device holds any more.
+
+    A device takes its release off a link, as bytes of its own; a tensor of it that another one holds already, number
+    by number, is dropped for that one. Devices with other cuts so share embeddings and layers, those with the same cut
+    whole parts.
+
+    Args:
+        config: The run's configuration.
+        turn: Of the machine.
+    """
+
+    def __init__(self, config: Config, turn: Turn) -> None:
+        self._config = config
+        self._turn = turn
+        self._tensors: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # the latest of each name
+        self._parts: WeakValueDictionary[tuple[object, ...], Parts] = WeakValueDictionary()
+
+    def parts(self, release: ModelRelease, device: DeviceSettings) -> Parts:
+        """Head and tail of a device. Raises ``ModelError`` or ``CutError``."""
+        shared = {name: self._shared(name, tensor) for name, tensor in release.tensors.items()}
+        said = repr(replace(release, tensors={}))
+        ids = frozenset((name, id(tensor)) for name, tensor in shared.items())  # parts hold them, so ids stay theirs
+        key = (device.head_layers, said, ids)
+        parts = self._parts.get(key)
+        if parts is None:
+            self._parts[key] = parts = self._build(replace(release, tensors=shared), device)
+        return parts
+
+    def _shared(self, name: str, tensor: Tensor) -> Tensor:
+        held = self._tensors.get(name)
+        if held is not None and held.dtype == tensor.dtype and torch.equal(held, tensor):
+            return held
+        self._tensors[name] = tensor
+        return tensor
+
+    def _build(self, release: ModelRelease, device: DeviceSettings) -> Parts:
+        model = ReleasedModel(release)
+        layout = Layout(self._config, model.num_layers)
+        cut = layout.cut(device)
+        head = model.head(cut)
+        tail = model.tail(cut, head)
+        pause_within((*head.stack.layers.values(), *tail.stack.layers.values()), self._turn.pause)
+        return Parts(release, layout, head, tail)
