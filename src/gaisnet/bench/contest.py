@@ -89,7 +89,9 @@ class Differences(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    accuracy_minus_unsplit_domain_model: Spread = Field(description="What splitting, rounding on devices and links, and the anchor change.")
+    accuracy_minus_unsplit_domain_model: Spread = Field(
+        description="What splitting, rounding on devices and links, and the anchor change."
+    )
     accuracy_minus_centralised_late: Spread = Field(description="And the recipe of the domain model.")
     accuracy_minus_centralised_all: Spread = Field(description="And that only the late layers learn.")
 

@@ -80,8 +80,9 @@ def _learning_tables(figures: "LearningFigures") -> "Iterator[Table]":
 
     epochs, cores = figures.config["fine_tune"]["local_epochs"], figures.cores
     title = f"{epochs} epochs of {figures.num_examples} examples, on {cores} cores; medians"
-    columns = "samples/s", "s to accuracy", "KiB a sample", "device MiB", "device GFLOP a sample", "accuracy"
+    columns = "samples/s", "s to\naccuracy", "KiB a\nsample", "device\nMiB", "GFLOP a\nsample", "accuracy"
     table = Table("", *columns, title=title)
+    table.columns[0].no_wrap = True
     for name in type(figures.contenders).model_fields:
         own = getattr(figures.contenders, name)
         table.add_row(
@@ -95,7 +96,7 @@ def _learning_tables(figures: "LearningFigures") -> "Iterator[Table]":
         )
     unsplit = figures.unsplit_domain_model
     speed, accuracy = f"{unsplit.samples_per_s.median:.2f}", f"{unsplit.accuracy.median:.1%}"
-    table.add_row("domain model in one piece", speed, *["–"] * 4, accuracy, style="dim")
+    table.add_row("(DM unsplit)", speed, *["–"] * 4, accuracy, style="dim")
     yield table
     against = Table("GaisNet against the other", "median", "min", "max")
     for every, show in ((figures.ratios, "{:.3g}"), (figures.differences, "{:+.1%}")):

@@ -1,6 +1,7 @@
 """What every command shows: live progress, the closing table, errors in their own words."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,6 +115,13 @@ class LiveProgress:
         self._bars.update(self._task, completed=done, total=total, figures=text)
 
 
+_QUIET = {  # the same for processes that this one starts
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+
+
 def quiet_libraries() -> None:
     """Keep other libraries' chatter out of the live display; their errors still come through."""
     import transformers
@@ -122,3 +130,5 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("torchao").setLevel(logging.ERROR)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)

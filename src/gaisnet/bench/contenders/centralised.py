@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gaisnet.bench.contenders.flops import Shape, of_whole_model
 from gaisnet.bench.contenders.memory import peak_bytes
@@ -114,6 +114,7 @@ def train(model: Any, task: Task, seed: int) -> Result:
         trainer = _Trainer(model, arguments, examples, epochs)
         scores = _Scores(task.test)
         trainer.add_callback(scores)
+        trainer.remove_callback(PrinterCallback)  # it would print into whatever shows progress
         trainer.train()
     num_samples = len(examples) * task.epochs
     return Result(scores.watch.seconds, tuple(trainer.losses), num_samples, 0, 0, tuple(scores.watch.curve))
