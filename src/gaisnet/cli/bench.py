@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from gaisnet.bench.contest import LearningFigures
+    from gaisnet.bench.scale import ScaleFigures
     from gaisnet.bench.serving import ServingFigures
 
 
@@ -24,14 +25,21 @@ def bench(
         Path | None,
         typer.Option(metavar="RUN", help="In place of CONFIG: folder of a finished run, whose answers to measure."),
     ] = None,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="In place of CONFIG: networks of many simulated devices.")
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(show_default="bench.json, or RUN/serving.json", help="File to write.")
+        Path | None,
+        typer.Option(show_default="bench.json, RUN/serving.json, or scale.json", help="File to write."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every figure is the median of them.")] = 5,
     seconds: Annotated[
         float,
         typer.Option(min=1.0, help="With --serving: of each window in which answers and fine-tuning run."),
     ] = 15.0,
+    sizes: Annotated[
+        str, typer.Option(metavar="N,N,...", help="With --scale: how many devices the networks have.")
+    ] = "10,100,1000,10000",
     overrides: Overrides = None,
 ) -> None:
     """Measure what the network costs and gives, in ratios of things that are done in turn.
@@ -44,14 +52,21 @@ def bench(
     one, answers beside fine-tuning against answers alone, tokens per call to the foundation model with speculation, and
     what the model 'auto' keeps of always asking it. Nothing of the run is changed. Writes serving.json.
 
+    With --scale: networks of 10 to 10,000 simulated devices with a tiny model, each in a process of its own: what a
+    device round computes, and memory per device. Beside it, what models of 135M to 70B would cost, from their shapes.
+    Writes scale.json.
+
     A slow machine does not matter, but a machine whose load changes does: leave it alone meanwhile.
     """
     with told_errors():
         quiet_libraries()
-        if (config is None) == (serving is None):
-            found = "neither was given" if config is None else "both were given"
-            raise ConfigError("CONFIG or --serving RUN", found, "give one of them")
-        if config is not None:
+        num_given = (config is not None) + (serving is not None) + scale
+        if num_given != 1:
+            found = "none was given" if num_given == 0 else f"{num_given} were given"
+            raise ConfigError("CONFIG, --serving RUN or --scale", found, "give one of them")
+        if scale:
+            _scale(sizes, out, rounds)
+        elif config is not None:
             _learning(config, overrides or [], out or Path("bench.json"), rounds)
         elif serving is not None:
             _serving(serving, out, rounds, seconds)
@@ -135,3 +150,46 @@ def _table(figures: "ServingFigures") -> "Table":
         cells = ("–",) * 3 if spread is None else (f"{v:.2f}" for v in (spread.median, spread.min, spread.max))
         table.add_row(name, *cells)
     return table
+
+
+def _scale(sizes: str, out: Path | None, rounds: int) -> None:
+    from gaisnet.bench.scale import FILE_NAME, measure_scale, write_scale
+
+    try:
+        numbers = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise ConfigError("--sizes", f"is '{sizes}'", "give numbers with commas between, such as 10,100") from None
+    with LiveProgress(console) as progress:
+        figures = measure_scale(numbers, rounds, progress)
+    path = out or Path(FILE_NAME)
+    write_scale(figures, path)
+    for table in _scale_tables(figures):
+        console.print(table)
+    console.print(f"All figures are in {path}", highlight=False, soft_wrap=True)
+
+
+def _scale_tables(figures: "ScaleFigures") -> "Iterator[Table]":
+    from rich.table import Table
+
+    against = f"against {figures.reference} devices"
+    columns = "ms per device round", against, "ms to equip", "idle KiB", "KiB after a round"
+    table = Table("devices", "edges", *columns, title="Networks with a tiny model, per device; medians")
+    for own in figures.sizes:
+        table.add_row(
+            f"{own.devices:,}",
+            f"{own.edges}",
+            f"{own.device_round_s.median * 1e3:.2f}",
+            f"{own.device_round_vs_reference.median:.2f}",
+            f"{own.equip_s.median * 1e3:.2f}",
+            f"{own.idle_bytes.median / 1024:.0f}",
+            f"{own.kept_bytes.median / 1024:.0f}",
+        )
+    yield table
+    costs = "device MiB", "edge MiB", "adapter MiB", "KiB up", "KiB down", "device GFLOP", "edge GFLOP"
+    paper = Table("on paper", *costs, title="Weights; and per sample, in 3 epochs of configs/bench.yaml")
+    for name, cost in figures.on_paper.items():
+        sizes = (cost.device_weights_bytes, cost.edge_weights_bytes, cost.adapter_bytes)
+        cells = [f"{size / 2**20:,.0f}" for size in sizes]
+        cells += [f"{size / 2**10:.1f}" for size in (cost.bytes_up, cost.bytes_down)]
+        paper.add_row(name, *cells, f"{cost.device_flops / 1e9:.2f}", f"{cost.edge_flops / 1e9:,.1f}")
+    yield paper

@@ -41,6 +41,7 @@ _STAGES = {
     "bench_batch_cloud": "bench: many sessions on the foundation model",
     "bench_speculation": "bench: a domain model drafts, the foundation model checks",
     "bench_tuning": "bench: answers and fine-tuning, alone and together",
+    "bench_scale": "bench: networks of many devices, in turn",
     "evaluate": "evaluate: scoring held-out examples where they are",
 }
 

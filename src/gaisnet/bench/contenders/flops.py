@@ -31,12 +31,12 @@ class Shape:
         layer = attention + 3 * width * int(config.intermediate_size)
         return cls(layer, heads * head, width * int(config.vocab_size), int(config.num_hidden_layers))
 
-    def layers(self, num_layers: int, num_positions: int) -> float:
+    def layers(self, num_layers: int, num_positions: float) -> float:
         """Forward of some layers over one sequence."""
         products = 2 * self.weights_per_layer + 2 * 2 * self.attention_width * num_positions / 2
         return num_layers * num_positions * products
 
-    def vocabulary(self, num_rows: int) -> float:
+    def vocabulary(self, num_rows: float) -> float:
         """Logits of some rows."""
         return 2.0 * self.weights_of_vocabulary * num_rows
 

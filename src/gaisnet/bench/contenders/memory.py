@@ -1,4 +1,4 @@
-"""Peak memory, from the operating system, of work that has a process of its own: the interpreter and torch included."""
+"""Memory, from the operating system, of work that has a process of its own: the interpreter and torch included."""
 
 import multiprocessing
 import resource
@@ -6,16 +6,17 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gaisnet.errors import MeasureError
 
+T = TypeVar("T")
 _STATUS = Path("/proc/self/status")
 _KIB = 1024
 
 
-def peak_bytes(work: Callable[..., None], *args: Any) -> int:
-    """Most memory that a new process holds in RAM until ``work(*args)`` is done; arguments must be picklable.
+def apart(work: Callable[..., T], *args: Any) -> T:
+    """What ``work(*args)`` gives in a new process; arguments and result must be picklable.
 
     Raises ``MeasureError`` where the process fails, which has then told why on its standard error.
     """
@@ -25,23 +26,41 @@ def peak_bytes(work: Callable[..., None], *args: Any) -> int:
     process.start()
     there.close()
     try:
-        peak: int = here.recv()
+        result: T = here.recv()
     except EOFError:
         process.join()
-        raise MeasureError("the memory of a process", f"it ended with code {process.exitcode}") from None
+        raise MeasureError("what a process was to find", f"it ended with code {process.exitcode}") from None
     process.join()
-    return peak
+    return result
 
 
-def _report(pipe: Connection, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+def peak_bytes(work: Callable[..., None], *args: Any) -> int:
+    """Most memory that a new process holds in RAM until ``work(*args)`` is done; see ``apart``."""
+    return apart(_peak, work, args)
+
+
+def resident_bytes() -> int:
+    """What this process holds in RAM now; where the system does not tell, the most that it has held."""
+    return _status("VmRSS") if _STATUS.is_file() else _most_resident()
+
+
+def _report(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    pipe.send(work(*args))
+
+
+def _peak(work: Callable[..., None], args: tuple[Any, ...]) -> int:
     work(*args)
-    pipe.send(_most_resident())
+    return _most_resident()
 
 
 def _most_resident() -> int:
     """Of this process since its program was started: ``ru_maxrss`` would remember the one that started it."""
     if _STATUS.is_file():
-        (line,) = (line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * _KIB
+        return _status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * _KIB
+
+
+def _status(name: str) -> int:
+    (line,) = (line for line in _STATUS.read_text(encoding="ascii").splitlines() if line.startswith(name))
+    return int(line.split()[1]) * _KIB

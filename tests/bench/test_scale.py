@@ -1,0 +1,55 @@
+"""Networks of simulated devices: what is measured has the right shape, and what devices share changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gaisnet.bench.scale import measure_scale, write_scale
+from gaisnet.bench.simulated import DEVICES_PER_EDGE, equip, num_edges, simulate
+from gaisnet.errors import ConfigError
+
+
+@pytest.mark.integration
+def test_sizes_take_turns(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    figures = measure_scale((12, 3), 1, lambda stage, done, total, _: told.append((done, total)))
+    write_scale(figures, tmp_path / "scale.json")
+    written = json.loads((tmp_path / "scale.json").read_text(encoding="utf-8"))
+    assert told == [(done, 2) for done in range(3)]
+    assert written["schema"] == "gaisnet.scale/1"
+    assert written["reference"] == 100
+    few, many = written["sizes"]
+    assert (few["devices"], many["devices"], many["edges"]) == (3, 12, 1)
+    for own in (few, many):
+        assert own["device_round_s"]["rounds"] == 1
+        for key in ("device_round_s", "device_round_vs_reference", "equip_s", "kept_bytes"):
+            assert 0 < own[key]["min"] <= own[key]["median"] <= own[key]["max"]
+        assert own["idle_bytes"]["max"] <= own["kept_bytes"]["max"]
+    assert written["on_paper"]["Llama 3 70B"]["device_flops"] > written["on_paper"]["SmolLM2 135M"]["device_flops"]
+
+
+@pytest.mark.parametrize("sizes", [(), (10, 0)])
+def test_sizes_that_are_none(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="name numbers of devices"):
+        measure_scale(sizes)
+
+
+def test_every_device_takes_part() -> None:
+    num_devices = DEVICES_PER_EDGE + 2
+    tiers = simulate(num_devices)
+    assert len(tiers.devices) == num_devices
+    assert len(tiers.edges) == num_edges(num_devices) == 2
+    tiers.network.install()
+    equip(tiers)
+    updates = tiers.network.fine_tune()
+    assert [update.num_examples for update in updates.values()] == [2 * DEVICES_PER_EDGE, 4]
+    assert [update.faults for update in updates.values()] == [(), ()]
+
+
+def test_idle_devices_of_one_cut_hold_the_same_parts() -> None:
+    tiers = simulate(5)
+    tiers.network.install()
+    equip(tiers)
+    first, *others = (device.parts() for device in tiers.devices.values())
+    assert all(head is first[0] and tail is first[1] for head, tail in others)
