@@ -8,10 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaisnet.bench.on_paper import Work, cost, costs_on_paper
-from gaisnet.config import Config, parse_config
+from gaisnet.config import Config, DevicePrecision, parse_config
 from gaisnet.engines.local import build_network
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import CutLayers, cut_decoder
+from gaisnet.models.release import restrict, rounded
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.examples import Tokens, tokenize
 from tests.tiny import NUM_LAYERS, tiny_data, tiny_foundation, tiny_model, tiny_raw_config
@@ -44,6 +45,15 @@ def test_bytes_as_the_ledger_counts_them(smashed: str) -> None:
     paper = cost(foundation.model.config, run, Work.of(tokens, run.fine_tune.batch_size))
     assert (after.bytes_down - before.bytes_down) / num_samples == pytest.approx(paper.bytes_down, rel=0.03)
     assert (after.bytes_up - before.bytes_up) / num_samples == pytest.approx(paper.bytes_up, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_device_s_weights_in_few_bits(precision: DevicePrecision) -> None:
+    run, foundation = config(device_precision=precision), tiny_foundation(**WIDE)
+    network = build_network(run, foundation, {"shapes": TaskShape(None, ())}, tiny_data(run), "some text " * 60)
+    held = rounded(restrict(network.cloud.model_release, (0, 1)), (0, 1), precision)
+    paper = cost(foundation.model.config, run, Work(10, 2, 1))
+    assert paper.device_weights_bytes == sum(tensor.nbytes for tensor in held.tensors.values())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -88,7 +98,7 @@ def test_operations_as_torch_counts_them() -> None:
 
 def test_how_many_devices_a_batch_is_of() -> None:
     one, two = Tokens((1, 2, 3), (3, 4)), Tokens((1, 2, 3, 4, 5), (5,))
-    assert Work.of({"a": [one, two]}, 2) == Work(positions=4, labels=1.5, frames=0.5)
+    assert Work.of({"a": [one, two]}, 2) == Work(positions=4, labels=1.5, frames=0.5, devices=0.5)
     halves = Work.of({"a": [one, two], "b": [two, one]}, 2)
     assert halves.frames == pytest.approx(1.5 / 2)  # two draws are of one device as often as of both
     assert Work.of({"a": [one]}, 16).frames == 1

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from gaisnet.bench.scale import measure_scale, write_scale
 from gaisnet.bench.simulated import DEVICES_PER_EDGE, equip, num_edges, simulate
+from gaisnet.cli.app import app
 from gaisnet.errors import ConfigError
 
 
@@ -53,3 +55,27 @@ def test_idle_devices_of_one_cut_hold_the_same_parts() -> None:
     equip(tiers)
     first, *others = (device.parts() for device in tiers.devices.values())
     assert all(head is first[0] and tail is first[1] for head, tail in others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "none was given; give one of them"),
+        (["run.yaml", "--scale"], "2 were given; give one of them"),
+        (["--scale", "--sizes", "ten"], "give numbers with commas between"),
+    ],
+)
+def test_what_the_command_refuses(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 1
+    assert said in " ".join(result.output.split())
+
+
+@pytest.mark.integration
+def test_the_command_shows_and_writes(tmp_path: Path) -> None:
+    path = tmp_path / "scale.json"
+    result = CliRunner().invoke(app, ["bench", "--scale", "--sizes", "2", "--rounds", "1", "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "70B" in result.output
+    (own,) = json.loads(path.read_text(encoding="utf-8"))["sizes"]
+    assert (own["devices"], own["edges"]) == (2, 1)

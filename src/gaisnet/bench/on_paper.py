@@ -1,8 +1,8 @@
 """What a device and an edge would pay for a model of any size, from its shape alone: memory, bytes, operations.
 
 Checked against runs in the tests, and in docs/decisions/0010-scale-and-cost-on-paper.md. Devices hold head, last norm
-and vocabulary, and no layers of the tail; layers between the longest head and the adapters are held as
-``domain.precision`` says, all others in ``model.dtype``.
+and vocabulary as ``device_precision`` says, and no layers of the tail; at an edge, layers between the longest head and
+the adapters are held as ``domain.precision`` says, all others in ``model.dtype``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from gaisnet.bench.contenders.flops import Shape
 from gaisnet.config import Config, TensorCode, parse_config
-from gaisnet.messages import BodyOutput, BodyOutputGrad, Message
+from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, SmashedData
+from gaisnet.rounding import num_bytes, num_groups
 from gaisnet.tiers.examples import Tokens
 from gaisnet.tiers.layout import Layout
 from gaisnet.transport.codec import Codec
-from gaisnet.rounding import num_bytes, num_groups
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NUMBER_BYTES = 4  # of an example's number, length or count of labels; of a scale
@@ -61,6 +61,7 @@ class Work:
     positions: float  # of an example's input
     labels: float
     frames: float  # messages each way, per sample: one tells a device all that a step wants of it
+    devices: float = 0.0  # per example
 
     @classmethod
     def of(cls, examples: Mapping[str, Sequence[Tokens]], batch_size: int) -> "Work":
@@ -71,10 +72,10 @@ class Work:
         owners = sum(1 - (1 - len(mine) / len(every)) ** batch for mine in examples.values())
         positions = sum(len(tokens.input_ids) for tokens in every) / len(every)
         labels = sum(len(tokens.label_ids) for tokens in every) / len(every)
-        return cls(positions, labels, owners / batch)
+        return cls(positions, labels, owners / batch, len(examples) / len(every))
 
 
-_PAPER = Work(positions=15.9, labels=2.33, frames=0.187)
+_PAPER = Work(positions=15.9, labels=2.33, frames=0.187, devices=3 / 630)
 """As ``Work.of`` finds it for configs/bench.yaml: 630 short medical descriptions at three devices."""
 
 
@@ -112,6 +113,7 @@ def _config(given: Mapping[str, Any]) -> Config:
     devices = [{"name": f"clinic-{cut}", "head_layers": cut} for cut in (1, 2, 3)]
     return parse_config(
         {
+            "device_precision": "int8",
             "model": {"dtype": given["dtype"]},
             "adapters": {"first_layer": given["first_layer"]},
             "relay": {"enabled": False},
@@ -122,13 +124,17 @@ def _config(given: Mapping[str, Any]) -> Config:
 
 
 def _wire_bytes(model: PretrainedConfig, config: Config, work: Work) -> tuple[float, float]:
-    """Per sample, up and down. The one frame of a device's whole smashed data has a header too; it is left out."""
+    """Per sample, up and down."""
     width, wire, codec = int(model.hidden_size), config.wire, Codec(config.wire)
-    row_1D, one_E = torch.zeros(1, width), torch.zeros(1, dtype=torch.int32)
+    row_1D, one_E = torch.zeros(1, width), torch.ones(1, dtype=torch.int32)
     output, grad = _row(width, wire.body_output), _row(width, wire.gradient)
     output_header = _size(codec, BodyOutput("train", 10, 10, one_E, row_1D)) - output - _NUMBER_BYTES
     grad_header = _size(codec, BodyOutputGrad(10, 10 / 3, row_1D)) - grad
-    smashed = (work.positions * _row(width, wire.smashed) + 2 * _NUMBER_BYTES) / config.fine_tune.local_epochs
+    whole = _size(codec, SmashedData("device-1", "train", 1, one_E, one_E.clone(), row_1D))
+    once = work.devices * (
+        whole - _row(width, wire.smashed) - 2 * _NUMBER_BYTES
+    )  # the header of all of a device's rows
+    smashed = (work.positions * _row(width, wire.smashed) + 2 * _NUMBER_BYTES + once) / config.fine_tune.local_epochs
     up = smashed + work.labels * grad + work.frames * grad_header
     return up, work.labels * output + _NUMBER_BYTES + work.frames * output_header
 
@@ -164,9 +170,12 @@ def _layer_bytes(model: PretrainedConfig, size: int, int8: bool = False) -> int:
 
 
 def _device_weights(model: PretrainedConfig, config: Config, head: int) -> int:
+    """Norms stay in ``model.dtype``, whatever the device's precision is."""
     size, width = _BYTES[config.model.dtype], int(model.hidden_size)
     vocabularies = 1 if model.tie_word_embeddings else 2
-    return head * _layer_bytes(model, size) + (vocabularies * int(model.vocab_size) + 1) * width * size
+    code = config.model.dtype if config.device_precision == "float32" else config.device_precision
+    layer = sum(out * _row(each, code) for each, out in _linears(model)) + 2 * width * size
+    return head * layer + vocabularies * int(model.vocab_size) * _row(width, code) + width * size
 
 
 def _edge_weights(model: PretrainedConfig, layout: Layout) -> int:
