@@ -1,5 +1,6 @@
 """The down flow: the text that the foundation model writes, and what fitting a smaller middle to it does."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
@@ -53,6 +54,18 @@ def model_that_says(token: int) -> PreTrainedModel:
     model = tiny_model(tied=False)
     lm_head = nn.Linear(32, VOCAB).requires_grad_(False)
     lm_head.bias[token] = 1e4
+    model.set_output_embeddings(lm_head)
+    return model
+
+
+def model_that_says_by_chance(chances: Mapping[int, float]) -> PreTrainedModel:
+    """A real model whose vocabulary head gives tokens these chances, whatever was written."""
+    model = tiny_model(tied=False)
+    lm_head = nn.Linear(32, VOCAB).requires_grad_(False)
+    lm_head.weight.zero_()
+    lm_head.bias.fill_(-1e4)
+    for token, chance in chances.items():
+        lm_head.bias[token] = math.log(chance)
     model.set_output_embeddings(lm_head)
     return model
 
@@ -130,6 +143,19 @@ def test_a_model_that_writes_nothing_still_gives_text_to_learn_from(shape: TaskS
     assert len(texts) == 12 and all(len(ids) >= 2 for ids in texts)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_come_as_often_as_the_model_says(temperature: float) -> None:
+    chances = {10: 0.7, 20: 0.25, 30: 0.05}
+    model = model_that_says_by_chance(chances)
+    drawn = [token for ids in written(FREE, num=96, model=model, temperature=temperature) for token in ids[1:]]
+    assert set(drawn) <= set(chances)
+    sharper = {token: chance ** (1 / temperature) for token, chance in chances.items()}
+    for token, weight in sharper.items():
+        chance = weight / sum(sharper.values())
+        spread = math.sqrt(chance * (1 - chance) / len(drawn))
+        assert abs(drawn.count(token) / len(drawn) - chance) < 4 * spread
+
+
 def test_a_low_temperature_repeats_itself() -> None:
     texts = written(FREE, temperature=1e-4)
     assert len({tuple(ids) for ids in texts}) == 1
@@ -163,18 +189,18 @@ def test_no_weights_of_the_rank_are_better(num: int) -> None:
     ridge = penalty * float(x.square().sum()) / 12
     found = objective(x, y, (b @ a).T, ridge)
     for start_a, start_b in [(a, b), (rows(rank, 12, 4), rows(6, rank, 5))]:
-        factors = [start_a.clone().requires_grad_(), start_b.clone().requires_grad_()]
+        factors = [start_a.double().requires_grad_(), start_b.double().requires_grad_()]  # float32 stops too early
         optimizer = torch.optim.LBFGS(factors, max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
 
         def loss(factors: list[Tensor] = factors, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
             optimizer.zero_grad()
             weights = (factors[1] @ factors[0]).T
-            value = (y - x @ weights).square().sum() + ridge * weights.square().sum()
+            value = (y.double() - x.double() @ weights).square().sum() + ridge * weights.square().sum()
             value.backward()
             return value
 
         optimizer.step(loss)
-        best = objective(x, y, (factors[1] @ factors[0]).T.detach(), ridge)
+        best = objective(x, y, (factors[1] @ factors[0]).T.detach().float(), ridge)
         assert found <= best * (1 + 1e-4)
         assert best == pytest.approx(found, rel=1e-3)
 

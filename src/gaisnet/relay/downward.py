@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, watched
@@ -136,6 +136,23 @@ def _shaped(
     return sequences
 
 
+class _Draw(LogitsProcessor):
+    """Draws a token by inverting the cumulative distribution, and leaves no choice but that.
+
+    It takes a random number per sequence, where ``generate`` itself takes one per token of the vocabulary: a fifth of
+    the time of writing.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative_BV = (scores.double() / self._temperature).softmax(-1).cumsum(-1)
+        at_B1 = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative_BV[:, -1:]
+        drawn_B1 = torch.searchsorted(cumulative_BV, at_B1, right=True)  # to the right: never one of probability zero
+        return torch.full_like(scores, -math.inf).scatter(1, drawn_B1.clamp(max=scores.shape[1] - 1), 0.0)
+
+
 @torch.no_grad()
 def _sample(
     model: PreTrainedModel,
@@ -152,10 +169,11 @@ def _sample(
         written_BT = cast(Any, model).generate(
             prompt_BT,
             attention_mask=torch.ones_like(prompt_BT),
-            do_sample=True,
-            temperature=settings.temperature,
-            top_k=0,
-            top_p=1.0,
+            do_sample=False,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+            logits_processor=LogitsProcessorList([_Draw(settings.temperature)]),
             max_new_tokens=num_new,
             min_new_tokens=num_new,
             pad_token_id=tokenizer.eos_token_id,
