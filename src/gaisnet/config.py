@@ -111,7 +111,7 @@ class FineTuneSettings(Settings):
     weight_decay: float = Field(0.0, ge=0.0, description="Of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this norm.")
     anchor_weight: float = Field(
-        5.0, ge=0.0, description="Weight of the pull toward the FM's own output on generated text, against forgetting."
+        10.0, ge=0.0, description="Weight of the pull toward the FM's own output on generated text, against forgetting."
     )
     anchor_sequences: int = Field(48, ge=1, description="Sequences of generated text that the pull knows.")
     anchor_batch_size: int = Field(2, ge=1, description="How many of them are in a step that pulls.")
@@ -144,6 +144,10 @@ class WireSettings(Settings):
     gradient: TensorCode = Field("int4", description="Gradients device -> edge.")
     gradient_rounding: Literal["nearest", "stochastic"] = Field(
         "nearest", description="How int8 and int4 gradients are rounded; by chance, errors are larger but cancel out."
+    )
+    anchor: TensorCode = Field(
+        "float16",
+        description="What the FM makes of its own text, cloud -> edge -> local device, once: what is not to be lost.",
     )
     adapter: TensorCode = Field("float32", description="Adapters, both ways.")
     max_message_bytes: int = Field(2**31, ge=2**16, description="Longer frames are refused before they are read.")

@@ -90,7 +90,7 @@ class AnchorRelease(Message):
     """
 
     lengths_E: Tensor  # int32
-    hidden_ND: Tensor = wire("smashed")  # float, all sequences one after the other
+    hidden_ND: Tensor = wire("anchor")  # float, all sequences one after the other
 
     def __post_init__(self) -> None:
         if self.lengths_E.dtype != torch.int32 or self.lengths_E.ndim != 1 or self.hidden_ND.ndim != 2:

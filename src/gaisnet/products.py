@@ -78,6 +78,8 @@ def _summed(left: Tensor, right: Tensor) -> Tensor:
     if not right.numel():  # oneDNN sums over one row at least
         return left.new_zeros(left.shape[-1], right.shape[-1])
     rows, columns = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+    if rows.shape[1] > columns.shape[1]:  # the first factor is copied to be transposed: let it be the narrow one
+        return _multiply(columns.t(), rows.t()).t()
     return _multiply(rows.t(), columns.t())
 
 

@@ -56,7 +56,13 @@ from tests.tiny import (
 pytestmark = pytest.mark.integration
 
 PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
-EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
+EXACT = {
+    "smashed": "float32",
+    "body_output": "float32",
+    "gradient": "float32",
+    "anchor": "float32",
+    "adapter": "float32",
+}
 WEIGHTS = 0.1
 MIDDLE, SUFFIX = {2, 3}, {4, 5}
 

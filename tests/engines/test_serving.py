@@ -28,7 +28,7 @@ from tests.tiny import round_weights, tiny_config, tiny_data, tiny_edge, tiny_to
 
 pytestmark = pytest.mark.integration
 
-EXACT = dict.fromkeys(("smashed", "session", "body_output", "gradient", "adapter"), "float32")
+EXACT = dict.fromkeys(("smashed", "session", "body_output", "gradient", "anchor", "adapter"), "float32")
 PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
 NUM_TOKENS = 12
 SAMPLING = Sampling(max_tokens=NUM_TOKENS, stop_ids=frozenset({257}))  # as the reference stops

@@ -28,7 +28,13 @@ from tests.tiny import tiny_edge, write_tiny_run
 
 pytestmark = pytest.mark.integration
 
-EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
+EXACT = {
+    "smashed": "float32",
+    "body_output": "float32",
+    "gradient": "float32",
+    "anchor": "float32",
+    "adapter": "float32",
+}
 OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
 
 

@@ -30,6 +30,13 @@ def test_weights_are_within_half_a_step() -> None:
     )
 
 
+def test_it_does_not_matter_how_weights_lie_in_memory() -> None:
+    rows, columns = linear(), linear()
+    columns.weight.data = columns.weight.data.t().contiguous().t()
+    input = torch.randn(10, 64)
+    assert torch.equal(Int8Linear.from_linear(columns)(input), Int8Linear.from_linear(rows)(input))
+
+
 def test_no_sum_overflows_at_the_largest_numbers() -> None:
     exact = nn.Linear(512, 16, bias=False)
     nn.init.constant_(exact.weight, 1.0)

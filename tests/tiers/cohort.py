@@ -24,7 +24,13 @@ from gaisnet.transport.local import LocalLink
 from tests.frames import Frames
 from tests.tiny import NUM_LAYERS, tiny_config, tiny_model, tiny_tokenizer
 
-EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "adapter": "float32"}
+EXACT = {
+    "smashed": "float32",
+    "body_output": "float32",
+    "gradient": "float32",
+    "anchor": "float32",
+    "adapter": "float32",
+}
 ONE_STEP = {"local_epochs": 1, "batch_size": 64, "learning_rate": 0.01, "anchor_weight": 0.0}
 ALL = tuple(range(NUM_LAYERS))
 FIRST_ADAPTED = 3

@@ -45,7 +45,9 @@ from gaisnet.messages import (
 )
 from gaisnet.transport.codec import Codec
 
-EXACT = WireSettings(smashed="float32", session="float32", body_output="float32", gradient="float32", adapter="float32")
+EXACT = WireSettings(
+    smashed="float32", session="float32", anchor="float32", body_output="float32", gradient="float32", adapter="float32"
+)
 Header = dict[str, Any]
 Change = Callable[[Header], object]
 

@@ -251,7 +251,7 @@ def messages() -> list[bytes]:
 
 
 def replace_codes(code: str) -> WireSettings:
-    return WireSettings.model_validate(dict.fromkeys(("smashed", "body_output", "gradient", "adapter"), code))
+    return WireSettings.model_validate(dict.fromkeys(("smashed", "body_output", "gradient", "anchor", "adapter"), code))
 
 
 def mutated_message(chance: random.Random) -> bytes:

@@ -18,7 +18,7 @@ class Effort:
     tokens: int = 64
     at_once: int = 16
     beside: int = 4  # sessions that answer beside fine-tuning
-    seconds: float = 15.0  # of each window with or without fine-tuning
+    seconds: float = 15.0  # of a window of answers without fine-tuning; with it, a window is a round of that
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gaisnet.bench.beside import Beside, beside_learning
 from gaisnet.bench.escalation import AutoFigures, measure_auto
-from gaisnet.bench.learner import Learner
 from gaisnet.bench.rounds import Effort, Rounds
 from gaisnet.bench.sessions import Batch, Single, batch, single, speculation
 from gaisnet.bench.spread import Spread
@@ -39,7 +38,7 @@ class Ratios(BaseModel):
         description="Time between tokens, 95th percentile, with fine-tuning over without."
     )
     tuning_speed_kept: Spread = Field(
-        description="Steps/s of fine-tuning while it answers over those while it does not."
+        description="Speed of a round of fine-tuning while it answers over that while it does not."
     )
     tokens_per_cloud_call: Spread = Field(description="Tokens of speculative answers per call to the FM's body.")
 
@@ -74,9 +73,13 @@ class ServingFigures(BaseModel):
 
 def measure_serving(run: Path, effort: Effort | None = None, progress: Progress = silent) -> ServingFigures:
     """Measure a finished run; its folder is claimed meanwhile. Raises ``GaisnetError``."""
-    learner = Learner(progress)
-    with serve_run(run, (), learner) as served:
-        return _measure(run.name, served, learner, effort or Effort(), progress)
+
+    def told(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        if stage != "fine_tune":  # a measurement tells its rounds
+            progress(stage, done, total, figures)
+
+    with serve_run(run, (), told) as served:
+        return _measure(run.name, served, effort or Effort(), progress)
 
 
 def write_figures(figures: ServingFigures, path: Path) -> None:
@@ -84,7 +87,7 @@ def write_figures(figures: ServingFigures, path: Path) -> None:
     write_text(path, figures.model_dump_json(indent=2) + "\n")
 
 
-def _measure(run: str, served: ServedRun, learner: Learner, effort: Effort, progress: Progress) -> ServingFigures:
+def _measure(run: str, served: ServedRun, effort: Effort, progress: Progress) -> ServingFigures:
     """All figures, the models as they are first: learning comes last."""
     device = device_of(served, None)
     home, domain = device.domain, device.domains[device.domain]
@@ -99,7 +102,7 @@ def _measure(run: str, served: ServedRun, learner: Learner, effort: Effort, prog
     checker = Target("cloud", domain.foundation_adapters, home)
     speculated = speculation(writers, targets["edge"], checker, rounds)
     auto = {key: found for name in device.domains for key, found in measure_auto(device, name, progress).items()}
-    beside = beside_learning(writers, targets["edge"], learner, served.bodies.network, rounds)
+    beside = beside_learning(writers, targets["edge"], served.bodies.network, rounds)
     return ServingFigures(
         run=run,
         cores=num_cores(),

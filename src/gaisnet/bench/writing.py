@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -99,22 +99,21 @@ class Writers:
         return WrittenBySessions(answers, ended - started, ended - min(begun_at))
 
     def gaps(
-        self, target: Target, prompts: Sequence[Prompt], num_tokens: int, at_once: int, seconds: float
+        self, target: Target, prompts: Sequence[Prompt], num_tokens: int, at_once: int, enough: Callable[[], bool]
     ) -> list[float]:
         """Seconds between two tokens of an answer, while ``at_once`` sessions write one answer after the other."""
-        until = time.perf_counter() + seconds
         turns, guard = cycle(prompts), threading.Lock()
 
         def go_on(_: int) -> list[float]:
             found: list[float] = []
-            while time.perf_counter() < until:
+            while not enough():
                 with guard:
                     prompt = next(turns)
                 came = []
                 with closing(self._tokens(target, prompt, num_tokens)) as tokens:
                     for _token in tokens:
                         came.append(time.perf_counter())
-                        if came[-1] >= until:
+                        if enough():
                             break
                 found += [later - earlier for earlier, later in pairwise(came)]
             return found

@@ -56,7 +56,8 @@ class Int8Linear(nn.Linear):
             rounded.input_scale = _smoothing(weight, input_peak)
         weight = weight * rounded.input_scale
         scale = weight.abs().amax(dim=1).clamp(min=_TINY) / _WEIGHT_LEVELS
-        rounded.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        codes = (weight / scale[:, None]).round().to(torch.int8)
+        rounded.register_buffer("weight", codes.contiguous())  # the kernel packs it as it lies
         rounded.weight_scale = scale
         if linear.bias is not None:
             rounded.register_buffer("bias", linear.bias.detach().float())

@@ -265,7 +265,8 @@ class DomainModel:
         """Run the suffix over a batch; ``picks`` are (member, example), a member's together."""
         lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
         num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
-        hidden_BTD = pad_sequence([members[m].inputs.hidden.sequences()[e] for m, e in picks], batch_first=True)
+        hidden = [member.inputs.hidden.sequences() for member in members]
+        hidden_BTD = pad_sequence([hidden[m][e] for m, e in picks], batch_first=True)
         with self._turn.learning():
             rows_ND = self._body.run(
                 hidden_BTD,
