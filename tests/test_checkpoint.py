@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gaisnet import checkpoint
-from gaisnet.checkpoint import FolderShelf, NoShelf, digest_of, replacing, under, write_text
+from gaisnet.checkpoint import FolderShelf, NoShelf, digest_of, make_room_for, replacing, under, write_text
 from gaisnet.errors import CheckpointError, OutputNotWritable
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -243,6 +243,22 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(OutputNotWritable, match=r"file/shelf/it\.safetensors'"):
         FolderShelf(tmp_path / "file" / "shelf").put("it", *NEW)
+
+
+def test_room_is_made_for_a_result_and_nothing_is_left_there(tmp_path: Path) -> None:
+    path = tmp_path / "not" / "there yet" / "bench.json"
+    make_room_for(path)
+    assert path.parent.is_dir() and not any(path.parent.iterdir())
+    path.write_text("an old result")
+    make_room_for(path)
+    assert path.read_text() == "an old result"
+
+
+def test_no_room_for_a_result(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file" / "bench.json", tmp_path):
+        with pytest.raises(OutputNotWritable, match="choose a writable folder"):
+            make_room_for(path)
 
 
 def test_text_is_written_whatever_is_in_it(tmp_path: Path) -> None:

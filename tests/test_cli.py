@@ -216,6 +216,12 @@ def test_figures_and_their_picture_are_two_files(tmp_path: Path) -> None:
     assert_fails(result, "is where the picture would go; name the figures' file, such as bench.json")
 
 
+def test_a_bench_whose_file_cannot_be_written_fails_before_it_measures(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for subject in (["bench", small_run(tmp_path)], ["bench", "--scale"], ["bench", "--serving", tmp_path / "run"]):
+        assert_fails(gaisnet(*subject, "--out", tmp_path / "file" / "b.json"), "choose a writable folder")
+
+
 def test_brackets_in_a_message_are_no_markup(tmp_path: Path) -> None:
     path = tmp_path / "[red]run.yaml"
     assert_fails(gaisnet("run", path, "--out", tmp_path / "out"), "[red]run.yaml")

@@ -3,9 +3,11 @@
 A checkpoint is a safetensors file: tensors, and a state of plain values as JSON in its metadata. Nothing is pickled.
 """
 
+import errno
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +96,19 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputNotWritable(path, error.strerror or str(error)) from error
+
+
+def make_room_for(path: Path) -> None:
+    """Before long work whose result goes to ``path``: make its folder, and see that a file can be written there.
+
+    Raises ``OutputNotWritable``.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 @contextmanager

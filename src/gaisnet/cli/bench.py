@@ -75,12 +75,14 @@ def bench(
 def _learning(file: Path, overrides: list[str], out: Path, rounds: int) -> None:
     from gaisnet.bench.contest import measure_learning, write_learning
     from gaisnet.bench.picture import draw_learning
+    from gaisnet.checkpoint import make_room_for
     from gaisnet.config import load_config
 
     picture = out.with_suffix(".png")
     if picture == out:
         raise ConfigError(f"--out {out}", "is where the picture would go", "name the figures' file, such as bench.json")
     config = load_config(file, overrides)
+    make_room_for(out)
     with LiveProgress(console) as progress:
         figures = measure_learning(config, rounds, progress)
     write_learning(figures, out)
@@ -124,10 +126,13 @@ def _learning_tables(figures: "LearningFigures") -> "Iterator[Table]":
 def _serving(run: Path, out: Path | None, rounds: int, seconds: float) -> None:
     from gaisnet.bench.rounds import Effort
     from gaisnet.bench.serving import FILE_NAME, measure_serving, write_figures
+    from gaisnet.checkpoint import make_room_for
 
+    path = out or run / FILE_NAME
+    if out is not None:  # the folder of a run is its own; what is wrong with it, reading it says
+        make_room_for(path)
     with LiveProgress(console) as progress:
         figures = measure_serving(run, Effort(rounds=rounds, seconds=seconds), progress)
-    path = out or run / FILE_NAME
     write_figures(figures, path)
     console.print(_table(figures))
     same = figures.same
@@ -154,14 +159,16 @@ def _table(figures: "ServingFigures") -> "Table":
 
 def _scale(sizes: str, out: Path | None, rounds: int) -> None:
     from gaisnet.bench.scale import FILE_NAME, measure_scale, write_scale
+    from gaisnet.checkpoint import make_room_for
 
     try:
         numbers = [int(size) for size in sizes.split(",")]
     except ValueError:
         raise ConfigError("--sizes", f"is '{sizes}'", "give numbers with commas between, such as 10,100") from None
+    path = out or Path(FILE_NAME)
+    make_room_for(path)
     with LiveProgress(console) as progress:
         figures = measure_scale(numbers, rounds, progress)
-    path = out or Path(FILE_NAME)
     write_scale(figures, path)
     for table in _scale_tables(figures):
         console.print(table)
