@@ -15,15 +15,16 @@ from torch.nn import functional as F
 _AVAILABLE = torch.backends.mkldnn.is_available()
 
 
-def product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, for_output: Tensor | None = None) -> Tensor:
     """``input`` [..., in] times ``weight`` [out, in], plus ``bias`` [out]: [..., out]; on oneDNN on a CPU in float32.
 
-    Gradients go to the input; weights that learn take torch's own way.
+    Gradients go to the input; weights that learn take torch's own way. ``for_output``: the same weight once more, that
+    lies column after column, so that oneDNN need not put it in order for the output. Its gradients want the other.
     """
     own = [weight] if bias is None else [weight, bias]
     if not _onednn_takes(input, *own) or any(each.requires_grad for each in own):
         return F.linear(input, weight, bias)
-    result: Tensor = _Product.apply(input, weight, bias)
+    result: Tensor = _Product.apply(input, weight, bias, weight if for_output is None else for_output)
     return result
 
 
@@ -43,14 +44,14 @@ class _Product(torch.autograd.Function):
     """Forward the product; backward that of the gradient of the input by the same weights."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, for_output: Tensor) -> Tensor:
         ctx.weight = weight
-        return _multiply(input, weight, bias)
+        return _multiply(input, for_output, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return _multiply(grad_outputs[0], ctx.weight.t()), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return _multiply(grad_outputs[0], ctx.weight.t()), None, None, None
 
 
 class _LowRank(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Frozen linear layers: the same numbers as torch's own, forward and backward, and nothing that learns."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from gaisnet.models.frozen import FrozenLinear, freeze_linears
+from gaisnet.models.frozen import FrozenLinear, freeze_linears, quick_products
 
 
 def pair(bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -107,3 +108,40 @@ def test_an_adapter_of_peft_learns_beside_it() -> None:
         "proj.lora_B.default.weight",
     }
     assert type(adapted["proj"].base_layer) is FrozenLinear
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 256])
+def test_quick_products_give_the_same_numbers(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, frozen = pair(bias=True)
+    weights: list[torch.Tensor] = []
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def note(*args: Any) -> torch.Tensor:
+        weights.append(args[1])
+        result: torch.Tensor = real(*args)
+        return result
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", note)
+    found = []
+    for context in (nullcontext(), quick_products(nn.Sequential(frozen))):
+        inputs = torch.randn(rows, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with context:
+            output = frozen(inputs)
+            output.square().sum().backward()
+        found.append((output.detach(), inputs.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    once, _, again, for_input = weights
+    assert once is frozen.weight
+    assert again.t().is_contiguous() and torch.equal(again, frozen.weight)
+    assert for_input.data_ptr() == frozen.weight.data_ptr()
+
+
+def test_answers_do_not_see_the_second_copy_and_it_goes() -> None:
+    _, frozen = pair(bias=False)
+    with pytest.raises(ValueError), quick_products(frozen):
+        frozen._columns = torch.full_like(frozen.weight, float("nan"))
+        with torch.no_grad():
+            assert torch.isfinite(frozen(torch.randn(1, 24))).all()
+        assert frozen(torch.randn(1, 24)).isnan().all()
+        raise ValueError
+    assert frozen._columns is None

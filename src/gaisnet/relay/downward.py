@@ -234,9 +234,9 @@ def fit_low_rank(x_NI: Tensor, y_ND: Tensor, rank: int, penalty: float) -> tuple
     x_NI, y_ND = x_NI.float(), y_ND.float()
     ridge = penalty * float(x_NI.square().sum()) / x_NI.shape[1]
     if len(x_NI) < x_NI.shape[1]:  # the same weights either way; the smaller system is solved
-        full_ID = x_NI.T @ torch.linalg.solve(_with_ridge(x_NI @ x_NI.T, ridge), y_ND)
+        full_ID = x_NI.T @ _solved(x_NI @ x_NI.T, ridge, y_ND)
     else:
-        full_ID = torch.linalg.solve(_with_ridge(x_NI.T @ x_NI, ridge), x_NI.T @ y_ND)
+        full_ID = _solved(x_NI.T @ x_NI, ridge, x_NI.T @ y_ND)
     _, directions_DD = torch.linalg.eigh(y_ND.T @ x_NI @ full_ID)  # in order of what they explain
     b_DR = directions_DD[:, -rank:]
     a_RI = (full_ID @ b_DR).T
@@ -244,8 +244,11 @@ def fit_low_rank(x_NI: Tensor, y_ND: Tensor, rank: int, penalty: float) -> tuple
     return F.pad(a_RI, (0, 0, 0, lacking)).contiguous(), F.pad(b_DR, (0, lacking)).contiguous()
 
 
-def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
-    return gram + ridge * torch.eye(len(gram), device=gram.device)
+def _solved(gram_KK: Tensor, ridge: float, right_KD: Tensor) -> Tensor:
+    """Solves (gram + ridge) @ solution = right, also where rounding, or what is no number, spoils Cholesky's way."""
+    system_KK = gram_KK + ridge * torch.eye(len(gram_KK), device=gram_KK.device)
+    factor_KK, failed = torch.linalg.cholesky_ex(system_KK)
+    return torch.linalg.solve(system_KK, right_KD) if failed else torch.cholesky_solve(right_KD, factor_KK)
 
 
 def _traced(body: Layers, layer: int, hidden: Ragged) -> tuple[Ragged, Ragged]:

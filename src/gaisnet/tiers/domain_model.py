@@ -7,12 +7,13 @@ come out of a cache, only rows that carry a label go to their owner, gradients c
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,6 +22,7 @@ from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter, trainable
 from gaisnet.config import FineTuneSettings
 from gaisnet.errors import GaisnetError, NotFinite, WireFormatError
 from gaisnet.messages import AdapterRelease, AnchorRelease, BodyOutput, BodyOutputGrad, Role
+from gaisnet.models.frozen import quick_products
 from gaisnet.models.parts import Body
 from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged, length_mask, relative_square, shuffled_batches
@@ -170,8 +172,30 @@ class DomainModel:
         A member that fails is left out from that step on; when none is left the learning ends, and has no examples.
         ``where`` and the step are named where a member's loss is not finite.
         """
-        with self._turn.learning():
-            parameters = trainable(self._body, "domain")
+        with self._learning_domain() as parameters:
+            return self._learned(parameters, members, labels, settings, seed, where, progress)
+
+    @contextmanager
+    def _learning_domain(self) -> Iterator[list[nn.Parameter]]:
+        """Inside, the domain adapter learns: its parameters."""
+        suffix = [layer for name, layer in self._body.layers.items() if int(name) >= self._layout.first_adapted]
+        with quick_products(*suffix):
+            with self._turn.learning():
+                parameters = trainable(self._body, "domain")
+            yield parameters
+            with self._turn.learning():
+                self._body.requires_grad_(False)
+
+    def _learned(
+        self,
+        parameters: list[nn.Parameter],
+        members: Sequence[Member],
+        labels: Labels,
+        settings: FineTuneSettings,
+        seed: int,
+        where: str,
+        progress: Progress,
+    ) -> Learned:
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         generator = torch.Generator().manual_seed(seed)
         lengths = [n for member in members for n in member.inputs.hidden.lengths]
@@ -197,8 +221,6 @@ class DomainModel:
                 loss_sum, num_tokens = loss_sum + step_loss, num_tokens + step_tokens
                 progress("fine_tune", step, total, {"loss": step_loss / step_tokens})
             loss = loss_sum / max(num_tokens, 1)
-        with self._turn.learning():
-            self._body.requires_grad_(False)
         stayed = sum(len(member.inputs) for member in members if member.name not in left)
         return Learned(stayed, step, loss, left)
 
