@@ -22,7 +22,7 @@ from gaisnet.rounding import GROUP, from_int4, from_int8, num_bytes, num_groups,
 
 FewBits = Literal["int8", "int4"]
 
-_BLOCK_NUMBERS = 2**20  # widened at once: 4 MiB, which stay in a CPU's cache until they are multiplied
+_BLOCK_NUMBERS = 2**21  # widened at once: 8 MiB, which stay in a CPU's cache until they are multiplied
 
 
 class RoundedMatrix(nn.Module):
@@ -59,21 +59,26 @@ class RoundedMatrix(nn.Module):
 
     def rows(self, which: Tensor | slice) -> Tensor:
         """Those rows, widened: float32 [..., D]."""
-        return self._widened(which, None)
+        if self.shares is None:
+            return from_int8(self.codes[which], self.scale[which])
+        return from_int4(self.codes[which], self.shares[which], self.scale[which], self.width)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """All rows, some at a time: which, and float32 [some, D], which the next ones overwrite."""
+        """All rows, some at a time: which, and float32 [some, D], which the next ones overwrite.
+
+        They are yet to be multiplied by ``scale``: on a product's narrow side there are fewer numbers to multiply.
+        """
         size = max(1, min(self.num_rows, _BLOCK_NUMBERS // self.width))
         filled = self.width if self.shares is None else num_groups(self.width) * GROUP
         memory = torch.empty(size, filled, device=self.codes.device)
         for first in range(0, self.num_rows, size):
             which = slice(first, min(first + size, self.num_rows))
-            yield which, self._widened(which, memory[: which.stop - first])
+            yield which, self._unscaled(which, memory[: which.stop - first])
 
-    def _widened(self, which: Tensor | slice, out: Tensor | None) -> Tensor:
+    def _unscaled(self, which: slice, out: Tensor) -> Tensor:
         if self.shares is None:
-            return from_int8(self.codes[which], self.scale[which], out)
-        return from_int4(self.codes[which], self.shares[which], self.scale[which], self.width, out)
+            return out.copy_(self.codes[which])
+        return from_int4(self.codes[which], self.shares[which], torch.ones_like(self.scale[which]), self.width, out)
 
 
 class RoundedEmbedding(nn.Module):
@@ -107,26 +112,32 @@ class RoundedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """Forward the product; backward the gradient of the input by the same weights."""
+    """Forward the product; backward the gradient of the input by the same weights. In float32 at least."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, matrix: RoundedMatrix) -> Tensor:
         ctx.matrix = matrix
-        rows_ND = input.reshape(-1, matrix.width)
+        rows_ND = _wide(input).reshape(-1, matrix.width)
         product_NR = rows_ND.new_empty(len(rows_ND), matrix.num_rows)
         for which, block_RD in matrix.blocks():
-            product_NR[:, which] = product(rows_ND, block_RD.to(input.dtype))
-        return product_NR.view(*input.shape[:-1], matrix.num_rows)
+            product_NR[:, which] = product(rows_ND, block_RD.to(rows_ND.dtype))
+        product_NR *= matrix.scale.t()
+        return product_NR.view(*input.shape[:-1], matrix.num_rows).to(input.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (grad,), matrix = grad_outputs, ctx.matrix
-        grad_NR = grad.reshape(-1, matrix.num_rows)
+        grad_NR = _wide(grad).reshape(-1, matrix.num_rows) * matrix.scale.t()
         sum_ND = grad_NR.new_zeros(len(grad_NR), matrix.width)
         for which, block_RD in matrix.blocks():
-            sum_ND += product(grad_NR[:, which], block_RD.to(grad.dtype).t())
-        return sum_ND.view(*grad.shape[:-1], matrix.width), None
+            sum_ND += product(grad_NR[:, which], block_RD.to(grad_NR.dtype).t())
+        return sum_ND.view(*grad.shape[:-1], matrix.width).to(grad.dtype), None
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: before they are scaled, sums of codes are large."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def to_empty_few_bits(module: nn.Module, precision: FewBits) -> None:
