@@ -4,6 +4,7 @@ Contenders take turns, round after round, each round with a seed of its own, so 
 changes it for all. Quickest is whoever learns most samples per second; whether it has learned is another column.
 """
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,9 +145,11 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
     for number in range(rounds):
         for at, (name, contender) in enumerate(_turned(contenders, number)):
             progress("bench_learning", number * turns + at, rounds * turns, {})
+            gc.collect()  # what another one left behind would cost this one fresh pages of memory
             kept[name].results.append(contender.run(task, config.seed + number))
             kept[name].peaks.append(contender.device_peak_bytes(task, config.seed + number))
         progress("bench_learning", number * turns + turns - 1, rounds * turns, {})
+        gc.collect()
         unsplit.append(run_unsplit(task, config.seed + number))
     progress("bench_learning", rounds * turns, rounds * turns, {})
     best = kept["centralised_all"]
