@@ -124,7 +124,14 @@ class AbsorbSettings(Settings):
     """The cloud's gate over what comes up."""
 
     max_retention_increase: float = Field(
-        0.15, ge=0.0, description="An adapter that raises the FM's perplexity on public text by more is refused."
+        0.15, ge=0.0, description="An adapter may not raise the FM's perplexity on public text by more."
+    )
+    least_share: float = Field(
+        0.5,
+        gt=0.0,
+        le=1.0,
+        description="One that would is plugged into the FM with less of its strength, down to this share; below it is "
+        "refused. With 1 it is refused at once. The DM keeps it whole.",
     )
     merge_weight: float = Field(0.7, gt=0.0, description="Weight of each domain's adapter in the merged one.")
     retention_windows: int = Field(16, ge=1, description="Windows of public text in the perplexity.")

@@ -373,6 +373,25 @@ def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays() -> None:
     assert run.scores[1].domain != run.scores[0].domain
 
 
+def test_an_adapter_over_the_limit_is_plugged_in_weaker_and_its_domain_model_keeps_it_whole() -> None:
+    def run(**absorb: float) -> Run:
+        settings = {"retention_windows": 2, "retention_tokens": 16, **absorb}
+        fine_tune = {"local_epochs": 2, "batch_size": 4, "learning_rate": 0.02, "anchor_weight": 0.0}
+        config = tiny_config(absorb=settings, fine_tune=fine_tune, cycles=1)
+        return Run(config, foundation=foundation_that_knows(PUBLIC_TEXT)).go()
+
+    free = run(max_retention_increase=1e9)
+    cost = free.verdicts[0][0].perplexity / free.network.cloud.perplexity_before - 1.0
+    strict = run(max_retention_increase=0.9 * cost)
+    verdict, cloud = strict.verdicts[0][0], strict.network.cloud
+    assert verdict.accepted and 0.5 <= verdict.share < 1.0
+    assert cloud.retention["shapes"] == verdict.perplexity <= verdict.limit
+    whole = strict.updates[0]["shapes"].tensors
+    for key, tensor in cloud.adapter("shapes")[1].items():
+        assert torch.equal(tensor, whole[key] * verdict.share if ".lora_B." in key else whole[key])
+    assert strict.scores[1].domain["shapes"] == free.scores[1].domain["shapes"]
+
+
 def test_one_refused_adapter_does_not_stop_another() -> None:
     run = Run(quick(cycles=1)).go()
     cloud = run.network.cloud

@@ -1,6 +1,7 @@
 """The up flow: the merged adapter is an exact sum, the gate says what it does, perplexity is the unsplit model's."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
-from gaisnet.relay.upward import gate, merge, perplexity
+from gaisnet.relay.upward import Verdict, gate, merge, perplexity, strongest, weakened
 from tests.tiny import VOCAB, tiny_model
 
 TARGETS = ("q_proj", "down_proj")
@@ -122,6 +123,45 @@ def test_the_gate_says_what_it_does_and_why(now: float, sentence: str) -> None:
 
 def test_nothing_passes_where_the_model_was_broken_before() -> None:
     assert not gate("medical", 10.0, before=math.nan, max_increase=0.15).accepted
+
+
+def judge_of(cost: float, tried: list[float]) -> Callable[[float], Verdict]:
+    """Of an adapter that raises a perplexity of 10 by ``cost`` times its share."""
+
+    def judge(share: float) -> Verdict:
+        tried.append(share)
+        return gate("medical", 10.0 + cost * share, before=10.0, max_increase=0.15, share=share)
+
+    return judge
+
+
+@pytest.mark.parametrize(("cost", "share"), [(1.0, 1.0), (1.5, 1.0), (1.6, 0.9375), (2.0, 0.75), (2.9, 0.5), (3.0, 0.5)])
+def test_an_adapter_over_the_limit_goes_in_as_strong_as_it_may(cost: float, share: float) -> None:
+    tried: list[float] = []
+    verdict = strongest(judge_of(cost, tried), least=0.5)
+    assert verdict.accepted and verdict.share == pytest.approx(share, abs=1e-9)
+    assert verdict.perplexity == pytest.approx(10.0 + cost * share)
+    assert len(tried) == (1 if share == 1.0 else 5)
+
+
+@pytest.mark.parametrize(("cost", "least", "num_tried"), [(3.1, 0.5, 2), (1.6, 1.0, 1), (math.nan, 0.5, 2)])
+def test_one_that_would_be_too_weak_is_refused_as_it_is(cost: float, least: float, num_tried: int) -> None:
+    tried: list[float] = []
+    verdict = strongest(judge_of(cost, tried), least)
+    assert not verdict.accepted and verdict.share == 1.0
+    assert len(tried) == num_tried
+
+
+def test_the_gate_says_how_weak_an_adapter_is() -> None:
+    said = str(gate("medical", 11.0, before=10.0, max_increase=0.15, share=0.6875))
+    assert said == "accepted 'medical' at 69% of its strength: perplexity on public text 11.00, limit 11.50"
+
+
+def test_a_weakened_adapters_products_are_a_share() -> None:
+    adapter = take_out(body_with("a"), "a")
+    weak = weakened(adapter, 0.25)
+    for module in {key.rsplit(".", 2)[0] for key in adapter}:
+        assert torch.allclose(product(weak, module, 6, 2), 0.25 * product(adapter, module, 6, 2))
 
 
 # -- perplexity --------------------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def _retention(summary: Summary) -> str:
     svg = lines_svg("Retention", _numbers(summary), [Plot(lines, "perplexity")])
     note = (
         "Perplexity is how surprised the FM is by public text that no domain trains on: where it rises, the FM forgets "
-        "what it knew, and the gate refuses an adapter above its limit."
+        "what it knew, and the gate weakens or refuses an adapter above its limit."
     )
     said = [f"<li>Cycle {cycle.cycle}: {escape(line)}</li>" for cycle in summary.cycles for line in cycle.gate]
     extra = f'<div><h3>What the gate said</h3><ul class="said">{"".join(said)}</ul></div>' if said else ""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from gaisnet.adapters.state import AdapterTensors
 
+_BISECTIONS = 3
 _CHUNK_ROWS = 64  # a vocabulary is long: more at once would keep answers on the same machine waiting
 
 
@@ -21,22 +22,49 @@ class Verdict:
     perplexity: float
     limit: float
     unfit: str = ""  # why it was not even tried
+    share: float = 1.0  # of its strength, with which it was tried
 
     def __str__(self) -> str:
         """The decision in a sentence."""
         if self.unfit:
             return f"refused '{self.adapter}': {self.unfit}"
         word = "accepted" if self.accepted else "refused"
-        return f"{word} '{self.adapter}': perplexity on public text {self.perplexity:.2f}, limit {self.limit:.2f}"
+        weaker = f" at {self.share:.0%} of its strength" if self.share < 1.0 else ""
+        found = f"perplexity on public text {self.perplexity:.2f}, limit {self.limit:.2f}"
+        return f"{word} '{self.adapter}'{weaker}: {found}"
 
 
-def gate(adapter: str, perplexity: float, before: float, max_increase: float) -> Verdict:
+def gate(adapter: str, perplexity: float, before: float, max_increase: float, share: float = 1.0) -> Verdict:
     """Refuse an adapter that raises the FM's perplexity on public text from ``before`` by more than a share.
 
-    A perplexity that is not a number is refused, too.
+    A perplexity that is not a number is refused, too. ``share``: of its strength, with which it was measured.
     """
     limit = before * (1.0 + max_increase)
-    return Verdict(perplexity <= limit, adapter, perplexity, limit)
+    return Verdict(perplexity <= limit, adapter, perplexity, limit, share=share)
+
+
+def strongest(judge: Callable[[float], Verdict], least: float) -> Verdict:
+    """The verdict on the largest share of an adapter's strength that is accepted; its refusal if it is below ``least``.
+
+    What an adapter costs grows with its strength, so a bisection finds the share, to within a sixteenth for a half.
+    """
+    whole = judge(1.0)
+    best = whole if whole.accepted or least >= 1.0 else judge(least)
+    if best is whole or not best.accepted:
+        return whole
+    low, high = least, 1.0
+    for _ in range(_BISECTIONS):
+        tried = judge((low + high) / 2)
+        if tried.accepted:
+            best, low = tried, tried.share
+        else:
+            high = tried.share
+    return best
+
+
+def weakened(adapter: AdapterTensors, share: float) -> AdapterTensors:
+    """The adapter whose products B A are a share of this one's."""
+    return {key: tensor * share if ".lora_B." in key else tensor for key, tensor in adapter.items()}
 
 
 def merge(adapters: Sequence[AdapterTensors], weight: float) -> AdapterTensors:

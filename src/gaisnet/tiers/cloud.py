@@ -31,7 +31,7 @@ from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
-from gaisnet.relay.upward import Verdict, gate, merge
+from gaisnet.relay.upward import Verdict, gate, merge, strongest, weakened
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.foundation_model import FoundationModel
 from gaisnet.tiers.layout import Layout
@@ -112,7 +112,7 @@ class Cloud:
         for domain in self._shapes:
             self._model.add(domain, self.layout.domain_spec(), seed)
         self._model.add(MERGED, self.layout.domain_spec(len(self._shapes)), seed)
-        self._put_merged()
+        self._model.put(MERGED, self._merged())
 
     # -- down ----------------------------------------------------------------------------------------------------------
 
@@ -138,41 +138,41 @@ class Cloud:
         return [*(self._try(domain, update) for domain, update in updates.items()), self._try_merged()]
 
     def _try_merged(self) -> Verdict:
-        before = self._model.adapter(MERGED)
-        self._put_merged()
-        verdict = self._gate(MERGED)
+        verdict = self._let_in(MERGED, self._merged())
         if verdict.accepted:
-            self.retention[MERGED] = verdict.perplexity
             self._put_out(MERGED)
-        else:
-            self._model.put(MERGED, before)
         return verdict
 
     def _try(self, domain: str, update: AdapterUpdate) -> Verdict:
-        before = self._model.adapter(domain)
         try:
-            check_same_shapes(domain, before, update.tensors)
+            check_same_shapes(domain, self._model.adapter(domain), update.tensors)
             if update.base != self.versions["domain"][domain]:
                 raise StaleAdapter(domain, self.versions["domain"][domain], update.base)
         except AdapterError as error:
             return Verdict(False, domain, math.nan, math.nan, str(error))
-        self._model.put(domain, update.tensors)
-        verdict = self._gate(domain)
+        verdict = self._let_in(domain, update.tensors)
         if verdict.accepted:
             self.versions["domain"][domain] = update.version
-            self.retention[domain] = verdict.perplexity
             self._put_out(domain)
-        else:
-            self._model.put(domain, before)
         return verdict
 
-    def _gate(self, adapter: str) -> Verdict:
-        increase = self._config.absorb.max_retention_increase
-        return gate(adapter, self._perplexity(adapter), self.perplexity_before, increase)
+    def _let_in(self, name: str, tensors: AdapterTensors) -> Verdict:
+        """Plug an adapter in, as strong as the gate lets it; what was there before stays if it does not."""
+        before, absorb = self._model.adapter(name), self._config.absorb
 
-    def _put_merged(self) -> None:
+        def judge(share: float) -> Verdict:
+            self._model.put(name, weakened(tensors, share))
+            return gate(name, self._perplexity(name), self.perplexity_before, absorb.max_retention_increase, share)
+
+        verdict = strongest(judge, absorb.least_share)
+        self._model.put(name, weakened(tensors, verdict.share) if verdict.accepted else before)
+        if verdict.accepted:
+            self.retention[name] = verdict.perplexity
+        return verdict
+
+    def _merged(self) -> AdapterTensors:
         every = [self._model.adapter(domain) for domain in self._shapes]
-        self._model.put(MERGED, merge(every, self._config.absorb.merge_weight))
+        return merge(every, self._config.absorb.merge_weight)
 
     def _perplexity(self, adapter: str | None) -> float:
         """The FM's perplexity on public text, with an adapter or as it is."""
