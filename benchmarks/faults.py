@@ -5,7 +5,8 @@
 One run is left alone; its accuracies and its duration are what the others are held against. Then, for a device, an
 edge and the cloud in turn, a network is started and one process of that role is ended by SIGKILL at a random moment
 of the run (of an edge or the cloud, every second time together with its NVFlare process). A row says whether the run
-finished, how far the accuracies are from those of the first run, and whether a process or a lock was left behind.
+finished, how far the accuracies are from those of the first run, and whether a process or a lock was left behind. A
+moment that came after the end of its run has shown nothing: it counts as a failure, so run it again.
 """
 
 import argparse
@@ -80,6 +81,7 @@ def kill_all(config: Path, out: Path, roles: Sequence[str], times: int, rng: ran
         outcome = run(config, out / f"{role}-{number}", after_s, names)
         if outcome.finished and not outcome.left:
             shutil.rmtree(sites_of(out / f"{role}-{number}"))  # an edge's shelf has the size of a model
+            ok = ok and outcome.killed
         else:
             ok = False
         moment = f"{after_s:.0f} s" if outcome.killed else "too late"

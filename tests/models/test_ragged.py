@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaisnet.models.ragged import Ragged, by_length, join, length_mask, relative_square, shuffled_batches
+from gaisnet.models.ragged import Ragged, by_length, join, relative_square, shuffled_batches
 
 
 def counted(*lengths: int) -> Ragged:
@@ -118,16 +118,11 @@ def test_sequences_of_one_length_still_change_their_company() -> None:
     assert {frozenset(b) for b in batches([7] * 64, 8, 1)} != {frozenset(b) for b in batches([7] * 64, 8, 2)}
 
 
-# -- masks and errors --------------------------------------------------------------------------------------------------
-
-
-def test_the_mask_leaves_out_padding_and_the_first_position() -> None:
-    assert length_mask([3, 1, 2], torch.device("cpu")).int().tolist() == [[0, 1, 1], [0, 0, 0], [0, 1, 0]]
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 def test_relative_square_by_hand() -> None:
-    hidden_BTD = torch.tensor([[[9.0, 9.0], [3.0, 4.0], [1.0, 1.0]], [[9.0, 9.0], [0.0, 2.0], [7.0, 7.0]]])
-    target_BTD = torch.tensor([[[1.0, 1.0], [3.0, 0.0], [1.0, 1.0]], [[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]])
-    mask_BT = length_mask([3, 2], torch.device("cpu"))
-    # Three positions count: 16 / 9, 0 / 2 and 1 / 1.
-    torch.testing.assert_close(relative_square(hidden_BTD, target_BTD, mask_BT), torch.tensor((16 / 9 + 0 + 1) / 3))
+    hidden_ND = torch.tensor([[3.0, 4.0], [1.0, 1.0], [0.0, 2.0]])
+    target_ND = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    torch.testing.assert_close(relative_square(hidden_ND, target_ND), torch.tensor((16 / 9 + 0 + 1) / 3))
+    assert relative_square(hidden_ND[:0], target_ND[:0]) == 0

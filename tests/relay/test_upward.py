@@ -135,7 +135,9 @@ def judge_of(cost: float, tried: list[float]) -> Callable[[float], Verdict]:
     return judge
 
 
-@pytest.mark.parametrize(("cost", "share"), [(1.0, 1.0), (1.5, 1.0), (1.6, 0.9375), (2.0, 0.75), (2.9, 0.5), (3.0, 0.5)])
+@pytest.mark.parametrize(
+    ("cost", "share"), [(1.0, 1.0), (1.5, 1.0), (1.6, 0.9375), (2.0, 0.75), (2.9, 0.5), (3.0, 0.5)]
+)
 def test_an_adapter_over_the_limit_goes_in_as_strong_as_it_may(cost: float, share: float) -> None:
     tried: list[float] = []
     verdict = strongest(judge_of(cost, tried), least=0.5)

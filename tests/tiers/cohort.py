@@ -16,9 +16,10 @@ from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from gaisnet.models.release import ReleasedModel, release_model, restrict, rounded
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.device import Device
-from gaisnet.tiers.domain_model import DomainModel, Member, Outcome
+from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.examples import DeviceData, Example
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.split_step import Member, Outcome
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.local import LocalLink
 from tests.frames import Frames

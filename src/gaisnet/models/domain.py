@@ -16,7 +16,7 @@ from gaisnet.errors import CutError
 from gaisnet.models.families import Decoder
 from gaisnet.models.int8 import input_peaks, to_int8
 from gaisnet.models.parts import Body, Layers
-from gaisnet.models.ragged import length_mask, relative_square
+from gaisnet.models.ragged import relative_square
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,21 @@ def choose_recipe(settings: DomainSettings, middle: Middle, body: Layers, hidden
 
 def _least_influence(middle: Middle, body: Layers, hidden_BTD: Tensor, num_drop: int) -> set[int]:
     """Greedily drop the layer without which the hidden state at ``middle.stop`` changes least."""
-    target_BTD = body.run(hidden_BTD, middle.start, middle.stop)
-    mask_BT = length_mask([target_BTD.shape[1]] * len(target_BTD), target_BTD.device)
+    target_ND = _rows(body.run(hidden_BTD, middle.start, middle.stop))
     dropped: set[int] = set()
     for _ in range(num_drop):
         candidates = [layer for layer in middle.layers() if layer not in dropped]
         errors = [
-            float(relative_square(_run_without(body, hidden_BTD, middle, dropped | {layer}), target_BTD, mask_BT))
+            float(relative_square(_rows(_run_without(body, hidden_BTD, middle, dropped | {layer})), target_ND))
             for layer in candidates
         ]
         dropped.add(candidates[min(range(len(candidates)), key=errors.__getitem__)])
     return dropped
+
+
+def _rows(hidden_BTD: Tensor) -> Tensor:
+    """All but the first of each sequence, an attention sink, whose huge norm would drown the others."""
+    return hidden_BTD[:, 1:].flatten(0, 1)
 
 
 def _run_without(body: Layers, hidden_BTD: Tensor, middle: Middle, dropped: Iterable[int]) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from gaisnet.errors import CutError
 from gaisnet.models.families import Decoder, layer_types
 from gaisnet.models.few_bits import RoundedEmbedding
+from gaisnet.models.packing import Packing
 
 # transformers 5.24 renamed the argument of masks and layers together, from 'past_key_values'.
 _CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
@@ -91,6 +92,7 @@ class Layers(nn.Module):
         cache: PartCache | None = None,
         attention_mask_BT: Tensor | None = None,
         pick: Pick | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Run the layers whose FM number is in [start, stop).
 
@@ -103,6 +105,8 @@ class Layers(nn.Module):
             attention_mask_BT: 1 for real and 0 for padded positions, earlier ones in the cache included. Only needed
                 with left padding.
             pick: Of the output, what is wanted; the last layer computes no more of it than it must.
+            packing: Where the sequences are, if ``hidden_BTD`` are the rows of all, [1, N, D]. Then there is no cache,
+                and ``let_attention_be_replaced`` must have seen the layers.
 
         Returns:
             Output of the last layer that ran, [B, T, D], or what ``pick`` makes of that.
@@ -110,8 +114,14 @@ class Layers(nn.Module):
         chosen = [index for index in self.indices if index >= start and (stop is None or index < stop)]
         if not chosen:
             return hidden_BTD if pick is None else pick(hidden_BTD)
-        positions_BT = self._positions(hidden_BTD, cache, attention_mask_BT)
-        masks = self._masks(hidden_BTD, cache, attention_mask_BT, positions_BT)
+        replaced: dict[str, Any] = {}
+        if packing is None:
+            positions_BT = self._positions(hidden_BTD, cache, attention_mask_BT)
+            masks = self._masks(hidden_BTD, cache, attention_mask_BT, positions_BT)
+        else:
+            positions_BT, replaced = packing.positions_1N, {"attend": packing.attend}
+            padded_BTD = packing.padded_like(hidden_BTD)
+            masks = self._masks(padded_BTD, None, None, self._positions(padded_BTD, None, None))
         rotary = self.rotary_emb(hidden_BTD, position_ids=positions_BT)
         kinds = layer_types(self.config)
         for index in chosen:
@@ -123,6 +133,7 @@ class Layers(nn.Module):
                     "position_embeddings": rotary,
                     "use_cache": cache is not None,
                     _CACHE: cache,
+                    **replaced,
                 },
             )
             if pick is not None and index == chosen[-1]:

@@ -78,14 +78,7 @@ def shuffled_batches(lengths: Sequence[int], batch_size: int, generator: torch.G
         yield batches[position]
 
 
-def length_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Bool [B, T]: real positions, without position 0, an attention sink whose huge norm would drown the others."""
-    positions_T = torch.arange(max(lengths), device=device)
-    return (positions_T < torch.tensor(lengths, device=device)[:, None]) & (positions_T > 0)
-
-
-def relative_square(hidden_BTD: Tensor, target_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over tokens of |hidden - target|^2 / |target|^2."""
-    hidden_ND, target_ND = hidden_BTD[mask_BT], target_BTD[mask_BT]
+def relative_square(hidden_ND: Tensor, target_ND: Tensor) -> Tensor:
+    """Mean over rows of |hidden - target|^2 / |target|^2; zero of no rows at all."""
     errors_N = (hidden_ND - target_ND).square().sum(-1) / target_ND.square().sum(-1)
-    return errors_N.sum() / max(len(errors_N), 1)  # no token at all: zero, not NaN
+    return errors_N.sum() / max(len(errors_N), 1)

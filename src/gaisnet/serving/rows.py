@@ -1,18 +1,17 @@
 """One forward over many sessions: each brings some new positions, for some of the layers.
 
 All positions of all sessions are rows [N, 1, D] of one batch, without padding: linear layers see them together, and
-each row may have its own adapters. Only attention tells sessions apart. It is the one step of a layer that is replaced,
-through the interface that transformers has for this; the layers' own code runs, and nothing of it is copied.
+each row may have its own adapters. Only attention tells sessions apart, and it is the one step of a layer that is
+replaced (``gaisnet.models.attention``).
 
 Shape legend: N rows of all sessions, one session after the other; T rows of one session; K positions it attends to;
 D hidden size, or size of a head; H attention heads, G key-value heads, R heads that share one (H = G * R), S = T * R.
 """
 
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,15 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, PretrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PretrainedConfig
 
 from gaisnet.adapters.mixing import ServedAdapters, Stack
+from gaisnet.models.attention import let_attention_be_replaced
 from gaisnet.models.families import layer_types
 from gaisnet.models.parts import Layers
 from gaisnet.serving.cache import SessionCache
 
-_ATTENTION = "gaisnet_sessions"
 _SHORT = 512
 """Positions up to which a session's past is copied, to attend to those of several sessions in one call."""
 
@@ -110,8 +108,7 @@ class _Spans:
 class SessionLayers:
     """Runs layers over the rows of many sessions.
 
-    It changes how the layers choose their attention, not what they compute elsewhere: without sessions they use what
-    transformers calls 'sdpa', as before.
+    Elsewhere they compute what they did.
 
     Args:
         layers: Part of a model; may be empty.
@@ -122,7 +119,7 @@ class SessionLayers:
         self._layers = layers
         self._adapters = adapters
         self._windows = {index: _window(layers.config, index) for index in layers.indices}
-        _let_attention_know_sessions(layers)
+        let_attention_be_replaced(layers)
 
     @property
     def indices(self) -> list[int]:
@@ -170,7 +167,7 @@ class SessionLayers:
                     position_ids=at_N1,
                     position_embeddings=rotary,
                     use_cache=False,
-                    sessions=spans,
+                    attend=partial(_attend, spans),
                 )
         return rows_N1D
 
@@ -185,18 +182,9 @@ def _window(config: PretrainedConfig, layer: int) -> int | None:
 
 
 def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *args: Any,
-    sessions: _Spans | None = None,
-    **kwargs: Any,
+    sessions: _Spans, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, [N, H, 1, D] -> [N, 1, H, D]; each session's rows reach its own past only."""
-    if sessions is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     layer, scale = int(module.layer_idx), kwargs.get("scaling")  # type: ignore[arg-type]
     key_NGD, value_NGD = key[:, :, 0], value[:, :, 0]
     num_rows, num_kv, size = key_NGD.shape
@@ -248,16 +236,3 @@ def _attend_together(sessions: _Spans, layer: int, query_BGRD: Tensor, scale: fl
     )
     mask_B11K = sessions.padded_mask(window)
     return scaled_dot_product_attention(query_BGRD, keys_BGKD, values_BGKD, attn_mask=mask_B11K, scale=scale)
-
-
-AttentionInterface.register(_ATTENTION, _attend)
-
-
-def _let_attention_know_sessions(layers: Layers) -> None:
-    """Give the attention of these layers a configuration of its own that names ours; masks are made as before."""
-    for module in layers.layers.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig) and config._attn_implementation != _ATTENTION:
-            own = copy.copy(config)
-            own._attn_implementation = _ATTENTION
-            module.config = own  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -35,22 +36,13 @@ class Activations:
         return replace(self, hidden=self.hidden.map_batches(run, batch_size), next_layer=next_layer)
 
 
-def rows_for_tail(hidden_BTD: Tensor, lengths: Sequence[int], num_labels: Sequence[int], whole: bool) -> Tensor:
-    """The rows [N, D] that a tail needs, sequence after sequence.
+def tail_rows(lengths: Sequence[int], num_labels: Sequence[int], whole: bool) -> list[range]:
+    """Which rows a tail needs of each sequence, out of the rows of all, one sequence after the other.
 
     Args:
-        hidden_BTD: Body output, padded on the right.
-        lengths: Real positions of each sequence.
-        num_labels: How many of the last real positions predict a label.
-        whole: Every real position, because the tail has layers of its own; otherwise label positions only.
+        lengths: Positions of each sequence.
+        num_labels: How many of the last positions predict a label.
+        whole: Every position, because the tail has layers of its own; otherwise label positions only.
     """
-    firsts = [0] * len(lengths) if whole else [n - k for n, k in zip(lengths, num_labels, strict=True)]
-    longest = hidden_BTD.shape[1]
-    rows = [b * longest + t for b, (first, n) in enumerate(zip(firsts, lengths, strict=True)) for t in range(first, n)]
-    # All at once: the gradient of a slice per sequence would be a whole batch of zeros per sequence.
-    return hidden_BTD.flatten(0, 1).index_select(0, torch.tensor(rows, device=hidden_BTD.device))
-
-
-def rows_per_example(lengths: Sequence[int], num_labels: Sequence[int], whole: bool) -> list[int]:
-    """How many rows ``rows_for_tail`` takes of each sequence."""
-    return list(lengths if whole else num_labels)
+    ends = accumulate(lengths)
+    return [range(e - (n if whole else k), e) for e, n, k in zip(ends, lengths, num_labels, strict=True)]

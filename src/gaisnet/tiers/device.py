@@ -31,8 +31,9 @@ from gaisnet.models.ragged import Ragged
 from gaisnet.models.release import ReleasedModel
 from gaisnet.progress import Progress, silent
 from gaisnet.tiers.activations import Activations
-from gaisnet.tiers.domain_model import DomainModel, Member, Outcome
+from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.examples import DeviceData, Tokens, tokenize
+from gaisnet.tiers.split_step import Member, Outcome
 from gaisnet.tiers.stock import Parts, Stock
 from gaisnet.turn import Turn
 

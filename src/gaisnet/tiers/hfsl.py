@@ -15,9 +15,10 @@ from gaisnet.messages import AdapterRelease, AdapterUpdate, BodyOutput, BodyOutp
 from gaisnet.progress import Progress
 from gaisnet.relay.fedavg import fedavg
 from gaisnet.tiers.cluster import Asked, Cluster
-from gaisnet.tiers.domain_model import DomainModel, Learned, Member, Outcome
+from gaisnet.tiers.domain_model import DomainModel, Learned
 from gaisnet.tiers.holding import Rounds
 from gaisnet.tiers.smashed import SmashedStore
+from gaisnet.tiers.split_step import Member, Outcome
 
 Part = tuple[Learned, AdapterTensors]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,7 +22,6 @@ from gaisnet.config import WireSettings
 from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, ModelRelease, SmashedData
 from gaisnet.models.parts import Body, CutLayers, Head, Tail, cut_decoder
 from gaisnet.models.release import ReleasedModel, release_model, restrict
-from gaisnet.tiers.activations import rows_for_tail
 from gaisnet.tiers.examples import Tokens
 from gaisnet.transport.codec import Codec
 
@@ -106,7 +106,7 @@ class PlainDevice:
         ids_BT = pad_sequence([torch.tensor(t.input_ids) for t in examples], batch_first=True)
         hidden_BTD = self._head(ids_BT)
         lengths, num_labels = [len(t.input_ids) for t in examples], [len(t.label_ids) for t in examples]
-        rows_ND = rows_for_tail(hidden_BTD, lengths, num_labels, whole=True)
+        rows_ND = _real_rows(hidden_BTD, lengths)
         lengths_E, num_labels_E = (torch.tensor(each, dtype=torch.int32) for each in (lengths, num_labels))
         return SmashedData("devices", "train", len(self._head.stack.indices), lengths_E, num_labels_E, rows_ND)
 
@@ -119,6 +119,14 @@ class PlainDevice:
         loss = F.cross_entropy(self._tail.logits(rows_ND[at]), labels_N)
         (grad_ND,) = torch.autograd.grad(loss, rows_ND)
         return BodyOutputGrad(output.step, loss.item() * len(labels_N), grad_ND)
+
+
+def _real_rows(hidden_BTD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Those of a padded batch that are no padding, [N, D]."""
+    longest = hidden_BTD.shape[1]
+    rows = [b * longest + t for b, n in enumerate(lengths) for t in range(n)]
+    # All at once: the gradient of a slice per sequence would be a whole batch of zeros per sequence.
+    return hidden_BTD.flatten(0, 1).index_select(0, torch.tensor(rows))
 
 
 def _head_layers(task: Task) -> int:
@@ -146,7 +154,7 @@ def _step(device: PlainDevice, body: Body, examples: Sequence[Tokens], wire: _Wi
     smashed = wire.to_server(device.smash(examples))
     lengths, num_labels = smashed.lengths_E.tolist(), smashed.num_labels_E.tolist()
     hidden_BTD = pad_sequence(list(smashed.hidden_ND.split(lengths)), batch_first=True)
-    rows_ND = rows_for_tail(body(hidden_BTD), lengths, num_labels, whole=True)
+    rows_ND = _real_rows(body(hidden_BTD), lengths)
     numbers = torch.arange(len(examples), dtype=torch.int32)
     output = wire.to_device(BodyOutput("train", step, sum(num_labels), numbers, rows_ND.detach()))
     reply = wire.to_server(device.gradient(output, examples))
