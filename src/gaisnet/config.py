@@ -23,7 +23,7 @@ TensorCode = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Precision = Literal["float32", "int8"]
 DevicePrecision = Literal["float32", "int8", "int4"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged"})  # names of adapters in the cloud, and of models
+RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged", "none"})  # names of adapters in the cloud, and of models
 RESERVED_SITES = frozenset(
     {"cloud", "admin", "authority", "logs"}
 )  # names of folders beside those of edges and devices
@@ -136,6 +136,16 @@ class AbsorbSettings(Settings):
     merge_weight: float = Field(0.7, gt=0.0, description="Weight of each domain's adapter in the merged one.")
     retention_windows: int = Field(16, ge=1, description="Windows of public text in the perplexity.")
     retention_tokens: int = Field(96, ge=8, description="Tokens of a window.")
+
+
+class EvaluateSettings(Settings):
+    """What is measured after every cycle."""
+
+    everywhere: bool = Field(
+        False,
+        description="Score every model on every domain, not only on its own. Adapters travel between edges for it, "
+        "through the cloud; held-out examples stay on their devices.",
+    )
 
 
 class WireSettings(Settings):
@@ -273,7 +283,7 @@ class EdgeSettings(Settings):
 
     name: Name = Field(description="Unique in the run.")
     domain: Name = Field(
-        description="'medical' or 'licences' (built in), or any name where each device names its data."
+        description="'medical', 'licences' or 'languages' (built in), or any name where each device names its data."
     )
     template: str | None = Field(None, description="Public task template with {text}; shapes the generated text.")
     labels: tuple[str, ...] = Field((), description="Public label names, if the task has a closed set of answers.")
@@ -308,6 +318,7 @@ class Config(Settings):
     relay: RelaySettings = RelaySettings()
     fine_tune: FineTuneSettings = FineTuneSettings()
     absorb: AbsorbSettings = AbsorbSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
     wire: WireSettings = WireSettings()
     faults: FaultSettings = FaultSettings()
     service: ServiceSettings = ServiceSettings()

@@ -205,6 +205,14 @@ class Evaluate(Message):
 
 
 @dataclass(frozen=True)
+class EvaluateGuest(Message):
+    """Cloud -> edge: score the held-out examples of your devices with another domain's model, which these make."""
+
+    relay: dict[str, Tensor] = wire("adapter")  # empty where models have none
+    domain: dict[str, Tensor] = wire("adapter")
+
+
+@dataclass(frozen=True)
 class TrafficRequest(Message):
     """Cloud -> edge: how much have you sent and got?"""
 

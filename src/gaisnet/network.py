@@ -40,6 +40,7 @@ from gaisnet.transport.base import Link, wait
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 
 M = TypeVar("M", bound=Message)
+ALONE = "none"
 _RETRY_S = 0.5
 
 
@@ -50,6 +51,14 @@ class Scores:
     domain: dict[str, EvaluationReport]  # every DM on its own domain
     foundation: dict[str, EvaluationReport]  # the FM with the domain's adapter
     merged: dict[str, EvaluationReport]  # the FM with the one merged adapter
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """How every model does on every domain: by whose it is, then by the domain whose held-out examples are scored."""
+
+    domain: dict[str, dict[str, EvaluationReport]]  # every DM
+    foundation: dict[str, dict[str, EvaluationReport]]  # the FM, by the adapter that acts; ``ALONE`` for none
 
 
 class Network:
@@ -116,6 +125,19 @@ class Network:
             foundation=self._ask({d: Evaluate("foundation", d) for d in self._edges}, EvaluationReport),
             merged=self._ask(dict.fromkeys(self._edges, Evaluate("foundation", MERGED)), EvaluationReport),
         )
+
+    def evaluate_everywhere(self, scores: Scores) -> Matrix:
+        """Score every model on every domain; ``scores`` are a part of that. Adapters travel for it, examples do not."""
+        domain, foundation = {d: {d: scores.domain[d]} for d in self._edges}, dict[str, dict[str, EvaluationReport]]()
+        for whose in self._edges:
+            others = [on for on in self._edges if on != whose]
+            domain[whose] |= self._ask(dict.fromkeys(others, self.cloud.guest(whose)), EvaluationReport)
+            asked = dict.fromkeys(others, Evaluate("foundation", whose))
+            foundation[whose] = {whose: scores.foundation[whose], **self._ask(asked, EvaluationReport)}
+        foundation[MERGED] = scores.merged
+        asked = dict.fromkeys(self._edges, Evaluate("foundation", None))
+        foundation[ALONE] = self._ask(asked, EvaluationReport)
+        return Matrix(domain, foundation)
 
     def traffic(self) -> dict[LinkKind, Traffic]:
         """Bytes of the whole run on each kind of link, all sites together."""

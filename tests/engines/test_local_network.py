@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from gaisnet.adapters.state import AdapterTensors, save_for_peft
 from gaisnet.config import Config, DevicePrecision, FaultSettings, ModelSettings
 from gaisnet.engines.local import build_network
-from gaisnet.errors import CutError, DataError, UnexpectedMessage
+from gaisnet.errors import AdapterMismatch, CutError, DataError, UnexpectedMessage
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
     AnchorRequest,
     BodyRequest,
     Done,
+    EvaluateGuest,
     EvaluationReport,
     FineTune,
     Install,
@@ -33,7 +34,7 @@ from gaisnet.messages import (
     SmashedData,
 )
 from gaisnet.models.foundation import Foundation, load_foundation
-from gaisnet.network import Network, Scores
+from gaisnet.network import ALONE, Network, Scores
 from gaisnet.relay.downward import Distillation, TaskShape
 from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.cloud import MERGED
@@ -425,6 +426,52 @@ def test_with_a_relay_it_is_told() -> None:
 # -- privacy -----------------------------------------------------------------------------------------------------------
 
 PIECE = 8  # tokens, which are bytes here: no piece of a secret this long is on a link by chance
+
+
+# -- every model on every domain ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def same_examples() -> Run:
+    """A whole run whose two edges have the same examples: a model must do as well at either."""
+    config = quick()
+    data = tiny_data(config)
+    data |= {name.replace("north", "south"): mine for name, mine in data.items() if name.startswith("north")}
+    return Run(config, data).go()
+
+
+def test_every_model_is_scored_on_every_domain(same_examples: Run) -> None:
+    scores = same_examples.scores[-1]
+    matrix = same_examples.network.evaluate_everywhere(scores)
+    domains = {"shapes", "tastes"}
+    assert matrix.domain.keys() == domains
+    assert matrix.foundation.keys() == {*domains, MERGED, ALONE}
+    for whose in domains:
+        for on in domains:
+            assert matrix.domain[whose][on] == scores.domain[whose]
+            assert matrix.foundation[whose][on] == scores.foundation[whose]
+    assert scores.domain["shapes"] != scores.domain["tastes"]  # they are not one model
+    assert matrix.foundation[MERGED] == scores.merged
+    assert matrix.foundation[ALONE] == same_examples.scores[0].foundation
+
+
+def test_a_guest_leaves_everything_as_it_was(same_examples: Run) -> None:
+    before, versions = same_examples.network.evaluate(), same_examples.network.cloud.versions
+    same_examples.network.evaluate_everywhere(before)
+    assert same_examples.network.evaluate() == before
+    held = same_examples.network._ask(
+        {"shapes": Install(same_examples.network.run, same_examples.network.cloud.model_digest)}, Installed
+    )["shapes"]
+    assert (held.relay, held.domain) == (versions["relay"]["shapes"], versions["domain"]["shapes"])
+
+
+def test_a_guest_that_does_not_fit_is_refused_and_the_host_stays(same_examples: Run) -> None:
+    before = same_examples.network.evaluate()
+    guest = same_examples.network.cloud.guest("tastes")
+    narrow = {name: tensor[:1] for name, tensor in guest.domain.items()}
+    with pytest.raises(AdapterMismatch):
+        same_examples.network._ask({"shapes": EvaluateGuest(guest.relay, narrow)}, EvaluationReport)
+    assert same_examples.network.evaluate() == before
 
 
 def secrets_of(config: Config) -> dict[str, DeviceData]:

@@ -18,7 +18,7 @@ from gaisnet.config import Config, DataSettings, parse_config
 from gaisnet.errors import DataError, MissingPackage
 from gaisnet.experiments import domains
 from gaisnet.experiments.data import DomainData, load_domains, majority, partition, retention_text
-from gaisnet.experiments.domains import CATEGORIES, CHAPTERS, Drawn, clean_notice, draw_builtin
+from gaisnet.experiments.domains import CATEGORIES, CHAPTERS, LANGUAGES, Drawn, clean_notice, draw_builtin
 from gaisnet.tiers.examples import DeviceData, Example
 
 GOOD_LINE = '{"prompt": "2 + 2 =", "completion": " 4"}'
@@ -55,7 +55,7 @@ def body(example: Example) -> str:
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, DomainData]:
-    return load_domains(config_of("medical", "licences"))
+    return load_domains(config_of("medical", "licences", "languages"))
 
 
 # The built-in data sets
@@ -63,7 +63,11 @@ def loaded() -> dict[str, DomainData]:
 
 @pytest.mark.parametrize(
     ("name", "num_labels", "start", "end"),
-    [("medical", 21, "Diagnosis: ", "\nChapter:"), ("licences", 6, "Notice: ", "\nCategory:")],
+    [
+        ("medical", 21, "Diagnosis: ", "\nChapter:"),
+        ("licences", 6, "Notice: ", "\nCategory:"),
+        ("languages", 8, "Phrase: ", "\nLanguage:"),
+    ],
 )
 def test_a_built_in_domain_is_balanced_and_as_large_as_asked(
     loaded: dict[str, DomainData], name: str, num_labels: int, start: str, end: str
@@ -75,12 +79,13 @@ def test_a_built_in_domain_is_balanced_and_as_large_as_asked(
     completions = {f" {label}" for label in domain.labels}
     for part, total in (("train", 420), ("test", 210)):
         counts = Counter(example.completion for example in all_of(domain, part))
-        assert counts == dict.fromkeys(completions, total // num_labels)
+        assert counts.keys() == completions and counts.total() == total
+        assert max(counts.values()) - min(counts.values()) <= (total % num_labels > 0)
         prompts = [example.prompt for example in all_of(domain, part)]
         assert all(prompt.startswith(start) and prompt.endswith(end) for prompt in prompts)
 
 
-@pytest.mark.parametrize("name", ["medical", "licences"])
+@pytest.mark.parametrize("name", ["medical", "licences", "languages"])
 def test_held_out_texts_are_neither_trained_on_nor_repeated(loaded: dict[str, DomainData], name: str) -> None:
     texts = [body(example) for part in ("train", "test") for example in all_of(loaded[name], part)]
     assert len(set(texts)) == len(texts) == 630
@@ -88,7 +93,7 @@ def test_held_out_texts_are_neither_trained_on_nor_repeated(loaded: dict[str, Do
     assert not train & {body(example).lower() for example in all_of(loaded[name], "test")}
 
 
-@pytest.mark.parametrize("name", ["medical", "licences"])
+@pytest.mark.parametrize("name", ["medical", "licences", "languages"])
 def test_held_out_texts_are_not_much_like_one_that_is_trained_on(loaded: dict[str, DomainData], name: str) -> None:
     def words(example: Example) -> frozenset[str]:
         return domains.BUILT_IN[name].words_of(body(example))
@@ -140,9 +145,24 @@ def test_the_side_of_the_body_makes_no_new_diagnosis() -> None:
     assert words("Retinal vasculitis, left eye") != words("Vasculitis, left ear")
 
 
-@pytest.mark.parametrize("labels", [tuple(CHAPTERS.values()), tuple(CATEGORIES.values())])
+@pytest.mark.parametrize("labels", [tuple(CHAPTERS.values()), tuple(CATEGORIES.values()), tuple(LANGUAGES.values())])
 def test_no_label_begins_another(labels: tuple[str, ...]) -> None:
     assert all(not a.startswith(b) and not b.startswith(a) for a, b in combinations(labels, 2))
+
+
+def test_languages_are_those_of_the_packages_names(loaded: dict[str, DomainData]) -> None:
+    emoji = domains._import_emoji()
+    for part in ("train", "test"):
+        for example in all_of(loaded["languages"], part)[:40]:
+            code = next(code for code, label in LANGUAGES.items() if example.completion == f" {label}")
+            written = f":{body(example).replace(' ', '_')}:"
+            assert emoji.emojize(written, language=code) != written
+
+
+def test_the_skins_tone_makes_no_new_phrase() -> None:
+    texts = [candidate.text for candidate in domains._read_languages() if candidate.label == "English"]
+    assert len(texts) > 1500
+    assert not [text for text in texts if "skin tone" in text]
 
 
 @pytest.mark.parametrize("count", [2, 7])
@@ -221,13 +241,13 @@ def test_the_same_seed_gives_the_same_data(loaded: dict[str, DomainData]) -> Non
 
 
 def test_a_domain_does_not_depend_on_the_other_edges(loaded: dict[str, DomainData]) -> None:
-    assert load_domains(config_of("licences", "medical")) == loaded
+    assert load_domains(config_of("languages", "licences", "medical")) == loaded
 
 
 def test_hash_randomisation_changes_nothing(loaded: dict[str, DomainData]) -> None:
     code = (
         "import sys, zlib; sys.path.insert(0, sys.argv[1]); import test_data\n"
-        "data = test_data.load_domains(test_data.config_of('medical', 'licences'))\n"
+        "data = test_data.load_domains(test_data.config_of('medical', 'licences', 'languages'))\n"
         "sys.stdout.write(str(zlib.crc32(repr(data).encode())))"
     )
     found = subprocess.run(
@@ -242,7 +262,11 @@ def test_hash_randomisation_changes_nothing(loaded: dict[str, DomainData]) -> No
 
 @pytest.mark.parametrize(
     ("domain", "module", "package"),
-    [("medical", "simple_icd_10_cm", "simple-icd-10-cm"), ("licences", "licensedcode", "licensedcode-data")],
+    [
+        ("medical", "simple_icd_10_cm", "simple-icd-10-cm"),
+        ("licences", "licensedcode", "licensedcode-data"),
+        ("languages", "emoji", "emoji"),
+    ],
 )
 def test_a_missing_package_is_named_with_its_pip_line(
     monkeypatch: pytest.MonkeyPatch, domain: str, module: str, package: str
@@ -520,7 +544,7 @@ def test_an_unknown_domain_names_the_built_in_ones() -> None:
         load_domains(folder_config(None, domain="medicine"))
     assert str(caught.value) == (
         "domain 'medicine' of edge 'edge': is not built in, and its devices name no 'data'; "
-        "give every device a data folder, or use one of: medical, licences"
+        "give every device a data folder, or use one of: medical, licences, languages"
     )
 
 

@@ -71,6 +71,25 @@ def _html() -> str:
     return render_report(_summary())
 
 
+def test_a_run_that_was_scored_everywhere_shows_every_model_on_every_domain() -> None:
+    raw = _summary(("medical", HOSTILE)).to_json()
+    names = ("medical", HOSTILE)
+
+    def scores(*accuracies: float) -> dict[str, Any]:
+        return {n: {"accuracy": a, "loss": 1.0, "num_examples": 210} for n, a in zip(names, accuracies, strict=True)}
+
+    foundation = {"none": scores(0.015, 0.025), "medical": scores(0.711, 0.033), HOSTILE: scores(0.044, 0.822)}
+    domain = {"medical": scores(0.655, 0.066), HOSTILE: scores(0.077, 0.588)}
+    raw["cycles"][-1]["matrix"] = {"foundation": {**foundation, "merged": scores(0.6, 0.5)}, "domain": domain}
+    page = render_report(Summary.model_validate(raw))
+    assert HOSTILE not in page
+    section = page[page.index("Every model on every domain") :]
+    shares = (0.015, 0.025, 0.711, 0.033, 0.044, 0.822, 0.6, 0.5, 0.655, 0.066, 0.077, 0.588)
+    positions = [section.index(f">{percent(share)}</td>") for share in shares]
+    assert positions == sorted(positions)
+    assert "Every model on every domain" not in _html()
+
+
 class _Page(HTMLParser):
     """Collects tags with their attributes, and the text."""
 

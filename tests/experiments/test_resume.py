@@ -285,7 +285,8 @@ def test_a_run_that_is_under_way(short: Path) -> None:
     [
         (
             "seed=1",
-            "--set seed=1 on a run that goes on: would make it another run; change cycles or faults or service only",
+            "--set seed=1 on a run that goes on: would make it another run; "
+            "change cycles or evaluate or faults or service only",
         ),
         ("fine_tune.learning_rate=1", "would make it another run"),
         ("edges.0.devices.0.mode=local", "would make it another run"),

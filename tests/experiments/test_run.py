@@ -113,6 +113,23 @@ def test_the_summary_is_what_was_returned(finished: Finished) -> None:
     assert Summary.model_validate(finished.summary) == finished.returned
 
 
+def test_every_entry_has_the_whole_matrix_where_it_is_asked_for(finished: Finished, tmp_path: Path) -> None:
+    assert all(cycle["matrix"] is None for cycle in finished.summary["cycles"])
+    config = load_config(write_tiny_run(tmp_path, cycles=1, absorb=OPEN_GATE, evaluate={"everywhere": True}))
+    summary = run_experiment(config, tmp_path / "out")
+    for cycle in summary.cycles:
+        assert cycle.matrix is not None
+        assert cycle.matrix.foundation.keys() == {"shapes", "tastes", "merged", "none"}
+        assert cycle.matrix.domain.keys() == {"shapes", "tastes"}
+        for name in ("shapes", "tastes"):
+            assert cycle.matrix.foundation[name][name] == cycle.foundation[name]
+            assert cycle.matrix.domain[name][name] == cycle.domain[name]
+            assert cycle.matrix.domain[name].keys() == {"shapes", "tastes"}
+        assert cycle.matrix.foundation["merged"] == cycle.merged
+        assert cycle.matrix.foundation["none"] == summary.cycles[0].foundation
+    assert "Every model on every domain" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_the_models_sizes(finished: Finished) -> None:
     model = load_foundation(finished.config.model).model
     params = sum(p.numel() for p in model.parameters())

@@ -45,9 +45,33 @@ def test_names_are_those_of_the_issue_and_survive_the_disk(tmp_path: Path) -> No
     summary = Summary.model_validate(_raw())
     write_json(tmp_path / "summary.json", summary.to_json())
     text = (tmp_path / "summary.json").read_text(encoding="utf-8")
-    assert json.loads(text) == _raw()
+    measured_later = {"baselines": None, "gap_closed": None}
+    cycles = [{**cycle, "matrix": None} for cycle in _raw()["cycles"]]
+    assert json.loads(text) == {**_raw(), **measured_later, "cycles": cycles}
     assert Summary.model_validate_json(text) == summary
     assert summary.domains == ("medical",)
+
+
+def test_the_gap_is_closed_by_a_share_of_the_way_to_pooled() -> None:
+    def scores(accuracy: float) -> dict[str, Any]:
+        return {"medical": {"accuracy": accuracy, "loss": 1.0, "num_examples": 210}}
+
+    raw = _raw()
+    first = raw["cycles"][0] | {"foundation": scores(0.1), "merged": scores(0.1), "domain": scores(0.0)}
+    last = first | {"cycle": 1, "foundation": scores(0.7), "merged": scores(0.4), "domain": scores(0.8)}
+    raw["cycles"] = [first, last]
+    assert Summary.model_validate(raw).with_gaps().gap_closed is None
+    raw["baselines"] = {"pooled": {"medical": 0.7}}
+    gaps = Summary.model_validate(raw).with_gaps().gap_closed
+    assert gaps is not None
+    assert gaps.foundation == {"medical": pytest.approx(1.0)}
+    assert gaps.merged == {"medical": pytest.approx(0.5)}
+    assert gaps.domain == {"medical": pytest.approx(0.8 / 0.7)}
+    raw["baselines"] = {"pooled": {"medical": 0.1}}  # no way to go
+    gaps = Summary.model_validate(raw).with_gaps().gap_closed
+    assert gaps is not None and gaps.foundation == {"medical": None}
+    raw["cycles"] = [first]
+    assert Summary.model_validate(raw).with_gaps().gap_closed is None
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,9 @@ from gaisnet.checkpoint import write_text
 from gaisnet.config import Config
 from gaisnet.engines.serving import num_cores
 from gaisnet.errors import ConfigError
-from gaisnet.experiments.data import DomainData, load_domains, retention_text
-from gaisnet.models.foundation import load_tokenizer
+from gaisnet.experiments.data import load_domains, retention_text
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
-from gaisnet.tiers.examples import Tokens, tokenize
 
 FILE_NAME = "bench.json"
 _RETENTION_CHARS = 40_000
@@ -131,7 +129,7 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
     """
     check_contest(config)
     ((domain, data),) = load_domains(config).items()
-    task = _task(config, data)
+    task = Task.of(config, data)
     shape = TaskShape(data.template, data.labels)
     contenders: dict[str, Contender] = {
         "centralised_all": Centralised("centralised_all", late=False),
@@ -183,15 +181,6 @@ def check_contest(config: Config) -> None:
 def write_learning(figures: LearningFigures, path: Path) -> None:
     """Put them into a file. Raises ``OutputNotWritable``."""
     write_text(path, figures.model_dump_json(indent=2) + "\n")
-
-
-def _task(config: Config, data: DomainData) -> Task:
-    tokenizer, context = load_tokenizer(config.model), config.model.context
-    train = {name: tokenize(mine.train, tokenizer, context, name) for name, mine in data.devices.items()}
-    test: list[Tokens] = [
-        tokens for name, mine in data.devices.items() for tokens in tokenize(mine.test, tokenizer, context, name)
-    ]
-    return Task(config, train, test)
 
 
 def _turned(contenders: Mapping[str, Contender], by: int) -> Iterable[tuple[str, Contender]]:

@@ -4,6 +4,7 @@ import os
 
 import typer
 
+from gaisnet.cli.baselines import baselines
 from gaisnet.cli.bench import bench
 from gaisnet.cli.chat import chat
 from gaisnet.cli.deploy import deploy
@@ -60,6 +61,7 @@ def run(
 
 app.command()(serve)
 app.command()(chat)
+app.command()(baselines)
 app.command()(bench)
 app.add_typer(deploy, name="deploy")
 for site in (cloud, edge, device):

@@ -1,7 +1,8 @@
-"""The built-in data sets: real, labelled text out of two packages, drawn so that what is held out is not nearly known.
+"""The built-in data sets: real, labelled text out of packages, drawn so that what is held out is not nearly known.
 
 * medical: ICD-10-CM descriptions -> chapter, from ``simple-icd-10-cm``
 * licences: licence notices -> category of the licence, from ``licensedcode-data``
+* languages: names of emoji -> the language that they are in, from ``emoji``
 """
 
 import functools
@@ -40,6 +41,18 @@ CATEGORIES: Mapping[str, str] = {
 }
 """Categories of ScanCode's licences with enough notices, and their labels."""
 
+LANGUAGES: Mapping[str, str] = {
+    "en": "English",
+    "es": "Spanish",
+    "pt": "Portuguese",
+    "it": "Italian",
+    "fr": "French",
+    "de": "German",
+    "id": "Indonesian",
+    "tr": "Turkish",
+}
+"""Languages in Latin letters that emoji have names in, and their labels."""
+
 MIN_NOTICE_CHARS = 20
 MAX_NOTICE_CHARS = 240
 
@@ -56,6 +69,8 @@ _COMMENT_START = re.compile(r"^(?:[\s/*#;%.>|'+-]|<!--|dnl\b|REM\b)+", re.MULTIL
 _COMMENT_END = re.compile(r"(?:[\s*#|]|\*/|-->)+$", re.MULTILINE)
 _RULER_OR_MARK = re.compile(r"[=*#_~-]{3,}|\{\{|\}\}")
 
+
+_SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 
 WordsOf = Callable[[str], frozenset[str]]
 """The words that set a text apart from its like: texts with the same ones count as one text."""
@@ -276,8 +291,39 @@ def _notice_words(text: str) -> frozenset[str]:
     return frozenset(re.findall("[a-z]+", text.lower()))
 
 
+def _read_languages() -> tuple[Candidate, ...]:
+    """Emoji that differ in the skin's tone only are one."""
+    emoji = _import_emoji()
+    emoji.config.load_language(list(LANGUAGES))
+    whole = {
+        one: names
+        for one, names in emoji.EMOJI_DATA.items()
+        if names["status"] == emoji.STATUS["fully_qualified"] and not _SKIN_TONES.intersection(one)
+    }
+    return tuple(
+        Candidate(names[code].strip(":").replace("_", " "), label, one)
+        for one, names in whole.items()
+        for code, label in LANGUAGES.items()
+        if code in names
+    )
+
+
+def _import_emoji() -> ModuleType:
+    try:
+        import emoji
+    except ModuleNotFoundError as error:
+        raise MissingPackage("domain 'languages'", "emoji", "pip install emoji") from error
+    module: ModuleType = emoji
+    return module
+
+
+def _phrase_words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.lower()))
+
+
 BUILT_IN: Mapping[str, _Source] = {
     "medical": _Source("Diagnosis: {text}\nChapter:", CHAPTERS, _read_medical, _diagnosis_words),
     "licences": _Source("Notice: {text}\nCategory:", CATEGORIES, _read_licences, _notice_words),
+    "languages": _Source("Phrase: {text}\nLanguage:", LANGUAGES, _read_languages, _phrase_words),
 }
 """The data sets that need no files, by the name of their domain."""

@@ -30,11 +30,13 @@ from gaisnet.experiments.table import (
     HEADINGS,
     TITLE,
     accuracy,
+    against_rows,
     bytes_unit,
     closing_captions,
     closing_rows,
     human_bytes,
     human_seconds,
+    percent,
     unit_bytes,
 )
 
@@ -77,6 +79,8 @@ def render_report(summary: Summary) -> str:
         f"<h1>GaisNet run, seed {summary.seed}</h1><p>{escape(_model_line(summary))}</p>",
         _closing_table(summary),
         *flows,
+        _against(summary),
+        _everywhere(summary),
         f'<div class="pair">{"".join(costs)}</div>',
         f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>",
         "</main></body></html>\n",
@@ -180,6 +184,56 @@ def _retention(summary: Summary) -> str:
     said = [f"<li>Cycle {cycle.cycle}: {escape(line)}</li>" for cycle in summary.cycles for line in cycle.gate]
     extra = f'<div><h3>What the gate said</h3><ul class="said">{"".join(said)}</ul></div>' if said else ""
     return _section("Retention", lines, [("", svg)], note, extra)
+
+
+def _against(summary: Summary) -> str:
+    """What the run is held against; nothing before that was measured."""
+    if summary.baselines is None:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *summary.domains))
+    body = "".join(
+        f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for label, cells in against_rows(summary)
+    )
+    note = (
+        "Accuracy on the same held-out examples. Pooled is LoRA on all layers of the FM with a domain's examples in "
+        "one place, which the network avoids; gap closed is the share of the way there from the start. An edge alone "
+        "has a model of the DM's size that learned from nothing, or the DM as it first came. All made as many passes."
+    )
+    return (
+        f'<section><h2>Against what you might do instead</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="dim">{escape(note)}</p></section>'
+    )
+
+
+def _everywhere(summary: Summary) -> str:
+    """Every model on every domain, as the run left them; nothing where that was not measured."""
+    matrix = summary.cycles[-1].matrix
+    if matrix is None:
+        return ""
+    rows = {"FM as it is": matrix.foundation["none"]}
+    rows |= {f"FM with the adapter of {name}": matrix.foundation[name] for name in summary.domains}
+    rows["FM with the merged adapter"] = matrix.foundation["merged"]
+    rows |= {f"DM of {name}": matrix.domain[name] for name in summary.domains}
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *summary.domains))
+    body = "".join(
+        f'<tr><th scope="row">{escape(label)}</th>{"".join(_shaded(accuracy(row, d)) for d in summary.domains)}</tr>'
+        for label, row in rows.items()
+    )
+    note = (
+        "Accuracy on the held-out examples of each domain (columns). A row that is dark in one column only knows that "
+        "domain; what the FM as it is can do, and an adapter of another domain cannot, is interference."
+    )
+    return (
+        f'<section><h2>Every model on every domain</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="dim">{escape(note)}</p></section>'
+    )
+
+
+def _shaded(share: float | None) -> str:
+    """A cell, the darker the higher."""
+    depth = round(60 * (share or 0.0))
+    return f'<td style="background:color-mix(in srgb,{BLUE} {depth}%,transparent)">{escape(percent(share))}</td>'
 
 
 def _bytes(summary: Summary) -> str:

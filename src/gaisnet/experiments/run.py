@@ -12,9 +12,11 @@ from gaisnet.errors import ConfigError, NothingToResume
 from gaisnet.experiments.data import DomainData, load_domains, majority, retention_text
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.summary import (
+    Baselines,
     Cycle,
     DeviceFigures,
     LinkBytes,
+    Matrix,
     ModelFigures,
     RelayLoss,
     Retention,
@@ -25,7 +27,7 @@ from gaisnet.experiments.summary import (
 )
 from gaisnet.messages import AdapterUpdate, EvaluationReport
 from gaisnet.models.foundation import Foundation, load_foundation
-from gaisnet.network import Network
+from gaisnet.network import Network, Scores
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
 from gaisnet.tiers.cloud import MERGED
@@ -36,7 +38,7 @@ Build = Callable[[Foundation, str, Progress], Network]
 """Makes a network out of the foundation model and public text, and tells its progress."""
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
 _CHECKPOINT = "run"
-_MAY_CHANGE = ("cycles", "faults", "service")  # while a run goes on
+_MAY_CHANGE = ("cycles", "evaluate", "faults", "service")  # while a run goes on
 
 
 def run_experiment(
@@ -75,6 +77,22 @@ def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
                 f"--set {override} on a run that goes on", found, f"change {' or '.join(_MAY_CHANGE)} only"
             )
     return parse_config(with_overrides(raw, overrides), f"the configuration in '{folder.path}'")
+
+
+def hold_against(folder: RunFolder, baselines: Baselines) -> Summary:
+    """Write what a run is held against into its summary and report, and where it goes on from.
+
+    Raises ``NothingToResume``, ``CheckpointError`` or ``OutputNotWritable``.
+    """
+    kept = folder.shelf.get(_CHECKPOINT)
+    if kept is None:
+        raise NothingToResume(folder.path)
+    state, tensors = kept
+    summary = Summary.model_validate(state["summary"]).model_copy(update={"baselines": baselines}).with_gaps()
+    folder.write_summary(summary)
+    folder.write_report(summary)
+    folder.shelf.put(_CHECKPOINT, {**state, "summary": summary.to_json()}, tensors)
+    return summary
 
 
 def read_summary(out: Path) -> Summary:
@@ -159,7 +177,7 @@ class Run:
         self._folder.log({"event": "fine_tune", "cycle": len(self.summary.cycles), "domains": losses})
         said = [*_relays_kept(relays), *map(str, verdicts)]
         entry = self._measure(len(self.summary.cycles), said, relays, _faults(updates))
-        self.summary = self.summary.model_copy(update={"cycles": [*self.summary.cycles, entry]})
+        self.summary = self.summary.model_copy(update={"cycles": [*self.summary.cycles, entry]}).with_gaps()
         self._write()
 
     def _first_summary(self, majorities: Mapping[str, float | None]) -> Summary:
@@ -182,12 +200,13 @@ class Run:
     def _measure(
         self, number: int, verdicts: list[str], relays: Mapping[str, Distillation], faults: list[str]
     ) -> Cycle:
-        scores = self._timed("evaluate", self._network.evaluate)
+        scores, everywhere = self._timed("evaluate", self._evaluate)
         entry = Cycle(
             cycle=number,
             foundation=_scores(scores.foundation),
             domain=_scores(scores.domain),
             merged=_scores(scores.merged),
+            matrix=everywhere,
             retention=self._retention(),
             bytes=self._traffic(),
             seconds=Seconds(**{verb: self._seconds.pop(verb, 0.0) for verb in Seconds.model_fields}),
@@ -197,6 +216,16 @@ class Run:
         )
         self._folder.log_cycle(entry)
         return entry
+
+    def _evaluate(self) -> tuple[Scores, Matrix | None]:
+        scores = self._network.evaluate()
+        if not self._config.evaluate.everywhere:
+            return scores, None
+        found = self._network.evaluate_everywhere(scores)
+        return scores, Matrix(
+            foundation={whose: _scores(on) for whose, on in found.foundation.items()},
+            domain={whose: _scores(on) for whose, on in found.domain.items()},
+        )
 
     def _retention(self) -> Retention:
         cloud = self._network.cloud

@@ -41,6 +41,15 @@ class Score(Record):
     num_examples: int = Field(ge=0, description="Held-out examples behind both.")
 
 
+class Matrix(Record):
+    """Every model on every domain: by whose it is, then by the domain whose held-out examples are scored."""
+
+    foundation: dict[str, dict[str, Score]] = Field(
+        description="The FM by the adapter that acts: a domain's, the merged one ('merged'), or none ('none')."
+    )
+    domain: dict[str, dict[str, Score]] = Field(description="Every DM, by its domain.")
+
+
 class Retention(Record):
     """Perplexity of the FM on public text that no domain trains on; lower is better."""
 
@@ -85,6 +94,7 @@ class Cycle(Record):
     foundation: dict[str, Score] = Field(description="The FM with the domain's adapter, by domain.")
     domain: dict[str, Score] = Field(description="The DM of the domain, by domain.")
     merged: dict[str, Score] = Field(description="The FM with the merged adapter, by domain.")
+    matrix: Matrix | None = Field(None, description="Where evaluate.everywhere is set.")
     retention: Retention
     bytes: LinkBytes
     seconds: Seconds
@@ -97,6 +107,37 @@ class Cycle(Record):
     def bodies(self) -> dict[str, dict[str, Score]]:
         """The three groups of scores by the name of their field."""
         return {"foundation": self.foundation, "domain": self.domain, "merged": self.merged}
+
+
+class Baselines(Record):
+    """What a run is held against: accuracies on the same held-out examples, by domain. ``gaisnet baselines`` adds them.
+
+    Passes over the examples are as many as the network made, ``pooled`` with the same LoRA rank and learning rate.
+    """
+
+    pooled: dict[str, float] = Field(
+        default_factory=dict, description="The FM, LoRA on all its layers, the domain's examples in one place."
+    )
+    scratch: dict[str, float] = Field(
+        default_factory=dict, description="An edge alone: a model of the DM's size, learned from nothing, on the same."
+    )
+    no_relay: dict[str, float] = Field(
+        default_factory=dict, description="An edge alone with its devices: the DM, no relay, no cloud after the start."
+    )
+    zero_shot: dict[str, float] = Field(
+        default_factory=dict, description="The FM as it is, asked; its answer may go on after the completion."
+    )
+    few_shot: dict[str, float] = Field(
+        default_factory=dict, description="The same, with some of the domain's training examples in the prompt."
+    )
+
+
+class GapClosed(Record):
+    """(After - before) / (pooled - before) in accuracy, by domain; before: entry 0. null where pooled is no higher."""
+
+    foundation: dict[str, float | None] = Field(description="The FM with the domain's adapter.")
+    merged: dict[str, float | None] = Field(description="The FM with the merged adapter.")
+    domain: dict[str, float | None] = Field(description="The DM.")
 
 
 class Summary(Record):
@@ -112,6 +153,23 @@ class Summary(Record):
         description="Accuracy of always naming the commonest class, by domain; null where a domain has no classes."
     )
     cycles: list[Cycle] = Field(min_length=1)
+    baselines: Baselines | None = Field(None, description="Once they were measured.")
+    gap_closed: GapClosed | None = Field(None, description="Once there is a pooled baseline, and a cycle.")
+
+    def with_gaps(self) -> "Summary":
+        """The same, with ``gap_closed`` as the last cycle and the baselines make it."""
+        pooled = self.baselines.pooled if self.baselines else {}
+        if not pooled or len(self.cycles) < 2:
+            return self.model_copy(update={"gap_closed": None})
+        first, last = self.cycles[0].bodies(), self.cycles[-1].bodies()
+        gaps = {
+            body: {
+                name: _gap(first[body][name].accuracy, last[body][name].accuracy, bound)
+                for name, bound in pooled.items()
+            }
+            for body in GapClosed.model_fields
+        }
+        return self.model_copy(update={"gap_closed": GapClosed(**gaps)})
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -121,6 +179,10 @@ class Summary(Record):
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers for ``write_json``; a NaN stays a NaN, for it to be refused there."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def _gap(before: float, after: float, bound: float) -> float | None:
+    return (after - before) / (bound - before) if bound > before else None
 
 
 def strict_json(data: Mapping[str, Any], target: str, indent: int | None = None) -> str:

@@ -21,6 +21,7 @@ from gaisnet.messages import (
     BodyOutput,
     BodyRequest,
     Done,
+    EvaluateGuest,
     Message,
     ModelRequest,
     Role,
@@ -130,6 +131,10 @@ class Cloud:
         """The relay that a domain's DM should have, or the domain adapter that the FM holds."""
         tensors = self._teacher.relays[domain] if role == "relay" else self._model.adapter(domain)
         return AdapterRelease(role, self.versions[role][domain], tensors)
+
+    def guest(self, domain: str) -> EvaluateGuest:
+        """A domain's DM as it would be released now, to be tried on other domains' examples."""
+        return EvaluateGuest(self._teacher.relays.get(domain, {}), self._model.adapter(domain))
 
     # -- up ------------------------------------------------------------------------------------------------------------
 

@@ -110,6 +110,22 @@ class DomainModel:
         """Overwrite the domain adapter."""
         self._put("domain", tensors)
 
+    @contextmanager
+    def guest(self, relay: AdapterTensors, domain: AdapterTensors) -> Iterator[None]:
+        """Inside, it is another domain's model: with its adapters; ``relay`` is empty where models have none.
+
+        What is served does not change, nor do versions. Raises ``AdapterMismatch``.
+        """
+        own = {role: self._taken_out(role) for role in self._specs}
+        try:
+            self._put("domain", domain)
+            if relay:
+                self._put("relay", relay)
+            yield
+        finally:
+            for role, tensors in own.items():
+                self._put(role, tensors)
+
     def prefix(self, smashed: Activations) -> Activations:
         """Finish the frozen layers from wherever the device stopped."""
         first = self._layout.first_adapted

@@ -18,6 +18,7 @@ from gaisnet.messages import (
     BodyRequest,
     Done,
     Evaluate,
+    EvaluateGuest,
     EvaluationReport,
     FineTune,
     Install,
@@ -106,6 +107,8 @@ class Edge:
                 return self._evaluate(self._domain_outputs)
             case Evaluate(body="foundation"):
                 return self._evaluate(lambda devices: self._foundation_outputs(devices, message.adapter))
+            case EvaluateGuest():
+                return self._evaluate(lambda devices: self._guest_outputs(devices, message))
             case TrafficRequest():
                 return self._report_traffic()
             case _:
@@ -232,6 +235,13 @@ class Edge:
 
     def _domain_outputs(self, devices: Sequence[str]) -> dict[str, BodyOutput]:
         return {name: self._domain_output(self._smashed.inputs(self._model(), name, "test")) for name in devices}
+
+    def _guest_outputs(self, devices: Sequence[str], guest: EvaluateGuest) -> dict[str, BodyOutput]:
+        """With another domain's model; nothing of it is kept."""
+        domain = self._model()
+        with domain.guest(guest.relay, guest.domain):
+            raw = {name: Activations.of(self._smashed.raw(name, "test"), *domain.placement()) for name in devices}
+            return {name: self._domain_output(domain.prefix(inputs)) for name, inputs in raw.items()}
 
     def _domain_output(self, inputs: Activations) -> BodyOutput:
         rows_ND = self._model().output_rows(inputs)

@@ -13,9 +13,10 @@ from transformers import PretrainedConfig
 
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config
-from gaisnet.models.foundation import Foundation, load_foundation, read_config
+from gaisnet.experiments.data import DomainData
+from gaisnet.models.foundation import Foundation, load_foundation, load_tokenizer, read_config
 from gaisnet.models.ragged import by_length, shuffled_batches
-from gaisnet.tiers.examples import Tokens
+from gaisnet.tiers.examples import Tokens, tokenize
 
 _IGNORED = -100  # a label that transformers' loss passes over
 _SCORED = 32
@@ -35,6 +36,14 @@ class Task:
     config: Config
     train: Mapping[str, Sequence[Tokens]]
     test: Sequence[Tokens]
+
+    @classmethod
+    def of(cls, config: Config, data: DomainData) -> "Task":
+        """The examples of a domain's devices. Raises ``DataError``."""
+        tokenizer, context = load_tokenizer(config.model), config.model.context
+        train = {name: tokenize(mine.train, tokenizer, context, name) for name, mine in data.devices.items()}
+        test = [t for name, mine in data.devices.items() for t in tokenize(mine.test, tokenizer, context, name)]
+        return cls(config, train, test)
 
     @property
     def pooled(self) -> list[Tokens]:

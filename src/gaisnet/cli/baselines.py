@@ -1,0 +1,47 @@
+"""``gaisnet baselines``: what a finished run is held against."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gaisnet.experiments.summary import Summary
+
+
+def baselines(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Hold a finished run against what you might do instead, on the same examples with as many passes over them.
+
+    pooled: LoRA on all layers of the foundation model (FM), a domain's examples in one place, which the network avoids.
+    scratch: an edge alone, a model of the domain model's (DM's) size that learns from nothing. no_relay: an edge alone
+    with its devices and the DM. zero_shot and few_shot: the FM as it is, asked.
+
+    Writes them into RUN/summary.json and report.html, with the share of the way to pooled that the network went
+    (gap_closed). Stopped, it goes on with what is missing. The examples must be on this machine.
+    """
+    with told_errors():
+        quiet_libraries()
+        from gaisnet.bench.baselines import measure_baselines
+
+        with LiveProgress(console) as progress:
+            summary = measure_baselines(run, progress)
+    console.print(_table(summary))
+    console.print(f"All of it is in {run / 'summary.json'} and {run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _table(summary: "Summary") -> "Table":
+    from rich.table import Table
+    from rich.text import Text
+
+    from gaisnet.experiments.table import against_rows
+
+    table = Table("", title="Accuracy on held-out examples")
+    for name in summary.domains:
+        table.add_column(Text(name), justify="right")
+    for label, cells in against_rows(summary):
+        table.add_row(Text(label), *cells)
+    return table

@@ -1,0 +1,144 @@
+"""What a run is held against: measured once, kept with the run, each what its name says."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gaisnet.bench import baselines
+from gaisnet.bench.baselines import measure_baselines
+from gaisnet.bench.contenders.task import Task
+from gaisnet.cli.app import app
+from gaisnet.config import Config, load_config
+from gaisnet.errors import NothingToResume
+from gaisnet.experiments.data import DomainData, load_domains
+from gaisnet.experiments.run import read_summary, resume_experiment, run_experiment
+from gaisnet.experiments.summary import Baselines
+from gaisnet.models.foundation import load_tokenizer
+from gaisnet.tiers.examples import Tokens
+from tests.tiny import write_tiny_run
+
+OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
+DOMAINS = {"shapes", "tastes"}
+
+
+def finished(folder: Path) -> Config:
+    """A tiny run of one cycle in ``folder / "out"``."""
+    config = load_config(write_tiny_run(folder, cycles=1, absorb=OPEN_GATE))
+    run_experiment(config, folder / "out")
+    return config
+
+
+@pytest.mark.integration
+def test_all_are_measured_on_every_domain_and_kept_with_the_run(tmp_path: Path) -> None:
+    finished(tmp_path)
+    told: list[tuple[int, int]] = []
+    summary = measure_baselines(tmp_path / "out", lambda stage, done, total, _: told.append((done, total)))
+    assert told[0] == (0, 10) and told[-1] == (10, 10)
+    assert summary == read_summary(tmp_path / "out")
+    assert summary.baselines is not None and summary.gap_closed is not None
+    for kind in Baselines.model_fields:
+        found = getattr(summary.baselines, kind)
+        assert found.keys() == DOMAINS
+        assert all(0.0 <= share <= 1.0 for share in found.values())
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Against what you might do instead" in page and "gap closed, DM" in page
+
+    again = resume_experiment(tmp_path / "out", ["cycles=2"])
+    assert again.baselines == summary.baselines
+    assert again.gap_closed == again.with_gaps().gap_closed
+    assert len(again.cycles) == 3
+
+
+@pytest.mark.integration
+def test_one_that_is_stopped_goes_on_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path)
+    measured: list[str] = []
+
+    def one(kind: str) -> Callable[[Config, DomainData, int, int], float]:
+        def measure(config: Config, data: DomainData, num_layers: int, seed: int) -> float:
+            if kind == "zero_shot" and measured.count("zero_shot") == 0 and not resumed:
+                raise KeyboardInterrupt
+            measured.append(kind)
+            return 0.5
+
+        return measure
+
+    resumed = False
+    monkeypatch.setattr(baselines, "_ONES", {kind: one(kind) for kind in baselines._ONES})
+    monkeypatch.setattr(baselines, "without_relay", lambda config, domains: dict.fromkeys(domains, 0.25))
+    with pytest.raises(KeyboardInterrupt):
+        measure_baselines(tmp_path / "out")
+    kept = read_summary(tmp_path / "out").baselines
+    assert kept is not None and kept.pooled == kept.scratch == dict.fromkeys(("shapes", "tastes"), 0.5)
+    assert measured == ["pooled"] * 2 + ["scratch"] * 2
+    resumed = True
+    assert measure_baselines(tmp_path / "out").baselines == kept.model_copy(
+        update={kind: dict.fromkeys(("shapes", "tastes"), 0.5) for kind in ("zero_shot", "few_shot")}
+    )
+    assert measured[4:] == ["zero_shot"] * 2 + ["few_shot"] * 2
+
+
+def one_domain(tmp_path: Path) -> tuple[Config, DomainData]:
+    config = load_config(write_tiny_run(tmp_path))
+    return config, load_domains(config)["shapes"]
+
+
+def test_as_many_passes_as_the_network_made(tmp_path: Path) -> None:
+    config, data = one_domain(tmp_path)
+    tune = config.fine_tune.model_copy(update={"edge_rounds": 2, "local_epochs": 3})
+    config = baselines._with_all_passes(config.model_copy(update={"fine_tune": tune}), cycles=4)
+    assert (config.fine_tune.edge_rounds, config.fine_tune.local_epochs) == (8, 3)
+    assert baselines._task(config, data).epochs == 24
+
+
+def test_a_model_from_scratch_has_the_layers_of_a_domain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, data = one_domain(tmp_path)
+    seen: dict[str, Any] = {}
+
+    def train(model: torch.nn.Module, task: Task, seed: int) -> object:
+        seen.update(model=model, learning_rate=task.config.fine_tune.learning_rate)
+        raise InterruptedError
+
+    monkeypatch.setattr(baselines, "train", train)
+    with pytest.raises(InterruptedError):
+        baselines.from_scratch(config, data, 4, seed=0)
+    model = seen["model"]
+    assert len(model.get_decoder().layers) == 4
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert seen["learning_rate"] == baselines._SCRATCH_LEARNING_RATE
+
+
+def test_asked_with_examples_it_sees_them_and_only_the_answer_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data = one_domain(tmp_path)
+    seen: list[list[str]] = []
+    tokenizer = load_tokenizer(config.model)
+
+    def look(model: object, asked: list[Tokens]) -> float:
+        seen.append([str(tokenizer.decode([*tokens.input_ids, tokens.label_ids[-1]])) for tokens in asked])
+        assert all(tokens.input_ids[-1] != 257 for tokens in asked)
+        return 0.0
+
+    monkeypatch.setattr(baselines, "accuracy", look)
+    baselines.zero_shot(config, data, 5, seed=0)
+    baselines.few_shot(config, data, 5, seed=0)
+    examples = [example for mine in data.devices.values() for example in mine.test]
+    assert seen[0] == [e.prompt + e.completion for e in examples]
+    train = {e.prompt + e.completion for mine in data.devices.values() for e in mine.train}
+    for text, example in zip(seen[1], examples, strict=True):
+        *shots, question = text.split("\n\n")
+        assert question == example.prompt + example.completion
+        assert len(set(shots)) == baselines.SHOTS and train.issuperset(shots)
+
+
+def test_there_must_be_a_run(tmp_path: Path) -> None:
+    with pytest.raises(NothingToResume):
+        measure_baselines(tmp_path)
+    result = CliRunner().invoke(app, ["baselines", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
