@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from gaisnet.config import Config, parse_config
 from gaisnet.engines.local import build_network
-from gaisnet.experiments.data import load_domains, retention_text
+from gaisnet.experiments.data import load_domains, public_text
 from gaisnet.models.foundation import Foundation, load_foundation
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.examples import Tokens, tokenize
@@ -43,7 +43,7 @@ def seconds_of_gaisnet(config: Config, foundation: Foundation) -> float:
     """Smashed data, cache and all epochs of what learns; the network is set up before, devices' parts included."""
     domain = load_domains(config)["medical"]
     shapes = {"medical": TaskShape(domain.template, domain.labels)}
-    network = build_network(config, foundation, shapes, domain.devices, retention_text(40_000))
+    network = build_network(config, foundation, shapes, domain.devices, public_text(config.absorb))
     network.install()
     network.evaluate()  # hands the devices their parts
     started = time.perf_counter()

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from gaisnet.config import Config, load_config
 from gaisnet.engines.local import NoOutlets, build_tiers
-from gaisnet.experiments.data import load_domains, retention_text
+from gaisnet.experiments.data import load_domains, public_text
 from gaisnet.messages import Message
 from gaisnet.models.foundation import load_foundation
 from gaisnet.relay.downward import TaskShape
@@ -119,7 +119,7 @@ def learn(config: Config, epochs: Epochs) -> None:
     """One edge round of all tiers of ``config``, which has one domain."""
     ((name, domain),) = load_domains(config).items()
     shapes = {name: TaskShape(domain.template, domain.labels)}
-    foundation, text = load_foundation(config.model), retention_text(40_000)
+    foundation, text = load_foundation(config.model), public_text(config.absorb)
     tiers = build_tiers(config, foundation, shapes, domain.devices, text, epochs, Ledger, NoOutlets())
     for device in tiers.devices.values():
         watch(device, epochs)

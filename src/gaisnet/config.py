@@ -116,7 +116,7 @@ class FineTuneSettings(Settings):
     anchor_sequences: int = Field(48, ge=1, description="Sequences of generated text that the pull knows.")
     anchor_batch_size: int = Field(2, ge=1, description="How many of them are in a step that pulls.")
     anchor_every: int = Field(
-        4, ge=1, description="One step in so many pulls, and that much harder: a pull costs a fifth of a step."
+        4, ge=1, description="One step in so many pulls, and that much harder: its rows are computed beside the step's."
     )
 
 

@@ -19,12 +19,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import FaultSettings
 from gaisnet.errors import LinkLost, UnexpectedMessage
 from gaisnet.messages import (
     AdapterUpdate,
     Done,
     Evaluate,
+    EvaluateGuest,
     EvaluationReport,
     FineTune,
     Install,
@@ -41,6 +43,7 @@ from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 
 M = TypeVar("M", bound=Message)
 ALONE = "none"
+"""In the place of an adapter's name: the FM as it is."""
 _RETRY_S = 0.5
 
 
@@ -54,7 +57,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Everywhere:
     """How every model does on every domain: by whose it is, then by the domain whose held-out examples are scored."""
 
     domain: dict[str, dict[str, EvaluationReport]]  # every DM
@@ -79,6 +82,7 @@ class Network:
         self._ledger = ledger
         self._faults = faults
         self._updates: dict[str, AdapterUpdate] = {}
+        self._at_edges: dict[str, AdapterTensors] = {}  # domain adapters that DMs have, as far as they were seen
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a run needs to go on from here, for ``restore``."""
@@ -98,7 +102,9 @@ class Network:
             if held.relay != versions["relay"][domain]:
                 self._ask({domain: self.cloud.release("relay", domain)}, Done)
             if held.domain != versions["domain"][domain]:
-                self._ask({domain: self.cloud.release("domain", domain)}, Done)
+                release = self.cloud.release("domain", domain)
+                self._ask({domain: release}, Done)
+                self._at_edges[domain] = release.tensors
 
     def release(self) -> dict[str, Distillation]:
         """Foundation knowledge goes down: relays, distilled on text that the FM writes, go to DMs that they help."""
@@ -109,6 +115,7 @@ class Network:
     def fine_tune(self) -> dict[str, AdapterUpdate]:
         """Every edge and its devices learn from private data, all edges at once."""
         self._updates = self._ask(dict.fromkeys(self._edges, FineTune(self.cycle)), AdapterUpdate)
+        self._at_edges |= {domain: update.tensors for domain, update in self._updates.items()}
         return self._updates
 
     def absorb(self) -> list[Verdict]:
@@ -126,18 +133,23 @@ class Network:
             merged=self._ask(dict.fromkeys(self._edges, Evaluate("foundation", MERGED)), EvaluationReport),
         )
 
-    def evaluate_everywhere(self, scores: Scores) -> Matrix:
+    def evaluate_everywhere(self, scores: Scores) -> Everywhere:
         """Score every model on every domain; ``scores`` are a part of that. Adapters travel for it, examples do not."""
         domain, foundation = {d: {d: scores.domain[d]} for d in self._edges}, dict[str, dict[str, EvaluationReport]]()
         for whose in self._edges:
             others = [on for on in self._edges if on != whose]
-            domain[whose] |= self._ask(dict.fromkeys(others, self.cloud.guest(whose)), EvaluationReport)
+            domain[whose] |= self._ask(dict.fromkeys(others, self._guest(whose)), EvaluationReport)
             asked = dict.fromkeys(others, Evaluate("foundation", whose))
             foundation[whose] = {whose: scores.foundation[whose], **self._ask(asked, EvaluationReport)}
         foundation[MERGED] = scores.merged
         asked = dict.fromkeys(self._edges, Evaluate("foundation", None))
         foundation[ALONE] = self._ask(asked, EvaluationReport)
-        return Matrix(domain, foundation)
+        return Everywhere(domain, foundation)
+
+    def _guest(self, domain: str) -> EvaluateGuest:
+        """A domain's DM with the adapter that it has now, also one that the gate has refused."""
+        whole = self.cloud.release("domain", domain).tensors
+        return EvaluateGuest(self.cloud.relay(domain), self._at_edges.get(domain, whole))
 
     def traffic(self) -> dict[LinkKind, Traffic]:
         """Bytes of the whole run on each kind of link, all sites together."""

@@ -13,10 +13,9 @@ from gaisnet.bench.baselines import measure_baselines
 from gaisnet.bench.contenders.task import Task
 from gaisnet.cli.app import app
 from gaisnet.config import Config, load_config
-from gaisnet.errors import NothingToResume
+from gaisnet.errors import ConfigError, NothingToResume
 from gaisnet.experiments.data import DomainData, load_domains
-from gaisnet.experiments.run import read_summary, resume_experiment, run_experiment
-from gaisnet.experiments.summary import Baselines
+from gaisnet.experiments.run import Run, read_summary, resume_experiment, run_experiment
 from gaisnet.models.foundation import load_tokenizer
 from gaisnet.tiers.examples import Tokens
 from tests.tiny import write_tiny_run
@@ -40,17 +39,17 @@ def test_all_are_measured_on_every_domain_and_kept_with_the_run(tmp_path: Path) 
     assert told[0] == (0, 10) and told[-1] == (10, 10)
     assert summary == read_summary(tmp_path / "out")
     assert summary.baselines is not None and summary.gap_closed is not None
-    for kind in Baselines.model_fields:
+    for kind in baselines.KINDS:
         found = getattr(summary.baselines, kind)
         assert found.keys() == DOMAINS
         assert all(0.0 <= share <= 1.0 for share in found.values())
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Against what you might do instead" in page and "gap closed, DM" in page
 
-    again = resume_experiment(tmp_path / "out", ["cycles=2"])
-    assert again.baselines == summary.baselines
-    assert again.gap_closed == again.with_gaps().gap_closed
-    assert len(again.cycles) == 3
+    longer = resume_experiment(tmp_path / "out", ["cycles=2"])
+    assert longer.baselines == summary.baselines and longer.gap_closed is None  # they learned in one cycle only
+    again = measure_baselines(tmp_path / "out")
+    assert again.baselines is not None and again.baselines.cycles == 2 and again.gap_closed is not None
 
 
 @pytest.mark.integration
@@ -60,7 +59,7 @@ def test_one_that_is_stopped_goes_on_with_the_next(tmp_path: Path, monkeypatch: 
 
     def one(kind: str) -> Callable[[Config, DomainData, int, int], float]:
         def measure(config: Config, data: DomainData, num_layers: int, seed: int) -> float:
-            if kind == "zero_shot" and measured.count("zero_shot") == 0 and not resumed:
+            if kind == "pooled" and not resumed:
                 raise KeyboardInterrupt
             measured.append(kind)
             return 0.5
@@ -69,17 +68,18 @@ def test_one_that_is_stopped_goes_on_with_the_next(tmp_path: Path, monkeypatch: 
 
     resumed = False
     monkeypatch.setattr(baselines, "_ONES", {kind: one(kind) for kind in baselines._ONES})
-    monkeypatch.setattr(baselines, "without_relay", lambda config, domains: dict.fromkeys(domains, 0.25))
+    monkeypatch.setattr(baselines, "without_relay", lambda config, domains, progress: dict.fromkeys(domains, 0.25))
     with pytest.raises(KeyboardInterrupt):
         measure_baselines(tmp_path / "out")
     kept = read_summary(tmp_path / "out").baselines
-    assert kept is not None and kept.pooled == kept.scratch == dict.fromkeys(("shapes", "tastes"), 0.5)
-    assert measured == ["pooled"] * 2 + ["scratch"] * 2
+    assert kept is not None and kept.zero_shot == kept.few_shot == dict.fromkeys(("shapes", "tastes"), 0.5)
+    assert kept.no_relay == dict.fromkeys(("shapes", "tastes"), 0.25)
+    assert measured == ["zero_shot"] * 2 + ["few_shot"] * 2
     resumed = True
     assert measure_baselines(tmp_path / "out").baselines == kept.model_copy(
-        update={kind: dict.fromkeys(("shapes", "tastes"), 0.5) for kind in ("zero_shot", "few_shot")}
+        update={kind: dict.fromkeys(("shapes", "tastes"), 0.5) for kind in ("pooled", "scratch")}
     )
-    assert measured[4:] == ["zero_shot"] * 2 + ["few_shot"] * 2
+    assert measured[4:] == ["pooled"] * 2 + ["scratch"] * 2
 
 
 def one_domain(tmp_path: Path) -> tuple[Config, DomainData]:
@@ -134,6 +134,35 @@ def test_asked_with_examples_it_sees_them_and_only_the_answer_counts(
         *shots, question = text.split("\n\n")
         assert question == example.prompt + example.completion
         assert len(set(shots)) == baselines.SHOTS and train.issuperset(shots)
+
+
+@pytest.mark.integration
+def test_a_run_without_a_cycle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "cycle", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finished(tmp_path)
+    with pytest.raises(ConfigError, match="has not finished a cycle"):
+        measure_baselines(tmp_path / "out")
+
+
+def test_a_prompt_is_asked_as_long_as_everybody_sees_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, data = one_domain(tmp_path)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"context": 20})})
+    lengths: list[int] = []
+
+    def look(model: object, asked: list[Tokens]) -> float:
+        lengths.extend(len(tokens.input_ids) for tokens in asked)
+        return 0.0
+
+    monkeypatch.setattr(baselines, "accuracy", look)
+    baselines.zero_shot(config, data, 5, seed=0)
+    assert set(lengths) == {19}  # the last token is only ever predicted
+    lengths.clear()
+    baselines.few_shot(config, data, 5, seed=0)
+    assert set(lengths) == {19 + baselines.SHOTS * (20 + 2)}
 
 
 def test_there_must_be_a_run(tmp_path: Path) -> None:

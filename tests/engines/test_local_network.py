@@ -393,6 +393,27 @@ def test_an_adapter_over_the_limit_is_plugged_in_weaker_and_its_domain_model_kee
     assert strict.scores[1].domain["shapes"] == free.scores[1].domain["shapes"]
 
 
+def test_a_network_that_goes_on_gives_its_domain_models_their_adapters_whole() -> None:
+    settings = {"retention_windows": 2, "retention_tokens": 16}
+    fine_tune = {"local_epochs": 2, "batch_size": 4, "learning_rate": 0.02, "anchor_weight": 0.0}
+    edges = [tiny_edge("north", "shapes")]
+
+    def run(max_increase: float) -> Run:
+        absorb = {**settings, "max_retention_increase": max_increase}
+        config = tiny_config(absorb=absorb, fine_tune=fine_tune, cycles=1, edges=edges)
+        return Run(config, foundation=foundation_that_knows(PUBLIC_TEXT))
+
+    free = run(1e9).go()
+    strict = 0.9 * (free.verdicts[0][0].perplexity / free.network.cloud.perplexity_before - 1.0)
+    stopped = run(strict).go()
+    assert stopped.verdicts[0][0].share < 1.0
+    goes_on = run(strict)
+    goes_on.network.restore(*stopped.network.state())
+    goes_on.network.install()
+    assert goes_on.network.evaluate() == stopped.scores[-1]
+    assert stopped.scores[-1].domain == free.scores[-1].domain
+
+
 def test_one_refused_adapter_does_not_stop_another() -> None:
     run = Run(quick(cycles=1)).go()
     cloud = run.network.cloud
@@ -423,11 +444,6 @@ def test_with_a_relay_it_is_told() -> None:
     assert {"relay", "fine_tune"} <= set(Run(alone()).go().told)
 
 
-# -- privacy -----------------------------------------------------------------------------------------------------------
-
-PIECE = 8  # tokens, which are bytes here: no piece of a secret this long is on a link by chance
-
-
 # -- every model on every domain ---------------------------------------------------------------------------------------
 
 
@@ -455,23 +471,30 @@ def test_every_model_is_scored_on_every_domain(same_examples: Run) -> None:
     assert matrix.foundation[ALONE] == same_examples.scores[0].foundation
 
 
-def test_a_guest_leaves_everything_as_it_was(same_examples: Run) -> None:
-    before, versions = same_examples.network.evaluate(), same_examples.network.cloud.versions
-    same_examples.network.evaluate_everywhere(before)
-    assert same_examples.network.evaluate() == before
-    held = same_examples.network._ask(
-        {"shapes": Install(same_examples.network.run, same_examples.network.cloud.model_digest)}, Installed
-    )["shapes"]
-    assert (held.relay, held.domain) == (versions["relay"]["shapes"], versions["domain"]["shapes"])
+def test_also_a_model_whose_adapter_was_refused_is_scored_as_it_is() -> None:
+    absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 0.0}
+    fine_tune = {"local_epochs": 2, "batch_size": 4, "learning_rate": 0.02, "anchor_weight": 0.0}
+    config = tiny_config(absorb=absorb, fine_tune=fine_tune, cycles=1)
+    data = tiny_data(config)
+    data |= {name.replace("north", "south"): mine for name, mine in data.items() if name.startswith("north")}
+    run = Run(config, data, foundation_that_knows(PUBLIC_TEXT)).go()
+    assert not any(verdict.accepted for verdict in run.verdicts[0][:2])
+    matrix = run.network.evaluate_everywhere(run.scores[-1])
+    assert matrix.domain["shapes"]["tastes"] == run.scores[-1].domain["shapes"] != run.scores[0].domain["shapes"]
 
 
 def test_a_guest_that_does_not_fit_is_refused_and_the_host_stays(same_examples: Run) -> None:
     before = same_examples.network.evaluate()
-    guest = same_examples.network.cloud.guest("tastes")
+    guest = same_examples.network._guest("tastes")
     narrow = {name: tensor[:1] for name, tensor in guest.domain.items()}
     with pytest.raises(AdapterMismatch):
         same_examples.network._ask({"shapes": EvaluateGuest(guest.relay, narrow)}, EvaluationReport)
     assert same_examples.network.evaluate() == before
+
+
+# -- privacy -----------------------------------------------------------------------------------------------------------
+
+PIECE = 8  # tokens, which are bytes here: no piece of a secret this long is on a link by chance
 
 
 def secrets_of(config: Config) -> dict[str, DeviceData]:

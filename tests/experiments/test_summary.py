@@ -61,15 +61,17 @@ def test_the_gap_is_closed_by_a_share_of_the_way_to_pooled() -> None:
     last = first | {"cycle": 1, "foundation": scores(0.7), "merged": scores(0.4), "domain": scores(0.8)}
     raw["cycles"] = [first, last]
     assert Summary.model_validate(raw).with_gaps().gap_closed is None
-    raw["baselines"] = {"pooled": {"medical": 0.7}}
+    raw["baselines"] = {"cycles": 1, "pooled": {"medical": 0.7}}
     gaps = Summary.model_validate(raw).with_gaps().gap_closed
     assert gaps is not None
     assert gaps.foundation == {"medical": pytest.approx(1.0)}
     assert gaps.merged == {"medical": pytest.approx(0.5)}
     assert gaps.domain == {"medical": pytest.approx(0.8 / 0.7)}
-    raw["baselines"] = {"pooled": {"medical": 0.1}}  # no way to go
+    raw["baselines"] = {"cycles": 1, "pooled": {"medical": 0.1}}  # no way to go
     gaps = Summary.model_validate(raw).with_gaps().gap_closed
     assert gaps is not None and gaps.foundation == {"medical": None}
+    raw["baselines"]["cycles"] = 2  # they speak of more learning than there was
+    assert Summary.model_validate(raw).with_gaps().gap_closed is None
     raw["cycles"] = [first]
     assert Summary.model_validate(raw).with_gaps().gap_closed is None
 

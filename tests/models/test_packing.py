@@ -50,7 +50,7 @@ def alone(body: Body, lengths: Sequence[int]) -> tuple[list[Tensor], list[Tensor
 
 def packed(body: Body, lengths: Sequence[int]) -> tuple[list[Tensor], list[Tensor | None]]:
     """The same of all as rows of one block."""
-    let_attention_be_replaced(body)
+    let_attention_be_replaced(body.layers)
     given, packing = sequences(lengths), Packing(lengths, DEVICE)
     found_1ND = body.run(packing.rows(given), *SPAN, packing=packing)
     found = list(found_1ND[0, : sum(lengths)].split(list(lengths)))
@@ -74,10 +74,11 @@ def test_sliding_windows_too(family: str) -> None:
     assert not torch.allclose(whole[1], expected[0][1], atol=1e-3)  # the window is one
 
 
-def test_adapters_on_the_layers_have_the_same_gradients() -> None:
+@pytest.mark.parametrize("family", sorted(LLAMA_SHAPED))
+def test_all_weights_have_the_same_gradients(family: str) -> None:
     gradients = []
     for run in (alone, packed):
-        body = body_of("llama")
+        body = body_of(family)
         body.requires_grad_(True)
         run(body, LENGTHS[3])
         gradients.append({name: p.grad for name, p in body.named_parameters() if p.grad is not None})
@@ -88,7 +89,7 @@ def test_adapters_on_the_layers_have_the_same_gradients() -> None:
 def test_picked_rows_are_those_of_a_whole_run() -> None:
     lengths, wanted = (3, 9, 6), torch.tensor([2, 10, 11, 17])
     body = body_of("llama")
-    let_attention_be_replaced(body)
+    let_attention_be_replaced(body.layers)
     packing = Packing(lengths, DEVICE)
     rows_1ND = packing.rows(sequences(lengths))
     whole_1ND = body.run(rows_1ND, *SPAN, packing=packing)
@@ -99,7 +100,7 @@ def test_picked_rows_are_those_of_a_whole_run() -> None:
 def test_what_fills_a_block_reaches_nothing_and_learns_nothing() -> None:
     lengths = (3, 9, 6)
     body = body_of("llama")
-    let_attention_be_replaced(body)
+    let_attention_be_replaced(body.layers)
     packing = Packing(lengths, DEVICE)
     rows_1ND = packing.rows(sequences(lengths)).detach()
     num_real, num_rows = sum(lengths), rows_1ND.shape[1]
@@ -119,7 +120,7 @@ def test_what_fills_a_block_reaches_nothing_and_learns_nothing() -> None:
 
 def test_without_a_replacement_the_layers_attend_as_before() -> None:
     body, fresh = body_of("llama"), body_of("llama")
-    let_attention_be_replaced(body)
+    let_attention_be_replaced(body.layers)
     outputs = []
     for layers in (body, fresh):
         hidden_BTD = torch.stack([sequences((9,))[0].detach()] * 2).requires_grad_()

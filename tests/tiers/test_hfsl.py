@@ -293,6 +293,27 @@ def test_the_prefix_of_a_batch_is_that_of_each_example() -> None:
         torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_guest_is_another_model_and_leaves_its_host_as_it_was() -> None:
+    changes: dict[str, Any] = {"relay": {"enabled": True, "rank": 2}, "domain": {"precision": "int8"}}
+    host, other = (Cohort(cohort_config((1,), **changes), recipe=Recipe(ALL, (1, 2))) for _ in range(2))
+    with_relay(host, 8)
+    guests = {role: random_adapter(tensors, 21) for role, (_, tensors) in host.domain.adapters().items()}
+    for role, tensors in guests.items():
+        other.domain.take(AdapterRelease(role, 3, tensors))
+
+    def rows_of(cohort: Cohort) -> Tensor:
+        inputs = Activations.of(cohort.smashed(0), *cohort.domain.placement())
+        return cohort.domain.output_rows(cohort.domain.prefix(inputs))
+
+    before, versions, own_ND = host.domain.adapters(), dict(host.domain.versions), rows_of(host)
+    with host.domain.guest(guests["relay"], guests["domain"]):
+        assert torch.equal(rows_of(host), rows_of(other))
+        assert not torch.allclose(rows_of(host), own_ND, atol=1e-3)
+    assert torch.equal(rows_of(host), own_ND) and host.domain.versions == versions
+    for role, (_, tensors) in host.domain.adapters().items():
+        assert all(torch.equal(tensor, before[role][1][name]) for name, tensor in tensors.items())
+
+
 def test_learning_leaves_the_cache_and_everything_frozen() -> None:
     cohort = Cohort(cohort_config((1, 2), relay={"enabled": True, "rank": 2}))
     members = cohort.members()

@@ -5,7 +5,7 @@ with the next.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from gaisnet.bench.contenders.centralised import adapted, train
 from gaisnet.bench.contenders.task import Task, accuracy
 from gaisnet.config import Config
 from gaisnet.engines.local import build_network
-from gaisnet.experiments.data import DomainData, load_domains, retention_text
+from gaisnet.errors import ConfigError
+from gaisnet.experiments.data import DomainData, load_domains, public_text
 from gaisnet.experiments.output import RunFolder
-from gaisnet.experiments.run import hold_against, kept_config, read_summary
+from gaisnet.experiments.run import hold_against, kept_config, kept_summary
 from gaisnet.experiments.summary import Baselines, Summary
 from gaisnet.models.foundation import load_foundation
 from gaisnet.progress import Progress, silent
@@ -28,7 +29,9 @@ SHOTS = 8
 """Examples in the prompt of ``few_shot``."""
 
 _SCRATCH_LEARNING_RATE = 5e-4  # of all weights; LoRA's would be far too high for them
-_RETENTION_CHARS = 40_000
+
+KINDS = tuple(name for name in Baselines.model_fields if name != "cycles")
+"""What is measured, cheap or dear, in the order of the summary."""
 
 One = Callable[[Config, DomainData, int, int], float]
 """Measures a baseline on one domain: settings with the whole run's passes, examples, layers of a DM, seed."""
@@ -37,25 +40,28 @@ One = Callable[[Config, DomainData, int, int], float]
 def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
     """Measure what the run in ``out`` lacks of its baselines; its examples must be on this machine.
 
+    Those of another number of cycles are measured again.
+
     Raises:
-        NothingToResume: No run, or one that has not finished a cycle.
+        NothingToResume: There is no run.
+        ConfigError: It has not finished a cycle.
         GaisnetError: What keeps a model or the examples from being loaded.
     """
     with RunFolder.resume(out) as folder:
-        config = kept_config(folder)
-        summary = read_summary(out)
-        domains = load_domains(config)
-        config = _with_all_passes(config, max(1, len(summary.cycles) - 1))
-        found = summary.baselines or Baselines()
-        missing = [
-            (kind, name) for kind in Baselines.model_fields for name in domains if name not in getattr(found, kind)
-        ]
+        config, summary = kept_config(folder), kept_summary(folder)
+        cycles, domains = len(summary.cycles) - 1, load_domains(config)
+        if not cycles:
+            raise ConfigError(f"baselines of '{out}'", "it has not finished a cycle", f"gaisnet run --resume {out}")
+        config, found = _with_all_passes(config, cycles), summary.baselines
+        if found is None or found.cycles != cycles:
+            found = Baselines(cycles=cycles)
+        missing = [(kind, name) for kind in KINDS for name in domains if name not in getattr(found, kind)]
         for number, (kind, name) in enumerate(missing):
             progress("baselines", number, len(missing), {})
             if name in getattr(found, kind):
                 continue  # measured together with another domain's
             if kind == "no_relay":
-                new = without_relay(config, domains)
+                new = without_relay(config, domains, progress)
             else:
                 new = {name: _ONES[kind](config, domains[name], summary.model.domain_layers, config.seed)}
             found = found.model_copy(update={kind: {**getattr(found, kind), **new}})
@@ -70,13 +76,13 @@ def _with_all_passes(config: Config, cycles: int) -> Config:
     return config.model_copy(update={"fine_tune": config.fine_tune.model_copy(update={"edge_rounds": rounds})})
 
 
-def without_relay(config: Config, domains: Mapping[str, DomainData]) -> dict[str, float]:
+def without_relay(config: Config, domains: Mapping[str, DomainData], progress: Progress = silent) -> dict[str, float]:
     """Every edge with its devices and its DM, as they come from the cloud, without a relay: accuracies by domain."""
     config = config.model_copy(update={"relay": config.relay.model_copy(update={"enabled": False})})
     shapes = {name: TaskShape(data.template, data.labels) for name, data in domains.items()}
     devices = {name: mine for data in domains.values() for name, mine in data.devices.items()}
-    foundation = load_foundation(config.model)
-    network = build_network(config, foundation, shapes, devices, retention_text(_RETENTION_CHARS))
+    foundation, text = load_foundation(config.model), public_text(config.absorb)
+    network = build_network(config, foundation, shapes, devices, text, progress)
     network.install()
     network.fine_tune()
     return {name: report.num_correct / report.num_examples for name, report in network.evaluate().domain.items()}
@@ -118,18 +124,18 @@ def _task(config: Config, data: DomainData, learning_rate: float | None = None) 
 
 
 def _asked(config: Config, data: DomainData, num_shots: int, seed: int) -> float:
+    """Held-out prompts as everybody sees them, a context's worth of tokens at most, and so each example before them."""
     foundation = load_foundation(config.model, plain=True)
-    encode = foundation.tokenizer.encode
-    train_examples = [example for mine in data.devices.values() for example in mine.train]
-    shots = random.Random(seed).sample(train_examples, min(num_shots, len(train_examples)))
-    shown = "".join(f"{shot.prompt}{shot.completion}\n\n" for shot in shots)
-    asked = []
-    for mine in data.devices.values():
-        for example in mine.test:
-            prompt = encode(shown + example.prompt, add_special_tokens=False)
-            answer = encode(example.completion, add_special_tokens=False)
-            asked.append(Tokens((*prompt, *answer[:-1]), tuple(answer)))
-    return accuracy(foundation.model, asked)
+    task = Task.of(config, data)
+    shots = random.Random(seed).sample(task.pooled, min(num_shots, len(task.pooled)))
+    gap = foundation.tokenizer.encode("\n\n", add_special_tokens=False)
+    shown = [token for shot in shots for token in (*shot.input_ids, *gap)]
+    return accuracy(foundation.model, [_open_ended(tokens, shown) for tokens in task.test])
+
+
+def _open_ended(tokens: Tokens, shown: Sequence[int]) -> Tokens:
+    """The same example behind others; its answer need not end where the completion does."""
+    return Tokens((*shown, *tokens.input_ids[:-1]), tokens.label_ids[:-1])
 
 
 _ONES: Mapping[str, One] = {

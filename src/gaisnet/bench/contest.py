@@ -25,12 +25,11 @@ from gaisnet.checkpoint import write_text
 from gaisnet.config import Config
 from gaisnet.engines.serving import num_cores
 from gaisnet.errors import ConfigError
-from gaisnet.experiments.data import load_domains, retention_text
+from gaisnet.experiments.data import load_domains, public_text
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
 
 FILE_NAME = "bench.json"
-_RETENTION_CHARS = 40_000
 
 
 class Figures(BaseModel):
@@ -136,7 +135,7 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
         "centralised_late": Centralised("centralised_late", late=True),
         "federated": Federated(),
         "split_plain": PlainSplit(),
-        "gaisnet": GaisNet(data.devices, shape, retention_text(_RETENTION_CHARS)),
+        "gaisnet": GaisNet(data.devices, shape, public_text(config.absorb)),
     }
     kept, unsplit = {name: _Kept() for name in contenders}, list[Result]()
     turns = len(contenders) + 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gaisnet.config import Config, EdgeSettings
+from gaisnet.config import AbsorbSettings, Config, EdgeSettings
 from gaisnet.errors import DataError
 from gaisnet.experiments.domains import BUILT_IN, Drawn, domain_seed, draw_builtin
 from gaisnet.relay.downward import TaskShape
@@ -20,6 +20,7 @@ from gaisnet.tiers.examples import DeviceData, Example
 MAX_DRAWS = 100
 # From here on the proportions are equal to a thousandth; near the largest float numpy's Dirichlet returns zeros.
 EVEN_ALPHA = 1e6
+_CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,11 @@ def _check_text(key: str, value: object, where: str) -> None:
 
 def _quoted(names: set[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def public_text(settings: AbsorbSettings) -> str:
+    """As much of ``retention_text`` as the gate's windows take."""
+    return retention_text(settings.retention_windows * settings.retention_tokens * _CHARACTERS_PER_TOKEN)
 
 
 def retention_text(num_chars: int) -> str:

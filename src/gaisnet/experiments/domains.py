@@ -67,10 +67,9 @@ _ICD_VARIANT = re.compile(
 )
 _COMMENT_START = re.compile(r"^(?:[\s/*#;%.>|'+-]|<!--|dnl\b|REM\b)+", re.MULTILINE)
 _COMMENT_END = re.compile(r"(?:[\s*#|]|\*/|-->)+$", re.MULTILINE)
+_SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _RULER_OR_MARK = re.compile(r"[=*#_~-]{3,}|\{\{|\}\}")
 
-
-_SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 
 WordsOf = Callable[[str], frozenset[str]]
 """The words that set a text apart from its like: texts with the same ones count as one text."""

@@ -39,6 +39,8 @@ from gaisnet.experiments.table import (
     percent,
     unit_bytes,
 )
+from gaisnet.network import ALONE
+from gaisnet.tiers.cloud import MERGED
 
 CSS = """
 :root{color-scheme:light dark;--ink:#1d2329;--dim:#59636e;--paper:#fff;--card:#f6f7f9;--edge:#d9dee4}
@@ -190,20 +192,14 @@ def _against(summary: Summary) -> str:
     """What the run is held against; nothing before that was measured."""
     if summary.baselines is None:
         return ""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *summary.domains))
-    body = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
-        for label, cells in against_rows(summary)
-    )
+    rows = [(label, [f"<td>{escape(cell)}</td>" for cell in cells]) for label, cells in against_rows(summary)]
     note = (
         "Accuracy on the same held-out examples. Pooled is LoRA on all layers of the FM with a domain's examples in "
         "one place, which the network avoids; gap closed is the share of the way there from the start. An edge alone "
-        "has a model of the DM's size that learned from nothing, or the DM as it first came. All made as many passes."
+        "has a model of the DM's size that learned from nothing, or the DM as it first came. All that learn made as "
+        "many passes."
     )
-    return (
-        f'<section><h2>Against what you might do instead</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="dim">{escape(note)}</p></section>'
-    )
+    return _by_domain("Against what you might do instead", summary, rows, note)
 
 
 def _everywhere(summary: Summary) -> str:
@@ -211,21 +207,24 @@ def _everywhere(summary: Summary) -> str:
     matrix = summary.cycles[-1].matrix
     if matrix is None:
         return ""
-    rows = {"FM as it is": matrix.foundation["none"]}
-    rows |= {f"FM with the adapter of {name}": matrix.foundation[name] for name in summary.domains}
-    rows["FM with the merged adapter"] = matrix.foundation["merged"]
-    rows |= {f"DM of {name}": matrix.domain[name] for name in summary.domains}
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *summary.domains))
-    body = "".join(
-        f'<tr><th scope="row">{escape(label)}</th>{"".join(_shaded(accuracy(row, d)) for d in summary.domains)}</tr>'
-        for label, row in rows.items()
-    )
+    models = {"FM as it is": matrix.foundation[ALONE]}
+    models |= {f"FM with the adapter of {name}": matrix.foundation[name] for name in summary.domains}
+    models["FM with the merged adapter"] = matrix.foundation[MERGED]
+    models |= {f"DM of {name}": matrix.domain[name] for name in summary.domains}
+    rows = [(label, [_shaded(accuracy(on, name)) for name in summary.domains]) for label, on in models.items()]
     note = (
         "Accuracy on the held-out examples of each domain (columns). A row that is dark in one column only knows that "
         "domain; what the FM as it is can do, and an adapter of another domain cannot, is interference."
     )
+    return _by_domain("Every model on every domain", summary, rows, note)
+
+
+def _by_domain(title: str, summary: Summary, rows: Sequence[tuple[str, Sequence[str]]], note: str) -> str:
+    """A table with a column per domain; the cells are HTML, the labels are not."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *summary.domains))
+    body = "".join(f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>' for label, cells in rows)
     return (
-        f'<section><h2>Every model on every domain</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<section><h2>{escape(title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f'<tbody>{body}</tbody></table></div><p class="dim">{escape(note)}</p></section>'
     )
 

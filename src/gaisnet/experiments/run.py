@@ -3,13 +3,15 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from gaisnet.adapters.state import save_for_peft
 from gaisnet.config import Config, parse_config, with_overrides
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ConfigError, NothingToResume
-from gaisnet.experiments.data import DomainData, load_domains, majority, retention_text
+from gaisnet.experiments.data import DomainData, load_domains, majority, public_text
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.summary import (
     Baselines,
@@ -36,7 +38,6 @@ from gaisnet.transport.ledger import Ledger, LinkKind
 T = TypeVar("T")
 Build = Callable[[Foundation, str, Progress], Network]
 """Makes a network out of the foundation model and public text, and tells its progress."""
-_CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
 _CHECKPOINT = "run"
 _MAY_CHANGE = ("cycles", "evaluate", "faults", "service")  # while a run goes on
 
@@ -56,7 +57,8 @@ def run_experiment(
 def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Summary:
     """Go on with the run in ``out`` after its last finished cycle, with the configuration that it was started with.
 
-    ``overrides`` as for ``load_config``, of ``cycles``, ``faults`` and ``service`` only. Raises ``GaisnetError``.
+    ``overrides`` as for ``load_config``, of ``cycles``, ``evaluate``, ``faults`` and ``service`` only. Raises
+    ``GaisnetError``.
     """
     with RunFolder.resume(out) as folder:
         config = kept_config(folder, overrides)
@@ -66,10 +68,7 @@ def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progre
 
 def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the run in a folder. Raises ``NothingToResume``, ``CheckpointError`` or ``ConfigError``."""
-    kept = folder.shelf.get(_CHECKPOINT)
-    if kept is None:
-        raise NothingToResume(folder.path)
-    raw = kept[0]["summary"]["config"]
+    raw = _checkpoint(folder)[0]["summary"]["config"]
     for override in overrides:
         if override.partition("=")[0].partition(".")[0] not in _MAY_CHANGE:
             found = "would make it another run"
@@ -84,15 +83,24 @@ def hold_against(folder: RunFolder, baselines: Baselines) -> Summary:
 
     Raises ``NothingToResume``, ``CheckpointError`` or ``OutputNotWritable``.
     """
-    kept = folder.shelf.get(_CHECKPOINT)
-    if kept is None:
-        raise NothingToResume(folder.path)
-    state, tensors = kept
+    state, tensors = _checkpoint(folder)
     summary = Summary.model_validate(state["summary"]).model_copy(update={"baselines": baselines}).with_gaps()
     folder.write_summary(summary)
     folder.write_report(summary)
     folder.shelf.put(_CHECKPOINT, {**state, "summary": summary.to_json()}, tensors)
     return summary
+
+
+def kept_summary(folder: RunFolder) -> Summary:
+    """What the run in a folder has measured, as it would go on from it. Raises as ``hold_against``."""
+    return Summary.model_validate(_checkpoint(folder)[0]["summary"])
+
+
+def _checkpoint(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    kept = folder.shelf.get(_CHECKPOINT)
+    if kept is None:
+        raise NothingToResume(folder.path)
+    return kept
 
 
 def read_summary(out: Path) -> Summary:
@@ -143,13 +151,11 @@ class Run:
         self._progress = progress
         self._steps = 0
         self._seconds: dict[str, float] = {}
-        absorb = config.absorb
-        public_text = retention_text(absorb.retention_windows * absorb.retention_tokens * _CHARACTERS_PER_TOKEN)
         progress("load", 0, 2, {})
         foundation = load_foundation(config.model)
         self._base_model = foundation.name
         progress("load", 1, 2, {})
-        self._network = build(foundation, public_text, self._note)
+        self._network = build(foundation, public_text(config.absorb), self._note)
         self._seen = self._network.traffic()
         kept = folder.shelf.get(_CHECKPOINT)
         if kept is not None:

@@ -88,7 +88,7 @@ def serve_run(out: Path, overrides: Sequence[str] = (), progress: Progress = sil
 
     Args:
         out: A run's output folder; it is claimed meanwhile, for the run may go on.
-        overrides: As for ``load_config``, of ``cycles``, ``faults`` and ``service`` only.
+        overrides: As for ``load_config``, of ``cycles``, ``evaluate``, ``faults`` and ``service`` only.
         progress: Told while it loads, and while it learns.
 
     Raises:

@@ -112,23 +112,26 @@ class Cycle(Record):
 class Baselines(Record):
     """What a run is held against: accuracies on the same held-out examples, by domain. ``gaisnet baselines`` adds them.
 
-    Passes over the examples are as many as the network made, ``pooled`` with the same LoRA rank and learning rate.
+    Those that learn make as many passes over the examples as the network in so many cycles, ``pooled`` with the same
+    LoRA rank and learning rate.
     """
 
-    pooled: dict[str, float] = Field(
-        default_factory=dict, description="The FM, LoRA on all its layers, the domain's examples in one place."
-    )
-    scratch: dict[str, float] = Field(
-        default_factory=dict, description="An edge alone: a model of the DM's size, learned from nothing, on the same."
-    )
-    no_relay: dict[str, float] = Field(
-        default_factory=dict, description="An edge alone with its devices: the DM, no relay, no cloud after the start."
-    )
+    cycles: int = Field(ge=1, description="That the run had when they were measured; they speak of no other number.")
+
     zero_shot: dict[str, float] = Field(
         default_factory=dict, description="The FM as it is, asked; its answer may go on after the completion."
     )
     few_shot: dict[str, float] = Field(
         default_factory=dict, description="The same, with some of the domain's training examples in the prompt."
+    )
+    no_relay: dict[str, float] = Field(
+        default_factory=dict, description="An edge alone with its devices: the DM, no relay, no cloud after the start."
+    )
+    pooled: dict[str, float] = Field(
+        default_factory=dict, description="The FM, LoRA on all its layers, the domain's examples in one place."
+    )
+    scratch: dict[str, float] = Field(
+        default_factory=dict, description="An edge alone: a model of the DM's size, learned from nothing, on the same."
     )
 
 
@@ -154,13 +157,14 @@ class Summary(Record):
     )
     cycles: list[Cycle] = Field(min_length=1)
     baselines: Baselines | None = Field(None, description="Once they were measured.")
-    gap_closed: GapClosed | None = Field(None, description="Once there is a pooled baseline, and a cycle.")
+    gap_closed: GapClosed | None = Field(None, description="Once there is a pooled baseline, of as many cycles.")
 
     def with_gaps(self) -> "Summary":
         """The same, with ``gap_closed`` as the last cycle and the baselines make it."""
-        pooled = self.baselines.pooled if self.baselines else {}
-        if not pooled or len(self.cycles) < 2:
+        baselines = self.baselines
+        if baselines is None or not baselines.pooled or baselines.cycles != len(self.cycles) - 1:
             return self.model_copy(update={"gap_closed": None})
+        pooled = baselines.pooled
         first, last = self.cycles[0].bodies(), self.cycles[-1].bodies()
         gaps = {
             body: {

@@ -1,5 +1,6 @@
 """The closing table of a run: one row per domain, before and after, and what it cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -54,31 +55,29 @@ def closing_rows(summary: Summary) -> list[ClosingRow]:
 
 
 def against_rows(summary: Summary) -> list[tuple[str, list[str]]]:
-    """What the run is held against and what it reached, lowest aim first: a label, and a text per domain.
+    """What the run is held against and what it reached: a label, and a text per domain.
 
     No row where a baseline was not measured.
     """
-    last, baselines, gaps = summary.cycles[-1], summary.baselines, summary.gap_closed
-    measured = baselines.model_dump() if baselines else {}
-    reached = {
-        "DM": {name: accuracy(last.domain, name) for name in summary.domains},
-        "FM, merged adapter": {name: accuracy(last.merged, name) for name in summary.domains},
-        "FM, domain's adapter": {name: accuracy(last.foundation, name) for name in summary.domains},
-    }
-    shares: list[tuple[str, dict[str, float | None]]] = [
-        ("FM, asked", measured.get("zero_shot", {})),
-        ("FM, asked with examples", measured.get("few_shot", {})),
-        ("edge alone, from scratch", measured.get("scratch", {})),
-        ("edge alone, DM without a relay", measured.get("no_relay", {})),
-        *reached.items(),
-        ("pooled, FM, all layers", measured.get("pooled", {})),
+    last, gaps, found = summary.cycles[-1].bodies(), summary.gap_closed, summary.baselines
+    bodies = {"domain": "DM", "merged": "FM, merged adapter", "foundation": "FM, domain's adapter"}
+    shares: list[tuple[str, Mapping[str, float]]] = [
+        (label, {name: score.accuracy for name, score in last[body].items()}) for body, label in bodies.items()
     ]
+    if found is not None:
+        shares = [
+            ("FM, asked", found.zero_shot),
+            ("FM, asked with examples", found.few_shot),
+            ("edge alone, from scratch", found.scratch),
+            ("edge alone, DM without a relay", found.no_relay),
+            *shares,
+            ("pooled, FM, all layers", found.pooled),
+        ]
     rows = [(label, [percent(each.get(name)) for name in summary.domains]) for label, each in shares if each]
-    for label, body in (("DM", "domain"), ("FM, merged adapter", "merged"), ("FM, domain's adapter", "foundation")):
-        if gaps is not None:
-            closed: dict[str, float | None] = getattr(gaps, body)
-            cells = [MISSING if (gap := closed.get(name)) is None else f"{gap:.2f}" for name in summary.domains]
-            rows.append((f"gap closed, {label}", cells))
+    for body, label in bodies.items() if gaps else ():
+        closed: Mapping[str, float | None] = getattr(gaps, body)
+        cells = [MISSING if (gap := closed.get(name)) is None else f"{gap:.2f}" for name in summary.domains]
+        rows.append((f"gap closed, {label}", cells))
     return rows
 
 

@@ -18,15 +18,17 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 settings by name. Gives back [B, T, H, D], and weights or None."""
 
 
-def let_attention_be_replaced(layers: nn.Module) -> None:
-    """From now on these layers take a replacement, ``attend``, wherever they are called; masks are made as before.
+def let_attention_be_replaced(layers: nn.ModuleDict) -> None:
+    """From now on these layers (``Layers.layers``) take a replacement, ``attend``, wherever they are called.
+
+    Masks are made as before.
 
     Their attention gets a configuration of its own that names ours, so it is 'sdpa' also where a model was loaded with
     another.
     """
     for module in layers.modules():
         config = getattr(module, "config", None)
-        if module is not layers and isinstance(config, PretrainedConfig) and config._attn_implementation != _NAME:
+        if isinstance(config, PretrainedConfig) and config._attn_implementation != _NAME:
             own = copy.copy(config)
             own._attn_implementation = _NAME
             module.config = own  # type: ignore[assignment]

@@ -106,7 +106,7 @@ class Layers(nn.Module):
                 with left padding.
             pick: Of the output, what is wanted; the last layer computes no more of it than it must.
             packing: Where the sequences are, if ``hidden_BTD`` are the rows of all, [1, N, D]. Then there is no cache,
-                and ``let_attention_be_replaced`` must have seen the layers.
+                and ``let_attention_be_replaced`` must have seen ``layers``.
 
         Returns:
             Output of the last layer that ran, [B, T, D], or what ``pick`` makes of that.

@@ -119,7 +119,7 @@ class SessionLayers:
         self._layers = layers
         self._adapters = adapters
         self._windows = {index: _window(layers.config, index) for index in layers.indices}
-        let_attention_be_replaced(layers)
+        let_attention_be_replaced(layers.layers)
 
     @property
     def indices(self) -> list[int]:

@@ -21,7 +21,6 @@ from gaisnet.messages import (
     BodyOutput,
     BodyRequest,
     Done,
-    EvaluateGuest,
     Message,
     ModelRequest,
     Role,
@@ -101,6 +100,7 @@ class Cloud:
             "domain": dict.fromkeys(shapes, 0),
         }
         self._add_adapters()
+        self._whole = {domain: model.adapter(domain) for domain in shapes}  # as they came up; the FM may have less
         self._retention_inputs: Ragged = model.at_suffix(self._retention_ids_BT)
         self.perplexity_before = self._perplexity(None)
         # With each adapter that is in place; at the start they are all zero.
@@ -128,13 +128,13 @@ class Cloud:
         return result
 
     def release(self, role: Role, domain: str) -> AdapterRelease:
-        """The relay that a domain's DM should have, or the domain adapter that the FM holds."""
-        tensors = self._teacher.relays[domain] if role == "relay" else self._model.adapter(domain)
+        """The relay that a domain's DM should have, or its domain adapter, whole, as it was last accepted."""
+        tensors = self._teacher.relays[domain] if role == "relay" else self._whole[domain]
         return AdapterRelease(role, self.versions[role][domain], tensors)
 
-    def guest(self, domain: str) -> EvaluateGuest:
-        """A domain's DM as it would be released now, to be tried on other domains' examples."""
-        return EvaluateGuest(self._teacher.relays.get(domain, {}), self._model.adapter(domain))
+    def relay(self, domain: str) -> AdapterTensors:
+        """Of a domain's DM; empty where models have none."""
+        return self._teacher.relays.get(domain, {})
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
@@ -158,6 +158,7 @@ class Cloud:
         verdict = self._let_in(domain, update.tensors)
         if verdict.accepted:
             self.versions["domain"][domain] = update.version
+            self._whole[domain] = update.tensors
             self._put_out(domain)
         return verdict
 
@@ -210,6 +211,7 @@ class Cloud:
             for name in (*self._shapes, MERGED)
             for key, t in self._model.adapter(name).items()
         }
+        tensors |= {f"whole/{domain}/{key}": t for domain, whole in self._whole.items() for key, t in whole.items()}
         tensors |= {
             f"relay/{domain}/{key}": t for domain, relay in self._teacher.relays.items() for key, t in relay.items()
         }
@@ -221,6 +223,8 @@ class Cloud:
         self.perplexity_before, self._teacher.texts = state["perplexity_before"], state["texts"]
         for name in (*self._shapes, MERGED):
             self._model.put(name, under(f"adapter/{name}/", tensors))
+        for domain in self._whole:
+            self._whole[domain] = under(f"whole/{domain}/", tensors) or self._model.adapter(domain)
         for domain in self._teacher.relays:
             self._teacher.relays[domain] = under(f"relay/{domain}/", tensors)
         self._put_out(*self._shapes, MERGED)

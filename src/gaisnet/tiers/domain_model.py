@@ -24,9 +24,9 @@ from gaisnet.models.parts import Body
 from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged, shuffled_batches
 from gaisnet.progress import Progress
-from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.activations import Activations, tail_rows
 from gaisnet.tiers.layout import Layout
-from gaisnet.tiers.split_step import Batch, Labels, Member, Pull, checked, places_of
+from gaisnet.tiers.split_step import Batch, Labels, Member, Pull, checked, picked
 from gaisnet.turn import Turn
 
 PREFIX_BATCH = 32
@@ -67,7 +67,7 @@ class DomainModel:
         for role, spec in self._specs.items():
             add_adapter(body, role, spec, seed=0)
         activate(body, ("relay", "domain"))
-        let_attention_be_replaced(body)
+        let_attention_be_replaced(body.layers)
         pause_within(body.layers.values(), self._turn.pause)
 
     @property
@@ -244,10 +244,10 @@ class DomainModel:
             Sum of the losses and number of label tokens of those that answered, and why others did not. The gradient
             is that of the mean over the label tokens of those that answered, and of the pull's loss.
         """
-        places = [place for place in places_of(members, batch) if members[place[0]].name not in without]
-        if not places:
+        picks = [pick for pick in picked(members, batch) if members[pick[0]].name not in without]
+        if not picks:
             return 0.0, 0, {}
-        taken = Batch.of(members, places, pull, self._whole)
+        taken = Batch.of(members, picks, pull, self._whole)
         with self._turn.learning():
             found_ND = self._body.run(
                 taken.rows_1ND, self._layout.first_adapted, pick=taken.pick, packing=taken.packing
@@ -266,5 +266,5 @@ class DomainModel:
 def body_output_rows(suffix: Callable[[Tensor], Tensor], inputs: Activations, whole: bool) -> Tensor:
     """Rows [N, D] for the tail of all examples of a split, in order, without gradients."""
     outputs = inputs.hidden.map_batches(suffix, PREFIX_BATCH)
-    firsts = [0] * len(inputs) if whole else [n - k for n, k in zip(outputs.lengths, inputs.num_labels, strict=True)]
-    return torch.cat([rows[first:] for rows, first in zip(outputs.sequences(), firsts, strict=True)])
+    wanted = tail_rows(outputs.lengths, inputs.num_labels, whole)
+    return torch.cat([outputs.rows_ND[rows.start : rows.stop] for rows in wanted])

@@ -25,7 +25,7 @@ Outcome = BodyOutputGrad | GaisnetError
 Labels = Callable[[Mapping[str, BodyOutput]], Mapping[str, Outcome]]
 """Asks all owners of a step's labels at once, by name; for one that fails, the error comes instead of a gradient."""
 
-Place = tuple[int, int]
+Picked = tuple[int, int]
 """A member's number, and that of one of its examples."""
 
 
@@ -80,18 +80,18 @@ class Batch:
     pull: Pull | None
 
     @classmethod
-    def of(cls, members: Sequence[Member], places: Sequence[Place], pull: Pull | None, whole: bool) -> "Batch":
-        """Out of examples at ``places``, sorted; ``whole`` if tails have layers of their own and want every row."""
-        lengths = [members[m].inputs.hidden.lengths[e] for m, e in places]
-        num_labels = [members[m].inputs.num_labels[e] for m, e in places]
-        hidden = {m: members[m].inputs.hidden.sequences() for m, _ in places}
-        sequences, wanted = [hidden[m][e] for m, e in places], tail_rows(lengths, num_labels, whole)
+    def of(cls, members: Sequence[Member], picks: Sequence[Picked], pull: Pull | None, whole: bool) -> "Batch":
+        """Out of ``picks``, sorted; ``whole`` if tails have layers of their own and want every row."""
+        lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
+        num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
+        hidden = {m: members[m].inputs.hidden.sequences() for m, _ in picks}
+        sequences, wanted = [hidden[m][e] for m, e in picks], tail_rows(lengths, num_labels, whole)
         ends = list(accumulate((len(each) for each in wanted), initial=0))
         shares = {}
         for m in hidden:
-            mine = [i for i, (owner, _) in enumerate(places) if owner == m]
+            mine = [i for i, (owner, _) in enumerate(picks) if owner == m]
             rows = slice(ends[mine[0]], ends[mine[-1] + 1])
-            examples = tuple(places[i][1] for i in mine)
+            examples = tuple(picks[i][1] for i in mine)
             shares[members[m].name] = _Share(rows, sum(num_labels[i] for i in mine), examples)
         if pull is not None:
             pulled = [len(sequence) for sequence in pull.sequences]
@@ -137,8 +137,8 @@ class Batch:
         return grad_ND
 
 
-def places_of(members: Sequence[Member], batch: Sequence[int]) -> list[Place]:
-    """The places of a batch, whose numbers count all members' examples, sorted so that a member's lie together."""
+def picked(members: Sequence[Member], batch: Sequence[int]) -> list[Picked]:
+    """The examples of a batch, whose numbers count all members' examples, sorted so that a member's lie together."""
     ends = list(accumulate(len(member.inputs) for member in members))
     firsts, owners = [0, *ends], ((bisect_right(ends, number), number) for number in batch)
     return sorted((m, number - firsts[m]) for m, number in owners)

@@ -63,7 +63,8 @@ class Federated:
         """One pass over a device's examples; its losses."""
         settings, losses = task.config.fine_tune, []
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        decay = settings.weight_decay
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=decay, fused=True)
         model.train()
         (batches,) = task.batches(examples, 1, seed)
         for batch in batches:

@@ -57,7 +57,8 @@ class PlainSplit:
         add_adapter(body, _ADAPTER, task.lora(task.config.adapters.first_layer, len(foundation.decoder.layers)), seed)
         activate(body, (_ADAPTER,))
         parameters, settings = trainable(body, _ADAPTER), task.config.fine_tune
-        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        decay = settings.weight_decay
+        optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=decay, fused=True)
         wire, examples = _Wire(), task.pooled
         losses: list[float] = []
         device = PlainDevice(head, tail)

@@ -162,11 +162,13 @@ def accuracy(model: Any, examples: Sequence[Tokens]) -> float:
     """Share of examples whose every label is the likeliest token, given the ones before; nan for no examples."""
     if not examples:
         return math.nan
-    right = 0
+    right, device = 0, next(model.parameters()).device
     for batch in by_length([len(t.input_ids) for t in examples], _SCORED):
-        inputs = padded([examples[i] for i in batch])
-        logits_BTV = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        labels_BT = inputs["labels"][:, 1:]
+        inputs = {name: tensor.to(device) for name, tensor in padded([examples[i] for i in batch]).items()}
+        labels_BT = inputs.pop("labels")
+        num_last = labels_BT.shape[1] - int((labels_BT != _IGNORED).any(0).nonzero()[0])  # from the first label on
+        logits_BTV = model(**inputs, logits_to_keep=num_last + 1).logits  # a vocabulary is long
+        labels_BT = labels_BT[:, -num_last:]
         hits_BT = (logits_BTV[:, :-1].argmax(-1) == labels_BT) | (labels_BT == _IGNORED)
         right += int(hits_BT.all(1).sum())
     return right / len(examples)
