@@ -10,8 +10,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gaisnet import config as config_module
-from gaisnet.config import Config, DeviceSettings, Settings, load_config, parse_config, with_overrides
+from gaisnet.config import Config, DeviceSettings, Settings, load_config, parse_config
 from gaisnet.errors import ConfigError, GaisnetError, UnknownKey
+from gaisnet.overrides import with_overrides
 
 RAW: dict[str, Any] = {
     "seed": 3,
@@ -209,6 +210,15 @@ class TestNames:
     def test_a_domain_is_served_by_one_edge(self, raw: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match="a domain is named twice"):
             parse(raw, "edges.1.domain=medical")
+
+    def test_a_newcomer_follows_a_domain_that_learns(self, raw: dict[str, Any]) -> None:
+        config = parse(raw, "edges.1.follows=medical")
+        assert [edge.domain for edge in config.learning_edges()] == ["medical"]
+        assert [edge.adapter for edge in config.edges] == ["medical", "medical"]
+        with pytest.raises(ConfigError, match="follows 'nobody', but the domains that learn are medical"):
+            parse(raw, "edges.1.follows=nobody")
+        with pytest.raises(ConfigError, match="the domains that learn are none: every edge follows another"):
+            parse(raw, "edges.0.follows=medical", "edges.1.follows=medical")
 
     @pytest.mark.parametrize("taken", ["auto", "foundation", "merged"])
     def test_the_cloud_has_adapters_of_these_names_itself(self, raw: dict[str, Any], taken: str) -> None:

@@ -168,6 +168,11 @@ def tiny_edge(name: str, domain: str) -> dict[str, Any]:
     }
 
 
+def tiny_newcomer(name: str, domain: str, follows: str) -> dict[str, Any]:
+    """An edge with three devices that has nothing to learn from."""
+    return {**tiny_edge(name, domain), "follows": follows}
+
+
 def tiny_config(**changes: Any) -> Config:
     """``tiny_raw_config``, checked."""
     return parse_config(tiny_raw_config(**changes))

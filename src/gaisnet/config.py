@@ -1,10 +1,8 @@
 """A run's configuration: pydantic models, read from YAML, checked once, unknown keys refused with the nearest known.
 
-Every field is documented where it is declared. ``load_config`` is the only way in for files; ``with_overrides`` for
-``--set key=value``.
+Every field is documented where it is declared. ``load_config`` is the only way in for files.
 """
 
-import copy
 import difflib
 import hashlib
 import reprlib
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import ErrorDetails
 
 from gaisnet.errors import ConfigError, UnknownKey
+from gaisnet.overrides import load_yaml, with_overrides
 
 TensorCode = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Precision = Literal["float32", "int8"]
@@ -72,7 +71,10 @@ class AdapterSettings(Settings):
 
 
 class RelaySettings(Settings):
-    """Data-free knowledge relay, the down flow: low-rank weights in the DM's middle, fitted to the FM on its text."""
+    """Data-free knowledge relay, the down flow: low-rank weights in the DM's middle, fitted to the FM on its text.
+
+    How text is written here is how it is written for the merged adapter, too, relay or not.
+    """
 
     enabled: bool = Field(True, description="Without it the DM stays as its recipe made it.")
     rank: int = Field(64, ge=1, description="Rank of the relay in each layer that has one.")
@@ -106,8 +108,14 @@ class FineTuneSettings(Settings):
 
     edge_rounds: int = Field(1, ge=1, description="Averaging rounds at an edge per cycle.")
     local_epochs: int = Field(2, ge=1, description="Passes over a cohort's examples per edge round.")
+    average: Literal["factors", "products"] = Field(
+        "factors",
+        description="Of what the split cohort and local devices learned, what is averaged: the adapters' factors, or "
+        "their products, cut back to the rank of one.",
+    )
     batch_size: int = Field(16, ge=1, description="Examples per step, drawn across the devices of a cluster.")
     learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW.")
+    cycle_decay: float = Field(1.0, gt=0.0, le=1.0, description="Factor on it from every cycle to the next.")
     weight_decay: float = Field(0.0, ge=0.0, description="Of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this norm.")
     anchor_weight: float = Field(
@@ -118,6 +126,31 @@ class FineTuneSettings(Settings):
     anchor_every: int = Field(
         4, ge=1, description="One step in so many pulls, and that much harder: its rows are computed beside the step's."
     )
+
+    def in_cycle(self, cycle: int) -> Self:
+        """The same with the learning rate of a cycle, counted from 0."""
+        return self.model_copy(update={"learning_rate": self.learning_rate * self.cycle_decay**cycle})
+
+
+class MergeSettings(Settings):
+    """How the one merged adapter is made of the domains'; see ``gaisnet.relay.merging``."""
+
+    method: Literal["regression", "sum", "ties", "dare"] = Field(
+        "regression",
+        description="'sum', 'ties' and 'dare' look at the adapters' weights alone; 'regression' takes the sum and fits "
+        "it to what each domain's own does on text that the FM writes for the domain.",
+    )
+    free_text: float = Field(
+        0.3, ge=0.0, description="regression: weight of text that belongs to no domain, on which it should do nothing."
+    )
+    ridge: float = Field(
+        1.0,
+        gt=0.0,
+        description="regression: how near to the sum it stays, in units of the mean square of an input, all "
+        "domains' and free text's together.",
+    )
+    weight: float = Field(0.7, gt=0.0, description="Of each domain's adapter in the sum, or in what takes its place.")
+    density: float = Field(0.5, gt=0.0, lt=1.0, description="ties, dare: share of each adapter's product that is kept.")
 
 
 class AbsorbSettings(Settings):
@@ -133,7 +166,7 @@ class AbsorbSettings(Settings):
         description="One that would is plugged into the FM with less of its strength, down to this share; below it is "
         "refused. With 1 it is refused at once. The DM keeps it whole.",
     )
-    merge_weight: float = Field(0.7, gt=0.0, description="Weight of each domain's adapter in the merged one.")
+    merge: MergeSettings = MergeSettings()
     retention_windows: int = Field(16, ge=1, description="Windows of public text in the perplexity.")
     retention_tokens: int = Field(96, ge=8, description="Tokens of a window.")
 
@@ -143,8 +176,8 @@ class EvaluateSettings(Settings):
 
     everywhere: bool = Field(
         False,
-        description="Score every model on every domain, not only on its own. Adapters travel between edges for it, "
-        "through the cloud; held-out examples stay on their devices.",
+        description="Score every model on every domain that learns, not only on its own. Adapters travel between edges "
+        "for it, through the cloud; held-out examples stay on their devices.",
     )
 
 
@@ -285,11 +318,22 @@ class EdgeSettings(Settings):
     domain: Name = Field(
         description="'medical', 'licences' or 'languages' (built in), or any name where each device names its data."
     )
+    follows: Name | None = Field(
+        None,
+        description="The domain of another edge, for a newcomer without data to learn from: what that domain has "
+        "learned is what it starts with, and a relay of its own. Its devices hold out examples, which say how good a "
+        "start that is; of a built-in domain it is dealt examples that no other edge has.",
+    )
     template: str | None = Field(None, description="Public task template with {text}; shapes the generated text.")
     labels: tuple[str, ...] = Field((), description="Public label names, if the task has a closed set of answers.")
     devices: tuple[DeviceSettings, ...] = Field(min_length=1, description="The devices of this edge's cluster.")
     host: str = Field("localhost", description="Deployed: DNS name or IP address by which its devices reach it.")
     link_port: int = Field(0, ge=0, le=65535, description="Deployed: TCP port for its devices; 0 takes a free one.")
+
+    @property
+    def adapter(self) -> str:
+        """The domain whose adapter acts here."""
+        return self.follows or self.domain
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
@@ -341,6 +385,19 @@ class Config(Settings):
             raise ValueError("each edge serves one domain of its own, but a domain is named twice")
         return self
 
+    @model_validator(mode="after")
+    def _check_followers(self) -> Self:
+        learning = [edge.domain for edge in self.learning_edges()]
+        for edge in self.edges:
+            if edge.adapter not in learning:
+                known = ", ".join(learning) or "none: every edge follows another"
+                raise ValueError(f"edge '{edge.name}' follows '{edge.follows}', but the domains that learn are {known}")
+        return self
+
+    def learning_edges(self) -> list[EdgeSettings]:
+        """Those whose devices have examples to learn from."""
+        return [edge for edge in self.edges if edge.follows is None]
+
     def each_device(self) -> Iterator[tuple[EdgeSettings, DeviceSettings]]:
         """Every device with its edge, in the order of the file."""
         for edge in self.edges:
@@ -360,7 +417,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     asked = f"configuration '{path}'"
     try:
-        raw = _load_yaml(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(asked, "there is no such file", "name a YAML file; see configs/demo.yaml") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -383,55 +440,6 @@ def parse_config(raw: dict[str, Any], asked: str = "configuration") -> Config:
             matches = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
             raise UnknownKey(where, matches[0] if matches else None, known) from error
         raise ConfigError(f"{asked}, {where or 'as a whole'}", _found(first), "correct it and run again") from error
-
-
-def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``raw`` with each ``a.b=value`` put in; values are read as YAML, list items by their index."""
-    merged = copy.deepcopy(raw)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set {override}", "is not of the form key=value", "as in --set relay.enabled=false")
-        try:
-            value = _load_yaml(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}", f"'{text}' is not YAML", "quote it or close its brackets") from error
-        _put(merged, key.split("."), value, override)
-    return merged
-
-
-def _put(target: Any, parts: list[str], value: Any, override: str) -> None:
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(target, list):
-            if not part.isdecimal() or int(part) >= len(target):
-                found = f"'{part}' is no item of a list of {len(target)}"
-                raise ConfigError(f"--set {override}", found, "use an index, counted from 0")
-            key: Any = int(part)
-        elif isinstance(target, dict):
-            key = part
-        else:
-            raise ConfigError(f"--set {override}", f"'{parts[depth - 1]}' holds a value, not keys", "shorten the key")
-        if last:
-            target[key] = value
-        else:
-            target = target[key] if isinstance(target, list) else target.setdefault(key, {})
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that is given twice is an error: the first value would be lost in silence."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for i, key in enumerate(keys):
-            if key.value in [earlier.value for earlier in keys[:i]]:
-                raise yaml.composer.ComposerError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
-        return node
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_UniqueKeyLoader)
 
 
 def _rank(error: ErrorDetails) -> tuple[bool, int]:

@@ -12,7 +12,7 @@
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -96,13 +96,15 @@ class Network:
 
     def install(self) -> None:
         """Every edge gets what it lacks of what its domain model and its devices need, and the present adapters."""
-        order = Install(self.run, self.cloud.model_digest)
-        for domain, held in self._ask(dict.fromkeys(self._edges, order), Installed).items():
-            versions = self.cloud.versions
-            if held.relay != versions["relay"][domain]:
-                self._ask({domain: self.cloud.release("relay", domain)}, Done)
-            if held.domain != versions["domain"][domain]:
-                release = self.cloud.release("domain", domain)
+        self._install(self._edges)
+
+    def _install(self, domains: Iterable[str]) -> None:
+        order, cloud = Install(self.run, self.cloud.model_digest), self.cloud
+        for domain, held in self._ask(dict.fromkeys(domains, order), Installed).items():
+            if held.relay != cloud.version("relay", domain):
+                self._ask({domain: cloud.release("relay", domain)}, Done)
+            if held.domain != cloud.version("domain", domain):
+                release = cloud.release("domain", domain)
                 self._ask({domain: release}, Done)
                 self._at_edges[domain] = release.tensors
 
@@ -113,36 +115,46 @@ class Network:
         return {domain: result for domain, result in results.items() if result is not None}
 
     def fine_tune(self) -> dict[str, AdapterUpdate]:
-        """Every edge and its devices learn from private data, all edges at once."""
-        self._updates = self._ask(dict.fromkeys(self._edges, FineTune(self.cycle)), AdapterUpdate)
+        """Every edge that has data learns from it with its devices, all edges at once."""
+        self._updates = self._ask(dict.fromkeys(self.cloud.learning, FineTune(self.cycle)), AdapterUpdate)
         self._at_edges |= {domain: update.tensors for domain, update in self._updates.items()}
         return self._updates
 
     def absorb(self) -> list[Verdict]:
-        """Domain knowledge goes up: what was learned is plugged into the FM, where the gate lets it. Ends the cycle."""
+        """Domain knowledge goes up: what was learned is plugged into the FM, where the gate lets it. Ends the cycle.
+
+        Edges that follow a domain have no data of their own: they get at once what was let in.
+        """
         verdicts = self.cloud.absorb(self._updates)
         self._updates = {}
         self.cycle += 1
+        self._install([domain for domain in self._edges if domain not in self.cloud.learning])
         return verdicts
 
     def evaluate(self) -> Scores:
         """Score every model through the split; only counts and sums come back."""
         return Scores(
             domain=self._ask(dict.fromkeys(self._edges, Evaluate("domain", None)), EvaluationReport),
-            foundation=self._ask({d: Evaluate("foundation", d) for d in self._edges}, EvaluationReport),
+            foundation=self._ask(
+                {d: Evaluate("foundation", self.cloud.adapter_of[d]) for d in self._edges}, EvaluationReport
+            ),
             merged=self._ask(dict.fromkeys(self._edges, Evaluate("foundation", MERGED)), EvaluationReport),
         )
 
     def evaluate_everywhere(self, scores: Scores) -> Everywhere:
-        """Score every model on every domain; ``scores`` are a part of that. Adapters travel for it, examples do not."""
-        domain, foundation = {d: {d: scores.domain[d]} for d in self._edges}, dict[str, dict[str, EvaluationReport]]()
-        for whose in self._edges:
-            others = [on for on in self._edges if on != whose]
+        """Score every model on every domain that learns; ``scores`` are a part of that.
+
+        Adapters travel for it, examples do not.
+        """
+        learning = self.cloud.learning
+        domain, foundation = {d: {d: scores.domain[d]} for d in learning}, dict[str, dict[str, EvaluationReport]]()
+        for whose in learning:
+            others = [on for on in learning if on != whose]
             domain[whose] |= self._ask(dict.fromkeys(others, self._guest(whose)), EvaluationReport)
             asked = dict.fromkeys(others, Evaluate("foundation", whose))
             foundation[whose] = {whose: scores.foundation[whose], **self._ask(asked, EvaluationReport)}
-        foundation[MERGED] = scores.merged
-        asked = dict.fromkeys(self._edges, Evaluate("foundation", None))
+        foundation[MERGED] = {on: scores.merged[on] for on in learning}
+        asked = dict.fromkeys(learning, Evaluate("foundation", None))
         foundation[ALONE] = self._ask(asked, EvaluationReport)
         return Everywhere(domain, foundation)
 

@@ -17,8 +17,9 @@ from gaisnet.errors import ConfigError, NothingToResume
 from gaisnet.experiments.data import DomainData, load_domains
 from gaisnet.experiments.run import Run, read_summary, resume_experiment, run_experiment
 from gaisnet.models.foundation import load_tokenizer
+from gaisnet.network import Network
 from gaisnet.tiers.examples import Tokens
-from tests.tiny import write_tiny_run
+from tests.tiny import tiny_edge, tiny_newcomer, write_tiny_run
 
 OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
 DOMAINS = {"shapes", "tastes"}
@@ -68,7 +69,7 @@ def test_one_that_is_stopped_goes_on_with_the_next(tmp_path: Path, monkeypatch: 
 
     resumed = False
     monkeypatch.setattr(baselines, "_ONES", {kind: one(kind) for kind in baselines._ONES})
-    monkeypatch.setattr(baselines, "without_relay", lambda config, domains, progress: dict.fromkeys(domains, 0.25))
+    monkeypatch.setattr(baselines, "without_relay", lambda config, domains, *_: dict.fromkeys(domains, 0.25))
     with pytest.raises(KeyboardInterrupt):
         measure_baselines(tmp_path / "out")
     kept = read_summary(tmp_path / "out").baselines
@@ -99,7 +100,7 @@ def test_a_model_from_scratch_has_the_layers_of_a_domain_model(tmp_path: Path, m
     config, data = one_domain(tmp_path)
     seen: dict[str, Any] = {}
 
-    def train(model: torch.nn.Module, task: Task, seed: int) -> object:
+    def train(model: torch.nn.Module, task: Task, seed: int, schedule: str) -> object:
         seen.update(model=model, learning_rate=task.config.fine_tune.learning_rate)
         raise InterruptedError
 
@@ -171,3 +172,21 @@ def test_there_must_be_a_run(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["baselines", str(tmp_path)])
     assert result.exit_code == 1
     assert "Traceback" not in result.output
+
+
+def test_without_a_relay_edges_learn_for_as_many_cycles_and_newcomers_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edges = [tiny_edge("north", "shapes"), tiny_newcomer("west", "forms", "shapes")]
+    config = load_config(write_tiny_run(tmp_path, edges=edges))
+    cycles: list[int] = []
+    fine_tune = Network.fine_tune
+
+    def counted(network: Network) -> object:
+        cycles.append(network.cycle)
+        return fine_tune(network)
+
+    monkeypatch.setattr(Network, "fine_tune", counted)
+    found = baselines.without_relay(config, load_domains(config), 3)
+    assert cycles == [0, 1, 2]
+    assert found.keys() == {"shapes"}

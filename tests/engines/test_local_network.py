@@ -11,8 +11,10 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import PeftModel
+from torch import Tensor
 from torch.nn import functional as F
 
+from gaisnet.adapters.arithmetic import side_by_side
 from gaisnet.adapters.state import AdapterTensors, save_for_peft
 from gaisnet.config import Config, DevicePrecision, FaultSettings, ModelSettings
 from gaisnet.engines.local import build_network
@@ -51,6 +53,7 @@ from tests.tiny import (
     tiny_data,
     tiny_edge,
     tiny_foundation,
+    tiny_newcomer,
     tiny_tokenizer,
 )
 
@@ -166,6 +169,7 @@ def test_updates_tell_how_much_was_learned(finished: Run) -> None:
 def test_a_relay_is_distilled_for_every_domain_in_every_cycle(finished: Run) -> None:
     assert [relays.keys() for relays in finished.relays] == [{"shapes", "tastes"}] * 2
     assert all(0.0 < relay.error_after < relay.error_before for relay in finished.relays[0].values())
+    assert all(0.0 < relay.kl_after < relay.kl_before for relay in finished.relays[0].values())
     first, second = ({d: r.error_before for d, r in relays.items()} for relays in finished.relays)
     assert all(second[domain] < 0.9 * first[domain] for domain in first)  # it has the first cycle's
 
@@ -197,15 +201,61 @@ def test_what_came_up_is_what_is_plugged_in(finished: Run) -> None:
         assert all(torch.equal(tensors[key], tensor) for key, tensor in update.tensors.items())
 
 
-def test_the_merged_adapter_is_the_weighted_sum_of_all(finished: Run) -> None:
-    spec, merged = finished.network.cloud.adapter(MERGED)
-    assert (spec.rank, spec.alpha) == (2 * 2, 2 * 4)
-    parts = [finished.network.cloud.adapter(domain)[1] for domain in ("shapes", "tastes")]
-    weight = finished.config.absorb.merge_weight
-    for key in (key for key in merged if ".lora_A." in key):
-        b = key.replace(".lora_A.", ".lora_B.")
-        expected = sum((part[b] @ part[key] for part in parts), torch.tensor(0.0)) * weight
-        torch.testing.assert_close(merged[b] @ merged[key], expected, atol=1e-6, rtol=1e-5)
+def products(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {a: adapter[a.replace(".lora_A.", ".lora_B.")] @ adapter[a] for a in adapter if ".lora_A." in a}
+
+
+def merged_and_parts(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    cloud = run.network.cloud
+    return products(cloud.adapter(MERGED)[1]), [products(cloud.adapter(d)[1]) for d in ("shapes", "tastes")]
+
+
+def test_the_merged_adapter_is_fitted_to_each_domain_on_its_own_text(finished: Run) -> None:
+    cloud, foundation = finished.network.cloud, finished.foundation
+    spec, merged = cloud.adapter(MERGED)
+    assert foundation is not None and (spec.rank, spec.alpha) == (2 * 2, 2 * 4)
+    parts = {domain: cloud.adapter(domain)[1] for domain in ("shapes", "tastes")}
+    weight = finished.config.absorb.merge.weight
+    sums = side_by_side(list(parts.values()), weight)
+    whole = side_by_side(list(parts.values()))
+    assert all(torch.equal(t, whole[key]) for key, t in merged.items() if ".lora_B." in key)  # they stay
+    texts = {domain: cloud._texts.of[domain] for domain in parts}
+    assert texts["shapes"] != texts["tastes"]
+
+    def apart(found: AdapterTensors) -> float:
+        """How far what the first adapted module makes of a domain's text is from what the domain's own makes of it."""
+        a, b = (f"layers.4.self_attn.q_proj.lora_{x}.weight" for x in "AB")
+        total = 0.0
+        for domain, part in parts.items():
+            for ids in texts[domain]:
+                hidden = foundation.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[4][0, 1:]
+                x = cast(Any, foundation.decoder.layers[4]).input_layernorm(hidden)
+                total += float((x @ (found[b] @ found[a] - part[b] @ part[a]).T).square().sum())
+        return total
+
+    assert apart(merged) < 0.9 * apart(sums)
+
+
+@pytest.mark.parametrize("method", ["sum", "ties", "dare"])
+def test_the_merged_adapter_may_be_made_of_weights_alone(method: str) -> None:
+    absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
+    merge = {"method": method, "weight": 0.5}
+    run = Run(tiny_config(absorb={**absorb, "merge": merge}, cycles=1)).go()
+    merged, parts = merged_and_parts(run)
+    halves = {key: (parts[0][key] + parts[1][key]) * 0.5 for key in merged}
+    same = all(torch.allclose(merged[key], halves[key], atol=1e-6, rtol=1e-5) for key in merged)
+    assert same == (method == "sum")
+    assert any(bool(t.any()) for t in merged.values())
+
+
+def test_where_nobody_wrote_text_yet_some_is_written_to_merge_on() -> None:
+    absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
+    run = Run(tiny_config(absorb=absorb, cycles=1))
+    run.network.install()
+    run.network.fine_tune()
+    assert all(verdict.accepted for verdict in run.network.absorb())
+    merged, _ = merged_and_parts(run)
+    assert any(bool(t.any()) for t in merged.values())
 
 
 def test_the_foundation_models_weights_stay_as_they_were(finished: Run) -> None:
@@ -357,7 +407,7 @@ def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays() -> None:
     fine_tune = {"local_epochs": 2, "batch_size": 4, "learning_rate": 0.1, "anchor_weight": 0.0}
     run = Run(tiny_config(absorb=absorb, fine_tune=fine_tune, cycles=1), foundation=foundation_that_knows(PUBLIC_TEXT))
     cloud = run.network.cloud
-    before = {name: cloud.adapter(name)[1] for name in ("shapes", "tastes", MERGED)}
+    before = {name: cloud.adapter(name)[1] for name in ("shapes", "tastes")}
     run.go()
     limit = cloud.perplexity_before
     for verdict in run.verdicts[0][:2]:
@@ -369,6 +419,7 @@ def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays() -> None:
         after = cloud.adapter(name)[1]
         assert all(torch.equal(after[key], tensor) for key, tensor in tensors.items())
     assert run.verdicts[0][2].accepted  # merged of what stayed in place: it costs nothing
+    assert not any(bool(t.any()) for t in products(cloud.adapter(MERGED)[1]).values())
     assert cloud.retention == dict.fromkeys(("shapes", "tastes", MERGED), limit)
     assert run.scores[1].foundation == run.scores[0].foundation
     assert run.scores[1].domain != run.scores[0].domain
@@ -431,6 +482,15 @@ def test_one_refused_adapter_does_not_stop_another() -> None:
 # -- without a relay ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("average", ["factors", "products"])
+def test_whoever_learned_is_averaged(average: str) -> None:
+    fine_tune = {"local_epochs": 1, "batch_size": 4, "learning_rate": 0.01, "average": average}
+    run = Run(quick(fine_tune=fine_tune)).go()
+    assert sum(s.loss_sum for s in run.scores[-1].domain.values()) < sum(
+        s.loss_sum for s in run.scores[0].domain.values()
+    )
+
+
 def test_without_a_relay_nothing_is_distilled() -> None:
     run = Run(alone(relay={"enabled": False})).go()
     assert run.relays == [{}]
@@ -442,6 +502,68 @@ def test_without_a_relay_nothing_is_distilled() -> None:
 
 def test_with_a_relay_it_is_told() -> None:
     assert {"relay", "fine_tune"} <= set(Run(alone()).go().told)
+
+
+def test_the_learning_rate_falls_from_cycle_to_cycle_for_split_and_local_devices() -> None:
+    fine_tune = {"local_epochs": 1, "batch_size": 4, "learning_rate": 0.01, "cycle_decay": 1e-6}
+    for keep in ((0,), (2,)):  # a split device, a local one
+        edges = [{**edge, "devices": [edge["devices"][i] for i in keep]} for edge in (tiny_edge("north", "shapes"),)]
+        run = Run(quick(fine_tune=fine_tune, edges=edges, relay={"enabled": False})).go()
+        first, second = (updates["shapes"].tensors for updates in run.updates)
+        learned = max(float(t.abs().max()) for key, t in first.items() if ".lora_B." in key)
+        assert learned > 1e-3
+        assert max(float((second[key] - first[key]).abs().max()) for key in first) < 1e-3 * learned
+
+
+# -- newcomers ---------------------------------------------------------------------------------------------------------
+
+
+def with_a_newcomer(**changes: Any) -> Run:
+    """A third edge that follows the domain of the first and holds out the same examples."""
+    newcomer = tiny_newcomer("west", "forms", follows="shapes")
+    config = quick(edges=[tiny_edge("north", "shapes"), tiny_edge("south", "tastes"), newcomer], **changes)
+    data = tiny_data(config)
+    for device in ("a", "b", "c"):
+        data[f"west-{device}"] = DeviceData((), data[f"north-{device}"].test)
+    return Run(config, data).go()
+
+
+def test_a_newcomer_starts_with_what_its_domain_has_learned_and_a_relay_of_its_own() -> None:
+    run = with_a_newcomer()
+    cloud, last = run.network.cloud, run.scores[-1]
+    assert all(updates.keys() == {"shapes", "tastes"} for updates in run.updates)
+    assert cloud.release("domain", "forms") == cloud.release("domain", "shapes")
+    assert run.relays[-1].keys() == {"shapes", "tastes", "forms"}
+    relays = [cloud.relay(name) for name in ("forms", "shapes")]
+    assert any(not torch.equal(relays[0][key], relays[1][key]) for key in relays[0])
+    # In the cloud it is the same model with the same adapter, on the same examples.
+    assert last.foundation["forms"] == last.foundation["shapes"] != run.scores[0].foundation["forms"]
+    assert last.merged["forms"] == last.merged["shapes"]
+    # At the edge it has the other's newest adapter, and differs by its relay.
+    assert last.domain["forms"].loss_sum == pytest.approx(last.domain["shapes"].loss_sum, rel=0.1)
+    assert last.domain["forms"].loss_sum < run.scores[0].domain["forms"].loss_sum
+    assert cloud.adapter(MERGED)[0].rank == 2 * 2  # only those that learn are in it
+    assert run.network.evaluate_everywhere(last).domain.keys() == {"shapes", "tastes"}
+
+
+def test_without_relays_a_newcomers_model_is_that_of_the_domain_that_it_follows() -> None:
+    run = with_a_newcomer(relay={"enabled": False})
+    assert [s.domain["forms"] == s.domain["shapes"] for s in run.scores] == [True] * len(run.scores)
+
+
+def test_the_others_learn_as_if_no_newcomer_were_there() -> None:
+    run, alone = with_a_newcomer(), Run(quick()).go()
+    for mine, other in zip(run.updates, alone.updates, strict=True):
+        for domain, update in other.items():
+            assert all(torch.equal(mine[domain].tensors[key], tensor) for key, tensor in update.tensors.items())
+
+
+def test_who_learns_needs_examples_for_it() -> None:
+    config = quick(edges=[tiny_edge("north", "shapes")])
+    data = tiny_data(config)
+    data["north-a"] = DeviceData((), data["north-a"].test)
+    with pytest.raises(DataError, match="'north-a': has no train examples"):
+        Run(config, data)
 
 
 # -- every model on every domain ---------------------------------------------------------------------------------------

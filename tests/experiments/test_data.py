@@ -17,7 +17,7 @@ import pytest
 from gaisnet.config import Config, DataSettings, parse_config
 from gaisnet.errors import DataError, MissingPackage
 from gaisnet.experiments import domains
-from gaisnet.experiments.data import DomainData, load_domains, majority, partition, retention_text
+from gaisnet.experiments.data import DomainData, load_domains, load_public, majority, partition, retention_text
 from gaisnet.experiments.domains import CATEGORIES, CHAPTERS, LANGUAGES, Drawn, clean_notice, draw_builtin
 from gaisnet.tiers.examples import DeviceData, Example
 
@@ -242,6 +242,74 @@ def test_the_same_seed_gives_the_same_data(loaded: dict[str, DomainData]) -> Non
 
 def test_a_domain_does_not_depend_on_the_other_edges(loaded: dict[str, DomainData]) -> None:
     assert load_domains(config_of("languages", "licences", "medical")) == loaded
+
+
+def with_newcomers(*names: str) -> Config:
+    raw = config_of("languages").model_dump(mode="json")
+    for name in names:
+        devices = [{"name": f"{name}-{i}"} for i in range(2)]
+        raw["edges"].append({"name": f"edge-{name}", "domain": name, "follows": "languages", "devices": devices})
+    return parse_config(raw)
+
+
+def test_newcomers_have_nothing_to_learn_from_and_hold_out_what_nobody_else_has() -> None:
+    domains = load_domains(with_newcomers("tourists", "students"))
+    assert [len(all_of(data, "train")) for data in domains.values()] == [420, 0, 0]
+    texts = [{body(e) for e in all_of(data, "test")} for data in domains.values()]
+    assert [len(each) for each in texts] == [210, 210, 210]
+    assert len(set.union(*texts, {body(e) for e in all_of(domains["languages"], "train")})) == 3 * 210 + 420
+    assert {(data.template, data.labels) for data in domains.values()} == {
+        (domains["languages"].template, domains["languages"].labels)
+    }
+    assert all(data.devices and all(device.test for device in data.devices.values()) for data in domains.values())
+
+
+def test_newcomers_change_nothing_for_anybody_else(loaded: dict[str, DomainData]) -> None:
+    for names in (("tourists",), ("tourists", "students")):
+        assert load_domains(with_newcomers(*names))["languages"] == loaded["languages"]
+
+
+def test_newcomers_hold_out_as_many_of_each_label() -> None:
+    domains = load_domains(with_newcomers("tourists", "students"))
+    for name in ("tourists", "students"):
+        counts = Counter(example.completion for example in all_of(domains[name], "test"))
+        assert len(counts) == len(LANGUAGES) and max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_more_newcomers_than_the_package_holds_examples_for_are_refused() -> None:
+    raw = with_newcomers("tourists").model_dump(mode="json")
+    raw["data"]["test_examples"] = 7000
+    with pytest.raises(DataError, match="7000 examples for newcomers to the domain 'languages': its package has"):
+        load_domains(parse_config(raw))
+
+
+def test_a_newcomer_without_folders_does_not_follow_one_with_folders_into_a_built_in_domain(tmp_path: Path) -> None:
+    raw = folder_config(write_folder(tmp_path / "old"), domain="languages").model_dump(mode="json")
+    raw["edges"].append({"name": "edge-new", "domain": "more", "follows": "languages", "devices": [{"name": "late"}]})
+    with pytest.raises(DataError, match="'more' of edge 'edge-new': is not built in"):
+        load_domains(parse_config(raw))
+
+
+def test_a_newcomers_task_is_described_as_that_of_the_domain_that_it_follows(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "old")
+    raw = folder_config(folder, template="{text} =", labels=["4", "5"]).model_dump(mode="json")
+    devices = [{"name": "late", "data": str(folder)}]
+    raw["edges"].append({"name": "edge-new", "domain": "more", "follows": "sums", "devices": devices})
+    config = parse_config(raw)
+    found = load_domains(config)["more"]
+    assert (found.template, found.labels) == ("{text} =", ("4", "5"))
+    shape = load_public(config.edges[1], config).shape
+    assert (shape.template, shape.labels) == ("{text} =", ("4", "5"))
+
+
+def test_a_newcomers_folder_needs_nothing_to_learn_from(tmp_path: Path) -> None:
+    folders = [write_folder(tmp_path / name) for name in ("old", "new")]
+    (folders[1] / "train.jsonl").unlink()
+    raw = folder_config(folders[0]).model_dump(mode="json")
+    devices = [{"name": "late", "data": str(folders[1])}]
+    raw["edges"].append({"name": "edge-new", "domain": "more", "follows": "sums", "devices": devices})
+    domains = load_domains(parse_config(raw))
+    assert domains["more"].devices["late"] == DeviceData((), (Example("2 + 2 =", " 4"),))
 
 
 def test_hash_randomisation_changes_nothing(loaded: dict[str, DomainData]) -> None:

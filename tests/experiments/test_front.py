@@ -10,11 +10,12 @@ from gaisnet.config import RoutingSettings, load_config
 from gaisnet.errors import ConfigError, ServiceFull
 from gaisnet.experiments.front import open_device
 from gaisnet.experiments.run import run_experiment
+from gaisnet.experiments.table import closing_captions
 from gaisnet.serving.bodies import Target
 from gaisnet.serving.calibration import read_calibrations
 from gaisnet.serving.keys import ApiKeys
 from tests.serving.fronts import until
-from tests.tiny import tiny_edge, write_tiny_run
+from tests.tiny import tiny_edge, tiny_newcomer, write_tiny_run
 
 pytestmark = pytest.mark.integration
 
@@ -53,6 +54,22 @@ def test_always_asking_is_the_foundation_model_with_the_adapter(finished: Path) 
         drafted = httpx.post(f"{url}/v1/completions", json={**asked, "speculate": True}, timeout=280).json()
         assert always["gaisnet"] == {"body": "cloud", "domain": "shapes", "escalated_at": 0}
         assert always["choices"][0]["text"] == drafted["choices"][0]["text"]
+
+
+def test_a_newcomers_device_answers_with_what_its_domain_follows(tmp_path: Path) -> None:
+    edges = [tiny_edge("north", "shapes"), tiny_edge("south", "tastes"), tiny_newcomer("west", "forms", "shapes")]
+    write_tiny_run(tmp_path, edges=edges, cycles=1, evaluate={"everywhere": True})
+    summary = run_experiment(load_config(tmp_path / "run.yaml"), tmp_path / "out")
+    assert summary.follows == {"forms": "shapes"}
+    assert any("'forms' starts with what 'shapes' has learned" in line for line in closing_captions(summary))
+    assert "DM of shapes" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    with open_device(tmp_path / "out", "west-a") as device:
+        own = RoutingSettings(escalate_to="domain", other_domains=0.5)
+        assert device.escalation("forms", own) == Target("cloud", ("shapes",), "forms")
+        tastes = {tuple(one.prompt) for one in device.domains["tastes"].held_out}
+        for name in ("forms", "shapes"):  # neither is foreign to the other
+            assert {tuple(one.prompt) for one in device.others(name, own)} <= tastes
+        assert device.others("tastes", own)
 
 
 def test_where_there_are_several_domains_all_of_them_are_escalated_to(tmp_path: Path) -> None:

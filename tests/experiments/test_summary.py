@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from gaisnet.checkpoint import write_text
 from gaisnet.errors import NotFinite, OutputNotWritable
-from gaisnet.experiments.summary import Summary, write_json
+from gaisnet.experiments.summary import Cycle, Summary, write_json
 
 
 def _raw() -> dict[str, Any]:
@@ -45,8 +45,9 @@ def test_names_are_those_of_the_issue_and_survive_the_disk(tmp_path: Path) -> No
     summary = Summary.model_validate(_raw())
     write_json(tmp_path / "summary.json", summary.to_json())
     text = (tmp_path / "summary.json").read_text(encoding="utf-8")
-    measured_later = {"baselines": None, "gap_closed": None}
-    cycles = [{**cycle, "matrix": None} for cycle in _raw()["cycles"]]
+    measured_later: dict[str, Any] = {"baselines": None, "gap_closed": None, "follows": {}}
+    relay = {"medical": {"loss_before": 2.0, "loss_after": 0.5, "kl_before": None, "kl_after": None}}
+    cycles = [{**cycle, "matrix": None, "relay": relay} for cycle in _raw()["cycles"]]
     assert json.loads(text) == {**_raw(), **measured_later, "cycles": cycles}
     assert Summary.model_validate_json(text) == summary
     assert summary.domains == ("medical",)
@@ -74,6 +75,23 @@ def test_the_gap_is_closed_by_a_share_of_the_way_to_pooled() -> None:
     assert Summary.model_validate(raw).with_gaps().gap_closed is None
     raw["cycles"] = [first]
     assert Summary.model_validate(raw).with_gaps().gap_closed is None
+
+
+def test_what_falls_from_one_cycle_to_the_next_is_said() -> None:
+    def scores(accuracy: float) -> dict[str, Any]:
+        return {"medical": {"accuracy": accuracy, "loss": 1.0, "num_examples": 210}}
+
+    raw = _raw()["cycles"][0]
+    before = Cycle.model_validate({**raw, "foundation": scores(0.5), "domain": scores(0.5), "merged": scores(0.5)})
+    after = Cycle.model_validate({**raw, "foundation": scores(0.479), "domain": scores(0.481), "merged": scores(0.9)})
+    (said,) = after.fallen_since(before)
+    assert said == (
+        "the FM with the domain's adapter does worse on 'medical' than a cycle before: "
+        "47.9% of what the devices hold out, it was 50.0%"
+    )
+    assert before.fallen_since(before) == []
+    new = after.model_copy(update={"foundation": {}, "merged": {"licences": after.domain["medical"]}})
+    assert new.fallen_since(before) == []  # nothing to compare with
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gaisnet.errors import AdapterMismatch
-from gaisnet.relay.fedavg import fedavg
+from gaisnet.relay.fedavg import average_products, fedavg
 
 
 def test_weighted_by_examples() -> None:
@@ -37,3 +37,44 @@ def test_nothing_to_average(updates: list[tuple[dict[str, torch.Tensor], int]]) 
 def test_an_update_that_does_not_fit_is_refused(odd: dict[str, torch.Tensor]) -> None:
     with pytest.raises(AdapterMismatch):
         fedavg([({"a": torch.ones(2)}, 1), (odd, 1)])
+
+
+# -- of products -------------------------------------------------------------------------------------------------------
+
+
+def lora(rank: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"x.lora_A.weight": (rank, 6), "x.lora_B.weight": (5, rank)}
+    return {key: torch.randn(*shape, generator=generator) for key, shape in shapes.items()}
+
+
+def product(adapter: dict[str, torch.Tensor]) -> torch.Tensor:
+    return adapter["x.lora_B.weight"] @ adapter["x.lora_A.weight"]
+
+
+def test_the_mean_of_products_is_exact_where_the_rank_allows_it_and_that_of_factors_is_not() -> None:
+    first, second = lora(5, 1), lora(5, 2)
+    expected = 0.75 * product(first) + 0.25 * product(second)
+    torch.testing.assert_close(product(average_products([(first, 6), (second, 2)])), expected, atol=1e-5, rtol=1e-5)
+    assert (product(fedavg([(first, 6), (second, 2)])) - expected).norm() > 0.3 * expected.norm()
+
+
+def test_the_mean_of_products_is_as_near_as_the_rank_allows() -> None:
+    updates = [(lora(2, seed), seed + 1) for seed in range(3)]
+    expected = sum((product(a) * n / 6 for a, n in updates), torch.zeros(5, 6))
+    found = average_products(updates)
+    assert {key: t.shape for key, t in found.items()} == {key: t.shape for key, t in updates[0][0].items()}
+    missed = torch.linalg.svdvals(expected)[2:].square().sum().sqrt()
+    assert (product(found) - expected).norm() == pytest.approx(float(missed), rel=1e-4)
+
+
+def test_products_of_one_update_are_its_own() -> None:
+    update = lora(2, 3)
+    assert all(torch.equal(average_products([(update, 4)])[key], tensor) for key, tensor in update.items())
+
+
+def test_products_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(AdapterMismatch):
+        average_products([(lora(2, 1), 1), (lora(3, 1), 1)])
+    with pytest.raises(ValueError, match="at least one"):
+        average_products([])

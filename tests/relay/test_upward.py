@@ -1,96 +1,16 @@
-"""The up flow: the merged adapter is an exact sum, the gate says what it does, perplexity is the unsplit model's."""
+"""The up flow's gate says what it does, and perplexity is the unsplit model's."""
 
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from gaisnet.adapters.state import AdapterTensors, put_in, take_out
-from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
 from gaisnet.models.families import Decoder
-from gaisnet.models.parts import Body, CutLayers, cut_decoder
-from gaisnet.relay.upward import Verdict, gate, merge, perplexity, strongest, weakened
+from gaisnet.models.parts import CutLayers, cut_decoder
+from gaisnet.relay.upward import Verdict, gate, perplexity, strongest
 from tests.tiny import VOCAB, tiny_model
-
-TARGETS = ("q_proj", "down_proj")
-SPEC = LoraSpec(2, 6, TARGETS, (3, 4, 5))
-
-
-def body_with(*names: str) -> Body:
-    """A body with random adapters, all inactive."""
-    _, body, _ = cut_decoder(Decoder(tiny_model(initializer_range=0.2)), CutLayers(1, 0))
-    for seed, name in enumerate(names):
-        add_adapter(body, name, SPEC, seed)
-        generator = torch.Generator().manual_seed(seed)
-        put_in(
-            body, name, {k: torch.randn(t.shape, generator=generator) * 0.3 for k, t in take_out(body, name).items()}
-        )
-    return body
-
-
-def product(adapter: AdapterTensors, module: str, alpha: int, rank: int) -> Tensor:
-    a, b = adapter[f"{module}.lora_A.weight"].double(), adapter[f"{module}.lora_B.weight"].double()
-    return b @ a * alpha / rank
-
-
-def hidden() -> Tensor:
-    return torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
-
-
-# -- merge -------------------------------------------------------------------------------------------------------------
-
-
-def test_by_hand() -> None:
-    first = {"x.lora_A.weight": torch.tensor([[1.0, 2.0]]), "x.lora_B.weight": torch.tensor([[3.0], [0.0]])}
-    second = {"x.lora_A.weight": torch.tensor([[0.0, -1.0]]), "x.lora_B.weight": torch.tensor([[1.0], [4.0]])}
-    merged = merge([first, second], weight=0.5)
-    # B A: [[3, 6], [0, 0]] and [[0, -1], [0, -4]]; half of their sum is [[1.5, 2.5], [0, -2]]
-    assert torch.equal(merged["x.lora_B.weight"] @ merged["x.lora_A.weight"], torch.tensor([[1.5, 2.5], [0.0, -2.0]]))
-
-
-@pytest.mark.parametrize("weight", [1.0, 0.3, 2.0])
-@pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c")])
-def test_its_product_is_the_weighted_sum_of_all_products(names: tuple[str, ...], weight: float) -> None:
-    body = body_with(*names)
-    adapters = [take_out(body, name) for name in names]
-    merged = merge(adapters, weight)
-    assert merged.keys() == adapters[0].keys()
-    for module in {key.rsplit(".", 2)[0] for key in merged}:
-        # The scale alpha / rank stays the same: both grow with the number of adapters.
-        found = product(merged, module, SPEC.alpha * len(names), SPEC.rank * len(names))
-        expected = sum((product(a, module, SPEC.alpha, SPEC.rank) for a in adapters), torch.tensor(0.0)) * weight
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-
-
-def test_it_loads_as_an_adapter_of_higher_rank_that_acts_like_all_together() -> None:
-    body = body_with("a", "b")
-    add_adapter(body, "merged", LoraSpec(2 * SPEC.rank, 2 * SPEC.alpha, TARGETS, SPEC.layers), seed=9)
-    put_in(body, "merged", merge([take_out(body, "a"), take_out(body, "b")], weight=1.0))
-    base = body(hidden())
-    activate(body, ("a", "b"))
-    expected = body(hidden())
-    activate(body, ("merged",))
-    assert (expected - base).abs().max() > 0.1
-    torch.testing.assert_close(body(hidden()), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_merging_new_adapters_merges_nothing() -> None:
-    body = body_with("a")
-    add_adapter(body, "new", SPEC, seed=3)
-    merged = merge([take_out(body, "new")] * 2, weight=1.0)
-    assert not any(bool(t.any()) for key, t in merged.items() if ".lora_B." in key)
-
-
-def test_merging_leaves_the_parts() -> None:
-    adapters = [take_out(body_with("a"), "a") for _ in range(2)]
-    before = [{key: tensor.clone() for key, tensor in adapter.items()} for adapter in adapters]
-    for tensor in merge(adapters, weight=0.5).values():
-        tensor.zero_()
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(adapters, before, strict=True) for key in a)
-
 
 # -- gate --------------------------------------------------------------------------------------------------------------
 
@@ -157,13 +77,6 @@ def test_one_that_would_be_too_weak_is_refused_as_it_is(cost: float, least: floa
 def test_the_gate_says_how_weak_an_adapter_is() -> None:
     said = str(gate("medical", 11.0, before=10.0, max_increase=0.15, share=0.6875))
     assert said == "accepted 'medical' at 69% of its strength: perplexity on public text 11.00, limit 11.50"
-
-
-def test_a_weakened_adapters_products_are_a_share() -> None:
-    adapter = take_out(body_with("a"), "a")
-    weak = weakened(adapter, 0.25)
-    for module in {key.rsplit(".", 2)[0] for key in adapter}:
-        assert torch.allclose(product(weak, module, 6, 2), 0.25 * product(adapter, module, 6, 2))
 
 
 # -- perplexity --------------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 An adapter has a name. Several may sit on one body; those that are active add up.
 """
 
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -103,14 +105,28 @@ def has_adapter(body: nn.Module, name: str) -> bool:
 
 
 @contextmanager
-def watched(layer: nn.Module, name: str, seen: list[Tensor]) -> Iterator[None]:
-    """Inside, what enters the module of ``layer`` that an adapter sits on is put into ``seen``, call after call."""
-    (module,) = (module for module in _adapted(layer) if peft_name(name) in module.lora_A)
-    handle = cast(nn.Module, module).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+def watched(layer: nn.Module, name: str) -> Iterator[dict[str, list[Tensor]]]:
+    """Inside, what enters each module of ``layer`` that an adapter sits on, call after call, by the module's path.
+
+    What this thread makes enter: another may serve the same layer meanwhile.
+    """
+    seen: dict[str, list[Tensor]] = {}
+    handles = []
+    for path, module in layer.named_modules():
+        if isinstance(module, LoraLayer) and peft_name(name) in module.lora_A:
+            seen[path] = []
+            keep = partial(_keep_input, seen[path], threading.get_ident())
+            handles.append(cast(nn.Module, module).register_forward_pre_hook(keep))
     try:
-        yield
+        yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_input(seen: list[Tensor], thread: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if threading.get_ident() == thread:
+        seen.append(inputs[0])
 
 
 def trainable(body: nn.Module, name: str) -> list[nn.Parameter]:

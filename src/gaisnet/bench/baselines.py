@@ -6,7 +6,9 @@ with the next.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -50,20 +52,21 @@ def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
     with RunFolder.resume(out) as folder:
         config, summary = kept_config(folder), kept_summary(folder)
         cycles, domains = len(summary.cycles) - 1, load_domains(config)
+        learning = [edge.domain for edge in config.learning_edges()]
         if not cycles:
             raise ConfigError(f"baselines of '{out}'", "it has not finished a cycle", f"gaisnet run --resume {out}")
-        config, found = _with_all_passes(config, cycles), summary.baselines
+        at_once, found = _with_all_passes(config, cycles), summary.baselines
         if found is None or found.cycles != cycles:
             found = Baselines(cycles=cycles)
-        missing = [(kind, name) for kind in KINDS for name in domains if name not in getattr(found, kind)]
+        missing = [(kind, name) for kind in KINDS for name in learning if name not in getattr(found, kind)]
         for number, (kind, name) in enumerate(missing):
             progress("baselines", number, len(missing), {})
             if name in getattr(found, kind):
                 continue  # measured together with another domain's
             if kind == "no_relay":
-                new = without_relay(config, domains, progress)
+                new = without_relay(config, domains, cycles, progress)
             else:
-                new = {name: _ONES[kind](config, domains[name], summary.model.domain_layers, config.seed)}
+                new = {name: _ONES[kind](at_once, domains[name], summary.model.domain_layers, config.seed)}
             found = found.model_copy(update={kind: {**getattr(found, kind), **new}})
             summary = hold_against(folder, found)
         progress("baselines", len(missing), len(missing), {})
@@ -76,22 +79,30 @@ def _with_all_passes(config: Config, cycles: int) -> Config:
     return config.model_copy(update={"fine_tune": config.fine_tune.model_copy(update={"edge_rounds": rounds})})
 
 
-def without_relay(config: Config, domains: Mapping[str, DomainData], progress: Progress = silent) -> dict[str, float]:
-    """Every edge with its devices and its DM, as they come from the cloud, without a relay: accuracies by domain."""
+def without_relay(
+    config: Config, domains: Mapping[str, DomainData], cycles: int, progress: Progress = silent
+) -> dict[str, float]:
+    """Every edge with its devices and its DM, as they come from the cloud, without a relay: accuracies by domain.
+
+    They learn for as many cycles, but nothing goes up or down in between. Newcomers learn nothing.
+    """
     config = config.model_copy(update={"relay": config.relay.model_copy(update={"enabled": False})})
     shapes = {name: TaskShape(data.template, data.labels) for name, data in domains.items()}
     devices = {name: mine for data in domains.values() for name, mine in data.devices.items()}
     foundation, text = load_foundation(config.model), public_text(config.absorb)
     network = build_network(config, foundation, shapes, devices, text, progress)
     network.install()
-    network.fine_tune()
-    return {name: report.num_correct / report.num_examples for name, report in network.evaluate().domain.items()}
+    for cycle in range(cycles):
+        network.cycle = cycle
+        network.fine_tune()
+    reports = network.evaluate().domain
+    return {name: reports[name].num_correct / reports[name].num_examples for name in network.cloud.learning}
 
 
 def pooled(config: Config, data: DomainData, num_layers: int, seed: int) -> float:
     """LoRA on all layers of the FM, with transformers' Trainer and peft."""
     task = _task(config, data)
-    return train(adapted(task, False, seed), task, seed).accuracy
+    return _learned(adapted(task, False, seed), task, seed)
 
 
 def from_scratch(config: Config, data: DomainData, num_layers: int, seed: int) -> float:
@@ -102,7 +113,13 @@ def from_scratch(config: Config, data: DomainData, num_layers: int, seed: int) -
     if getattr(shape, "layer_types", None):
         shape.layer_types = shape.layer_types[:num_layers]
     torch.manual_seed(seed)
-    return train(AutoModelForCausalLM.from_config(shape, dtype=torch.float32), task, seed).accuracy
+    return _learned(AutoModelForCausalLM.from_config(shape, dtype=torch.float32), task, seed)
+
+
+def _learned(model: Any, task: Task, seed: int) -> float:
+    """Accuracy after all passes. The learning rate falls to zero, as the Trainer has it unless it is told."""
+    train(model, replace(task, test=()), seed, "linear")
+    return accuracy(model.eval(), task.test)
 
 
 def zero_shot(config: Config, data: DomainData, num_layers: int, seed: int) -> float:

@@ -78,9 +78,10 @@ class FrontDoor:
     def __init__(self, device: Device, link: Link, site: Site, folder: Path, door: Door, turn: Turn) -> None:
         self._tier = device
         self._domain = site.edge.domain
+        self._adapter = site.edge.adapter
         self._bodies = LinkedBodies({self._domain: link}, site.config.faults.step_deadline_s)
         self._relay = site.config.relay.enabled
-        self._merged = len(site.config.edges) > 1
+        self._merged = len(site.config.learning_edges()) > 1
         self._folder = folder
         self._door = door
         self._turn = turn
@@ -124,7 +125,7 @@ class FrontDoor:
             except UnexpectedMessage:  # the edge has not given it a model yet
                 continue
             adapters = ("relay", "domain") if self._relay else ("domain",)
-            domain = ServedDomain(adapters, (self._domain,), held_out_of(self._tier.test_tokens))
+            domain = ServedDomain(adapters, (self._adapter,), held_out_of(self._tier.test_tokens))
             domains = {self._domain: domain}  # no other device's examples come here
             return ServedDevice(self._domain, parts, self._tier.tokenizer, self._bodies, domains, self._merged)
         return None

@@ -230,7 +230,8 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
     tokenizer = read_tokenizer(folder / "tokenizer")
     answers = _Answers(codec)
     turn = machine_turn(config.service)
-    device = Device(site.device, config, tokenizer, load_device(config, site.name), watched, turn)
+    data, learns = load_device(config, site.name), site.edge.follows is None
+    device = Device(site.device, config, tokenizer, data, watched, turn, learns=learns)
     answers.become(lambda _: device)
     with ExitStack() as opened:
         own = certificates(folder, "device")

@@ -99,8 +99,8 @@ def build_tiers(
     codec, turn = Codec(config.wire), outlets.turn
     stock = Stock(config, turn)
     devices = {  # first: they check their examples, the cloud works for seconds
-        settings.name: Device(settings, config, foundation.tokenizer, data[settings.name], progress, turn, stock)
-        for _, settings in config.each_device()
+        one.name: Device(one, config, foundation.tokenizer, data[one.name], progress, turn, stock, not edge.follows)
+        for edge, one in config.each_device()
     }
     cloud = Cloud(foundation, config, shapes, retention_text, progress, outlets.cloud())
     cloud_ledger = new_ledger()

@@ -4,7 +4,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +47,9 @@ class Public:
 
 def load_public(edge: EdgeSettings, config: Config) -> Public:
     """What is public about an edge's domain: all of it where the data set is built in. Raises ``DataError``."""
-    if any(device.data is not None for device in edge.devices):
-        return Public(TaskShape(edge.template, edge.labels), None)
+    if not _is_dealt(edge):
+        followed = next(each for each in config.edges if each.domain == edge.adapter)
+        return Public(TaskShape(edge.template or followed.template, edge.labels or followed.labels), None)
     domain = _load_edge(edge, config)
     return Public(TaskShape(domain.template, domain.labels), majority(domain))
 
@@ -56,26 +57,41 @@ def load_public(edge: EdgeSettings, config: Config) -> Public:
 def load_device(config: Config, name: str) -> DeviceData:
     """The examples of one device, and of no other where they are its own. Raises ``DataError``."""
     edge, device = next((edge, device) for edge, device in config.each_device() if device.name == name)
-    return _load_edge(edge, config).devices[name] if device.data is None else _read_device(device.data, name)
+    return _load_edge(edge, config).devices[name] if device.data is None else _read_device(device.data, name, edge)
 
 
 def _load_edge(edge: EdgeSettings, config: Config) -> DomainData:
     folders = {device.name: device.data for device in edge.devices if device.data is not None}
     without = [device.name for device in edge.devices if device.name not in folders]
+    followed = next(each for each in config.edges if each.domain == edge.adapter)
     if not without:
-        devices = {name: _read_device(folder, name) for name, folder in folders.items()}
-        return DomainData(edge.template, edge.labels, devices)
+        devices = {name: _read_device(folder, name, edge) for name, folder in folders.items()}
+        return DomainData(edge.template or followed.template, edge.labels or followed.labels, devices)
     asked = f"domain '{edge.domain}' of edge '{edge.name}'"
     if folders:
         found = f"some of its devices name 'data', but not {', '.join(without)}"
         raise DataError(asked, found, "give every device of the edge a data folder, or none")
-    if edge.domain not in BUILT_IN:
+    if edge.adapter not in BUILT_IN or (edge.follows and not _is_dealt(followed)):
         found = "is not built in, and its devices name no 'data'"
         raise DataError(asked, found, f"give every device a data folder, or use one of: {', '.join(BUILT_IN)}")
     if edge.template is not None or edge.labels:
         found = "is built in, so its template and labels are fixed"
         raise DataError(asked, found, "remove 'template' and 'labels', or give every device a data folder")
-    return _deal(draw_builtin(edge.domain, config.data, config.seed), edge, config)
+    return _deal(_drawn(edge, config), edge, config)
+
+
+def _is_dealt(edge: EdgeSettings) -> bool:
+    """Whether an edge's examples are drawn, not read."""
+    return all(device.data is None for device in edge.devices)
+
+
+def _drawn(edge: EdgeSettings, config: Config) -> Drawn:
+    """An edge's share of a built-in data set."""
+    newcomers = [each.domain for each in config.edges if each.follows == edge.adapter and _is_dealt(each)]
+    drawn = draw_builtin(edge.adapter, config.data, config.seed, len(newcomers))
+    if edge.follows is None:
+        return drawn
+    return replace(drawn, train=(), test=drawn.more[newcomers.index(edge.domain)])
 
 
 def _deal(drawn: Drawn, edge: EdgeSettings, config: Config) -> DomainData:
@@ -88,10 +104,10 @@ def _deal(drawn: Drawn, edge: EdgeSettings, config: Config) -> DomainData:
 
     for draw in range(MAX_DRAWS):
         train, test = parts(drawn.train, draw), parts(drawn.test, draw)
-        if all(train) and all(test):
+        if all(test) and (all(train) or not drawn.train):
             break
     else:
-        unlucky = next(i for i in range(len(names)) if not train[i] or not test[i])
+        unlucky = next(i for i in range(len(names)) if drawn.train and not train[i] or not test[i])
         raise DataError(
             f"device '{names[unlucky]}' of domain '{edge.domain}', with data.dirichlet_alpha {alpha}",
             f"got {len(train[unlucky])} training and {len(test[unlucky])} held-out examples in the last of {MAX_DRAWS} "
@@ -136,8 +152,9 @@ def partition(
     return parts
 
 
-def _read_device(folder: Path, name: str) -> DeviceData:
-    return DeviceData(_read_jsonl(folder / "train.jsonl", name), _read_jsonl(folder / "test.jsonl", name))
+def _read_device(folder: Path, name: str, edge: EdgeSettings) -> DeviceData:
+    train = () if edge.follows else _read_jsonl(folder / "train.jsonl", name)
+    return DeviceData(train, _read_jsonl(folder / "test.jsonl", name))
 
 
 def _read_jsonl(path: Path, owner: str) -> tuple[Example, ...]:

@@ -86,12 +86,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A built-in data set, drawn and shuffled, before it is dealt to devices."""
+    """A built-in data set, drawn and shuffled, before it is dealt to devices.
+
+    Attributes:
+        template: Public.
+        labels: Public.
+        train: To learn from.
+        test: Held out.
+        more: Held out by each newcomer.
+    """
 
     template: str
     labels: tuple[str, ...]
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+    more: tuple[tuple[Example, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,11 @@ def domain_seed(domain: str, seed: int) -> int:
     return zlib.crc32(f"{seed}/{domain}".encode())
 
 
-def draw_builtin(domain: str, settings: DataSettings, seed: int) -> Drawn:
+def draw_builtin(domain: str, settings: DataSettings, seed: int, num_newcomers: int = 0) -> Drawn:
     """Draw ``settings.train_examples`` and ``test_examples`` out of the built-in ``domain``, balanced over its labels.
 
-    Raises ``MissingPackage``, and ``DataError`` where the package holds too few.
+    Newcomers hold out as many each, of what is left: nobody else's examples depend on them. Raises ``MissingPackage``,
+    and ``DataError`` where the package holds too few.
     """
     source = BUILT_IN[domain]
     labels = tuple(source.labels.values())
@@ -119,16 +129,41 @@ def draw_builtin(domain: str, settings: DataSettings, seed: int) -> Drawn:
     rng = random.Random(domain_seed(domain, seed))
     pools = _pools(source, labels, rng)
     quotas = _quotas({label: len(pools[label]) for label in labels}, settings, domain)
+    asked = num_newcomers * settings.test_examples
+    left = _left({label: len(pools[label]) - sum(quotas[label]) for label in labels}, asked, domain)
     train: list[Candidate] = []
     test: list[Candidate] = []
+    more: list[Candidate] = []
     for label, (num_train, num_test) in quotas.items():
-        chosen = _spread(pools[label], num_train + num_test, source.words_of)
-        rng.shuffle(chosen)  # else the groups that have many texts, whose turns come last, would all be held out
-        train += chosen[:num_train]
-        test += chosen[num_train:]
+        chosen = _spread(pools[label], num_train + num_test + left[label], source.words_of)
+        mine, others = chosen[: num_train + num_test], chosen[num_train + num_test :]
+        rng.shuffle(mine)  # else the groups that have many texts, whose turns come last, would all be held out
+        train += mine[:num_train]
+        test += mine[num_train:]
+        more += others
     rng.shuffle(train)
     rng.shuffle(test)
-    return Drawn(source.template, labels, _examples(train, source.template), _examples(test, source.template))
+    every = [_examples(some, source.template) for some in (train, test, *_dealt(more, num_newcomers, rng))]
+    return Drawn(source.template, labels, every[0], every[1], tuple(every[2:]))
+
+
+def _left(available: Mapping[str, int], asked: int, domain: str) -> dict[str, int]:
+    """Of each label, how many of what is left go to newcomers."""
+    if asked > sum(available.values()):
+        raise DataError(
+            f"{asked} examples for newcomers to the domain '{domain}'",
+            f"its package has {sum(available.values())} left beside those of its own edge",
+            "lower data.test_examples, data.train_examples or the number of newcomers",
+        )
+    return _fill(available, asked)
+
+
+def _dealt(candidates: list[Candidate], num: int, rng: random.Random) -> list[list[Candidate]]:
+    """Label by label in turn, so that all have as many of each, and each part shuffled."""
+    parts = [candidates[first::num] for first in range(num)]
+    for part in parts:
+        rng.shuffle(part)
+    return parts
 
 
 def _pools(source: _Source, labels: Sequence[str], rng: random.Random) -> dict[str, list[Candidate]]:

@@ -38,7 +38,7 @@ def device_of(served: ServedRun, name: str | None) -> ServedDevice:
         tokenizer=served.foundation.tokenizer,
         bodies=served.bodies,
         domains={each.domain: _domain(served, each) for each in served.config.edges},
-        merged=len(served.config.edges) > 1,
+        merged=len(served.config.learning_edges()) > 1,
         gauges={
             "sessions": lambda: float(served.bodies.num_sessions),
             "cache_bytes": lambda: float(served.bodies.used_bytes),
@@ -71,4 +71,4 @@ def _domain(served: ServedRun, edge: EdgeSettings) -> ServedDomain:
             tokenize(served.data[device.name].test, tokenizer, context, f"device '{device.name}', test")
         )
     ]
-    return ServedDomain(tuple(served.bodies.adapters("edge", edge.domain)), (edge.domain,), held_out)
+    return ServedDomain(tuple(served.bodies.adapters("edge", edge.domain)), (edge.adapter,), held_out)

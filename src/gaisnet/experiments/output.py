@@ -204,7 +204,8 @@ def cycle_scalars(cycle: Cycle) -> dict[str, float]:
         scalars |= {f"bytes/{link}/up": traffic.up, f"bytes/{link}/down": traffic.down}
     scalars |= {f"seconds/{verb}": value for verb, value in cycle.seconds.model_dump().items()}
     for domain, loss in cycle.relay.items():
-        scalars |= {f"relay/{domain}/before": loss.loss_before, f"relay/{domain}/after": loss.loss_after}
+        figures = {"before": loss.loss_before, "after": loss.loss_after, "kl": loss.kl_after}
+        scalars |= {f"relay/{domain}/{tag}": value for tag, value in figures.items() if value is not None}
     return scalars
 
 

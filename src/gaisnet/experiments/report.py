@@ -126,7 +126,8 @@ def _down_flow(summary: Summary) -> str:
     if relay:
         note += (
             " Relay loss is how far the DM is from the FM on text that the FM itself wrote, before and after the cloud "
-            "trained the cycle's relay adapter."
+            "trained the cycle's relay adapter; KL is how far what it says next there is from what the FM says, in "
+            "nats, both with the adapter that the FM has."
         )
     return _section("Down flow: the foundation model teaches the domain models", [*lines, *relay], panels, note)
 
@@ -138,9 +139,11 @@ def _relay_lines(summary: Summary, domain: str) -> list[Line]:
         return []
     before = [None if loss is None else loss.loss_before for loss in losses]
     after = [None if loss is None else loss.loss_after for loss in losses]
+    divergence = [None if loss is None else loss.kl_after for loss in losses]
     return [
         Line("relay loss before", before, ORANGE, "--", "s", "{:.3g}".format),
         Line("relay loss after", after, GREEN, "-", "^", "{:.3g}".format),
+        Line("KL to the FM, after", divergence, PURPLE, ":", "D", "{:.3g}".format),
     ]
 
 
@@ -184,7 +187,9 @@ def _retention(summary: Summary) -> str:
         "what it knew, and the gate weakens or refuses an adapter above its limit."
     )
     said = [f"<li>Cycle {cycle.cycle}: {escape(line)}</li>" for cycle in summary.cycles for line in cycle.gate]
-    extra = f'<div><h3>What the gate said</h3><ul class="said">{"".join(said)}</ul></div>' if said else ""
+    extra = (
+        f'<div><h3>What the gate said, and what fell</h3><ul class="said">{"".join(said)}</ul></div>' if said else ""
+    )
     return _section("Retention", lines, [("", svg)], note, extra)
 
 
@@ -199,7 +204,7 @@ def _against(summary: Summary) -> str:
         "has a model of the DM's size that learned from nothing, or the DM as it first came. All that learn made as "
         "many passes."
     )
-    return _by_domain("Against what you might do instead", summary, rows, note)
+    return _by_domain("Against what you might do instead", summary.domains, rows, note)
 
 
 def _everywhere(summary: Summary) -> str:
@@ -208,20 +213,20 @@ def _everywhere(summary: Summary) -> str:
     if matrix is None:
         return ""
     models = {"FM as it is": matrix.foundation[ALONE]}
-    models |= {f"FM with the adapter of {name}": matrix.foundation[name] for name in summary.domains}
+    models |= {f"FM with the adapter of {name}": matrix.foundation[name] for name in matrix.domain}
     models["FM with the merged adapter"] = matrix.foundation[MERGED]
-    models |= {f"DM of {name}": matrix.domain[name] for name in summary.domains}
-    rows = [(label, [_shaded(accuracy(on, name)) for name in summary.domains]) for label, on in models.items()]
+    models |= {f"DM of {name}": scores for name, scores in matrix.domain.items()}
+    rows = [(label, [_shaded(accuracy(on, name)) for name in matrix.domain]) for label, on in models.items()]
     note = (
         "Accuracy on the held-out examples of each domain (columns). A row that is dark in one column only knows that "
         "domain; what the FM as it is can do, and an adapter of another domain cannot, is interference."
     )
-    return _by_domain("Every model on every domain", summary, rows, note)
+    return _by_domain("Every model on every domain", list(matrix.domain), rows, note)
 
 
-def _by_domain(title: str, summary: Summary, rows: Sequence[tuple[str, Sequence[str]]], note: str) -> str:
+def _by_domain(title: str, domains: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], note: str) -> str:
     """A table with a column per domain; the cells are HTML, the labels are not."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *summary.domains))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *domains))
     body = "".join(f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>' for label, cells in rows)
     return (
         f'<section><h2>{escape(title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -290,5 +295,5 @@ def _accuracy_svg(summary: Summary, title: str, lines: Sequence[Line], losses: S
     """Accuracies over the cycles, with a second plot below if there are ``losses``."""
     plots = [Plot(lines, "accuracy", (-0.03, 1.03), in_percent=True)]
     if losses:
-        plots.append(Plot(losses, "relay loss", (0, None)))
+        plots.append(Plot(losses, "distance to the FM", (0, None)))
     return lines_svg(title, _numbers(summary), plots)

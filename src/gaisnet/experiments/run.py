@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gaisnet.adapters.state import save_for_peft
-from gaisnet.config import Config, parse_config, with_overrides
+from gaisnet.config import Config, parse_config
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ConfigError, NothingToResume
 from gaisnet.experiments.data import DomainData, load_domains, majority, public_text
@@ -30,6 +30,7 @@ from gaisnet.experiments.summary import (
 from gaisnet.messages import AdapterUpdate, EvaluationReport
 from gaisnet.models.foundation import Foundation, load_foundation
 from gaisnet.network import Network, Scores
+from gaisnet.overrides import with_overrides
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
 from gaisnet.tiers.cloud import MERGED
@@ -182,7 +183,7 @@ class Run:
         losses = {domain: {"loss": u.loss, "num_examples": u.num_examples} for domain, u in updates.items()}
         self._folder.log({"event": "fine_tune", "cycle": len(self.summary.cycles), "domains": losses})
         said = [*_relays_kept(relays), *map(str, verdicts)]
-        entry = self._measure(len(self.summary.cycles), said, relays, _faults(updates))
+        entry = self._measure(len(self.summary.cycles), said, relays, _faults(updates), self.summary.cycles[-1])
         self.summary = self.summary.model_copy(update={"cycles": [*self.summary.cycles, entry]}).with_gaps()
         self._write()
 
@@ -200,11 +201,17 @@ class Run:
             ),
             device=DeviceFigures(params_fraction=sizes.split_device_params / sizes.foundation_params),
             majority=dict(majorities),
-            cycles=[self._measure(0, [], {}, [])],
+            follows={edge.domain: edge.follows for edge in self._config.edges if edge.follows is not None},
+            cycles=[self._measure(0, [], {}, [], None)],
         )
 
     def _measure(
-        self, number: int, verdicts: list[str], relays: Mapping[str, Distillation], faults: list[str]
+        self,
+        number: int,
+        said: list[str],
+        relays: Mapping[str, Distillation],
+        faults: list[str],
+        before: Cycle | None,
     ) -> Cycle:
         scores, everywhere = self._timed("evaluate", self._evaluate)
         entry = Cycle(
@@ -216,10 +223,12 @@ class Run:
             retention=self._retention(),
             bytes=self._traffic(),
             seconds=Seconds(**{verb: self._seconds.pop(verb, 0.0) for verb in Seconds.model_fields}),
-            gate=verdicts,
+            gate=said,
             faults=faults,
-            relay={d: RelayLoss(loss_before=r.error_before, loss_after=r.error_after) for d, r in relays.items()},
+            relay={domain: _relay_loss(result) for domain, result in relays.items()},
         )
+        if before is not None:
+            entry = entry.model_copy(update={"gate": [*said, *entry.fallen_since(before)]})
         self._folder.log_cycle(entry)
         return entry
 
@@ -253,7 +262,8 @@ class Run:
 
     @property
     def _domains(self) -> list[str]:
-        return [edge.domain for edge in self._config.edges]
+        """Those that learn; others have no adapter of their own."""
+        return [edge.domain for edge in self._config.learning_edges()]
 
     def _write(self) -> None:
         """Summary, report and adapters as of now; then the checkpoint, so that whoever goes on from it has them all."""
@@ -285,6 +295,15 @@ class Run:
             self._folder.scalar(f"steps/{tag}", value, self._steps)
             self._steps += 1
         self._progress(stage, done, total, figures)
+
+
+def _relay_loss(result: Distillation) -> RelayLoss:
+    return RelayLoss(
+        loss_before=result.error_before,
+        loss_after=result.error_after,
+        kl_before=result.kl_before,
+        kl_after=result.kl_after,
+    )
 
 
 def _faults(updates: Mapping[str, AdapterUpdate]) -> list[str]:

@@ -47,7 +47,7 @@ class Matrix(Record):
     foundation: dict[str, dict[str, Score]] = Field(
         description="The FM by the adapter that acts: a domain's, the merged one ('merged'), or none ('none')."
     )
-    domain: dict[str, dict[str, Score]] = Field(description="Every DM, by its domain.")
+    domain: dict[str, dict[str, Score]] = Field(description="Every DM that learns, by its domain.")
 
 
 class Retention(Record):
@@ -85,6 +85,13 @@ class RelayLoss(Record):
 
     loss_before: float
     loss_after: float
+    kl_before: float | None = Field(None, description="Divergence of the DM's next token from the FM's there, in nats.")
+    kl_after: float | None = None
+
+
+FALL = 0.02
+"""In accuracy, from one cycle to the next: what falls by more is said."""
+_BODIES = {"foundation": "the FM with the domain's adapter", "domain": "the DM", "merged": "the FM, merged,"}
 
 
 class Cycle(Record):
@@ -98,7 +105,9 @@ class Cycle(Record):
     retention: Retention
     bytes: LinkBytes
     seconds: Seconds
-    gate: list[str] = Field(default_factory=list, description="What the cloud's gate said, a sentence each.")
+    gate: list[str] = Field(
+        default_factory=list, description="What the cloud's gate said, a sentence each, and what fell."
+    )
     faults: list[str] = Field(
         default_factory=list, description="Devices that a round went on without, and why, a sentence each."
     )
@@ -108,12 +117,23 @@ class Cycle(Record):
         """The three groups of scores by the name of their field."""
         return {"foundation": self.foundation, "domain": self.domain, "merged": self.merged}
 
+    def fallen_since(self, before: "Cycle") -> list[str]:
+        """A sentence for every body that does worse on a domain than before, by more than ``FALL``."""
+        earlier = before.bodies()
+        return [
+            f"{_BODIES[body]} does worse on '{name}' than a cycle before: {score.accuracy:.1%} of what the devices "
+            f"hold out, it was {earlier[body][name].accuracy:.1%}"
+            for body, scores in self.bodies().items()
+            for name, score in scores.items()
+            if name in earlier[body] and score.accuracy < earlier[body][name].accuracy - FALL
+        ]
+
 
 class Baselines(Record):
     """What a run is held against: accuracies on the same held-out examples, by domain. ``gaisnet baselines`` adds them.
 
     Those that learn make as many passes over the examples as the network in so many cycles, ``pooled`` with the same
-    LoRA rank and learning rate.
+    LoRA rank and learning rate; ``pooled`` and ``scratch`` let it fall to zero.
     """
 
     cycles: int = Field(ge=1, description="That the run had when they were measured; they speak of no other number.")
@@ -154,6 +174,9 @@ class Summary(Record):
     device: DeviceFigures
     majority: dict[str, float | None] = Field(
         description="Accuracy of always naming the commonest class, by domain; null where a domain has no classes."
+    )
+    follows: dict[str, str] = Field(
+        default_factory=dict, description="Domains without data to learn from, and the domain that each starts from."
     )
     cycles: list[Cycle] = Field(min_length=1)
     baselines: Baselines | None = Field(None, description="Once they were measured.")

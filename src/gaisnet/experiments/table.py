@@ -92,7 +92,17 @@ def closing_captions(summary: Summary) -> list[str]:
         f"edge–cloud: {_both_ways([cycle.bytes.edge_cloud for cycle in summary.cycles])}",
         f"Wall time: {human_seconds(seconds)}",
         f"The largest split device holds {percent(summary.device.params_fraction)} of the FM's parameters",
+        *_newcomers(summary),
         *(f"A round went on without a device: {fault}" for cycle in summary.cycles for fault in cycle.faults),
+    ]
+
+
+def _newcomers(summary: Summary) -> list[str]:
+    reached = summary.cycles[-1].domain
+    return [
+        f"Without data of its own, '{name}' starts with what '{followed}' has learned: its DM reaches "
+        f"{percent(accuracy(reached, name))}, that of '{followed}' {percent(accuracy(reached, followed))}"
+        for name, followed in summary.follows.items()
     ]
 
 

@@ -28,6 +28,11 @@ class Ragged:
         """Views [length, D], one per sequence."""
         return tuple(torch.split(self.rows_ND, list(self.lengths)))
 
+    def later(self) -> Tensor:
+        """Rows of all positions but the first of each sequence, an attention sink, whose huge norm drowns others."""
+        later_N = torch.cat([torch.arange(length) > 0 for length in self.lengths])
+        return self.rows_ND[later_N.to(self.rows_ND.device)]
+
     def some(self, indices: Sequence[int]) -> "Ragged":
         """Some of the sequences, in the order of ``indices``."""
         every = self.sequences()
@@ -50,6 +55,13 @@ class Ragged:
                 for index, rows in zip(batch, output_BTE, strict=True):
                     results[index].copy_(rows[: self.lengths[index]])
         return Ragged(block_NE, self.lengths)
+
+
+def token_rows(sequences: Sequence[Sequence[int]], device: torch.device) -> Ragged:
+    """Token ids as rows [N, 1] of int64."""
+    return Ragged(
+        torch.tensor([i for ids in sequences for i in ids], device=device)[:, None], tuple(map(len, sequences))
+    )
 
 
 def join(parts: Sequence[Ragged]) -> Ragged:

@@ -17,16 +17,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
-from gaisnet.adapters.tuning import LoraSpec, watched
+from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import RelaySettings
 from gaisnet.errors import NotFinite
 from gaisnet.models.parts import Layers
 from gaisnet.models.ragged import Ragged, join
 from gaisnet.progress import Progress
+from gaisnet.relay.regression import fit_low_rank, traced
 
 RELAY = "relay"
 _GENERATION_BATCH = 128
@@ -45,10 +45,20 @@ class TaskShape:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Mean relative error of the hidden state that the suffix reads, on generated text that was not trained on."""
+    """How far a DM is from the FM, on generated text that its relay was not fitted to, before and after.
+
+    Attributes:
+        error_before: Mean relative error of the hidden state that the suffix reads.
+        error_after: The same.
+        kl_before: Mean divergence of the DM's next token from the FM's, in nats, both with the adapter that the FM has
+            for the domain.
+        kl_after: The same.
+    """
 
     error_before: float
     error_after: float
+    kl_before: float
+    kl_after: float
 
     @property
     def helped(self) -> bool:
@@ -208,7 +218,8 @@ def repair(body: Layers, spec: LoraSpec, lesson: Lesson, penalty: float, progres
         if layer not in spec.layers:
             hidden = hidden.map_batches(partial(body.run, start=layer, stop=layer + 1), _BATCH)
             continue
-        entering, hidden = _traced(body, layer, hidden)
+        inputs, hidden = traced(body, RELAY, layer, hidden)
+        (entering,) = inputs.values()
         x_NI, target_ND = entering.rows_ND.float(), lesson.states[stop].rows_ND.float()
         size_N1 = target_ND.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         missing_ND = (target_ND - hidden.rows_ND) / size_N1
@@ -225,59 +236,19 @@ def repair(body: Layers, spec: LoraSpec, lesson: Lesson, penalty: float, progres
     return relay
 
 
-def fit_low_rank(x_NI: Tensor, y_ND: Tensor, rank: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """The A [R, I] and B [D, R] for which ``x @ A.T @ B.T`` is nearest to ``y``: reduced-rank ridge regression.
-
-    Least squares plus ``penalty`` times the mean square of a column of ``x``, times that of the weights B A (Mukherjee
-    and Zhu, Statistical Analysis and Data Mining 4, 2011). float32.
-    """
-    x_NI, y_ND = x_NI.float(), y_ND.float()
-    ridge = penalty * float(x_NI.square().sum()) / x_NI.shape[1]
-    if len(x_NI) < x_NI.shape[1]:  # the same weights either way; the smaller system is solved
-        full_ID = x_NI.T @ _solved(x_NI @ x_NI.T, ridge, y_ND)
-    else:
-        full_ID = _solved(x_NI.T @ x_NI, ridge, x_NI.T @ y_ND)
-    _, directions_DD = torch.linalg.eigh(y_ND.T @ x_NI @ full_ID)  # in order of what they explain
-    b_DR = directions_DD[:, -rank:]
-    a_RI = (full_ID @ b_DR).T
-    lacking = rank - len(a_RI)  # of a rank above the width
-    return F.pad(a_RI, (0, 0, 0, lacking)).contiguous(), F.pad(b_DR, (0, lacking)).contiguous()
-
-
-def _solved(gram_KK: Tensor, ridge: float, right_KD: Tensor) -> Tensor:
-    """Solves (gram + ridge) @ solution = right, also where rounding, or what is no number, spoils Cholesky's way."""
-    system_KK = gram_KK + ridge * torch.eye(len(gram_KK), device=gram_KK.device)
-    factor_KK, failed = torch.linalg.cholesky_ex(system_KK)
-    return torch.linalg.solve(system_KK, right_KD) if failed else torch.cholesky_solve(right_KD, factor_KK)
-
-
-def _traced(body: Layers, layer: int, hidden: Ragged) -> tuple[Ragged, Ragged]:
-    """What enters the relay's module of a layer, and what leaves the layer, whose relay is nothing yet."""
-    seen: list[Tensor] = []
-
-    def run(hidden_BTD: Tensor) -> Tensor:
-        seen.clear()
-        output_BTD = body.run(hidden_BTD, layer, layer + 1)
-        return torch.cat([*seen, output_BTD], dim=-1)
-
-    with watched(body.layers[str(layer)], RELAY, seen):
-        both = hidden.map_batches(run, _BATCH)
-    width = both.rows_ND.shape[1] - hidden.rows_ND.shape[1]
-    entering_NI, leaving_ND = both.rows_ND.split([width, hidden.rows_ND.shape[1]], dim=1)
-    return Ragged(entering_NI, hidden.lengths), Ragged(leaving_ND, hidden.lengths)
-
-
 def _named(relay: AdapterTensors, layer: int, a_RI: Tensor, b_DR: Tensor) -> AdapterTensors:
     mine = [key for key in relay if key.startswith(f"layers.{layer}.")]
     return {key: a_RI if ".lora_A." in key else b_DR for key in mine}
 
 
-@torch.no_grad()
-def relative_error(body: Layers, lesson: Lesson) -> float:
-    """Mean of |hidden - target| / |target| where the middle ends, first positions left out."""
+def leaving(body: Layers, lesson: Lesson) -> Ragged:
+    """What ``body`` makes of the text where the middle ends, without gradients."""
     first, end = lesson.middle
-    found = lesson.states[first].map_batches(lambda hidden_BTD: body.run(hidden_BTD, first, end), _BATCH)
-    later_N = torch.cat([torch.arange(length) > 0 for length in found.lengths]).to(found.rows_ND.device)
-    target_ND = lesson.states[end].rows_ND[later_N]
-    errors_N = (found.rows_ND[later_N] - target_ND).norm(dim=-1) / target_ND.norm(dim=-1)
+    return lesson.states[first].map_batches(lambda hidden_BTD: body.run(hidden_BTD, first, end), _BATCH)
+
+
+def relative_error(found: Ragged, lesson: Lesson) -> float:
+    """Mean of |hidden - target| / |target| where the middle ends, first positions left out."""
+    target_ND = lesson.states[lesson.middle[1]].later()
+    errors_N = (found.later() - target_ND).norm(dim=-1) / target_ND.norm(dim=-1)
     return float(errors_N.sum()) / max(len(errors_N), 1)

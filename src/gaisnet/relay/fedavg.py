@@ -1,10 +1,15 @@
-"""Federated averaging (McMahan et al., arXiv 1602.05629, algorithm 1): the mean weighted by number of examples."""
+"""Federated averaging (McMahan et al., arXiv 1602.05629, algorithm 1): the mean weighted by number of examples.
+
+A LoRA's factors may be averaged, or its products: the mean of the factors B and A is not a pair of factors of the mean
+of the products B A (Wang et al., arXiv 2409.05976).
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gaisnet.adapters.arithmetic import compressed, side_by_side, weakened
 from gaisnet.adapters.state import AdapterTensors, check_same_shapes
 
 
@@ -18,13 +23,30 @@ def fedavg(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTensors:
         AdapterMismatch: Adapters of different shape, or with a number that is not finite.
         ValueError: No update, or no example among all of them.
     """
+    total, reference = _checked(updates), updates[0][0]
+    return {key: _mean([(adapter[key], n / total) for adapter, n in updates]) for key in reference}
+
+
+def average_products(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTensors:
+    """The same of the products of LoRA adapters, and of their sum what is nearest to it in the rank of one.
+
+    An adapter that is alone stays as it is. Arguments and errors as for ``fedavg``.
+    """
+    total, reference = _checked(updates), updates[0][0]
+    if len(updates) == 1:
+        return dict(reference)
+    rank = next(len(tensor) for key, tensor in reference.items() if ".lora_A." in key)
+    return compressed(side_by_side([weakened(adapter, n / total) for adapter, n in updates]), rank)
+
+
+def _checked(updates: Sequence[tuple[AdapterTensors, int]]) -> int:
+    """Number of examples of all."""
     total = sum(num_examples for _, num_examples in updates)
     if total < 1:
         raise ValueError("fedavg needs at least one update with at least one example")
-    reference = updates[0][0]
     for adapter, _ in updates:
-        check_same_shapes("update", reference, adapter)
-    return {key: _mean([(adapter[key], n / total) for adapter, n in updates]) for key in reference}
+        check_same_shapes("update", updates[0][0], adapter)
+    return total
 
 
 def _mean(weighted: Sequence[tuple[Tensor, float]]) -> Tensor:

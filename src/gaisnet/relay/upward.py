@@ -1,16 +1,15 @@
-"""The up flow: domain adapters become one merged adapter, and a gate watches what they cost in general ability."""
+"""The up flow's gate: it watches what adapters cost the foundation model (FM) in general ability."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gaisnet.adapters.state import AdapterTensors
-
 _BISECTIONS = 3
-_CHUNK_ROWS = 64  # a vocabulary is long: more at once would keep answers on the same machine waiting
+CHUNK_ROWS = 64
+"""Given to a vocabulary head at once: it is long, and more would keep answers on the same machine waiting."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +61,6 @@ def strongest(judge: Callable[[float], Verdict], least: float) -> Verdict:
     return best
 
 
-def weakened(adapter: AdapterTensors, share: float) -> AdapterTensors:
-    """The adapter whose products B A are a share of this one's."""
-    return {key: tensor * share if ".lora_B." in key else tensor for key, tensor in adapter.items()}
-
-
-def merge(adapters: Sequence[AdapterTensors], weight: float) -> AdapterTensors:
-    """One adapter whose product B A is ``weight`` times the sum of the products of all, exactly.
-
-    Products of averaged factors are not averaged products; putting the factors side by side keeps each product whole
-    (what peft calls combination type "cat"). Its rank is the sum of the ranks, and so must its alpha be.
-    """
-    return {key: _side_by_side([a[key] for a in adapters], key, weight) for key in adapters[0]}
-
-
-def _side_by_side(factors: Sequence[Tensor], key: str, weight: float) -> Tensor:
-    if ".lora_A." in key:
-        return torch.cat(list(factors), dim=0)
-    return torch.cat(list(factors), dim=1) * weight
-
-
 @torch.no_grad()
 def perplexity(output_BTD: Tensor, logits: Callable[[Tensor], Tensor], input_ids_BT: Tensor) -> float:
     """Exp of the mean next-token loss over all windows.
@@ -93,6 +72,6 @@ def perplexity(output_BTD: Tensor, logits: Callable[[Tensor], Tensor], input_ids
     """
     rows_ND = output_BTD[:, :-1].flatten(0, 1)
     targets_N = input_ids_BT[:, 1:].flatten()
-    chunks = zip(rows_ND.split(_CHUNK_ROWS), targets_N.split(_CHUNK_ROWS), strict=True)
+    chunks = zip(rows_ND.split(CHUNK_ROWS), targets_N.split(CHUNK_ROWS), strict=True)
     loss = sum(F.cross_entropy(logits(rows).float(), targets, reduction="sum").item() for rows, targets in chunks)
     return float(torch.tensor(loss / len(targets_N), dtype=torch.float64).exp())

@@ -87,7 +87,9 @@ class ServedDevice:
 
     def others(self, name: str, settings: RoutingSettings) -> list[HeldOut]:
         """Examples of other domains that go with a domain's own, always the same; fewer where this process has few."""
-        every = [one for other, domain in self.domains.items() if other != name for one in domain.held_out]
+        known = self.domains[name].foundation_adapters  # a newcomer's domain is not another's
+        foreign = [domain for domain in self.domains.values() if domain.foundation_adapters != known]
+        every = [one for domain in foreign for one in domain.held_out]
         share, own = settings.other_domains, len(self.domains[name].held_out)
         return random.Random(f"others than {name}").sample(every, min(len(every), round(own * share / (1 - share))))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaisnet.adapters.arithmetic import side_by_side, sparse_sum, weakened
 from gaisnet.adapters.state import AdapterTensors, check_same_shapes
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.checkpoint import digest_of, under
@@ -31,12 +32,13 @@ from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
-from gaisnet.relay.upward import Verdict, gate, merge, strongest, weakened
+from gaisnet.relay.upward import Verdict, gate, strongest
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.foundation_model import FoundationModel
 from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.outlet import NoOutlet, Outlet
 from gaisnet.tiers.teacher import Teacher
+from gaisnet.tiers.texts import Texts
 
 MERGED = "merged"
 
@@ -78,7 +80,6 @@ class Cloud:
     ) -> None:
         self.layout = Layout(config, len(foundation.decoder.layers))
         self._config = config
-        self._shapes = shapes
         self._outlet = outlet = outlet or NoOutlet()
         self._model = model = FoundationModel(foundation, self.layout, outlet.turn)
         absorb = config.absorb
@@ -88,32 +89,38 @@ class Cloud:
         # All of these are taken before adapters stand between the layers and their weights.
         self.model_release = model.release(recipe, domain_body)
         self.model_digest = digest_of(self.model_release.tensors)
-        hidden = model.at_suffix(free_text_BT[: config.fine_tune.anchor_sequences])
+        free_text = free_text_BT.tolist()
+        hidden = model.at_suffix(free_text[: config.fine_tune.anchor_sequences])
         self.anchor_release = AnchorRelease(torch.tensor(hidden.lengths, dtype=torch.int32), hidden.rows_ND)
         foundation_params, split_device_params = model.num_parameters()
         self.sizes = Sizes(foundation_params, self.layout.num_layers, len(recipe.kept), split_device_params)
         pause_within({*model.body.layers.values(), *domain_body.layers.values()}, outlet.turn.pause)
-        self._teacher = Teacher(model, domain_body, self.layout, recipe, shapes, free_text_BT.tolist(), progress)
+        self.adapter_of = {edge.domain: edge.adapter for edge in config.edges}
+        self.learning = tuple(edge.domain for edge in config.learning_edges())
+        self._texts = Texts(free_text, shapes, self.adapter_of, model, self.layout)
+        self._teacher = Teacher(model, domain_body, self.layout, recipe, self._texts, progress)
         self._evaluated: dict[str, Activations] = {}
         self.versions: dict[Role, dict[str, int]] = {
             "relay": dict.fromkeys(shapes, 0),
-            "domain": dict.fromkeys(shapes, 0),
+            "domain": dict.fromkeys(self.learning, 0),
         }
         self._add_adapters()
-        self._whole = {domain: model.adapter(domain) for domain in shapes}  # as they came up; the FM may have less
-        self._retention_inputs: Ragged = model.at_suffix(self._retention_ids_BT)
+        self._whole = {
+            domain: model.adapter(domain) for domain in self.learning
+        }  # as they came up; the FM may have less
+        self._retention_inputs: Ragged = model.at_suffix(self._retention_ids_BT.tolist())
         self.perplexity_before = self._perplexity(None)
         # With each adapter that is in place; at the start they are all zero.
-        self.retention = dict.fromkeys((*shapes, MERGED), self.perplexity_before)
+        self.retention = dict.fromkeys((*self.learning, MERGED), self.perplexity_before)
         outlet.put_body(model.body, model.layers)
-        self._put_out(*shapes, MERGED)
+        self._put_out(*self.learning, MERGED)
 
     def _add_adapters(self) -> None:
         seed = self._config.seed_for("domain adapter")
-        for domain in self._shapes:
+        for domain in self.learning:
             self._model.add(domain, self.layout.domain_spec(), seed)
-        self._model.add(MERGED, self.layout.domain_spec(len(self._shapes)), seed)
-        self._model.put(MERGED, self._merged())
+        self._model.add(MERGED, self.layout.domain_spec(len(self.learning)), seed)
+        self._model.put(MERGED, side_by_side([self._model.adapter(domain) for domain in self.learning]))
 
     # -- down ----------------------------------------------------------------------------------------------------------
 
@@ -122,15 +129,22 @@ class Cloud:
 
         A relay that does not help on text that it did not learn from is not kept: the one before stays.
         """
-        result = self._teacher.teach(domain, cycle)
+        merges = domain in self.learning and self._config.absorb.merge.method == "regression"
+        if domain in self._teacher.relays or merges:
+            self._texts.write(domain, cycle)
+        result = self._teacher.teach(domain, self.adapter_of[domain])
         if result is not None and result.helped:
             self.versions["relay"][domain] = cycle + 1
         return result
 
     def release(self, role: Role, domain: str) -> AdapterRelease:
         """The relay that a domain's DM should have, or its domain adapter, whole, as it was last accepted."""
-        tensors = self._teacher.relays[domain] if role == "relay" else self._whole[domain]
-        return AdapterRelease(role, self.versions[role][domain], tensors)
+        tensors = self._teacher.relays[domain] if role == "relay" else self._whole[self.adapter_of[domain]]
+        return AdapterRelease(role, self.version(role, domain), tensors)
+
+    def version(self, role: Role, domain: str) -> int:
+        """Of what ``release`` gives; 0 where there is no relay."""
+        return self.versions[role][domain if role == "relay" else self.adapter_of[domain]]
 
     def relay(self, domain: str) -> AdapterTensors:
         """Of a domain's DM; empty where models have none."""
@@ -177,8 +191,16 @@ class Cloud:
         return verdict
 
     def _merged(self) -> AdapterTensors:
-        every = [self._model.adapter(domain) for domain in self._shapes]
-        return merge(every, self._config.absorb.merge_weight)
+        """Of what is in place, as the configuration says."""
+        settings, model = self._config.absorb.merge, self._model
+        method = settings.method
+        if method == "regression":
+            entering = {domain: model.at_suffix(self._texts.all_of(domain)) for domain in self.learning}
+            return model.merged(entering, model.at_suffix(self._texts.free))
+        adapters = [model.adapter(domain) for domain in self.learning]
+        if method == "sum":
+            return side_by_side(adapters, settings.weight)
+        return sparse_sum(adapters, method, settings.weight, settings.density, self._config.seed_for("merge"))
 
     def _perplexity(self, adapter: str | None) -> float:
         """The FM's perplexity on public text, with an adapter or as it is."""
@@ -186,7 +208,7 @@ class Cloud:
 
     def adapter(self, name: str) -> tuple[LoraSpec, AdapterTensors]:
         """Shape and tensors of a domain's adapter or of the merged one, as they are plugged in now."""
-        num_merged = len(self._shapes) if name == MERGED else 1
+        num_merged = len(self.learning) if name == MERGED else 1
         return self.layout.domain_spec(num_merged), self._model.adapter(name)
 
     def _put_out(self, *names: str) -> None:
@@ -204,11 +226,11 @@ class Cloud:
             "versions": self.versions,
             "retention": self.retention,
             "perplexity_before": self.perplexity_before,
-            "texts": self._teacher.texts,
+            "texts": self._texts.of,
         }
         tensors = {
             f"adapter/{name}/{key}": t
-            for name in (*self._shapes, MERGED)
+            for name in (*self.learning, MERGED)
             for key, t in self._model.adapter(name).items()
         }
         tensors |= {f"whole/{domain}/{key}": t for domain, whole in self._whole.items() for key, t in whole.items()}
@@ -220,14 +242,14 @@ class Cloud:
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from where ``state`` was taken. Raises ``AdapterMismatch`` if the configuration is another one."""
         self.versions, self.retention = state["versions"], state["retention"]
-        self.perplexity_before, self._teacher.texts = state["perplexity_before"], state["texts"]
-        for name in (*self._shapes, MERGED):
+        self.perplexity_before, self._texts.of = state["perplexity_before"], state["texts"]
+        for name in (*self.learning, MERGED):
             self._model.put(name, under(f"adapter/{name}/", tensors))
         for domain in self._whole:
             self._whole[domain] = under(f"whole/{domain}/", tensors) or self._model.adapter(domain)
         for domain in self._teacher.relays:
             self._teacher.relays[domain] = under(f"relay/{domain}/", tensors)
-        self._put_out(*self._shapes, MERGED)
+        self._put_out(*self.learning, MERGED)
 
     # -- asked by edges ------------------------------------------------------------------------------------------------
 

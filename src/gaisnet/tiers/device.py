@@ -52,9 +52,10 @@ class Device:
         progress: Told while a local device learns.
         turn: Of the machine that it is on, held while it computes; None for one of its own.
         stock: Of the same machine: frozen parts, shared by its devices; None for one of its own.
+        learns: Whether it must have examples to learn from.
 
     Raises:
-        DataError: No example to learn from or to hold out, or a completion longer than the context.
+        DataError: No example to hold out, or to learn from if it learns, or a completion longer than the context.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Device:
         progress: Progress = silent,
         turn: Turn | None = None,
         stock: Stock | None = None,
+        learns: bool = True,
     ) -> None:
         self.name = settings.name
         self._settings = settings
@@ -75,9 +77,12 @@ class Device:
         self._stock = stock or Stock(config, self._turn)
         self.tokenizer = tokenizer
         self._tokens: dict[Split, list[Tokens]] = {}
-        splits: tuple[tuple[Split, Sequence[object]], ...] = (("train", data.train), ("test", data.test))
-        for split, examples in splits:
-            if not examples:
+        splits: tuple[tuple[Split, Sequence[object], bool], ...] = (
+            ("train", data.train, learns),
+            ("test", data.test, True),
+        )
+        for split, examples, needed in splits:
+            if needed and not examples:
                 raise DataError(
                     f"device '{self.name}'", f"has no {split} examples", "give it some, or remove the device"
                 )
@@ -203,7 +208,8 @@ class Device:
         member = Member(self.name, self._learning_inputs)
         where = f"device '{self.name}', cycle {order.cycle}, edge round {order.edge_round}"
         seed = self._config.seed_for("fine_tune", self.name, order.cycle, order.edge_round)
-        learned = domain.learn([member], self._own_labels, self._config.fine_tune, seed, where, self._progress)
+        settings = self._config.fine_tune.in_cycle(order.cycle)
+        learned = domain.learn([member], self._own_labels, settings, seed, where, self._progress)
         for error in learned.left.values():  # it has only itself
             raise error
         return AdapterUpdate(

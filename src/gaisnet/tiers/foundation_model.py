@@ -3,7 +3,7 @@
 Shape legend: B sequences, T positions, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,10 +17,12 @@ from gaisnet.messages import ModelRelease, SmashedData
 from gaisnet.models.domain import Recipe, choose_recipe, make_domain_body, num_parameters
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
-from gaisnet.models.ragged import Ragged
+from gaisnet.models.ragged import Ragged, token_rows
 from gaisnet.models.release import release_model
 from gaisnet.relay.downward import TaskShape, generate_text
-from gaisnet.relay.upward import perplexity
+from gaisnet.relay.merging import by_regression
+from gaisnet.relay.regression import traced
+from gaisnet.relay.upward import CHUNK_ROWS, perplexity
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.domain_model import PREFIX_BATCH, body_output_rows
 from gaisnet.tiers.layout import Layout
@@ -144,16 +146,29 @@ class FoundationModel:
         """What the layers [start, stop) make of hidden states, without gradients."""
         return hidden.map_batches(lambda hidden_BTD: self._run(hidden_BTD, start, stop), PREFIX_BATCH)
 
-    def at_suffix(self, ids_BT: Tensor) -> Ragged:
-        """Hidden states that enter the suffix, where adapters begin; one sequence per row of ``ids_BT``."""
+    def at_suffix(self, sequences: Sequence[Sequence[int]]) -> Ragged:
+        """Hidden states that enter the suffix, where adapters begin, in texts of token ids."""
         start, first = self._layout.first_cut, self._layout.first_adapted
-        ids = Ragged(ids_BT.reshape(-1, 1), (ids_BT.shape[1],) * len(ids_BT))
 
         def run(ids_BT1: Tensor) -> Tensor:
             with self._turn.learning():
                 return self._body.run(self._head(ids_BT1[..., 0]), start, first)
 
-        return ids.map_batches(run, PREFIX_BATCH)
+        return token_rows(sequences, self.device).map_batches(run, PREFIX_BATCH)
+
+    def merged(self, entering: Mapping[str, Ragged], free: Ragged) -> AdapterTensors:
+        """The adapters of ``entering`` as one, by regression: see ``relay.merging``.
+
+        The model is taken for a layer at a time, so that others may serve it in between.
+        """
+        adapters = {name: self.adapter(name) for name in entering}
+        some, layers = next(iter(adapters)), [i for i in self._body.indices if i >= self._layout.first_adapted]
+
+        def trace(name: str | None, layer: int, states: Ragged) -> tuple[dict[str, Ragged], Ragged]:
+            with self.plugged_in(name):
+                return traced(self._body, some, layer, states)
+
+        return by_regression(adapters, entering, free, layers, trace, self._layout.config.absorb.merge)
 
     def suffix(self, hidden_BTD: Tensor) -> Tensor:
         """The layers that adapters act on."""
@@ -165,6 +180,25 @@ class FoundationModel:
             outputs = entering.map_batches(self.suffix, PREFIX_BATCH)
             hidden_BTD = self._tail.stack.run(outputs.rows_ND.view(*ids_BT.shape, -1))
             return perplexity(hidden_BTD, self._tail_logits, ids_BT)
+
+    def divergence(self, entering: Ragged, other: Ragged, adapter: str) -> float:
+        """Mean over positions of KL(p || q) of the next token, in nats.
+
+        Args:
+            entering: Hidden states that enter the suffix in the FM: p is what it makes of them.
+            other: What enters there in another model that goes on as this one, for q.
+            adapter: Acts on both.
+        """
+        with self.plugged_in(adapter), torch.no_grad():
+            chances = zip(self._log_chances(entering), self._log_chances(other), strict=True)
+            total = sum(float((p_RV.exp() * (p_RV - q_RV)).sum()) for p_RV, q_RV in chances)
+        return total / max(len(entering.rows_ND), 1)
+
+    def _log_chances(self, entering: Ragged) -> Iterator[Tensor]:
+        """Of the next token at some positions at a time, float32 [R, V]."""
+        outputs = entering.map_batches(lambda hidden_BTD: self._tail.stack.run(self.suffix(hidden_BTD)), PREFIX_BATCH)
+        for rows_RD in outputs.rows_ND.split(CHUNK_ROWS):
+            yield self._tail_logits(rows_RD).float().log_softmax(dim=-1)
 
     def _tail_logits(self, rows_ND: Tensor) -> Tensor:
         self._turn.pause()

@@ -13,7 +13,7 @@ from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import GaisnetError, StaleAdapter, TooFewDevices, WireFormatError
 from gaisnet.messages import AdapterRelease, AdapterUpdate, BodyOutput, BodyOutputGrad, FineTune
 from gaisnet.progress import Progress
-from gaisnet.relay.fedavg import fedavg
+from gaisnet.relay.fedavg import average_products, fedavg
 from gaisnet.tiers.cluster import Asked, Cluster
 from gaisnet.tiers.domain_model import DomainModel, Learned
 from gaisnet.tiers.holding import Rounds
@@ -59,7 +59,8 @@ class HybridLearning:
                 raise next(iter(failed.values()))
             reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
             raise TooFewDevices(self._edge, self._config.faults.min_devices, len(took_part), reasons)
-        domain.put_domain_adapter(fedavg([(tensors, learned.num_examples) for learned, tensors in parts]))
+        average = fedavg if self._config.fine_tune.average == "factors" else average_products
+        domain.put_domain_adapter(average([(tensors, learned.num_examples) for learned, tensors in parts]))
         num_examples = sum(learned.num_examples for learned, _ in parts)
         where = f"cycle {rounds.cycle}, edge round {rounds.done}"
         return replace(
@@ -80,7 +81,8 @@ class HybridLearning:
             return []
         where = f"edge '{self._edge}', cycle {rounds.cycle}, edge round {rounds.done}"
         seed = self._config.seed_for("fine_tune", self._edge, rounds.cycle, rounds.done)
-        learned = domain.learn(members, self._labels, self._config.fine_tune, seed, where, self._progress)
+        settings = self._config.fine_tune.in_cycle(rounds.cycle)
+        learned = domain.learn(members, self._labels, settings, seed, where, self._progress)
         failed |= learned.left
         return [(learned, domain.domain_adapter())] if learned.num_examples else []
 

@@ -5,7 +5,7 @@ It gets batches of examples of like lengths, so that it pads no more than the ot
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import get_peft_model
@@ -91,8 +91,11 @@ class Centralised:
         return train(adapted(task, self._late, seed), task, seed)
 
 
-def train(model: Any, task: Task, seed: int) -> Result:
-    """Let what learns of ``model`` learn from the pooled examples, with transformers' Trainer, and score it."""
+def train(model: Any, task: Task, seed: int, schedule: Literal["constant", "linear"] = "constant") -> Result:
+    """Let what learns of ``model`` learn from the pooled examples, with transformers' Trainer, and score it.
+
+    ``schedule``: of the learning rate; 'linear' falls to zero.
+    """
     examples, settings = task.pooled, task.config.fine_tune
     epochs = _Epochs(list(task.batches(examples, task.epochs, seed)))
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +106,7 @@ def train(model: Any, task: Task, seed: int) -> Result:
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=schedule,
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
