@@ -18,12 +18,13 @@ from gaisnet.errors import CheckpointError, ConfigError, DataError, NothingToRes
 from gaisnet.experiments.output import LOCK_NAME, RunFolder
 from gaisnet.experiments.run import resume_experiment, run_experiment
 from gaisnet.experiments.summary import Summary
-from tests.tiny import tiny_edge, write_tiny_run
+from tests.tiny import tiny_edge, tiny_newcomer, write_tiny_run
 
 pytestmark = pytest.mark.integration
 
-EDGES = [tiny_edge("north", "shapes"), tiny_edge("south", "tastes")]
+EDGES = [tiny_edge("north", "shapes"), tiny_edge("south", "tastes"), tiny_newcomer("west", "forms", "shapes")]
 EDGES[1]["devices"] = EDGES[1]["devices"][::2]
+EDGES[2]["devices"] = EDGES[2]["devices"][::2]
 OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
 
 
