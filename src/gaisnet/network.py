@@ -82,6 +82,7 @@ class Network:
         self._ledger = ledger
         self._faults = faults
         self._updates: dict[str, AdapterUpdate] = {}
+        self._alone: dict[str, EvaluationReport] = {}  # how the FM as it is does
         self._at_edges: dict[str, AdapterTensors] = {}  # domain adapters that DMs have, as far as they were seen
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -154,8 +155,9 @@ class Network:
             asked = dict.fromkeys(others, Evaluate("foundation", whose))
             foundation[whose] = {whose: scores.foundation[whose], **self._ask(asked, EvaluationReport)}
         foundation[MERGED] = {on: scores.merged[on] for on in learning}
-        asked = dict.fromkeys(learning, Evaluate("foundation", None))
-        foundation[ALONE] = self._ask(asked, EvaluationReport)
+        if not self._alone:  # it never changes, nor does what is held out
+            self._alone = self._ask(dict.fromkeys(learning, Evaluate("foundation", None)), EvaluationReport)
+        foundation[ALONE] = self._alone
         return Everywhere(domain, foundation)
 
     def _guest(self, domain: str) -> EvaluateGuest:
