@@ -10,7 +10,14 @@ import numpy as np
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from gaisnet.config import Config, DevicePrecision, parse_config
 from gaisnet.models.families import Decoder
@@ -43,6 +50,39 @@ def tiny_model(family: str = "llama", tied: bool = True, seed: int = 0, **change
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.requires_grad_(False).eval()
     return model
+
+
+def tiny_encoder(family: str, num_classes: int = 3, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """An encoder with a classifier, six layers of width 32 and weights large enough for every difference to be seen.
+
+    Nothing of it is zero, nor are its norms the identity, so that none of it can be forgotten unnoticed. A ViT takes
+    images of 12 by 8 pixels in three colours, which are six patches and so seven rows.
+    """
+    settings: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_labels": num_classes,
+        **({"image_size": [12, 8], "patch_size": 4} if family == "vit" else {"vocab_size": VOCAB}),
+    }
+    config = AutoConfig.for_model(family, **{**settings, **changes})
+    made_for: Any = AutoModelForImageClassification if family == "vit" else AutoModelForSequenceClassification
+    model: PreTrainedModel = made_for.from_config(config)
+    model.requires_grad_(False).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        around = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
+        parameter.data = around + 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def tiny_inputs(family: str, num: int = 3, length: int = 7, seed: int = 7) -> torch.Tensor:
+    """Images [num, 3, 12, 8], or token ids [num, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "vit":
+        return torch.randn(num, 3, 12, 8, generator=generator)
+    return torch.randint(1, VOCAB, (num, length), generator=generator)
 
 
 def round_weights(model: PreTrainedModel, layers: Iterable[int], precision: DevicePrecision) -> PreTrainedModel:

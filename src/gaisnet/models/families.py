@@ -1,26 +1,123 @@
-"""Where each Hugging Face model family keeps its embeddings, layers, last norm and vocabulary head.
+"""What is known of each Hugging Face model family: where it keeps its parts, and how its layers are called.
 
-A family is supported when its decoder has the Llama shape: embeddings, a list of equal layers that are called with the
-same arguments, a last norm, a linear vocabulary head, and rotary position embeddings shared by all layers. Only those
-whose split is proved equal to the unsplit model by a test stand in ``LLAMA_SHAPED``.
+A decoder is supported when it has the Llama shape: embeddings, a list of equal layers that are called with the same
+arguments, a last norm, a linear vocabulary head, and rotary position embeddings shared by all layers. An encoder has
+embeddings, equal layers in which every position sees every other, and a classifier of what they make of the first one.
+Only families whose split is proved equal to the unsplit model by a test are in ``FAMILIES``.
+
+Shape legend: B sequences, T positions, D hidden size, N rows (positions picked out of several sequences), P rows that
+are shown to an attention.
 """
 
-from typing import cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from gaisnet.errors import ModelError
 
+
+@dataclass(frozen=True)
+class Family:
+    """How to run a layer in two halves, which ones have adapters, and where they are.
+
+    Attributes:
+        attend: A layer up to where every row goes on by itself: the layer, hidden states [B, T, D] and the layer's
+            other arguments to [B, T, D].
+        finish: The rest of the layer, for any rows [..., D] of that.
+        targets: Linear modules of a layer that an adapter is put beside, unless the user names others.
+        layers_path: Of the list of layers, in a model for a task.
+        is_encoder: Every position sees every other, and the first one is classified. Otherwise a position sees those
+            before it, and the last ones carry labels.
+        ending: Of an encoder, the name of the module between its last layer and its classifier.
+        keys_and_values: Of an encoder's layer, what its ``attention`` makes of rows [P, D] at the layer's input, each
+            [P, heads * size].
+    """
+
+    attend: Callable[[Any, Tensor, Mapping[str, Any]], Tensor]
+    finish: Callable[[Any, Tensor], Tensor]
+    targets: tuple[str, ...]
+    layers_path: str
+    is_encoder: bool = False
+    ending: str = ""
+    keys_and_values: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+def _llama_attend(layer: Any, hidden_BTD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    attended_BTD, *_ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_BTD), **arguments)
+    return cast(Tensor, hidden_BTD + attended_BTD)
+
+
+def _llama_finish(layer: Any, rows_ND: Tensor) -> Tensor:
+    return cast(Tensor, rows_ND + layer.mlp(layer.post_attention_layernorm(rows_ND)))
+
+
+def _vit_attend(layer: Any, hidden_BTD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    attended_BTD, _ = layer.attention(layer.layernorm_before(hidden_BTD), **arguments)
+    return cast(Tensor, attended_BTD + hidden_BTD)
+
+
+def _vit_finish(layer: Any, rows_ND: Tensor) -> Tensor:
+    return cast(Tensor, layer.mlp(layer.layernorm_after(rows_ND)) + rows_ND)
+
+
+def _vit_keys_and_values(layer: Any, rows_PD: Tensor) -> tuple[Tensor, Tensor]:
+    normed_PD = layer.layernorm_before(rows_PD)
+    return layer.attention.k_proj(normed_PD), layer.attention.v_proj(normed_PD)
+
+
+def _bert_attend(layer: Any, hidden_BTD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    attended_BTD, _ = layer.attention(hidden_BTD, **arguments)
+    return cast(Tensor, attended_BTD)
+
+
+def _bert_finish(layer: Any, rows_ND: Tensor) -> Tensor:
+    return cast(Tensor, layer.feed_forward_chunk(rows_ND))
+
+
+def _bert_keys_and_values(layer: Any, rows_PD: Tensor) -> tuple[Tensor, Tensor]:
+    inner = layer.attention.self
+    return inner.key(rows_PD), inner.value(rows_PD)
+
+
+LLAMA = Family(
+    _llama_attend,
+    _llama_finish,
+    targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    layers_path="model.layers",
+)
+VIT = Family(
+    _vit_attend,
+    _vit_finish,
+    targets=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+    layers_path="vit.layers",
+    is_encoder=True,
+    ending="layernorm",
+    keys_and_values=_vit_keys_and_values,
+)
+BERT = Family(
+    _bert_attend,
+    _bert_finish,
+    targets=("query", "key", "value", "dense"),
+    layers_path="bert.encoder.layer",
+    is_encoder=True,
+    ending="pooler",
+    keys_and_values=_bert_keys_and_values,
+)
+
 LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+ENCODERS = frozenset({"bert", "vit"})
+FAMILIES = {**dict.fromkeys(LLAMA_SHAPED, LLAMA), "vit": VIT, "bert": BERT}
 
 
 class Decoder:
     """The parts of a Llama-shaped causal language model, by name; it owns none of them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        check_family(model.config, model.config.name_or_path or model.config.model_type)
+        check_family(model.config, _name(model))
         inner = model.get_decoder()
         self.config: PretrainedConfig = model.config
         self.embed_tokens = cast(nn.Embedding, inner.embed_tokens)
@@ -30,14 +127,54 @@ class Decoder:
         self.lm_head = cast(nn.Linear, model.get_output_embeddings())
 
 
+class Encoder:
+    """The parts of an encoder, with a classifier or without one, by name; it owns none of them.
+
+    Attributes:
+        embeddings: Token ids [B, T], or pixels [B, C, height, width], to rows [B, T, D] of which the first is [CLS].
+        ending: What [CLS] rows pass between the last layer and the classifier: a norm, or BERT's pooler.
+        classifier: Of the task that the model was made for; None where it was made for none.
+    """
+
+    rotary_emb: None = None  # positions are in the embeddings
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        name = _name(model)
+        check_encoder(model.config, name)
+        family, inner = family_of(model.config), model.base_model
+        ending = getattr(inner, family.ending)
+        if ending is None:
+            raise ModelError(name, f"it was built without its {family.ending}", "load the model with it")
+        classifier = getattr(model, "classifier", None)
+        self.config: PretrainedConfig = model.config
+        self.embeddings = cast(nn.Module, inner.embeddings)
+        self.layers = cast(nn.ModuleList, inner.get_submodule(family.layers_path.partition(".")[2]))
+        self.ending = cast(nn.Module, ending)
+        self.classifier = classifier if isinstance(classifier, nn.Linear) else None
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """Of a model that has been checked."""
+    return FAMILIES[config.model_type]
+
+
 def check_family(config: PretrainedConfig, asked: str) -> None:
-    """Raise ``ModelError`` unless the family of ``config`` can be cut."""
+    """Raise ``ModelError`` unless ``config`` is a decoder's, of a family that can be cut."""
     if config.model_type not in LLAMA_SHAPED:
         raise ModelError(
             asked,
             f"its family '{config.model_type}' is not supported",
             f"use a decoder of one of: {', '.join(sorted(LLAMA_SHAPED))}",
         )
+
+
+def check_encoder(config: PretrainedConfig, asked: str) -> None:
+    """Raise ``ModelError`` unless ``config`` is an encoder's, of a family that can be cut."""
+    do = f"use an encoder of one of: {', '.join(sorted(ENCODERS))}"
+    if config.model_type not in ENCODERS:
+        raise ModelError(asked, f"its family '{config.model_type}' is not supported for classification", do)
+    if getattr(config, "is_decoder", False):  # BERT's layers can be a decoder's, too
+        raise ModelError(asked, "its configuration says is_decoder, so positions do not see later ones", do)
 
 
 def layer_types(config: PretrainedConfig) -> list[str]:
@@ -54,3 +191,14 @@ def empty_decoder(config: PretrainedConfig) -> Decoder:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return Decoder(model.eval())
+
+
+def empty_encoder(config: PretrainedConfig) -> Encoder:
+    """The same of an encoder, without a classifier."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return Encoder(model.eval())
+
+
+def _name(model: PreTrainedModel) -> str:
+    return str(model.config.name_or_path or model.config.model_type)

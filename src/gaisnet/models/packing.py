@@ -31,6 +31,7 @@ class Packing:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         real_BT = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
         slots_N, filling = real_BT.flatten().nonzero()[:, 0], -sum(lengths) % _ROWS_AT_ONCE
+        self._real_BT = real_BT
         self._shape_BT = real_BT.shape
         self._filling = filling
         self._slot_of_row_N = torch.cat([slots_N, slots_N.new_zeros(filling)])
@@ -48,6 +49,11 @@ class Packing:
     def positions_1N(self) -> Tensor:
         """Of each row in its sequence."""
         return (self._slot_of_row_N % self._shape_BT[1])[None]
+
+    @property
+    def real_BT(self) -> Tensor | None:
+        """Which positions of the padded batch are real; None if all are."""
+        return self._real_BT if len(self._padding) else None
 
     def padded_like(self, rows_1ND: Tensor) -> Tensor:
         """Something of the shape [B, T, D] of the padded batch, without memory, for who looks at no more than that."""

@@ -4,8 +4,8 @@ Shape legend: B sequences, T positions, D hidden size, V vocabulary, N rows (pos
 sequences).
 
 A part keeps the layer numbers of the foundation model (FM) even where layers are missing, so that an adapter's names
-mean the same in every body. Right padding needs no mask: under causal attention a padded position cannot reach a real
-one.
+mean the same in every body. Right padding needs no mask in a decoder: under causal attention a padded position cannot
+reach a real one. ``models.encoders`` has the parts of encoders, which are made of the same ``Layers``.
 """
 
 import inspect
@@ -17,10 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
-from gaisnet.errors import CutError
-from gaisnet.models.families import Decoder, layer_types
+from gaisnet.errors import CutError, ModelError
+from gaisnet.models.families import Decoder, family_of, layer_types
 from gaisnet.models.few_bits import RoundedEmbedding
 from gaisnet.models.packing import Packing
 
@@ -71,17 +75,27 @@ Pick = Callable[[Tensor], Tensor]
 
 
 class Layers(nn.Module):
-    """Some layers of the FM, run one after the other."""
+    """Some layers of the FM, run one after the other.
 
-    def __init__(self, config: PretrainedConfig, layers: Mapping[int, nn.Module], rotary_emb: nn.Module) -> None:
+    Args:
+        config: The FM's.
+        layers: By their numbers in the FM.
+        rotary_emb: Of a decoder; an encoder has its positions in the embeddings.
+    """
+
+    def __init__(self, config: PretrainedConfig, layers: Mapping[int, nn.Module], rotary_emb: nn.Module | None) -> None:
         super().__init__()
         self.config = config
+        self.family = family_of(config)
         self.indices = sorted(layers)
         self.layers = nn.ModuleDict({str(index): layers[index] for index in self.indices})
-        self.rotary_emb = rotary_emb
+        self.rotary_emb: Any = rotary_emb
 
     def new_cache(self) -> PartCache:
-        """An empty key-value cache for exactly these layers."""
+        """An empty key-value cache for exactly these layers. Raises ``ModelError`` where they are an encoder's."""
+        if self.family.is_encoder:
+            found = "it is an encoder, in which earlier positions see later ones: no keys and values can be kept"
+            raise ModelError(self.config.model_type, found, "run whole sequences")
         return PartCache(self.config, self.indices)
 
     def run(
@@ -102,8 +116,8 @@ class Layers(nn.Module):
             stop: FM layer to stop before; None runs to the end.
             cache: From ``new_cache``; holds earlier positions and takes in these. Then ``start`` and ``stop`` must
                 be the same at every call.
-            attention_mask_BT: 1 for real and 0 for padded positions, earlier ones in the cache included. Only needed
-                with left padding.
+            attention_mask_BT: 1 for real and 0 for padded positions, earlier ones in the cache included. A decoder
+                only needs it with left padding, an encoder with any.
             pick: Of the output, what is wanted; the last layer computes no more of it than it must.
             packing: Where the sequences are, if ``hidden_BTD`` are the rows of all, [1, N, D]. Then there is no cache,
                 and ``let_attention_be_replaced`` must have seen ``layers``.
@@ -114,32 +128,41 @@ class Layers(nn.Module):
         chosen = [index for index in self.indices if index >= start and (stop is None or index < stop)]
         if not chosen:
             return hidden_BTD if pick is None else pick(hidden_BTD)
-        replaced: dict[str, Any] = {}
-        if packing is None:
-            positions_BT = self._positions(hidden_BTD, cache, attention_mask_BT)
-            masks = self._masks(hidden_BTD, cache, attention_mask_BT, positions_BT)
-        else:
-            positions_BT, replaced = packing.positions_1N, {"attend": packing.attend}
-            padded_BTD = packing.padded_like(hidden_BTD)
-            masks = self._masks(padded_BTD, None, None, self._positions(padded_BTD, None, None))
-        rotary = self.rotary_emb(hidden_BTD, position_ids=positions_BT)
-        kinds = layer_types(self.config)
+        kinds, arguments = layer_types(self.config), self._arguments(hidden_BTD, cache, attention_mask_BT, packing)
         for index in chosen:
-            layer, shared = (
-                self.layers[str(index)],
-                {
-                    "attention_mask": masks[kinds[index]],
-                    "position_ids": positions_BT,
-                    "position_embeddings": rotary,
-                    "use_cache": cache is not None,
-                    _CACHE: cache,
-                    **replaced,
-                },
-            )
+            layer, mine = self.layers[str(index)], arguments[kinds[index]]
             if pick is not None and index == chosen[-1]:
-                return _picked(layer, hidden_BTD, pick, shared)
-            hidden_BTD = layer(hidden_BTD, **shared)
+                # Its attention sees all positions; the rest, most of its weights, only those that are picked.
+                return self.family.finish(layer, pick(self.family.attend(layer, hidden_BTD, mine)))
+            hidden_BTD = layer(hidden_BTD, **mine)
         return hidden_BTD
+
+    def _arguments(
+        self,
+        hidden_BTD: Tensor,
+        cache: PartCache | None,
+        attention_mask_BT: Tensor | None,
+        packing: Packing | None,
+    ) -> dict[str, dict[str, Any]]:
+        """What every layer is called with beside hidden states, by its kind of attention."""
+        replaced: dict[str, Any] = {} if packing is None else {"attend": packing.attend}
+        padded_BTD = hidden_BTD if packing is None else packing.padded_like(hidden_BTD)
+        if self.family.is_encoder:
+            real_BT = attention_mask_BT if packing is None else packing.real_BT
+            mask = create_bidirectional_mask(self.config, padded_BTD, real_BT)
+            return {"full_attention": {"attention_mask": mask, **replaced}}
+        positions_BT = self._positions(padded_BTD, cache, attention_mask_BT)
+        masks = self._masks(padded_BTD, cache, attention_mask_BT, positions_BT)
+        if packing is not None:
+            positions_BT = packing.positions_1N
+        shared = {
+            "position_ids": positions_BT,
+            "position_embeddings": self.rotary_emb(hidden_BTD, position_ids=positions_BT),
+            "use_cache": cache is not None,
+            _CACHE: cache,
+            **replaced,
+        }
+        return {kind: {"attention_mask": mask, **shared} for kind, mask in masks.items()}
 
     def _positions(self, hidden_BTD: Tensor, cache: PartCache | None, attention_mask_BT: Tensor | None) -> Tensor:
         num_new = hidden_BTD.shape[1]
@@ -162,13 +185,6 @@ class Layers(nn.Module):
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         kinds = {layer_types(self.config)[index] for index in self.indices}
         return {kind: makers[kind](**shared) for kind in kinds}
-
-
-def _picked(layer: Any, hidden_BTD: Tensor, pick: Pick, shared: Mapping[str, Any]) -> Tensor:
-    """A layer whose attention sees all positions, and whose MLP, most of its weights, only those that are picked."""
-    attended_BTD, *_ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_BTD), **shared)
-    rows_ND = pick(hidden_BTD + attended_BTD)
-    return cast(Tensor, rows_ND + layer.mlp(layer.post_attention_layernorm(rows_ND)))
 
 
 class Head(nn.Module):

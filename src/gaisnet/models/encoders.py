@@ -1,0 +1,91 @@
+"""An encoder cut in two: ``EncoderHead`` at the device, and ``EncoderBody`` to the end of the model.
+
+Shape legend: B sequences, T positions, D hidden size, N rows ([CLS] of several sequences), C classes.
+
+What is classified is the first row of a sequence. The classifier is new for every task and learns with the adapters, so
+it is where their layers are; for the device's tail only the loss is left. Nothing of an encoder is causal: where
+sequences are padded, a mask must say so.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from gaisnet.errors import CutError, DataError, ModelError
+from gaisnet.models.families import Encoder
+from gaisnet.models.parts import Body, CutLayers, Layers
+
+
+class EncoderHead(nn.Module):
+    """A device's part: embeddings and the first layers. Token ids or pixels in, smashed data out."""
+
+    def __init__(self, embeddings: nn.Module, layers: Layers) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.stack = layers
+
+    def forward(self, inputs: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
+        """Smashed data [B, T, D] of int64 token ids [B, T], or of pixels [B, channels, height, width].
+
+        ``attention_mask_BT`` is 1 for real and 0 for padded positions; None if all are real. Raises ``DataError``.
+        """
+        try:
+            hidden_BTD = self.embeddings(inputs)
+        except (ValueError, IndexError, RuntimeError) as error:
+            asked = f"a '{self.stack.config.model_type}' encoder's input"
+            found = f"its embeddings do not take one of shape {tuple(inputs.shape)} ({error})"
+            raise DataError(
+                asked, found, "give images of the model's size, or texts of its tokens, cut to its length"
+            ) from error
+        return self.stack.run(hidden_BTD, attention_mask_BT=attention_mask_BT)
+
+
+class EncoderBody(Body):
+    """All layers from some on, and the end of the model.
+
+    Args:
+        config: The FM's.
+        layers: By their numbers in the FM.
+        ending: The FM's last norm, or its pooler.
+        classifier: Of the task that the FM was made for, or None. Adapters bring their own.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layers: Mapping[int, nn.Module],
+        ending: nn.Module,
+        classifier: nn.Module | None,
+    ) -> None:
+        super().__init__(config, layers, rotary_emb=None)
+        self.ending = ending
+        self.classifier = classifier
+
+    def classify(self, rows_ND: Tensor) -> Tensor:
+        """Logits [N, C] of the last layer's output at [CLS] rows [N, D]. Raises ``ModelError`` without a classifier."""
+        if self.classifier is None:
+            found = "it has no classifier, for it was made for no task"
+            raise ModelError(self.config.model_type, found, "put an adapter in that has one")
+        # A norm takes any rows; a pooler takes the first one of each sequence, and here that is all there is of it.
+        ended_ND = self.ending(rows_ND[:, None]).flatten(1)
+        return cast(Tensor, self.classifier(ended_ND))
+
+
+def first_rows(hidden_BTD: Tensor) -> Tensor:
+    """Picks the row of each sequence that is classified, [B, D]."""
+    return hidden_BTD[:, 0]
+
+
+def cut_encoder(encoder: Encoder, cut: CutLayers) -> tuple[EncoderHead, EncoderBody]:
+    """Cut a model in two parts that share its modules (no copy). Raises ``CutError``."""
+    num_layers = len(encoder.layers)
+    cut.check(num_layers)
+    if cut.tail:
+        found = "the last layers of an encoder learn together with its classifier, which is at the edge"
+        raise CutError("cut.tail", cut.tail, found, "use 0")
+    layers = dict(enumerate(encoder.layers))
+    first = {index: layers.pop(index) for index in range(cut.head)}
+    head = EncoderHead(encoder.embeddings, Layers(encoder.config, first, rotary_emb=None))
+    return head, EncoderBody(encoder.config, layers, encoder.ending, encoder.classifier)
