@@ -73,7 +73,9 @@ def tiny_encoder(family: str, num_classes: int = 3, seed: int = 0, **changes: An
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         around = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
-        parameter.data = around + 0.2 * torch.randn(parameter.shape, generator=generator)
+        sharp = any(word in name for word in ("query", "key", "q_proj", "k_proj", "embeddings"))
+        spread = 0.4 if sharp else 0.1  # attention is not even, and does not drown what a row was before
+        parameter.data = around + spread * torch.randn(parameter.shape, generator=generator)
     return model
 
 

@@ -50,7 +50,7 @@ def test_outputs_equal_the_unsplit_model(family: str, at: CutLayers) -> None:
     head, body = cut_encoder(Encoder(model), at)
     inputs = tiny_inputs(family)
     expected = model(inputs)
-    assert expected.logits.std(0).min() > 0.02  # examples differ
+    assert expected.logits.std(0).min() > 0.05  # examples differ
     torch.testing.assert_close(body.classify(first_rows(body(head(inputs)))), expected.logits, atol=1e-5, rtol=1e-5)
 
 

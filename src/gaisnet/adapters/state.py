@@ -1,7 +1,8 @@
 """An adapter's tensors: taken out of a body, put into one, written for peft.
 
 Tensors are named as in peft, without the name of the adapter: ``layers.12.self_attn.q_proj.lora_A.weight``, float
-[rank, in] for A and [out, rank] for B. Layer numbers are the FM's in every body.
+[rank, in] for A and [out, rank] for B. Layer numbers are the FM's in every body. What peft does not put in is named
+alike: ``layers.12.prompts.weight`` [P, D], ``classifier.weight`` [C, D] and ``classifier.bias`` [C].
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gaisnet.adapters.tuning import LoraSpec, peft_name
+from gaisnet.adapters.tuning import LoraSpec, parameters_of
 from gaisnet.errors import AdapterMismatch
 
 AdapterTensors = dict[str, Tensor]
@@ -19,7 +20,7 @@ AdapterTensors = dict[str, Tensor]
 
 def take_out(body: nn.Module, name: str) -> AdapterTensors:
     """Copies of an adapter's tensors. Raises ``AdapterMismatch`` where ``body`` has no such adapter."""
-    tensors = {plain: p.detach().clone() for plain, p in _parameters(body, name).items()}
+    tensors = {plain: p.detach().clone() for plain, p in parameters_of(body, name).items()}
     if not tensors:
         raise AdapterMismatch(name, "an adapter of this name on the body", "none")
     return tensors
@@ -28,7 +29,7 @@ def take_out(body: nn.Module, name: str) -> AdapterTensors:
 @torch.no_grad()
 def put_in(body: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite an adapter's tensors. Raises ``AdapterMismatch``, before any change, where names or shapes differ."""
-    parameters = _parameters(body, name)
+    parameters = parameters_of(body, name)
     check_same_shapes(name, parameters, tensors)
     for plain, parameter in parameters.items():
         parameter.copy_(tensors[plain])
@@ -55,12 +56,3 @@ def save_for_peft(folder: Path, spec: LoraSpec, tensors: Mapping[str, Tensor], b
     config.save_pretrained(str(folder))
     named = {f"base_model.model.model.{key}": t.detach().contiguous().cpu() for key, t in tensors.items()}
     save_file(named, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-
-
-def _parameters(body: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    suffix = f".{peft_name(name)}.weight"
-    return {
-        f"{path.removesuffix(suffix)}.weight": parameter
-        for path, parameter in body.named_parameters()
-        if path.endswith(suffix)
-    }

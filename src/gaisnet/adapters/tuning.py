@@ -1,6 +1,7 @@
-"""Adapters beside frozen layers: LoRA (Hu et al., arXiv 2106.09685), put in through peft.
+"""Adapters beside frozen layers: LoRA (Hu et al., arXiv 2106.09685), put in through peft, or deep prompts.
 
-An adapter has a name. Several may sit on one body; those that are active add up.
+An adapter has a name. Several may sit on one body; those that are active add up. On an encoder an adapter may have a
+classifier of its own, of which one at a time can be active.
 """
 
 import threading
@@ -16,18 +17,30 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
+from gaisnet.adapters.classifier import add_classifier, check_classifying
+from gaisnet.adapters.prompts import PromptSpec, add_prompts
+from gaisnet.adapters.slot import Slot, peft_name
 from gaisnet.errors import AdapterMismatch
 from gaisnet.products import add_low_rank
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Shape of a LoRA adapter: everything that its tensors do not say."""
+    """Shape of a LoRA adapter: everything that its tensors do not say.
+
+    Attributes:
+        rank: Of every product.
+        alpha: Numerator of the scale; the scale is alpha / rank.
+        targets: Names of linear modules in a layer.
+        layers: FM numbers of the layers.
+        num_classes: Of the adapter's own classifier; 0 where it has none.
+    """
 
     rank: int
     alpha: int
     targets: tuple[str, ...]
     layers: tuple[int, ...]
+    num_classes: int = 0
 
     def peft_config(self) -> LoraConfig:
         """The same in peft's words."""
@@ -40,6 +53,9 @@ class LoraSpec:
             bias="none",
             task_type="CAUSAL_LM",
         )
+
+
+AdapterSpec = LoraSpec | PromptSpec
 
 
 class _Fused(LoraVariant):
@@ -55,37 +71,51 @@ class _Fused(LoraVariant):
         return plain
 
 
-def peft_name(name: str) -> str:
-    """An adapter's name inside peft: unlike any module or attribute, whatever the user calls a domain."""
-    return f"adapter-{name}"
+def add_adapter(body: nn.Module, name: str, spec: AdapterSpec, seed: int) -> None:
+    """Put a new adapter, random from ``seed``, beside the layers of ``body``; it starts inactive and frozen.
 
+    A LoRA's B is zero, so it does nothing yet. Prompts are seen, and a classifier classifies, as soon as they act.
 
-def add_adapter(body: nn.Module, name: str, spec: LoraSpec, seed: int) -> None:
-    """Put a new adapter (B zero, A random from ``seed``) beside the layers of ``body``; it starts inactive and frozen.
-
-    Raises ``AdapterMismatch`` where no linear module of ``body`` is a target.
+    Raises ``AdapterMismatch`` where no linear module of ``body`` is a target, or it is not made for such an adapter.
     """
     active = active_adapters(body)
+    if spec.num_classes:
+        check_classifying(body, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            with warnings.catch_warnings():  # several adapters on one body are what we want
-                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
-                inject_adapter_in_model(spec.peft_config(), body, adapter_name=peft_name(name))
-        except ValueError as error:
-            raise AdapterMismatch(name, f"linear modules named {', '.join(spec.targets)}", str(error)) from error
+        if isinstance(spec, PromptSpec):
+            add_prompts(body, name, spec)
+        else:
+            _add_lora(body, name, spec)
+        if spec.num_classes:
+            add_classifier(body, name, spec.num_classes)
+    activate(body, active)
+    body.eval()  # new modules start in training mode
+
+
+def _add_lora(body: nn.Module, name: str, spec: LoraSpec) -> None:
+    try:
+        with warnings.catch_warnings():  # several adapters on one body are what we want
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+            inject_adapter_in_model(spec.peft_config(), body, adapter_name=peft_name(name))
+    except ValueError as error:
+        raise AdapterMismatch(name, f"linear modules named {', '.join(spec.targets)}", str(error)) from error
     for module in _adapted(body):
         if peft_name(name) in module.lora_A:
             for factors in (module.lora_A, module.lora_B):
                 factors[peft_name(name)].float()  # half precision would lose small steps of the optimizer
             module.lora_variant[peft_name(name)] = _Fused()
-    activate(body, active)
-    body.eval()  # peft's new modules start in training mode
 
 
 def activate(body: nn.Module, names: Iterable[str]) -> None:
-    """Let exactly these adapters act; all are frozen."""
-    wanted = [peft_name(name) for name in names]
+    """Let exactly these adapters act; all are frozen. Raises ``AdapterMismatch`` if they cannot act together."""
+    plain, slots = tuple(names), _slots(body)
+    for slot in slots:
+        slot.check(plain)
+    for slot in slots:
+        slot.act(plain)
+        slot.requires_grad_(False)
+    wanted = [peft_name(name) for name in plain]
     for layer in _adapted(body):
         mine = [name for name in wanted if name in layer.lora_A]
         layer.enable_adapters(bool(mine))
@@ -96,12 +126,14 @@ def activate(body: nn.Module, names: Iterable[str]) -> None:
 def active_adapters(body: nn.Module) -> list[str]:
     """Names of the adapters that act, sorted."""
     names = {n for layer in _adapted(body) if not layer.disable_adapters for n in layer.active_adapters}
+    names |= {n for slot in _slots(body) for n in slot.acting}
     return sorted(name.removeprefix(peft_name("")) for name in names)
 
 
 def has_adapter(body: nn.Module, name: str) -> bool:
     """Whether an adapter of this name sits on ``body``."""
-    return any(peft_name(name) in layer.lora_A for layer in _adapted(body))
+    places = [*(layer.lora_A for layer in _adapted(body)), *_slots(body)]
+    return any(peft_name(name) in place for place in places)
 
 
 @contextmanager
@@ -131,13 +163,26 @@ def _keep_input(seen: list[Tensor], thread: int, module: nn.Module, inputs: tupl
 
 def trainable(body: nn.Module, name: str) -> list[nn.Parameter]:
     """Unfreeze one adapter and freeze everything else; returns its parameters in a fixed order."""
-    chosen = []
-    for path, parameter in body.named_parameters():
-        parameter.requires_grad_(path.endswith(f".{peft_name(name)}.weight"))
-        if parameter.requires_grad:
-            chosen.append(parameter)
+    body.requires_grad_(False)
+    chosen = list(parameters_of(body, name).values())
+    for parameter in chosen:
+        parameter.requires_grad_(True)
     return chosen
+
+
+def parameters_of(body: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's own parameters on ``body``, as they are named without the adapter, in a fixed order."""
+    inner, found = f".{peft_name(name)}", {}
+    for path, parameter in body.named_parameters():
+        module, _, kind = path.rpartition(".")  # kind: weight or bias
+        if module.endswith(inner):
+            found[f"{module.removesuffix(inner)}.{kind}"] = parameter
+    return found
 
 
 def _adapted(body: nn.Module) -> Sequence[LoraLayer]:
     return [module for module in body.modules() if isinstance(module, LoraLayer)]
+
+
+def _slots(body: nn.Module) -> Sequence[Slot]:
+    return [module for module in body.modules() if isinstance(module, Slot)]

@@ -1,6 +1,7 @@
 """An encoder cut in two: ``EncoderHead`` at the device, and ``EncoderBody`` to the end of the model.
 
-Shape legend: B sequences, T positions, D hidden size, N rows ([CLS] of several sequences), C classes.
+Shape legend: B sequences, T positions, D hidden size, N rows ([CLS] of several sequences), C classes, P rows
+that are shown to an attention.
 
 What is classified is the first row of a sequence. The classifier is new for every task and learns with the adapters, so
 it is where their layers are; for the device's tail only the loss is left. Nothing of an encoder is causal: where
@@ -8,13 +9,15 @@ sequences are padded, a mask must say so.
 """
 
 from collections.abc import Mapping
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from gaisnet.errors import CutError, DataError, ModelError
-from gaisnet.models.families import Encoder
+from gaisnet.models.attention import Rows, let_attention_be_replaced, let_see
+from gaisnet.models.families import ENCODERS, Encoder
 from gaisnet.models.parts import Body, CutLayers, Layers
 
 
@@ -62,6 +65,15 @@ class EncoderBody(Body):
         super().__init__(config, layers, rotary_emb=None)
         self.ending = ending
         self.classifier = classifier
+
+    def let_see(self, layer: int, rows: Rows) -> None:
+        """From now on an FM layer's positions see ``rows`` [P, D], too, as if they were before every sequence.
+
+        They are at the layer's input, and what the layer would make of them is dropped, so it is never computed.
+        """
+        let_attention_be_replaced(self.layers)
+        module: Any = self.layers[str(layer)]
+        let_see(module.attention, rows, partial(ENCODERS[self.config.model_type].keys_and_values, module))
 
     def classify(self, rows_ND: Tensor) -> Tensor:
         """Logits [N, C] of the last layer's output at [CLS] rows [N, D]. Raises ``ModelError`` without a classifier."""

@@ -11,7 +11,7 @@ are shown to an attention.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,18 +32,28 @@ class Family:
         layers_path: Of the list of layers, in a model for a task.
         is_encoder: Every position sees every other, and the first one is classified. Otherwise a position sees those
             before it, and the last ones carry labels.
-        ending: Of an encoder, the name of the module between its last layer and its classifier.
-        keys_and_values: Of an encoder's layer, what its ``attention`` makes of rows [P, D] at the layer's input, each
-            [P, heads * size].
     """
 
     attend: Callable[[Any, Tensor, Mapping[str, Any]], Tensor]
     finish: Callable[[Any, Tensor], Tensor]
     targets: tuple[str, ...]
     layers_path: str
-    is_encoder: bool = False
-    ending: str = ""
-    keys_and_values: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+    is_encoder: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class EncoderFamily(Family):
+    """What there is besides in an encoder, whose layers call their attention ``attention``.
+
+    Attributes:
+        ending: Name of the module between the last layer and the classifier.
+        keys_and_values: What the attention of a layer makes of rows [P, D] at the layer's input: keys and values, each
+            [P, heads * size].
+    """
+
+    ending: str
+    keys_and_values: Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+    is_encoder: ClassVar[bool] = True
 
 
 def _llama_attend(layer: Any, hidden_BTD: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -89,28 +99,26 @@ LLAMA = Family(
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     layers_path="model.layers",
 )
-VIT = Family(
+VIT = EncoderFamily(
     _vit_attend,
     _vit_finish,
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
     layers_path="vit.layers",
-    is_encoder=True,
     ending="layernorm",
     keys_and_values=_vit_keys_and_values,
 )
-BERT = Family(
+BERT = EncoderFamily(
     _bert_attend,
     _bert_finish,
     targets=("query", "key", "value", "dense"),
     layers_path="bert.encoder.layer",
-    is_encoder=True,
     ending="pooler",
     keys_and_values=_bert_keys_and_values,
 )
 
 LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-ENCODERS = frozenset({"bert", "vit"})
-FAMILIES = {**dict.fromkeys(LLAMA_SHAPED, LLAMA), "vit": VIT, "bert": BERT}
+ENCODERS = {"bert": BERT, "vit": VIT}
+FAMILIES: Mapping[str, Family] = {**dict.fromkeys(LLAMA_SHAPED, LLAMA), **ENCODERS}
 
 
 class Decoder:
@@ -141,7 +149,7 @@ class Encoder:
     def __init__(self, model: PreTrainedModel) -> None:
         name = _name(model)
         check_encoder(model.config, name)
-        family, inner = family_of(model.config), model.base_model
+        family, inner = ENCODERS[model.config.model_type], model.base_model
         ending = getattr(inner, family.ending)
         if ending is None:
             raise ModelError(name, f"it was built without its {family.ending}", "load the model with it")

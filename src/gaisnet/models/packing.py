@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from gaisnet.models.attention import attend_to_all
 
 _ROWS_AT_ONCE = 16
 """Blocks are filled up to a multiple: oneDNN makes code for every number of rows, which takes longer than the rows."""
@@ -63,7 +64,7 @@ class Packing:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kw: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attention within each sequence, [1, H, N, D] -> [1, N, H, D]; ``mask`` is that of the padded batch."""
-        found_BTHD, weights = sdpa_attention_forward(
+        found_BTHD, weights = attend_to_all(
             module, self._padded(query), self._padded(key), self._padded(value), mask, *args, **kw
         )
         slots = found_BTHD.reshape(len(self._row_of_slot_S), -1)

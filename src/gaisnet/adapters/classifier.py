@@ -1,0 +1,70 @@
+"""An adapter's own classifier, in place of a body's: new for every task, it learns with the adapter and goes with it.
+
+peft knows the idea as ``modules_to_save``. Shape legend: N rows, D hidden size, C classes.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol, cast, runtime_checkable
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from gaisnet.adapters.slot import Slot, peft_name
+from gaisnet.errors import AdapterMismatch
+
+_SPREAD = 0.02  # of the weights of a new one, as transformers begins
+_OWN = "own"  # unlike any ``peft_name``
+
+
+@runtime_checkable
+class Classifying(Protocol):
+    """A body that ends in a classifier, or in a place for one."""
+
+    config: PretrainedConfig
+    classifier: nn.Module | None
+
+    def classify(self, rows_ND: Tensor) -> Tensor:
+        """Logits [N, C]."""
+
+
+class Classifiers(Slot):
+    """Of several adapters, and the body's own, which acts where none of theirs does.
+
+    Args:
+        own: [N, D] -> [N, C]; None if the body has none.
+    """
+
+    def __init__(self, own: nn.Module | None) -> None:
+        super().__init__({} if own is None else {_OWN: own})
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise ``AdapterMismatch`` if more than one has a classifier: what they say does not add up."""
+        mine = self.mine(names)
+        if len(mine) > 1:
+            name = mine[0].removeprefix(peft_name(""))
+            raise AdapterMismatch(name, "to be the only one with a classifier", f"{len(mine)} that should act")
+
+    def forward(self, rows_ND: Tensor) -> Tensor:
+        """Logits [N, C] by the classifier that acts. Raises ``AdapterMismatch`` if there is none."""
+        name = self.acting[0] if self.acting else _OWN
+        if name not in self:
+            raise AdapterMismatch("of a classifier", "one that acts", "none that does")
+        linear = cast(nn.Linear, self[name])
+        return cast(Tensor, linear(rows_ND.to(linear.weight.dtype)))
+
+
+def check_classifying(body: nn.Module, name: str) -> None:
+    """Raise ``AdapterMismatch`` unless ``body`` ends in a place for a classifier."""
+    if not isinstance(body, Classifying):
+        raise AdapterMismatch(name, "the body of an encoder, for it has a classifier", "one that does not classify")
+
+
+def add_classifier(body: nn.Module, name: str, num_classes: int) -> None:
+    """Put a random classifier at the end of ``body``, which has been checked."""
+    whole, device = cast(Classifying, body), next(body.parameters()).device
+    if not isinstance(whole.classifier, Classifiers):
+        whole.classifier = Classifiers(whole.classifier)
+    linear = nn.Linear(whole.config.hidden_size, num_classes)
+    nn.init.normal_(linear.weight, std=_SPREAD)
+    nn.init.zeros_(linear.bias)
+    whole.classifier[peft_name(name)] = linear.to(device)
