@@ -58,15 +58,19 @@ class DomainSettings(Settings):
 
 
 class AdapterSettings(Settings):
-    """Domain adapters: LoRA (Hu et al., arXiv 2106.09685) on the late layers, through peft."""
+    """Domain adapters on the late layers: LoRA (Hu et al., arXiv 2106.09685), through peft, or deep prompts."""
 
+    kind: Literal["lora", "prompts"] = Field(
+        "lora", description="'prompts' are deep prompts (VPT, arXiv 2203.12119), for encoders such as ViT and BERT."
+    )
     rank: int = Field(8, ge=1, description="LoRA rank.")
     alpha: int = Field(16, ge=1, description="LoRA scale numerator; the scale is alpha / rank.")
-    targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    targets: tuple[str, ...] | None = Field(
+        None,
         min_length=1,
-        description="Linear modules of a layer that get an adapter.",
+        description="Linear modules of a layer that get a LoRA; null for all of them.",
     )
+    num_prompts: int = Field(10, ge=1, description="Rows of a prompt in each layer, if the adapters are prompts.")
     first_layer: int = Field(18, ge=1, description="First FM layer with a domain adapter; all before is frozen.")
 
 

@@ -123,7 +123,8 @@ class SmashRequest(Message):
 class SmashedData(Message):
     """Device -> edge (-> cloud): the head's output for all examples of a split, once.
 
-    Example e holds ``lengths_E[e]`` rows; the last ``num_labels_E[e]`` of them predict a label.
+    Example e holds ``lengths_E[e]`` rows; ``num_labels_E[e]`` of them predict a label: a decoder's last ones, an
+    encoder's first.
     """
 
     owner: str  # the device
@@ -151,7 +152,8 @@ class BodyOutput(Message):
     step: StrictInt
     num_labels_total: StrictInt  # label tokens of the whole step, all devices: what a summed loss is divided by
     examples_E: Tensor  # int32, indices into the device's split
-    rows_ND: Tensor = wire("body_output")  # float; label positions, or every position where the tail has layers
+    # float; label positions, or every position where the tail has layers; of an encoder logits, one row per example
+    rows_ND: Tensor = wire("body_output")
 
     def __post_init__(self) -> None:
         if self.examples_E.ndim != 1 or self.examples_E.dtype != torch.int32 or self.rows_ND.ndim != 2:

@@ -5,6 +5,7 @@ Shape legend: N rows of all sequences, one after the other; B sequences of a bat
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -43,11 +44,17 @@ class Ragged:
         every = self.sequences()
         return pad_sequence([every[index] for index in indices], batch_first=True)
 
-    def map_batches(self, function: Callable[[Tensor], Tensor], batch_size: int) -> "Ragged":
-        """Apply a function [B, T, D] -> [B, T, E] that is causal, in batches of like lengths, without gradients."""
+    def map_batches(self, function: Callable[[Tensor], Tensor], batch_size: int, causal: bool = True) -> "Ragged":
+        """Apply a function [B, T, D] -> [B, T, E] in batches of like lengths, without gradients.
+
+        Args:
+            function: It sees padding behind its sequences where it is causal, and none where it is not.
+            batch_size: Sequences at once, at most.
+            causal: What it makes of a position does not depend on later ones.
+        """
         results: list[Tensor] = []  # views of one block
         with torch.no_grad():
-            for batch in by_length(self.lengths, batch_size):
+            for batch in by_length(self.lengths, batch_size, equal=not causal):
                 output_BTE = function(self.padded(batch))
                 if not results:
                     block_NE = output_BTE.new_empty(len(self.rows_ND), output_BTE.shape[-1])
@@ -69,10 +76,11 @@ def join(parts: Sequence[Ragged]) -> Ragged:
     return Ragged(torch.cat([p.rows_ND for p in parts]), tuple(n for p in parts for n in p.lengths))
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """All indices in batches of like lengths, shortest first."""
+def by_length(lengths: Sequence[int], batch_size: int, equal: bool = False) -> list[list[int]]:
+    """All indices in batches of like lengths, shortest first; with ``equal`` a batch has one length only."""
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
-    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    alike = [list(some) for _, some in groupby(order, key=lengths.__getitem__)] if equal else [order]
+    return [some[first : first + batch_size] for some in alike for first in range(0, len(some), batch_size)]
 
 
 def shuffled_batches(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:

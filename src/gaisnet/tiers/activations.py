@@ -3,12 +3,16 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gaisnet.messages import SmashedData
 from gaisnet.models.ragged import Ragged
+
+Wanted = Literal["every", "last", "first"]
+"""Rows that an owner needs of a sequence: all of them, or those that carry labels, which are its last or its first."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,22 @@ class Activations:
         """Number of examples."""
         return len(self.hidden)
 
-    def through(self, run: Callable[[Tensor], Tensor], next_layer: int, batch_size: int) -> "Activations":
-        """The same examples some layers later."""
-        return replace(self, hidden=self.hidden.map_batches(run, batch_size), next_layer=next_layer)
+    def through(
+        self, run: Callable[[Tensor], Tensor], next_layer: int, batch_size: int, causal: bool = True
+    ) -> "Activations":
+        """The same examples some layers later; see ``Ragged.map_batches``."""
+        return replace(self, hidden=self.hidden.map_batches(run, batch_size, causal), next_layer=next_layer)
 
 
-def tail_rows(lengths: Sequence[int], num_labels: Sequence[int], whole: bool) -> list[range]:
+def tail_rows(lengths: Sequence[int], num_labels: Sequence[int], wanted: Wanted) -> list[range]:
     """Which rows a tail needs of each sequence, out of the rows of all, one sequence after the other.
 
     Args:
         lengths: Positions of each sequence.
-        num_labels: How many of the last positions predict a label.
-        whole: Every position, because the tail has layers of its own; otherwise label positions only.
+        num_labels: How many of them carry a label.
+        wanted: Which; every one if the tail has layers of its own.
     """
-    ends = accumulate(lengths)
-    return [range(e - (n if whole else k), e) for e, n, k in zip(ends, lengths, num_labels, strict=True)]
+    spans = zip(accumulate(lengths), lengths, num_labels, strict=True)
+    if wanted == "first":
+        return [range(end - n, end - n + k) for end, n, k in spans]
+    return [range(end - (n if wanted == "every" else k), end) for end, n, k in spans]

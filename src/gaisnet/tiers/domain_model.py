@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
-from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter, trainable
+from gaisnet.adapters.tuning import AdapterSpec, LoraSpec, activate, add_adapter, trainable
 from gaisnet.config import FineTuneSettings
-from gaisnet.errors import GaisnetError
+from gaisnet.errors import GaisnetError, ModelError
 from gaisnet.messages import AdapterRelease, AnchorRelease, BodyOutputGrad, Role
 from gaisnet.models.attention import let_attention_be_replaced
+from gaisnet.models.encoders import EncoderBody
 from gaisnet.models.frozen import quick_products
 from gaisnet.models.parts import Body
 from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged, shuffled_batches
 from gaisnet.progress import Progress
-from gaisnet.tiers.activations import Activations, tail_rows
+from gaisnet.tiers.activations import Activations, Wanted, tail_rows
 from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.split_step import Batch, Labels, Member, Pull, checked, picked
 from gaisnet.turn import Turn
@@ -49,20 +50,26 @@ class DomainModel:
         body: Made by the recipe; it is this model's own from now on.
         layout: Whose layers are whose.
         turn: Held while the body runs or changes, for others may serve it; None where nobody does.
+        num_classes: Of the domain, where the body is an encoder's.
+
+    Raises:
+        ModelError: The layout is another family's.
     """
 
-    def __init__(self, body: Body, layout: Layout, turn: Turn | None = None) -> None:
+    def __init__(self, body: Body, layout: Layout, turn: Turn | None = None, num_classes: int = 0) -> None:
+        if body.family is not layout.family:
+            raise ModelError(body.config.model_type, "its body is laid out as another family's", "name its own")
         self._body = body.to(layout.config.model.device)
         self._layout = layout
         self._turn = turn or Turn()
-        self._whole = layout.config.tail_layers > 0
+        self._causal = not body.family.is_encoder
         self.versions = {"relay": 0, "domain": -1}  # a relay starts as nothing; a domain adapter is given
         self._anchor: tuple[Ragged, Ragged] | None = None
         weight = next(body.parameters())
         self._placement = weight.device, weight.dtype
-        self._specs: dict[Role, LoraSpec] = {"domain": layout.domain_spec()}
-        relay_spec = layout.relay_spec(tuple(body.indices))
-        if layout.config.relay.enabled and relay_spec.layers:
+        spec = layout.domain_spec() if self._causal else layout.class_spec(num_classes)
+        self._specs: dict[Role, AdapterSpec] = {"domain": spec}
+        if layout.config.relay.enabled and (relay_spec := layout.relay_spec(tuple(body.indices))).layers:
             self._specs["relay"] = relay_spec
         for role, spec in self._specs.items():
             add_adapter(body, role, spec, seed=0)
@@ -90,8 +97,12 @@ class DomainModel:
         self.versions[release.role] = release.version
 
     def adapters(self) -> dict[Role, tuple[LoraSpec, AdapterTensors]]:
-        """Shape of both adapters, and copies of their tensors as they are now; no relay where it has none."""
-        return {role: (spec, self._taken_out(role)) for role, spec in self._specs.items()}
+        """Shape of both adapters, and copies of their tensors as they are now; no relay where it has none.
+
+        They are there to be served, so an encoder, which writes no answers, has none.
+        """
+        served = {role: spec for role, spec in self._specs.items() if isinstance(spec, LoraSpec) and self._causal}
+        return {role: (spec, self._taken_out(role)) for role, spec in served.items()}
 
     def take_anchor(self, anchor: AnchorRelease) -> None:
         """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter."""
@@ -129,7 +140,7 @@ class DomainModel:
     def prefix(self, smashed: Activations) -> Activations:
         """Finish the frozen layers from wherever the device stopped."""
         first = self._layout.first_adapted
-        return smashed.through(lambda h: self._run(h, smashed.next_layer, first), first, PREFIX_BATCH)
+        return smashed.through(lambda h: self._run(h, smashed.next_layer, first), first, PREFIX_BATCH, self._causal)
 
     def suffix(self, hidden_BTD: Tensor) -> Tensor:
         """The layers that learn, [B, T, D] -> [B, T, D]."""
@@ -148,8 +159,14 @@ class DomainModel:
             return take_out(self._body, role)
 
     def output_rows(self, inputs: Activations) -> Tensor:
-        """Rows for the tail of all examples in order, without gradients."""
-        return body_output_rows(self.suffix, inputs, self._whole)
+        """Rows for the tail of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
+        rows_ND = body_output_rows(self.suffix, inputs, self._layout.wanted, self._causal)
+        with torch.no_grad(), self._turn.learning():
+            return self._ended(rows_ND)
+
+    def _ended(self, rows_ND: Tensor) -> Tensor:
+        """What goes to the owners of rows of the last layer's output: they themselves, or an encoder's logits."""
+        return self._body.classify(rows_ND) if isinstance(self._body, EncoderBody) else rows_ND
 
     def learn(
         self,
@@ -247,10 +264,10 @@ class DomainModel:
         picks = [pick for pick in picked(members, batch) if members[pick[0]].name not in without]
         if not picks:
             return 0.0, 0, {}
-        taken = Batch.of(members, picks, pull, self._whole)
+        taken = Batch.of(members, picks, pull, self._layout.wanted)
         with self._turn.learning():
-            found_ND = self._body.run(
-                taken.rows_1ND, self._layout.first_adapted, pick=taken.pick, packing=taken.packing
+            found_ND = self._ended(
+                self._body.run(taken.rows_1ND, self._layout.first_adapted, pick=taken.pick, packing=taken.packing)
             )
         outputs = taken.outputs(found_ND, step)
         replies = {name: checked(reply, outputs[name], name, where) for name, reply in labels(outputs).items()}
@@ -263,8 +280,10 @@ class DomainModel:
         return sum(reply.loss_sum for reply in good.values()), num_labels, failed
 
 
-def body_output_rows(suffix: Callable[[Tensor], Tensor], inputs: Activations, whole: bool) -> Tensor:
+def body_output_rows(
+    suffix: Callable[[Tensor], Tensor], inputs: Activations, wanted: Wanted, causal: bool = True
+) -> Tensor:
     """Rows [N, D] for the tail of all examples of a split, in order, without gradients."""
-    outputs = inputs.hidden.map_batches(suffix, PREFIX_BATCH)
-    wanted = tail_rows(outputs.lengths, inputs.num_labels, whole)
-    return torch.cat([outputs.rows_ND[rows.start : rows.stop] for rows in wanted])
+    outputs = inputs.hidden.map_batches(suffix, PREFIX_BATCH, causal)
+    spans = tail_rows(outputs.lengths, inputs.num_labels, wanted)
+    return torch.cat([outputs.rows_ND[rows.start : rows.stop] for rows in spans])

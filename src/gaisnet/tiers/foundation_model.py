@@ -219,7 +219,7 @@ class FoundationModel:
     def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
         """Rows for the tail of all examples in order, without gradients."""
         with self.plugged_in(adapter):
-            return body_output_rows(self.suffix, inputs, self._layout.config.tail_layers > 0)
+            return body_output_rows(self.suffix, inputs, self._layout.wanted)
 
     def _run(self, hidden_BTD: Tensor, start: int, stop: int | None = None) -> Tensor:
         with self._turn.learning():

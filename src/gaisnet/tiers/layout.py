@@ -1,25 +1,30 @@
 """Whose layers are whose: one reading of the configuration that cloud, edges and devices share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.adapters.prompts import PromptSpec
+from gaisnet.adapters.tuning import AdapterSpec, LoraSpec
 from gaisnet.config import Config, DeviceSettings
-from gaisnet.errors import CutError
+from gaisnet.errors import ConfigError, CutError
 from gaisnet.models.domain import Middle, check_recipe
+from gaisnet.models.families import LLAMA, Family
 from gaisnet.models.parts import CutLayers
+from gaisnet.tiers.activations import Wanted
 
-_LAST_MODULE = "down_proj"  # of a layer of every family in ``models.families``
+_LAST_MODULE = "down_proj"  # of a layer of every decoder in ``models.families``
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Layer numbers of a run on a foundation model with ``num_layers`` layers."""
+    """Layer numbers of a run on a foundation model with ``num_layers`` layers, and what its family makes of them."""
 
     config: Config
     num_layers: int
+    family: Family = LLAMA
 
     def __post_init__(self) -> None:
-        """Raise ``CutError`` where cuts, recipe and adapters do not fit the model or each other."""
+        """Raise ``CutError`` where cuts, recipe and adapters do not fit the model or each other, or ``ConfigError``."""
+        self._check_family()
         first, last = self.config.adapters.first_layer, self.tail_start - 1
         if last < 1:
             found, do = f"the model has {self.num_layers} layers", f"use 0 to {self.num_layers - 2}"
@@ -34,6 +39,20 @@ class Layout:
                     f"head_layers of device '{device.name}'", device.head_layers, found, f"use 0 to {first - 1}"
                 )
         check_recipe(self.config.domain, self.middle, self.num_layers)
+
+    def _check_family(self) -> None:
+        """What an encoder cannot do, and what only an encoder can."""
+        config = self.config
+        if not self.family.is_encoder:
+            if config.adapters.kind == "prompts":
+                raise ConfigError("adapters.kind", "is 'prompts', but the model is a decoder", "use 'lora'")
+            return
+        if config.tail_layers:
+            found = "the model is an encoder, whose last layers learn together with its classifier, at the edge"
+            raise CutError("tail_layers", config.tail_layers, found, "use 0")
+        if config.relay.enabled:
+            found = "is true, but the model is an encoder, which writes no text to learn from"
+            raise ConfigError("relay.enabled", found, "set it to false")
 
     @property
     def first_cut(self) -> int:
@@ -64,11 +83,29 @@ class Layout:
         """What a device holds."""
         return CutLayers(device.head_layers, self.config.tail_layers)
 
+    @property
+    def wanted(self) -> Wanted:
+        """Rows of the body's output that a device's tail needs."""
+        if self.family.is_encoder:
+            return "first"
+        return "every" if self.config.tail_layers else "last"
+
+    @property
+    def _adapted(self) -> tuple[int, ...]:
+        return tuple(range(self.first_adapted, self.tail_start))
+
     def domain_spec(self, num_merged: int = 1) -> LoraSpec:
-        """Shape of a domain adapter, or of ``num_merged`` of them side by side."""
+        """Shape of a decoder's domain adapter, or of ``num_merged`` of them side by side."""
         settings = self.config.adapters
-        layers = tuple(range(self.first_adapted, self.tail_start))
-        return LoraSpec(settings.rank * num_merged, settings.alpha * num_merged, settings.targets, layers)
+        targets = settings.targets or self.family.targets
+        return LoraSpec(settings.rank * num_merged, settings.alpha * num_merged, targets, self._adapted)
+
+    def class_spec(self, num_classes: int) -> AdapterSpec:
+        """Shape of an encoder's domain adapter, with a classifier for the domain's classes."""
+        settings = self.config.adapters
+        if settings.kind == "prompts":
+            return PromptSpec(settings.num_prompts, self._adapted, num_classes)
+        return replace(self.domain_spec(), num_classes=num_classes)
 
     def relay_spec(self, kept: tuple[int, ...]) -> LoraSpec:
         """Shape of a relay adapter: beside the gaps that a recipe left, or, where it left none, on the whole middle.

@@ -19,7 +19,7 @@ from gaisnet.errors import GaisnetError, NotFinite, WireFormatError
 from gaisnet.messages import BodyOutput, BodyOutputGrad
 from gaisnet.models.packing import Packing
 from gaisnet.models.ragged import relative_square
-from gaisnet.tiers.activations import Activations, tail_rows
+from gaisnet.tiers.activations import Activations, Wanted, tail_rows
 
 Outcome = BodyOutputGrad | GaisnetError
 Labels = Callable[[Mapping[str, BodyOutput]], Mapping[str, Outcome]]
@@ -80,13 +80,13 @@ class Batch:
     pull: Pull | None
 
     @classmethod
-    def of(cls, members: Sequence[Member], picks: Sequence[Picked], pull: Pull | None, whole: bool) -> "Batch":
-        """Out of ``picks``, sorted; ``whole`` if tails have layers of their own and want every row."""
+    def of(cls, members: Sequence[Member], picks: Sequence[Picked], pull: Pull | None, wanted: Wanted) -> "Batch":
+        """Out of ``picks``, sorted; ``wanted`` are the rows that go to their owners."""
         lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
         num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
         hidden = {m: members[m].inputs.hidden.sequences() for m, _ in picks}
-        sequences, wanted = [hidden[m][e] for m, e in picks], tail_rows(lengths, num_labels, whole)
-        ends = list(accumulate((len(each) for each in wanted), initial=0))
+        sequences, owned = [hidden[m][e] for m, e in picks], tail_rows(lengths, num_labels, wanted)
+        ends = list(accumulate((len(each) for each in owned), initial=0))
         shares = {}
         for m in hidden:
             mine = [i for i, (owner, _) in enumerate(picks) if owner == m]
@@ -95,11 +95,11 @@ class Batch:
             shares[members[m].name] = _Share(rows, sum(num_labels[i] for i in mine), examples)
         if pull is not None:
             pulled = [len(sequence) for sequence in pull.sequences]
-            wanted += [range(sum(lengths) + end - n + 1, sum(lengths) + end) for n, end in _with_ends(pulled)]
+            owned += [range(sum(lengths) + end - n + 1, sum(lengths) + end) for n, end in _with_ends(pulled)]
             sequences, lengths = [*sequences, *pull.sequences], [*lengths, *pulled]
         device = sequences[0].device
         packing = Packing(lengths, device)
-        wanted_N = torch.tensor([row for each in wanted for row in each], device=device)
+        wanted_N = torch.tensor([row for each in owned for row in each], device=device)
         return cls(packing.rows(sequences), packing, wanted_N, shares, pull)
 
     @property

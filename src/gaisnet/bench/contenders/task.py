@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config
 from gaisnet.experiments.data import DomainData
+from gaisnet.models.families import LLAMA
 from gaisnet.models.foundation import Foundation, load_foundation, load_tokenizer, read_config
 from gaisnet.models.ragged import by_length, shuffled_batches
 from gaisnet.tiers.examples import Tokens, tokenize
@@ -72,7 +73,8 @@ class Task:
     def lora(self, first_layer: int, num_layers: int) -> LoraSpec:
         """Adapters on all layers from ``first_layer`` on."""
         settings = self.config.adapters
-        return LoraSpec(settings.rank, settings.alpha, settings.targets, tuple(range(first_layer, num_layers)))
+        targets = settings.targets or LLAMA.targets
+        return LoraSpec(settings.rank, settings.alpha, targets, tuple(range(first_layer, num_layers)))
 
     def batches(self, examples: Sequence[Tokens], epochs: int, seed: int) -> Iterator[list[list[int]]]:
         """The batches of each epoch, numbers of ``examples``: of like lengths, in random order."""
