@@ -1,15 +1,19 @@
 """Deep prompts and classifiers on a cut encoder equal the model in one piece: outputs, gradients, a step of AdamW."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from gaisnet.adapters.prompts import PromptSpec
-from gaisnet.adapters.state import AdapterTensors, put_in, take_out
+from gaisnet.adapters.state import AdapterTensors, put_in, save_for_peft, save_prompts, take_out
 from gaisnet.adapters.tuning import (
     AdapterSpec,
     LoraSpec,
@@ -28,7 +32,7 @@ from gaisnet.models.int8 import to_int8
 from gaisnet.models.packing import Packing
 from gaisnet.models.parts import CutLayers, cut_decoder
 from tests.tiny import tiny_encoder, tiny_inputs, tiny_model
-from tests.unsplit import assert_same_step, unsplit, with_prompts
+from tests.unsplit import assert_same_step, logits_of, unsplit, with_prompts
 
 LATE = (3, 4, 5)
 PROMPTS = PromptSpec(num_rows=4, layers=LATE, num_classes=5)
@@ -225,6 +229,36 @@ def test_only_the_adapter_learns() -> None:
     assert {id(p) for p in body.parameters() if p.requires_grad} == {id(p) for p in learning}
     activate(body, ["domain"])
     assert not any(p.requires_grad for p in learning)
+
+
+# -- out to peft -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", sorted(ENCODERS))
+@pytest.mark.parametrize("at", CUTS, ids=str)
+def test_plain_peft_loads_a_lora_and_its_classifier_on_the_unsplit_model(
+    tmp_path: Path, family: str, at: CutLayers
+) -> None:
+    head, body = parts(family, at)
+    tensors = with_adapter(body, "domain", lora(family))
+    activate(body, ["domain"])
+    save_for_peft(tmp_path, lora(family), tensors, "tiny", ENCODERS[family].layers_path)
+    model = PeftModel.from_pretrained(tiny_encoder(family, num_classes=5), str(tmp_path)).eval()
+    torch.testing.assert_close(logits(head, body, family), logits_of(model)(*examples(family)), atol=1e-5, rtol=1e-4)
+    loaded = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(loaded) == len(tensors) == 2 * 6 * len(LATE) + 2
+
+
+def test_prompts_are_written_with_what_they_are_for(tmp_path: Path) -> None:
+    _, body = parts("vit")
+    tensors = with_adapter(body, "domain", PROMPTS)
+    save_prompts(tmp_path / "deep" / "domain", PROMPTS, tensors, "org/model")
+    with safe_open(tmp_path / "deep" / "domain" / "prompts.safetensors", "pt") as file:
+        assert {"base_model": "org/model", "num_rows": "4", "layers": "(3, 4, 5)", "num_classes": "5"}.items() <= (
+            file.metadata().items()
+        )
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+        assert set(file.keys()) == set(tensors)
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------

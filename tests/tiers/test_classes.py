@@ -19,11 +19,12 @@ from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec, parameters_of, trainable
 from gaisnet.config import Config
 from gaisnet.errors import ConfigError, CutError, LinkTimeout, ModelError, WireFormatError
-from gaisnet.messages import BodyOutput, Message, SmashedData
+from gaisnet.messages import BodyOutput, Message, ModelRelease, SmashedData
 from gaisnet.models.encoders import EncoderBody, EncoderHead, cut_encoder
 from gaisnet.models.families import ENCODERS, VIT, Encoder
 from gaisnet.models.parts import CutLayers
 from gaisnet.models.ragged import Ragged, by_length
+from gaisnet.models.release import ReleasedEncoder, release_encoder, restrict
 from gaisnet.progress import silent
 from gaisnet.tiers.activations import Activations, tail_rows
 from gaisnet.tiers.classes import class_loss, class_score
@@ -79,15 +80,22 @@ class ClassCohort:
         self.codec = Codec(config.wire)
         self.layout = Layout(config, NUM_LAYERS, ENCODERS[family])
         encoder = Encoder(tiny_encoder(family))
-        self.body = cut_encoder(encoder, CutLayers(self.layout.first_cut))[1]
+        _, whole_body = cut_encoder(encoder, CutLayers(self.layout.first_cut))
+        self.release: ModelRelease = self.sent(release_encoder(encoder, whole_body, (), self.layout.last_cut))
+        self.body = ReleasedEncoder(self.release).body(self.layout.first_cut)
         self.domain = DomainModel(self.body, self.layout, num_classes=NUM_CLASSES)
         self.domain.put_domain_adapter(random_adapter(self.domain.domain_adapter()))
         inputs, heads = inputs_of(family), [device.head_layers for _, device in config.each_device()]
         bounds = [len(inputs) * i // len(heads) for i in range(len(heads) + 1)]
         self.sites = [
-            Site(f"device-{i}", cut_encoder(encoder, CutLayers(head))[0], inputs[a:b], CLASSES[a:b])
+            Site(f"device-{i}", self.head(head), inputs[a:b], CLASSES[a:b])
             for i, (head, a, b) in enumerate(zip(heads, bounds, bounds[1:], strict=False))
         ]
+
+    def head(self, num_layers: int) -> EncoderHead:
+        """Out of no more than a device is given."""
+        mine = restrict(self.release, range(num_layers))
+        return ReleasedEncoder(self.sent(mine)).head(CutLayers(num_layers))
 
     def sent(self, message: Message) -> Any:
         return self.codec.decode(self.codec.encode(message))

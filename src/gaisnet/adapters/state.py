@@ -6,12 +6,14 @@ alike: ``layers.12.prompts.weight`` [P, D], ``classifier.weight`` [C, D] and ``c
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.tuning import LoraSpec, parameters_of
 from gaisnet.errors import AdapterMismatch
 
@@ -47,12 +49,46 @@ def check_same_shapes(name: str, expected: Mapping[str, Tensor], found: Mapping[
             raise AdapterMismatch(name, f"finite numbers in '{key}'", "NaN or infinity")
 
 
-def save_for_peft(folder: Path, spec: LoraSpec, tensors: Mapping[str, Tensor], base_model: str) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` so that plain peft loads them on the FM."""
+def save_for_peft(
+    folder: Path, spec: LoraSpec, tensors: Mapping[str, Tensor], base_model: str, layers_path: str = "model.layers"
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` so that plain peft loads them on the FM.
+
+    Args:
+        folder: Is made if it is not there.
+        spec: Shape of the adapter.
+        tensors: Of the adapter. A classifier is loaded into an FM that was made with as many classes.
+        base_model: What the FM is called.
+        layers_path: Where it has its layers, see ``models.families``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = spec.peft_config()
     config.base_model_name_or_path = base_model
     config.inference_mode = True
+    config.layers_pattern = layers_path.rpartition(".")[2]
+    if spec.num_classes:
+        config.modules_to_save, config.task_type = ["classifier"], None
     config.save_pretrained(str(folder))
-    named = {f"base_model.model.model.{key}": t.detach().contiguous().cpu() for key, t in tensors.items()}
+    named = {
+        f"base_model.model.{_in_the_model(key, layers_path)}": t.detach().contiguous().cpu()
+        for key, t in tensors.items()
+    }
     save_file(named, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def save_prompts(folder: Path, spec: PromptSpec, tensors: Mapping[str, Tensor], base_model: str) -> None:
+    """Write prompts as ``prompts.safetensors``, since peft has none such; what they are for is in its metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {
+        "format": "pt",
+        "method": "VPT-deep",
+        "base_model": base_model,
+        **{k: str(v) for k, v in asdict(spec).items()},
+    }
+    plain = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    save_file(plain, str(folder / "prompts.safetensors"), metadata=said)
+
+
+def _in_the_model(key: str, layers_path: str) -> str:
+    """What a tensor of an adapter is called in the model in one piece."""
+    return f"{layers_path}{key.removeprefix('layers')}" if key.startswith("layers.") else key

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gaisnet.config import DomainSettings
 from gaisnet.errors import CutError
-from gaisnet.models.families import Decoder
+from gaisnet.models.encoders import EncoderBody
+from gaisnet.models.families import Decoder, Encoder
 from gaisnet.models.int8 import input_peaks, to_int8
 from gaisnet.models.parts import Body, Layers
 from gaisnet.models.ragged import relative_square
@@ -66,7 +67,7 @@ def choose_recipe(settings: DomainSettings, middle: Middle, body: Layers, hidden
         settings: What the user asked for, checked.
         middle: Where layers may be dropped.
         body: The FM's layers, the middle among them.
-        hidden_BTD: Input of layer ``middle.start`` on text that the FM generated (or public text).
+        hidden_BTD: Input of layer ``middle.start`` on text that the FM generated (or public text, or images).
     """
     num_layers = body.config.num_hidden_layers
     keep = settings.keep_layers
@@ -106,21 +107,27 @@ def _run_without(body: Layers, hidden_BTD: Tensor, middle: Middle, dropped: Iter
 
 @torch.no_grad()
 def make_domain_body(
-    decoder: Decoder, first: int, stop: int, recipe: Recipe, middle: Middle, hidden_BTD: Tensor
+    model: Decoder | Encoder, first: int, stop: int, recipe: Recipe, middle: Middle, hidden_BTD: Tensor
 ) -> Body:
     """A DM's body: the FM's kept layers in [first, stop), those of the middle copied and some of them in int8.
 
+    An encoder's body ends the model (``EncoderBody``), so ``stop`` is its number of layers.
+
     Args:
-        decoder: The FM; it stays as it is.
+        model: The FM; it stays as it is.
         first: Shallowest head cut of the edge's devices.
         stop: Where the devices' tails begin.
         recipe: Which layers to keep, which in int8.
         middle: Where the recipe applies.
-        hidden_BTD: Input of layer ``middle.start`` on generated text, to calibrate int8.
+        hidden_BTD: Input of layer ``middle.start`` on generated text, or of an encoder on public inputs, to calibrate
+            int8; nothing of it is padding.
     """
-    own = {i: copy.deepcopy(decoder.layers[i]) for i in recipe.kept if i in middle}
-    layers = {i: own.get(i, decoder.layers[i]) for i in recipe.kept if first <= i < stop}
-    body = Body(decoder.config, layers, decoder.rotary_emb)
+    own = {i: copy.deepcopy(model.layers[i]) for i in recipe.kept if i in middle}
+    layers = {i: own.get(i, model.layers[i]) for i in recipe.kept if first <= i < stop}
+    if isinstance(model, Encoder):
+        body: Body = EncoderBody(model.config, layers, model.ending, model.classifier)
+    else:
+        body = Body(model.config, layers, model.rotary_emb)
     if recipe.int8:
         peaks = input_peaks(body, lambda: body.run(hidden_BTD, middle.start, middle.stop))
         for layer in recipe.int8:

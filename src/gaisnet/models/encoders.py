@@ -34,6 +34,8 @@ class EncoderHead(nn.Module):
 
         ``attention_mask_BT`` is 1 for real and 0 for padded positions; None if all are real. Raises ``DataError``.
         """
+        if inputs.is_floating_point():
+            inputs = inputs.to(next(self.embeddings.parameters()).dtype)
         try:
             hidden_BTD = self.embeddings(inputs)
         except (ValueError, IndexError, RuntimeError) as error:

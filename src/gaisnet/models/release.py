@@ -1,12 +1,13 @@
 """Parts to tensors and back: what a site needs of a model, and no more, so that it can build its parts without the FM.
 
 Tensors are named as in the FM's decoder: ``embed_tokens.weight``, ``layers.3.mlp.up_proj.weight``, ``norm.weight``, and
-``lm_head.weight`` where it is not tied to the embeddings. An int8 layer has int8 weights with their scales beside them.
-What a device holds in few bits has ``weight.codes`` and its scales in place of a ``weight``.
+``lm_head.weight`` where it is not tied to the embeddings. Those of an encoder begin with ``embeddings.``,
+``layers.3.``, ``ending.`` and, where the FM was made for a task, ``classifier.``. An int8 layer has int8 weights with
+their scales beside them. What a device holds in few bits has ``weight.codes`` and its scales in place of a ``weight``.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -17,7 +18,17 @@ from transformers import AutoConfig, PretrainedConfig
 from gaisnet.config import DevicePrecision
 from gaisnet.errors import ModelError
 from gaisnet.messages import ModelRelease
-from gaisnet.models.families import Decoder, check_family, empty_decoder
+from gaisnet.models.encoders import EncoderBody, EncoderHead
+from gaisnet.models.families import (
+    Decoder,
+    Encoder,
+    Family,
+    check_encoder,
+    check_family,
+    empty_decoder,
+    empty_encoder,
+    family_of,
+)
 from gaisnet.models.few_bits import RoundedEmbedding, RoundedMatrix, empty_linear, empty_matrix, to_empty_few_bits
 from gaisnet.models.frozen import freeze_linears
 from gaisnet.models.int8 import to_empty_int8
@@ -26,6 +37,9 @@ from gaisnet.models.parts import Body, CutLayers, Head, Layers, Tail
 _EMBEDDINGS = "embed_tokens."
 _HEAD = "lm_head."
 _NORM = "norm."
+_ENCODER_EMBEDDINGS = "embeddings."
+_ENDING = "ending."
+_CLASSIFIER = "classifier."
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,18 +51,37 @@ def release_model(
     tensors = {**_named(decoder.embed_tokens, _EMBEDDINGS), **_named(decoder.norm, _NORM)}
     if decoder.lm_head.weight is not decoder.embed_tokens.weight:
         tensors.update(_named(decoder.lm_head, _HEAD))
-    layers = {i: decoder.layers[i] for i in range(last_cut)}
-    layers.update({i: body.layers[str(i)] for i in body.indices})
-    layers.update({i: decoder.layers[i] for i in range(tail_start, len(decoder.layers))})
-    for index, layer in layers.items():
-        tensors.update(_named(layer, _layer(index)))
-    return ModelRelease(decoder.config.to_json_string(), tuple(sorted(layers)), tuple(sorted(int8_layers)), tensors)
+    outer = (*range(last_cut), *range(tail_start, len(decoder.layers)))
+    return _released(decoder, body, outer, int8_layers, tensors)
+
+
+def release_encoder(encoder: Encoder, body: EncoderBody, int8_layers: Iterable[int], last_cut: int) -> ModelRelease:
+    """The same of an encoder's DM, taken before adapters are on its body."""
+    tensors = {**_named(encoder.embeddings, _ENCODER_EMBEDDINGS), **_named(encoder.ending, _ENDING)}
+    if encoder.classifier is not None:
+        tensors.update(_named(encoder.classifier, _CLASSIFIER))
+    return _released(encoder, body, range(last_cut), int8_layers, tensors)
+
+
+def _released(
+    model: Decoder | Encoder, body: Body, outer: Iterable[int], int8_layers: Iterable[int], tensors: dict[str, Tensor]
+) -> ModelRelease:
+    """With the FM's ``outer`` layers, and the body's own where it has them."""
+    layers = {index: model.layers[index] for index in outer} | {i: body.layers[str(i)] for i in body.indices}
+    for index in sorted(layers):
+        tensors.update(_named(layers[index], _layer(index)))
+    return ModelRelease(model.config.to_json_string(), tuple(sorted(layers)), tuple(sorted(int8_layers)), tensors)
 
 
 def restrict(release: ModelRelease, layers: Iterable[int]) -> ModelRelease:
-    """The same release with only some layers (for a device that holds just head and tail)."""
+    """The same release with only some layers (for a device that holds just head and tail).
+
+    What an encoder ends with goes with its last layer.
+    """
     wanted = set(layers)
     dropped = tuple(_layer(index) for index in release.layers if index not in wanted)
+    if max(release.layers, default=0) not in wanted:
+        dropped = (*dropped, _ENDING, _CLASSIFIER)
     tensors = {name: tensor for name, tensor in release.tensors.items() if not name.startswith(dropped)}
     kept = tuple(index for index in release.layers if index in wanted)
     return replace(
@@ -70,20 +103,54 @@ def rounded(release: ModelRelease, layers: Iterable[int], precision: DevicePreci
     return replace(release, precision=precision, tensors=tensors)
 
 
-class ReleasedModel:
-    """Builds parts out of a ``ModelRelease``. Raises ``ModelError`` where a tensor is missing or misshapen."""
+class _Released:
+    """Fills a model's empty layers, whatever its family, with the tensors of a release."""
 
-    def __init__(self, release: ModelRelease) -> None:
+    def __init__(self, release: ModelRelease, empty: Decoder | Encoder, rotary_emb: nn.Module | None) -> None:
         self._release = release
-        self.config = _read_config(release.config_json)
-        self._empty = empty_decoder(self.config)
-        freeze_linears(self._empty.layers, self._empty.lm_head)
-        self._rotary_emb = type(self._empty.rotary_emb)(self.config)
+        self._layers = empty.layers
+        self._rotary_emb = rotary_emb
+        self.config = empty.config
 
     @property
     def num_layers(self) -> int:
         """Layers of the FM."""
-        return len(self._empty.layers)
+        return len(self._layers)
+
+    @property
+    def family(self) -> Family:
+        """Of the FM."""
+        return family_of(self.config)
+
+    def _outer_layers(self, indices: Iterable[int]) -> Layers:
+        """Of a head or a tail."""
+        return Layers(self.config, {index: self._outer_layer(index) for index in indices}, self._rotary_emb)
+
+    def _outer_layer(self, index: int) -> nn.Module:
+        layer = self._layers[index]
+        if self._release.precision != "float32":
+            to_empty_few_bits(layer, self._release.precision)
+        return _filled(layer, self._release.tensors, _layer(index))
+
+    def _inner_layers(self, first: int, stop: int) -> dict[int, nn.Module]:
+        """Of a body, those in [first, stop) that a DM keeps."""
+        return {index: self._inner_layer(index) for index in self._release.layers if first <= index < stop}
+
+    def _inner_layer(self, index: int) -> nn.Module:
+        layer = self._layers[index]
+        if index in self._release.int8_layers:
+            to_empty_int8(layer)
+        return _filled(layer, self._release.tensors, _layer(index))
+
+
+class ReleasedModel(_Released):
+    """Builds parts out of a ``ModelRelease``. Raises ``ModelError`` where a tensor is missing or misshapen."""
+
+    def __init__(self, release: ModelRelease) -> None:
+        config = _read_config(release.config_json, check_family)
+        self._empty = empty = empty_decoder(config)
+        freeze_linears(empty.layers, empty.lm_head)
+        super().__init__(release, empty, type(empty.rotary_emb)(config))
 
     def head(self, cut: CutLayers) -> Head:
         """Embeddings and the first layers."""
@@ -91,8 +158,7 @@ class ReleasedModel:
 
     def body(self, first: int, stop: int) -> Body:
         """The DM's kept layers in [first, stop)."""
-        kept = [index for index in self._release.layers if first <= index < stop]
-        return _frozen(Body(self.config, {index: self._inner_layer(index) for index in kept}, self._rotary_emb))
+        return _frozen(Body(self.config, self._inner_layers(first, stop), self._rotary_emb))
 
     def tail(self, cut: CutLayers, head: Head) -> Tail:
         """The last layers, the last norm and the vocabulary head (shared with ``head`` where the FM ties them)."""
@@ -118,31 +184,45 @@ class ReleasedModel:
         empty.weight = head.embed_tokens.weight
         return empty
 
-    def _outer_layers(self, indices: Iterable[int]) -> Layers:
-        """Of a head or a tail."""
-        return Layers(self.config, {index: self._outer_layer(index) for index in indices}, self._rotary_emb)
 
-    def _outer_layer(self, index: int) -> nn.Module:
-        layer = self._empty.layers[index]
-        if self._release.precision != "float32":
-            to_empty_few_bits(layer, self._release.precision)
-        return _filled(layer, self._release.tensors, _layer(index))
+class ReleasedEncoder(_Released):
+    """Builds an encoder's parts out of a ``ModelRelease``. Raises ``ModelError`` as ``ReleasedModel`` does."""
 
-    def _inner_layer(self, index: int) -> nn.Module:
-        """Of a body."""
-        layer = self._empty.layers[index]
-        if index in self._release.int8_layers:
-            to_empty_int8(layer)
-        return _filled(layer, self._release.tensors, _layer(index))
+    def __init__(self, release: ModelRelease) -> None:
+        config = _read_config(release.config_json, check_encoder)
+        self._empty = empty = empty_encoder(config)
+        freeze_linears(empty.layers, empty.ending)
+        super().__init__(release, empty, rotary_emb=None)
+
+    def head(self, cut: CutLayers) -> EncoderHead:
+        """Embeddings and the first layers. The embeddings are as in the FM, whatever the release's precision."""
+        empty = type(self._empty.embeddings)(self.config)  # with memory: it has numbers that no release holds
+        embeddings = _filled(empty, self._release.tensors, _ENCODER_EMBEDDINGS)
+        return _frozen(EncoderHead(embeddings, self._outer_layers(range(cut.head))))
+
+    def body(self, first: int) -> EncoderBody:
+        """The DM's kept layers from ``first`` on, and what it ends with."""
+        tensors, layers = self._release.tensors, self._inner_layers(first, self.num_layers)
+        ending = _filled(self._empty.ending, tensors, _ENDING)
+        return _frozen(EncoderBody(self.config, layers, ending, self._classifier()))
+
+    def _classifier(self) -> nn.Module | None:
+        """Of the task that the FM was made for, if the release has one."""
+        if not any(name.startswith(_CLASSIFIER) for name in self._release.tensors):
+            return None
+        with torch.device("meta"):
+            empty = nn.Linear(self.config.hidden_size, int(self.config.num_labels or 0))
+        freeze_linears(empty)
+        return _filled(empty, self._release.tensors, _CLASSIFIER)
 
 
-def _read_config(config_json: str) -> PretrainedConfig:
+def _read_config(config_json: str, check: Callable[[PretrainedConfig, str], None]) -> PretrainedConfig:
     try:
         raw = json.loads(config_json)
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError("of a release", f"its configuration cannot be read ({error})", "update both ends") from error
-    check_family(config, "of a release")
+    check(config, "of a release")
     return config
 
 
