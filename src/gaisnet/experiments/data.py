@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -21,6 +22,7 @@ MAX_DRAWS = 100
 # From here on the proportions are equal to a thousandth; near the largest float numpy's Dirichlet returns zeros.
 EVEN_ALPHA = 1e6
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
+_Labelled = TypeVar("_Labelled")
 
 
 @dataclass(frozen=True)
@@ -123,12 +125,12 @@ def _completion(example: Example) -> str:
 
 
 def partition(
-    examples: Sequence[Example],
-    labels_of: Callable[[Example], str],
+    examples: Sequence[_Labelled],
+    labels_of: Callable[[_Labelled], str],
     num_devices: int,
     alpha: float,
     rng: np.random.Generator,
-) -> list[list[Example]]:
+) -> list[list[_Labelled]]:
     """Deal ``examples`` to devices, each label in proportions drawn from a Dirichlet (Hsu et al., arXiv 1909.06335).
 
     The smaller ``alpha``, the fewer devices share a label. A device keeps the order of ``examples``, and can end up
@@ -146,7 +148,7 @@ def partition(
         # Device i ends where the shares up to and with its own end, so that rounding loses and doubles no example.
         ends = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         owner_of[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
-    parts: list[list[Example]] = [[] for _ in range(num_devices)]
+    parts: list[list[_Labelled]] = [[] for _ in range(num_devices)]
     for example, owner in zip(examples, owner_of.tolist(), strict=True):
         parts[owner].append(example)
     return parts
