@@ -147,7 +147,7 @@ def _converted(source: str, asked: str) -> str:
     gguf = Path(source).resolve()
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = _cache_folder() / f"{gguf.stem}-{key}"
+    folder = cache_folder() / f"{gguf.stem}-{key}"
     if not folder.is_dir():
         _convert(gguf, folder, asked)
     return str(folder)
@@ -174,5 +174,6 @@ def _convert(gguf: Path, folder: Path, asked: str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where models are kept that this machine has made: ``$GAISNET_CACHE`` or ``~/.cache/gaisnet``. May not exist."""
     return Path(os.environ.get("GAISNET_CACHE") or Path.home() / ".cache" / "gaisnet")
