@@ -10,6 +10,7 @@ from gaisnet.cli.chat import chat
 from gaisnet.cli.deploy import deploy
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
 from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, output_folder
+from gaisnet.cli.paper import paper
 from gaisnet.cli.serve import serve
 from gaisnet.cli.sites import cloud, device, edge
 from gaisnet.config import load_config
@@ -63,6 +64,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(baselines)
 app.command()(bench)
+app.command()(paper)
 app.add_typer(deploy, name="deploy")
 for site in (cloud, edge, device):
     app.command()(site)

@@ -42,6 +42,7 @@ _STAGES = {
     "bench_speculation": "bench: a domain model drafts, the foundation model checks",
     "bench_tuning": "bench: answers and fine-tuning, alone and together",
     "bench_scale": "bench: networks of many devices, in turn",
+    "pretrain": "pre-training: an encoder learns from images without labels",
     "baselines": "baselines: learning and asking without the network",
     "evaluate": "evaluate: scoring held-out examples where they are",
 }

@@ -93,14 +93,14 @@ def lines_svg(title: str, cycles: Sequence[int], plots: Sequence[Plot]) -> str:
         _draw_lines(its_axes, cycles, plot)
     for upper in axes[:-1]:
         upper.set_xlabel("")
-    return _svg(figure, _spoken(title, [line for plot in plots for line in plot.lines]))
+    return as_svg(figure, _spoken(title, [line for plot in plots for line in plot.lines]))
 
 
 def stacks_svg(title: str, cycles: Sequence[int], stacks: Sequence[Stack], unit: str, unit_size: float = 1) -> str:
     """Stacked bars over the cycles, their values in units of ``unit_size``."""
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
     _draw_stacks(figure.subplots(), cycles, stacks, unit, unit_size)
-    return _svg(figure, _spoken(title, stacks))
+    return as_svg(figure, _spoken(title, stacks))
 
 
 def swatch(series: Line | Stack) -> str:
@@ -177,8 +177,8 @@ def _mark_cycles(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _svg(figure: Figure, spoken: str) -> str:
-    """The figure as an element of the page."""
+def as_svg(figure: Figure, spoken: str) -> str:
+    """The figure as an element of the page; ``spoken`` says it in words, as no other figure of the page does."""
     file = StringIO()
     # Ids of the SVG are hashed with a salt: what is spoken differs between figures, so their ids do too.
     with rc_context({"svg.hashsalt": spoken}):

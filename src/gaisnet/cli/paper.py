@@ -1,0 +1,68 @@
+"""``gaisnet paper``: the paper's claims, measured on this machine."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gaisnet.experiments.paper.results import Result
+
+
+def paper(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Less of everything, in minutes: that it runs, and about what comes out.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this experiment; may be given several times."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="runs/paper, or runs/paper-quick", help="Output folder; what is in it is not done again."
+        ),
+    ] = None,
+) -> None:
+    """Reproduce the experiments of the paper that GaisNet comes from (arXiv 2401.02668), with images.
+
+    A small Vision Transformer learns without labels from Fashion-MNIST (masked autoencoding), once: it goes to the
+    cache. Each experiment then measures a claim of the paper with three seeds:
+
+    pretraining: fine-tuning it with few labels, against the same network from scratch.
+
+    Writes a file NAME.json for every experiment, row by row, so that a run that was stopped goes on where it was, and
+    report.html: claim by claim what the paper says, what was measured here, and whether they agree.
+
+    Needs the packages dataset-fashion-mnist (apt-get install dataset-fashion-mnist, or its four files in a folder that
+    GAISNET_FASHION_MNIST names) and scikit-learn (pip install 'gaisnet[paper]').
+    """
+    folder = out or Path("runs") / ("paper-quick" if quick else "paper")
+    with told_errors():
+        quiet_libraries()
+        from gaisnet.experiments.paper.catalogue import EXPERIMENTS
+        from gaisnet.experiments.paper.experiment import Setup
+        from gaisnet.experiments.paper.running import REPORT, run_paper
+
+        with LiveProgress(console) as progress:
+            results = run_paper(EXPERIMENTS, folder, Setup(quick, progress), only or ())
+    console.print(_table(results))
+    console.print(f"Open {folder / REPORT}; every row is in {folder}", highlight=False, soft_wrap=True)
+
+
+def _table(results: "dict[str, Result]") -> "Table":
+    from rich.table import Table
+
+    from gaisnet.experiments.paper.catalogue import EXPERIMENTS
+
+    table = Table("", "Measured", "The paper's claim", title="The paper's claims, measured")
+    for experiment in EXPERIMENTS:
+        result = results.get(experiment.name)
+        finding = result.finding_of(experiment) if result else None
+        cells = (finding.measured, finding.verdict) if finding else ("–", "not measured")
+        table.add_row(experiment.title, *cells)
+    return table

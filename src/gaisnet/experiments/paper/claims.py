@@ -1,0 +1,54 @@
+"""What the paper says, and what is said of it once it was measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+PAPER = "arXiv 2401.02668"
+"""GaisNet: "Towards Integrated Fine-tuning and Inference when Generative AI meets Edge Intelligence"."""
+
+Verdict = Literal["agrees", "partly", "disagrees"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper's, in our words.
+
+    Attributes:
+        says: What is stated.
+        where: Where it is stated.
+    """
+
+    says: str
+    where: str = PAPER
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the figures say of a claim.
+
+    Attributes:
+        verdict: By the rule of the experiment.
+        measured: The figures behind it, in a sentence or two.
+    """
+
+    verdict: Verdict
+    measured: str
+
+
+def verdict_of(holds: Sequence[bool]) -> Verdict:
+    """``agrees`` where a claim holds in every condition, ``disagrees`` where in none, else ``partly``.
+
+    Raises ``ValueError`` for no condition.
+    """
+    if not holds:
+        raise ValueError("there is no verdict on nothing that was measured")
+    if all(holds):
+        return "agrees"
+    return "partly" if any(holds) else "disagrees"
+
+
+PRETRAINING = Claim(
+    "A foundation model that was pre-trained, and is then fine-tuned, is better than a model that learns the same task "
+    "from scratch: what it learned without labels makes up for the few labels that an edge's devices have."
+)
