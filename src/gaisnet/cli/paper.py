@@ -38,8 +38,8 @@ def paper(
     Writes a file NAME.json for every experiment, row by row, so that a run that was stopped goes on where it was, and
     report.html: claim by claim what the paper says, what was measured here, and whether they agree.
 
-    Needs the packages dataset-fashion-mnist (apt-get install dataset-fashion-mnist, or its four files in a folder that
-    GAISNET_FASHION_MNIST names) and scikit-learn (pip install 'gaisnet[paper]').
+    Needs Debian's package dataset-fashion-mnist (apt-get install dataset-fashion-mnist; or its four files in a folder
+    that the environment variable GAISNET_FASHION_MNIST names) and scikit-learn (pip install scikit-learn).
     """
     folder = out or Path("runs") / ("paper-quick" if quick else "paper")
     with told_errors():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gaisnet.errors import ConfigError
+from gaisnet.errors import ConfigError, MissingPackage
 from gaisnet.experiments.paper.claims import Claim, Finding, verdict_of
 from gaisnet.experiments.paper.experiment import Column, Condition, Experiment, Measured, Row, Setup
 from gaisnet.experiments.paper.figures import Curve, Drawing, drawn, legend_of
@@ -23,13 +23,16 @@ def by_size(condition: Condition, seed: int, setup: Setup) -> Measured:
     return Measured(figures={"accuracy": float(condition["size"]) / 10 + seed / 100})
 
 
-def experiment(name: str = "sizes", measure: Measure = by_size, sizes: Sequence[int] = (2, 4)) -> Experiment:
+def experiment(
+    name: str = "sizes", measure: Measure = by_size, sizes: Sequence[int] = (2, 4), data: Sequence[str] = ()
+) -> Experiment:
     return Experiment(
         name=name,
         title=f"Larger against smaller {HOSTILE}",
         claim=Claim(f"Larger is better {HOSTILE}"),
         method="Sizes are measured.",
         rule="agrees where larger is better",
+        data=data,
         conditions=lambda quick: [{"size": size, "kind": HOSTILE} for size in sizes[: 1 if quick else None]],
         measure=measure,
         columns={"accuracy": Column("share", lambda value: f"{value:.2f}")},
@@ -125,6 +128,16 @@ def test_an_experiment_that_does_not_exist_is_refused_with_those_that_do(tmp_pat
     with pytest.raises(ConfigError, match="experiment 'third'.*use one of: sizes"):
         run_paper([experiment()], tmp_path, Setup(), only=["third"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_are_missing_are_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAISNET_FASHION_MNIST", str(tmp_path / "nowhere"))
+    first = Breaking(at=None)
+    with pytest.raises(MissingPackage, match="apt-get install"):
+        run_paper([experiment("first", first), experiment("second", data=["fashion"])], tmp_path, Setup())
+    assert first.calls == []
 
 
 def test_quick_and_full_results_do_not_mix(tmp_path: Path) -> None:

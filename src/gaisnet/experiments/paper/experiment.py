@@ -1,9 +1,8 @@
 """What an experiment is: a claim of the paper's, conditions, and what is measured in each of them with every seed."""
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -68,6 +67,7 @@ class Setup:
 
     quick: bool = False
     progress: Progress = silent
+    _loaded: dict[str, ImageData] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def foundation(self) -> Path:
         """The folder of the pre-trained ViT. Raises what ``load_images`` and ``pretrained`` do."""
@@ -75,10 +75,9 @@ class Setup:
 
     def images(self, name: str) -> ImageData:
         """See ``load_images``; read once."""
-        return _loaded(name)
-
-
-_loaded = functools.cache(load_images)
+        if name not in self._loaded:
+            self._loaded[name] = load_images(name)
+        return self._loaded[name]
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ class Experiment:
         claim: Of the paper's.
         method: What is done, in a few sentences.
         rule: How the figures become a verdict, in words; ``judge`` does it.
+        data: Names of the images that it reads: what is missing is told before anything is measured.
         conditions: What is measured, with every seed; with True, of a quick run.
         measure: Once, in a condition with a seed.
         columns: Of the table, by name of the figure.
@@ -103,6 +103,7 @@ class Experiment:
     claim: Claim
     method: str
     rule: str
+    data: Sequence[str]
     conditions: Callable[[bool], Sequence[Condition]]
     measure: Callable[[Condition, int, Setup], Measured]
     columns: Mapping[str, Column]

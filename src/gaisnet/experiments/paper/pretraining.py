@@ -98,6 +98,7 @@ EXPERIMENT = Experiment(
     ),
     rule="agrees where pre-training gives the higher accuracy with every seed, on both data sets, for every number of "
     "labels; disagrees where that is so for none of them; else partly.",
+    data=_DATA,
     conditions=_conditions,
     measure=_measure,
     columns={"accuracy": Column("accuracy", percent)},

@@ -24,6 +24,7 @@ def run_paper(
     Raises:
         ConfigError: ``only`` names one that does not exist, or ``out`` holds the results of another kind of run.
         OutputNotWritable: ``out``.
+        MissingPackage: Images that an experiment needs, before anything is measured.
         GaisnetError: What keeps an experiment from being measured.
     """
     known = {experiment.name: experiment for experiment in experiments}
@@ -33,9 +34,13 @@ def run_paper(
     make_room_for(out / REPORT)
     found = {name: read_result(out, name, setup.quick) for name in known}
     results = {name: result for name, result in found.items() if result is not None}
-    for name in only or known:
+    wanted = [known[name] for name in only or known]
+    for name in {name: None for experiment in wanted for name in experiment.data}:
+        setup.images(name)
+    for experiment in wanted:
+        name = experiment.name
         start = results.get(name) or Result(experiment=name, quick=setup.quick, machine=Machine.present())
-        results[name] = _measure(known[name], start, out, setup)
+        results[name] = _measure(experiment, start, out, setup)
         write_text(out / REPORT, render_page(experiments, results, setup.quick))
     return results
 
