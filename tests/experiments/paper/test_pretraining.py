@@ -106,7 +106,7 @@ def rows(**gains: float) -> list[Row]:
 def test_the_verdict_follows_its_rule(fashion: float, digits: float, verdict: str) -> None:
     finding = EXPERIMENT.judge(rows(fashion=fashion, digits=digits))
     assert finding.verdict == verdict
-    assert f"{100 * fashion + 1:+.1f} points on fashion with 5 labels per class" in finding.measured
+    assert f"{51 + 100 * fashion:.1f} % against 50.0 % on fashion with 5 labels per class" in finding.measured
 
 
 def test_what_is_drawn_is_what_was_measured() -> None:

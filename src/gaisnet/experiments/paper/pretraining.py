@@ -8,7 +8,8 @@ from gaisnet.experiments.images import few
 from gaisnet.experiments.paper.claims import PRETRAINING, Finding, verdict_of
 from gaisnet.experiments.paper.classifier import accuracy, fine_tune, pretrained_classifier, random_classifier
 from gaisnet.experiments.paper.experiment import Column, Condition, Experiment, Measured, Row, Setup
-from gaisnet.experiments.paper.figures import Curve, Drawing, mean
+from gaisnet.experiments.paper.figures import Drawing, mean
+from gaisnet.experiments.paper.rows import curve_over, having, paired
 from gaisnet.experiments.table import percent
 
 _DATA = ("fashion", "digits")
@@ -41,28 +42,15 @@ def _steps(per_class: int, quick: bool) -> int:
     return 60 if quick else 100 + 4 * per_class
 
 
-def _gains(rows: Sequence[Row]) -> dict[tuple[str, int], list[float]]:
-    """Accuracy that pre-training adds, by data and labels per class, a value a seed."""
-    found = {
-        (row.condition["start"], row.condition["data"], row.condition["labels per class"], row.seed): row
-        for row in rows
-    }
-    gains: dict[tuple[str, int], list[float]] = {}
-    for (start, data, count, seed), row in found.items():
-        if start == "pre-trained":
-            scratch = found["from scratch", data, count, seed]
-            gain = row.figures["accuracy"] - scratch.figures["accuracy"]
-            gains.setdefault((str(data), int(count)), []).append(gain)
-    return gains
-
-
 def _judge(rows: Sequence[Row]) -> Finding:
-    gains = _gains(rows)
+    found = paired(rows, "start", "pre-trained", "from scratch", "accuracy")
     told = [
-        f"{100 * mean(gain):+.1f} points on {data} with {count} labels per class"
-        for (data, count), gain in gains.items()
+        f"{percent(mean([one for one, _ in pairs]))} against {percent(mean([other for _, other in pairs]))} "
+        f"on {condition['data']} with {condition['labels per class']} labels per class"
+        for condition, pairs in found
     ]
-    return Finding(verdict_of([min(gain) > 0 for gain in gains.values()]), f"Pre-training adds {', '.join(told)}.")
+    holds = [all(one > other for one, other in pairs) for _, pairs in found]
+    return Finding(verdict_of(holds), f"Pre-trained against from scratch: {', '.join(told)}.")
 
 
 def _draw(rows: Sequence[Row]) -> Sequence[Drawing]:
@@ -71,19 +59,14 @@ def _draw(rows: Sequence[Row]) -> Sequence[Drawing]:
             title=f"Accuracy on {data}, by labels",
             across="labels per class",
             upward="accuracy on held-out images",
-            curves=[_curve(rows, data, start) for start in _STARTS],
+            curves=[
+                curve_over("labels per class", having(rows, {"data": data, "start": start}), "accuracy", start)
+                for start in _STARTS
+            ],
             logarithmic=True,
         )
         for data in _DATA
     ]
-
-
-def _curve(rows: Sequence[Row], data: str, start: str) -> Curve:
-    values: dict[float, list[float]] = {}
-    for row in rows:
-        if (row.condition["data"], row.condition["start"]) == (data, start):
-            values.setdefault(float(row.condition["labels per class"]), []).append(row.figures["accuracy"])
-    return Curve(start, sorted(values.items()))
 
 
 EXPERIMENT = Experiment(
