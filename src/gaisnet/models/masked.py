@@ -35,7 +35,7 @@ class MaskedSettings(Settings):
     decoder_width: int = Field(64, ge=4, description="Hidden size of the decoder.")
     decoder_layers: int = Field(1, ge=1, description="Of the decoder.")
     mask_share: float = Field(0.75, gt=0.0, lt=1.0, description="Of an image's patches, that the encoder does not see.")
-    steps: int = Field(2500, ge=1, description="Of the optimiser.")
+    steps: int = Field(4000, ge=1, description="Of the optimiser.")
     batch_size: int = Field(128, ge=1, description="Images of a step.")
     learning_rate: float = Field(1.5e-3, gt=0.0, description="The highest of AdamW's, after the warm-up.")
     seed: int = Field(0, ge=0, description="Of the first weights, the order of the images, and the masks.")
