@@ -33,7 +33,7 @@ def paper(
     A small Vision Transformer learns without labels from Fashion-MNIST (masked autoencoding), once: it goes to the
     cache. Each experiment then measures a claim of the paper with three seeds:
 
-    pretraining: fine-tuning it with few labels, against the same network from scratch.
+    pretraining: fine-tuning it with few labels, against the same network from scratch, and against raw pixels.
 
     Writes a file NAME.json for every experiment, row by row, so that a run that was stopped goes on where it was, and
     report.html: claim by claim what the paper says, what was measured here, and whether they agree.

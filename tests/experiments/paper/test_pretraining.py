@@ -1,4 +1,4 @@
-"""Pre-trained against from scratch: measured for real, on tiny things; judged and drawn on rows with known figures."""
+"""Pre-trained against from scratch, and raw pixels: measured for real, on tiny things; judged and drawn on rows with known figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from gaisnet.experiments.paper import experiment
 from gaisnet.experiments.paper.classifier import accuracy, fine_tune, pretrained_classifier, random_classifier
 from gaisnet.experiments.paper.experiment import Condition, Row, Setup
 from gaisnet.experiments.paper.foundation import pretrained
+from gaisnet.experiments.paper.pixels import pixel_accuracy
 from gaisnet.experiments.paper.pretraining import EXPERIMENT
 from gaisnet.models.masked import MaskedSettings
 
@@ -83,18 +84,25 @@ def test_it_is_measured_on_few_labels_and_the_same_again(monkeypatch: pytest.Mon
     assert first == again and first.figures["accuracy"] > 0.9
 
 
+def test_raw_pixels_tell_what_nobody_can_confuse_and_no_more() -> None:
+    train, test = bright_or_dark(20), bright_or_dark(50)
+    half_wrong = Images(test.grey_NHW, torch.cat([test.labels_N[:25], 1 - test.labels_N[25:]]))
+    for held_out, expected in ((test, 1.0), (half_wrong, 0.5)):
+        assert pixel_accuracy(ImageData("fashion", ("dark", "bright"), train, held_out)) == expected
+
+
 def rows(**gains: float) -> list[Row]:
-    """As if pre-training added this much on a data set, a little more with every seed."""
+    """As if pre-training added this much on a data set, a little more with every seed, and pixels gave 0.55."""
     return [
         Row(
             condition={"data": data, "labels per class": count, "start": start},
             seed=seed,
             seconds=1.0,
-            figures={"accuracy": 0.5 + (gain + seed / 100 if start == "pre-trained" else 0.0)},
+            figures={"accuracy": {"pre-trained": 0.5 + gain + seed / 100, "from scratch": 0.5, "pixels": 0.55}[start]},
         )
         for data, gain in gains.items()
         for count in (5, 50)
-        for start in ("from scratch", "pre-trained")
+        for start in ("from scratch", "pre-trained", "pixels")
         for seed in (0, 1, 2)
     ]
 
@@ -109,6 +117,13 @@ def test_the_verdict_follows_its_rule(fashion: float, digits: float, verdict: st
     assert f"{51 + 100 * fashion:.1f} % against 50.0 % on fashion with 5 labels per class" in finding.measured
 
 
+def test_pixels_are_a_yardstick_and_do_not_change_the_verdict() -> None:
+    measured = EXPERIMENT.judge(rows(fashion=0.2, digits=0.01)).measured
+    assert "the ViT pre-trained is above it on average in 2 of 4 conditions (by -3.0 to +16.0 points)" in measured
+    assert "the ViT from scratch is above it on average in 0 of 4 conditions (by -5.0 to -5.0 points)" in measured
+    assert EXPERIMENT.judge(rows(fashion=0.2, digits=0.01)).verdict == "agrees"
+
+
 def test_what_is_drawn_is_what_was_measured() -> None:
     fashion, digits = EXPERIMENT.draw(rows(fashion=0.1, digits=0.2))
     assert (fashion.title, digits.title) == ("Accuracy on fashion, by labels", "Accuracy on digits, by labels")
@@ -117,8 +132,8 @@ def test_what_is_drawn_is_what_was_measured() -> None:
     assert by_label["from scratch"][50.0] == [0.5] * 3
 
 
-def test_the_conditions_pair_both_starts() -> None:
+def test_the_conditions_have_every_start_alike() -> None:
     for quick in (True, False):
         conditions = EXPERIMENT.conditions(quick)
         starts = [condition["start"] for condition in conditions]
-        assert starts.count("pre-trained") == starts.count("from scratch") == len(conditions) / 2
+        assert {starts.count(start) for start in ("pre-trained", "from scratch", "pixels")} == {len(conditions) / 3}
