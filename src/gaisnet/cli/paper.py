@@ -35,6 +35,8 @@ def paper(
 
     pretraining: fine-tuning it with few labels, against the same network from scratch, and against raw pixels.
 
+    inference: an image through device and edge, cut at every layer: time of each part, bytes, latency by link.
+
     Writes a file NAME.json for every experiment, row by row, so that a run that was stopped goes on where it was, and
     report.html: claim by claim what the paper says, what was measured here, and whether they agree.
 

@@ -1,4 +1,4 @@
-"""Pre-trained against from scratch, and raw pixels: measured for real, on tiny things; judged and drawn on rows with known figures."""
+"""Pre-trained against from scratch, beside raw pixels: measured on tiny things; judged and drawn on known figures."""
 
 from collections.abc import Mapping
 from pathlib import Path

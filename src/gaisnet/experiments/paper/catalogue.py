@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from gaisnet.experiments.paper import pretraining
+from gaisnet.experiments.paper import inference, pretraining
 from gaisnet.experiments.paper.experiment import Experiment
 
-EXPERIMENTS: Sequence[Experiment] = (pretraining.EXPERIMENT,)
+EXPERIMENTS: Sequence[Experiment] = (pretraining.EXPERIMENT, inference.EXPERIMENT)
 """In the order in which they are measured."""

@@ -52,3 +52,8 @@ PRETRAINING = Claim(
     "A foundation model that was pre-trained, and is then fine-tuned, is better than a model that learns the same task "
     "from scratch: what it learned without labels makes up for the few labels that an edge's devices have."
 )
+
+INFERENCE = Claim(
+    "Inference can be split between a device and its edge. Where the model is cut trades what the device must compute "
+    "against what crosses the link, so the best cut depends on the link."
+)

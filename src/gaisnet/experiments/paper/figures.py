@@ -22,6 +22,10 @@ class Curve:
     label: str
     values: Sequence[tuple[float, Sequence[float]]]
 
+    def means(self) -> list[tuple[float, float]]:
+        """Over the seeds, for every place."""
+        return [(place, mean(seeds)) for place, seeds in self.values]
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -52,8 +56,7 @@ def drawn(drawing: Drawing) -> str:
         figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
         axes = figure.subplots()
         for curve, (colour, dash, marker) in zip(drawing.curves, _LOOKS, strict=False):
-            places = [place for place, _ in curve.values]
-            means = [mean(seeds) for _, seeds in curve.values]
+            places, means = zip(*curve.means(), strict=True)
             low = [middle - min(seeds) for middle, (_, seeds) in zip(means, curve.values, strict=True)]
             high = [max(seeds) - middle for middle, (_, seeds) in zip(means, curve.values, strict=True)]
             looks: dict[str, Any] = {
@@ -94,7 +97,7 @@ def _scale(axes: Axes, drawing: Drawing) -> None:
 def _spoken(drawing: Drawing) -> str:
     """The picture in words, for those who do not see it."""
     told = [
-        f"{curve.label} " + ", ".join(f"{drawing.show(mean(seeds))} at {place:g}" for place, seeds in curve.values)
+        f"{curve.label} " + ", ".join(f"{drawing.show(middle)} at {place:g}" for place, middle in curve.means())
         for curve in drawing.curves
     ]
     return f"{drawing.title}, by {drawing.across}: {'; '.join(told)}"
