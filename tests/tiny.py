@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +23,7 @@ from gaisnet.config import Config, DevicePrecision, parse_config
 from gaisnet.models.families import Decoder
 from gaisnet.models.foundation import Foundation
 from gaisnet.rounding import from_int4, from_int8, to_int4, to_int8
-from gaisnet.tiers.examples import DeviceData, Example
+from gaisnet.tiers.examples import DeviceData, Example, Labelled
 
 NUM_LAYERS = 6
 VOCAB = 300
@@ -106,6 +106,31 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def tiny_bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, [CLS] before a text and [SEP] behind it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: number for number, letter in enumerate(alphabet)} | {"[CLS]": 256, "[SEP]": 257, "[PAD]": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 256), ("[SEP]", 257)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
+
+
+def tiny_encoder_foundation(family: str, **changes: Any) -> Foundation:
+    """An encoder that needs no file; a ViT has no tokenizer."""
+    return Foundation("tiny", tiny_encoder(family, **changes), tiny_bert_tokenizer() if family == "bert" else None)
+
+
+def save_tiny_encoder(folder: Path, family: str, **changes: Any) -> Path:
+    """The same as a folder that ``load_foundation`` reads; what was made for a task is among it."""
+    tiny_encoder(family, **changes).save_pretrained(folder)
+    if family == "bert":
+        tiny_bert_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def tiny_foundation(**changes: Any) -> Foundation:
@@ -244,6 +269,58 @@ def write_tiny_run(folder: Path, **changes: Any) -> Path:
         (folder / "data" / name).mkdir(parents=True)
         for split, examples in (("train", data.train), ("test", data.test)):
             lines = [json.dumps({"prompt": e.prompt, "completion": e.completion}) for e in examples]
+            (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for edge in raw["edges"]:
+        for device in edge["devices"]:
+            device["data"] = f"data/{device['name']}"
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    return path
+
+
+SHAPES, TASTES = ["round", "square", "long"], ["sweet", "sour", "salty", "bitter"]
+
+
+def encoder_raw_config(kind: str = "lora", **changes: Any) -> dict[str, Any]:
+    """``tiny_raw_config`` for an encoder: two domains with different numbers of classes, split and local devices."""
+    edges = [{**tiny_edge("north", "shapes"), "labels": SHAPES}, {**tiny_edge("south", "tastes"), "labels": TASTES}]
+    raw: dict[str, Any] = {
+        "domain": {"precision": "float32"},
+        "adapters": {"kind": kind, "rank": 2, "alpha": 4, "num_prompts": 3, "first_layer": 4},
+        "relay": {"enabled": False},
+        "fine_tune": {"local_epochs": 4, "batch_size": 4, "learning_rate": 0.01, "anchor_weight": 0.0},
+        "edges": edges,
+    }
+    return tiny_raw_config(**{**raw, **changes})
+
+
+def encoder_data(config: Config, family: str, num_train: int = 6, num_test: int = 4) -> dict[str, DeviceData[Labelled]]:
+    """Texts whose end tells their class, or images whose brightness does; different ones for every device."""
+    data = {}
+    for number, (edge, device) in enumerate(config.each_device()):
+        train, test = (
+            tuple(_labelled(family, edge.labels, seed, device.name) for seed in range(first, first + num))
+            for first, num in ((100 * number, num_train), (100 * number + 50, num_test))
+        )
+        data[device.name] = DeviceData(train, test)
+    return data
+
+
+def _labelled(family: str, labels: tuple[str, ...], seed: int, owner: str) -> Labelled:
+    which = seed % len(labels)
+    if family == "vit":
+        return Labelled(0.3 * tiny_inputs("vit", 1, seed=seed)[0] + which - 1.0, labels[which])
+    return Labelled(f"{owner} {seed} " + "abcd"[which] * (3 + seed % 4), labels[which])
+
+
+def write_tiny_bert_run(folder: Path, **changes: Any) -> Path:
+    """A configuration file with everything that it names, like ``write_tiny_run``, of a BERT that classifies."""
+    save_tiny_encoder(folder / "foundation", "bert")
+    raw = encoder_raw_config(**{"model": {"foundation": str(folder / "foundation"), "context": 48}, **changes})
+    for name, data in encoder_data(parse_config(raw), "bert").items():
+        (folder / "data" / name).mkdir(parents=True)
+        for split, examples in (("train", data.train), ("test", data.test)):
+            lines = [json.dumps({"text": e.input, "label": e.label}) for e in examples]
             (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for edge in raw["edges"]:
         for device in edge["devices"]:

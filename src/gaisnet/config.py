@@ -1,6 +1,7 @@
 """A run's configuration: pydantic models, read from YAML, checked once, unknown keys refused with the nearest known.
 
-Every field is documented where it is declared. ``load_config`` is the only way in for files.
+Every field is documented where it is declared. ``load_config`` is the only way in for files; ``overrides``
+has what is known of a file before its settings are.
 """
 
 import difflib
@@ -43,7 +44,17 @@ class ModelSettings(Settings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and arithmetic.")
     device: str = Field("cpu", description="A torch device, such as 'cpu' or 'cuda:0'.")
-    context: int = Field(96, ge=8, description="Longest example in tokens; longer prompts lose their beginning.")
+    context: int = Field(
+        96,
+        ge=8,
+        description="Longest example in tokens; longer prompts lose their beginning, longer texts that are classified "
+        "their end.",
+    )
+    public_inputs: Path | None = Field(
+        None,
+        description="Of an encoder: a JSONL file of texts or images that are nobody's secret, without labels. On them "
+        "the cloud calibrates int8 and measures how far adapters move the model's features.",
+    )
 
 
 class DomainSettings(Settings):
@@ -194,8 +205,12 @@ class WireSettings(Settings):
         description="Activations of answers, both ways. Only in float32 is an answer of an int8 model that of the "
         "model in one piece, token for token; float16 halves the bytes.",
     )
-    body_output: TensorCode = Field("int4", description="Activations of examples, edge or cloud -> device.")
-    gradient: TensorCode = Field("int4", description="Gradients device -> edge.")
+    body_output: TensorCode = Field(
+        "int4",
+        description="Activations of examples, edge or cloud -> device; of an encoder logits. Those of fewer than 32 "
+        "classes are never in int4 but in float32 then; of more classes, float16 or int8 is better.",
+    )
+    gradient: TensorCode = Field("int4", description="Gradients device -> edge; of logits as there.")
     gradient_rounding: Literal["nearest", "stochastic"] = Field(
         "nearest", description="How int8 and int4 gradients are rounded; by chance, errors are larger but cancel out."
     )
@@ -311,7 +326,9 @@ class DeviceSettings(Settings):
     )
     head_layers: int = Field(1, ge=0, description="The cut: layers that the device runs after the embeddings.")
     data: Path | None = Field(
-        None, description="A folder with train.jsonl and test.jsonl, lines of prompt and completion."
+        None,
+        description="A folder with train.jsonl and test.jsonl, lines of prompt and completion; for an encoder of text "
+        "and label, or of image (a file beside them) and label.",
     )
 
 
@@ -329,7 +346,11 @@ class EdgeSettings(Settings):
         "start that is; of a built-in domain it is dealt examples that no other edge has.",
     )
     template: str | None = Field(None, description="Public task template with {text}; shapes the generated text.")
-    labels: tuple[str, ...] = Field((), description="Public label names, if the task has a closed set of answers.")
+    labels: tuple[str, ...] = Field(
+        (),
+        description="Public label names, if the task has a closed set of answers; of an encoder the classes, in the "
+        "order of the classifier's rows.",
+    )
     devices: tuple[DeviceSettings, ...] = Field(min_length=1, description="The devices of this edge's cluster.")
     host: str = Field("localhost", description="Deployed: DNS name or IP address by which its devices reach it.")
     link_port: int = Field(0, ge=0, le=65535, description="Deployed: TCP port for its devices; 0 takes a free one.")
@@ -491,4 +512,6 @@ def _resolve_data_folders(config: Config, base: Path) -> Config:
         return device if device.data is None else device.model_copy(update={"data": base / device.data})
 
     edges = tuple(edge.model_copy(update={"devices": tuple(map(resolved, edge.devices))}) for edge in config.edges)
-    return config.model_copy(update={"edges": edges})
+    public = config.model.public_inputs
+    model = config.model.model_copy(update={"public_inputs": None if public is None else base / public})
+    return config.model_copy(update={"edges": edges, "model": model})

@@ -19,9 +19,13 @@ Role = Literal["relay", "domain"]
 Whose = Literal["domain", "foundation"]
 
 
-def wire(setting: str) -> Any:
-    """A tensor field that is written as ``config.wire.<setting>`` says."""
-    return field(metadata={"wire": setting})
+def wire(setting: str, short_whole: bool = False) -> Any:
+    """A tensor field that is written as ``config.wire.<setting>`` says.
+
+    With ``short_whole``, rows that are shorter than a group of int4 are written in float32 where it says int4: they are
+    the logits of a few classes, whose scales would take as many bytes as are saved, and whose errors all count.
+    """
+    return field(metadata={"wire": setting, "short_whole": short_whole})
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class BodyOutput(Message):
     num_labels_total: StrictInt  # label tokens of the whole step, all devices: what a summed loss is divided by
     examples_E: Tensor  # int32, indices into the device's split
     # float; label positions, or every position where the tail has layers; of an encoder logits, one row per example
-    rows_ND: Tensor = wire("body_output")
+    rows_ND: Tensor = wire("body_output", short_whole=True)
 
     def __post_init__(self) -> None:
         if self.examples_E.ndim != 1 or self.examples_E.dtype != torch.int32 or self.rows_ND.ndim != 2:
@@ -168,7 +172,7 @@ class BodyOutputGrad(Message):
 
     step: StrictInt
     loss_sum: StrictFloat  # over this device's label tokens
-    grad_ND: Tensor = wire("gradient")  # float
+    grad_ND: Tensor = wire("gradient", short_whole=True)  # float
 
 
 @dataclass(frozen=True)

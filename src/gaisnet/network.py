@@ -37,7 +37,8 @@ from gaisnet.messages import (
 )
 from gaisnet.relay.downward import Distillation
 from gaisnet.relay.upward import Verdict
-from gaisnet.tiers.cloud import MERGED, Cloud
+from gaisnet.tiers.cloud import Cloud
+from gaisnet.tiers.cloud_model import MERGED
 from gaisnet.transport.base import Link, wait
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 
@@ -53,7 +54,7 @@ class Scores:
 
     domain: dict[str, EvaluationReport]  # every DM on its own domain
     foundation: dict[str, EvaluationReport]  # the FM with the domain's adapter
-    merged: dict[str, EvaluationReport]  # the FM with the one merged adapter
+    merged: dict[str, EvaluationReport]  # the FM with the one merged adapter; empty where there is none
 
 
 @dataclass(frozen=True)
@@ -134,12 +135,13 @@ class Network:
 
     def evaluate(self) -> Scores:
         """Score every model through the split; only counts and sums come back."""
+        merging = self._edges if MERGED in self.cloud.adapters else ()
         return Scores(
             domain=self._ask(dict.fromkeys(self._edges, Evaluate("domain", None)), EvaluationReport),
             foundation=self._ask(
                 {d: Evaluate("foundation", self.cloud.adapter_of[d]) for d in self._edges}, EvaluationReport
             ),
-            merged=self._ask(dict.fromkeys(self._edges, Evaluate("foundation", MERGED)), EvaluationReport),
+            merged=self._ask(dict.fromkeys(merging, Evaluate("foundation", MERGED)), EvaluationReport),
         )
 
     def evaluate_everywhere(self, scores: Scores) -> Everywhere:

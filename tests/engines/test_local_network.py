@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gaisnet.adapters.arithmetic import side_by_side
-from gaisnet.adapters.state import AdapterTensors, save_for_peft
+from gaisnet.adapters.state import AdapterTensors, save_adapter
+from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config, DevicePrecision, FaultSettings, ModelSettings
 from gaisnet.engines.local import build_network
 from gaisnet.errors import AdapterMismatch, CutError, DataError, UnexpectedMessage
@@ -39,10 +40,11 @@ from gaisnet.models.foundation import Foundation, load_foundation
 from gaisnet.network import ALONE, Network, Scores
 from gaisnet.relay.downward import Distillation, TaskShape
 from gaisnet.relay.upward import Verdict
-from gaisnet.tiers.cloud import MERGED
+from gaisnet.tiers.cloud_model import MERGED
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.edge import Edge
 from gaisnet.tiers.examples import DeviceData, Example, tokenize
+from gaisnet.tiers.writing_model import WritingModel
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 from tests.frames import Frames
 from tests.tiny import (
@@ -116,6 +118,13 @@ def quick(**changes: Any) -> Config:
 def alone(edge: str = "north", **changes: Any) -> Config:
     """One cycle of one edge."""
     return quick(edges=[tiny_edge(edge, "shapes")], cycles=1, **changes)
+
+
+def alone_perplexity(run: Run) -> float:
+    """Of the FM without an adapter."""
+    model = run.network.cloud._model
+    assert isinstance(model, WritingModel)
+    return model.perplexity_before
 
 
 @pytest.fixture(scope="module")
@@ -213,13 +222,14 @@ def merged_and_parts(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Tensor
 def test_the_merged_adapter_is_fitted_to_each_domain_on_its_own_text(finished: Run) -> None:
     cloud, foundation = finished.network.cloud, finished.foundation
     spec, merged = cloud.adapter(MERGED)
-    assert foundation is not None and (spec.rank, spec.alpha) == (2 * 2, 2 * 4)
+    assert foundation is not None and isinstance(spec, LoraSpec) and (spec.rank, spec.alpha) == (2 * 2, 2 * 4)
+    assert isinstance(cloud._model, WritingModel)
     parts = {domain: cloud.adapter(domain)[1] for domain in ("shapes", "tastes")}
     weight = finished.config.absorb.merge.weight
     sums = side_by_side(list(parts.values()), weight)
     whole = side_by_side(list(parts.values()))
     assert all(torch.equal(t, whole[key]) for key, t in merged.items() if ".lora_B." in key)  # they stay
-    texts = {domain: cloud._texts.of[domain] for domain in parts}
+    texts = {domain: cloud._model._texts.of[domain] for domain in parts}
     assert texts["shapes"] != texts["tastes"]
 
     def apart(found: AdapterTensors) -> float:
@@ -324,7 +334,7 @@ def test_scores_through_the_split_are_those_of_the_unsplit_model_with_the_saved_
 ) -> None:
     run = Run(alone(wire=EXACT, tail_layers=tail_layers)).go()
     spec, tensors = run.network.cloud.adapter("shapes")
-    save_for_peft(tmp_path, spec, tensors, "tiny")
+    save_adapter(tmp_path, spec, tensors, "tiny", "model.layers")
     losses = unsplit_losses(tiny_foundation(initializer_range=WEIGHTS), tiny_data(run.config), tmp_path)
     assert run.scores[-1].foundation["shapes"].loss_sum == pytest.approx(sum(losses.values()), rel=1e-5)
 
@@ -336,7 +346,7 @@ def test_scores_of_devices_in_few_bits_are_those_of_models_so_rounded(
     """Heads of different lengths, and a local device, so each has a model of its own."""
     run = Run(alone(wire=EXACT, device_precision=precision, tail_layers=tail_layers)).go()
     spec, tensors = run.network.cloud.adapter("shapes")
-    save_for_peft(tmp_path, spec, tensors, "tiny")
+    save_adapter(tmp_path, spec, tensors, "tiny", "model.layers")
     loss_sum = 0.0
     for _, device in run.config.each_device():
         held = (*range(device.head_layers), *range(NUM_LAYERS - tail_layers, NUM_LAYERS))
@@ -357,14 +367,14 @@ def test_retention_is_the_unsplit_models_perplexity_with_the_saved_adapter(tmp_p
     def perplexity(one: Any) -> float:
         return float(one(ids_BT, labels=ids_BT).loss.exp())
 
-    assert run.network.cloud.perplexity_before == pytest.approx(perplexity(model), rel=1e-5)
-    assert set(run.network.cloud.retention.values()) == {run.network.cloud.perplexity_before}
+    assert alone_perplexity(run) == pytest.approx(perplexity(model), rel=1e-5)
+    assert set(run.network.cloud.retention.values()) == {alone_perplexity(run)}
     run.go()
     spec, tensors = run.network.cloud.adapter("shapes")
-    save_for_peft(tmp_path, spec, tensors, "tiny")
+    save_adapter(tmp_path, spec, tensors, "tiny", "model.layers")
     adapted = PeftModel.from_pretrained(model, str(tmp_path)).eval()
     assert run.network.cloud.retention["shapes"] == pytest.approx(perplexity(adapted), rel=1e-5)
-    assert perplexity(adapted) != pytest.approx(run.network.cloud.perplexity_before, rel=1e-4)
+    assert perplexity(adapted) != pytest.approx(alone_perplexity(run), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +419,7 @@ def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays() -> None:
     cloud = run.network.cloud
     before = {name: cloud.adapter(name)[1] for name in ("shapes", "tastes")}
     run.go()
-    limit = cloud.perplexity_before
+    limit = alone_perplexity(run)
     for verdict in run.verdicts[0][:2]:
         assert not verdict.accepted
         assert str(verdict).startswith(f"refused '{verdict.adapter}': perplexity on public text ")
@@ -433,7 +443,7 @@ def test_an_adapter_over_the_limit_is_plugged_in_weaker_and_its_domain_model_kee
         return Run(config, foundation=foundation_that_knows(PUBLIC_TEXT)).go()
 
     free = run(max_retention_increase=1e9)
-    cost = free.verdicts[0][0].perplexity / free.network.cloud.perplexity_before - 1.0
+    cost = free.verdicts[0][0].perplexity / alone_perplexity(free) - 1.0
     strict = run(max_retention_increase=0.9 * cost)
     verdict, cloud = strict.verdicts[0][0], strict.network.cloud
     assert verdict.accepted and 0.5 <= verdict.share < 1.0
@@ -455,7 +465,7 @@ def test_a_network_that_goes_on_gives_its_domain_models_their_adapters_whole() -
         return Run(config, foundation=foundation_that_knows(PUBLIC_TEXT))
 
     free = run(1e9).go()
-    strict = 0.9 * (free.verdicts[0][0].perplexity / free.network.cloud.perplexity_before - 1.0)
+    strict = 0.9 * (free.verdicts[0][0].perplexity / alone_perplexity(free) - 1.0)
     stopped = run(strict).go()
     assert stopped.verdicts[0][0].share < 1.0
     goes_on = run(strict)
@@ -542,7 +552,8 @@ def test_a_newcomer_starts_with_what_its_domain_has_learned_and_a_relay_of_its_o
     # At the edge it has the other's newest adapter, and differs by its relay.
     assert last.domain["forms"].loss_sum == pytest.approx(last.domain["shapes"].loss_sum, rel=0.1)
     assert last.domain["forms"].loss_sum < run.scores[0].domain["forms"].loss_sum
-    assert cloud.adapter(MERGED)[0].rank == 2 * 2  # only those that learn are in it
+    spec, _ = cloud.adapter(MERGED)
+    assert isinstance(spec, LoraSpec) and spec.rank == 2 * 2  # only those that learn are in it
     assert run.network.evaluate_everywhere(last).domain.keys() == {"shapes", "tastes"}
 
 

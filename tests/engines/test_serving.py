@@ -84,6 +84,7 @@ def answer(served: ServedNetwork, to: Target, ids: list[int]) -> tuple[tuple[str
 def whole(served: ServedNetwork, name: str) -> PreTrainedModel:
     """The FM in one piece, with an adapter as the cloud holds it."""
     spec, tensors = served.network.cloud.adapter(name)
+    assert isinstance(spec, LoraSpec)
     return with_adapters(lively_model(), it=(spec, tensors))
 
 

@@ -20,8 +20,9 @@ from gaisnet.experiments.run import Run, local_build, run_experiment
 from gaisnet.experiments.summary import Summary
 from gaisnet.models.foundation import load_foundation
 from gaisnet.progress import silent
-from gaisnet.tiers.cloud import MERGED
+from gaisnet.tiers.cloud_model import MERGED
 from gaisnet.tiers.examples import tokenize
+from gaisnet.tiers.writing_model import WritingModel
 from gaisnet.transport.ledger import Ledger
 from tests.frames import Frames
 from tests.tiny import tiny_edge, write_tiny_run
@@ -287,7 +288,9 @@ def test_finished_cycles_stay_when_a_later_one_breaks_off(tmp_path: Path) -> Non
         domains = load_domains(config)
         run = Run(config, folder, silent, local_build(config, domains, Ledger), {})
         run.cycle()
-        body = run._network.cloud._teacher._body
+        model = run._network.cloud._model
+        assert isinstance(model, WritingModel)
+        body = model._teacher._body
         (middle, *_) = (index for index in body.indices if index in (2, 3))
         body.get_parameter(f"layers.{middle}.input_layernorm.weight").data[0] = math.inf
         run.cycle()

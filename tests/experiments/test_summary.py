@@ -47,7 +47,10 @@ def test_names_are_those_of_the_issue_and_survive_the_disk(tmp_path: Path) -> No
     text = (tmp_path / "summary.json").read_text(encoding="utf-8")
     measured_later: dict[str, Any] = {"baselines": None, "gap_closed": None, "follows": {}}
     relay = {"medical": {"loss_before": 2.0, "loss_after": 0.5, "kl_before": None, "kl_after": None}}
-    cycles = [{**cycle, "matrix": None, "relay": relay} for cycle in _raw()["cycles"]]
+    cycles = [
+        {**cycle, "matrix": None, "retention": {**cycle["retention"], "drift": None}, "relay": relay}
+        for cycle in _raw()["cycles"]
+    ]
     assert json.loads(text) == {**_raw(), **measured_later, "cycles": cycles}
     assert Summary.model_validate_json(text) == summary
     assert summary.domains == ("medical",)

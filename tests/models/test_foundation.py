@@ -84,7 +84,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["gemma", "gpt2", "bert"])
+@pytest.mark.parametrize("family", ["gemma", "gpt2", "distilbert"])
 def test_a_family_that_cannot_be_cut_is_refused_before_its_weights_are_read(tmp_path: Path, family: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}), encoding="utf-8")
     with pytest.raises(

@@ -45,7 +45,9 @@ KINDS = ["lora", "prompts"]
 
 def class_config(heads: Sequence[int], kind: str = "lora", **changes: Any) -> Config:
     adapters = {"kind": kind, "rank": 2, "alpha": 6, "num_prompts": 4, "first_layer": 3}
-    return cohort_config(heads, adapters=adapters, **changes)
+    devices = [{"name": f"device-{i}", "head_layers": head} for i, head in enumerate(heads)]
+    edges = [{"name": "edge", "domain": "facts", "labels": ["a", "b", "c", "d"], "devices": devices}]
+    return cohort_config(heads, adapters=adapters, **{"edges": edges, **changes})
 
 
 def inputs_of(family: str) -> list[Tensor]:

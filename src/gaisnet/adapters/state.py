@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gaisnet.adapters.prompts import PromptSpec
-from gaisnet.adapters.tuning import LoraSpec, parameters_of
+from gaisnet.adapters.tuning import AdapterSpec, LoraSpec, parameters_of
 from gaisnet.errors import AdapterMismatch
 
 AdapterTensors = dict[str, Tensor]
@@ -47,6 +47,16 @@ def check_same_shapes(name: str, expected: Mapping[str, Tensor], found: Mapping[
             raise AdapterMismatch(name, f"'{key}' of shape {tuple(expected[key].shape)}", f"{tuple(tensor.shape)}")
         if not torch.isfinite(tensor).all():
             raise AdapterMismatch(name, f"finite numbers in '{key}'", "NaN or infinity")
+
+
+def save_adapter(
+    folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], base_model: str, layers_path: str
+) -> None:
+    """Write an adapter of any kind; arguments as for ``save_for_peft``."""
+    if isinstance(spec, PromptSpec):
+        save_prompts(folder, spec, tensors, base_model)
+    else:
+        save_for_peft(folder, spec, tensors, base_model, layers_path)
 
 
 def save_for_peft(

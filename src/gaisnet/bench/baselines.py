@@ -22,7 +22,7 @@ from gaisnet.experiments.data import DomainData, load_domains, public_text
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import hold_against, kept_config, kept_summary
 from gaisnet.experiments.summary import Baselines, Summary
-from gaisnet.models.foundation import load_foundation
+from gaisnet.models.foundation import load_foundation, read_config
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.examples import Tokens
@@ -47,7 +47,7 @@ def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
     Raises:
         NothingToResume: There is no run.
         ConfigError: It has not finished a cycle.
-        GaisnetError: What keeps a model or the examples from being loaded.
+        GaisnetError: What keeps a model or the examples from being loaded, or the model is an encoder.
     """
     with RunFolder.resume(out) as folder:
         config, summary = kept_config(folder), kept_summary(folder)
@@ -55,6 +55,7 @@ def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
         learning = [edge.domain for edge in config.learning_edges()]
         if not cycles:
             raise ConfigError(f"baselines of '{out}'", "it has not finished a cycle", f"gaisnet run --resume {out}")
+        read_config(config.model)  # an encoder is refused: it completes nothing
         at_once, found = _with_all_passes(config, cycles), summary.baselines
         if found is None or found.cycles != cycles:
             found = Baselines(cycles=cycles)

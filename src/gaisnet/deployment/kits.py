@@ -9,7 +9,7 @@ from gaisnet.deployment.site import CLOUD, Role, Site, write_site
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
 from gaisnet.errors import OutputInUse
 from gaisnet.experiments.data import load_public
-from gaisnet.models.foundation import load_tokenizer
+from gaisnet.models.foundation import load_tokenizer, reads_text
 
 _NETWORK = "gaisnet"
 _START = """#!/usr/bin/env bash
@@ -34,14 +34,15 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
         raise OutputInUse(out, "is not empty")
     for edge in config.edges:
         load_public(edge, config)  # a missing package is better met here than by every device
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model) if reads_text(config.model) else None
     config = _with_ports(config)
     made = provision(_addresses(config), out)
     made.pop(ADMIN).rename(made[CLOUD] / ADMIN)
     for name, folder in made.items():
         _finish(folder, Site(role=_role(config, name), name=name, config=config))
-    for _, device in config.each_device():
-        tokenizer.save_pretrained(made[device.name] / "tokenizer")
+    if tokenizer is not None:
+        for _, device in config.each_device():
+            tokenizer.save_pretrained(made[device.name] / "tokenizer")
     return made
 
 

@@ -25,7 +25,7 @@ from gaisnet.engines.nvflare.kit import ORDERS
 from gaisnet.engines.services import Front
 from gaisnet.engines.serving import machine_turn
 from gaisnet.errors import UnexpectedMessage
-from gaisnet.experiments.data import load_device, load_public
+from gaisnet.experiments.data import load_device, load_public, public_inputs
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import carry_out
 from gaisnet.experiments.summary import Summary
@@ -116,7 +116,7 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
     """
     site = read_site(folder, CLOUD)
     config = site.config
-    public = {edge.domain: load_public(edge, config) for edge in config.edges}
+    public, inputs = {edge.domain: load_public(edge, config) for edge in config.edges}, public_inputs(config)
     watched = Watched()
     with ExitStack() as opened:
         service = SiteService(config.service, config.faults.away_s)
@@ -128,7 +128,7 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
 
             def build(foundation: Foundation, text: str, progress: Progress) -> Network:
                 shapes = {name: one.shape for name, one in public.items()}
-                cloud = Cloud(foundation, config, shapes, text, progress, service.outlet)
+                cloud = Cloud(foundation, config, shapes, text, progress, service.outlet, inputs)
                 return _cloud_network(site, folder, cloud, service, watched, keeper, opened)
 
             majorities = {name: one.majority for name, one in public.items()}
@@ -227,7 +227,7 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
     """
     site = read_site(folder, "device")
     config, codec, watched = site.config, Codec(site.config.wire), Watched()
-    tokenizer = read_tokenizer(folder / "tokenizer")
+    tokenizer = read_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
     answers = _Answers(codec)
     turn = machine_turn(config.service)
     data, learns = load_device(config, site.name), site.edge.follows is None

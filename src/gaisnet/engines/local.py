@@ -1,8 +1,8 @@
 """All tiers in one process, over links that still turn every message into bytes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.models.foundation import Foundation
@@ -12,7 +12,7 @@ from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.cloud import Cloud
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.edge import Edge
-from gaisnet.tiers.examples import DeviceData
+from gaisnet.tiers.examples import DeviceData, Input
 from gaisnet.tiers.outlet import NoOutlet, Outlet
 from gaisnet.tiers.stock import Stock
 from gaisnet.transport.codec import Codec
@@ -62,24 +62,28 @@ def build_network(
     config: Config,
     foundation: Foundation,
     shapes: Mapping[str, TaskShape],
-    data: Mapping[str, DeviceData],
+    data: Mapping[str, DeviceData[Any]],
     retention_text: str,
     progress: Progress = silent,
     new_ledger: Callable[[], Ledger] = Ledger,
+    public_inputs: Sequence[Input] = (),
 ) -> Network:
     """Cloud, edges and devices of a run, joined by local links; arguments as for ``build_tiers``."""
-    return build_tiers(config, foundation, shapes, data, retention_text, progress, new_ledger, NoOutlets()).network
+    return build_tiers(
+        config, foundation, shapes, data, retention_text, progress, new_ledger, NoOutlets(), public_inputs
+    ).network
 
 
 def build_tiers(
     config: Config,
     foundation: Foundation,
     shapes: Mapping[str, TaskShape],
-    data: Mapping[str, DeviceData],
+    data: Mapping[str, DeviceData[Any]],
     retention_text: str,
     progress: Progress,
     new_ledger: Callable[[], Ledger],
     outlets: Outlets,
+    public_inputs: Sequence[Input] = (),
 ) -> Tiers:
     """Cloud, edges and devices of a run, joined by local links.
 
@@ -88,10 +92,11 @@ def build_tiers(
         foundation: The foundation model.
         shapes: What is public about each domain's task, by domain.
         data: Private examples, by device.
-        retention_text: Public text to watch general ability with.
+        retention_text: Public text to watch general ability with; of no use to an encoder.
         progress: Told about every step.
         new_ledger: Makes what counts the bytes, one per site that asks others.
         outlets: Where bodies and adapters are served.
+        public_inputs: Of an encoder, in place of public text: unlabelled texts or images.
 
     Raises:
         GaisnetError: Something does not fit, before any work.
@@ -99,10 +104,10 @@ def build_tiers(
     codec, turn = Codec(config.wire), outlets.turn
     stock = Stock(config, turn)
     devices = {  # first: they check their examples, the cloud works for seconds
-        one.name: Device(one, config, foundation.tokenizer, data[one.name], progress, turn, stock, not edge.follows)
+        one.name: Device(one, config, foundation.reader, data[one.name], progress, turn, stock, not edge.follows)
         for edge, one in config.each_device()
     }
-    cloud = Cloud(foundation, config, shapes, retention_text, progress, outlets.cloud())
+    cloud = Cloud(foundation, config, shapes, retention_text, progress, outlets.cloud(), public_inputs)
     cloud_ledger = new_ledger()
 
     def edge_of(settings: EdgeSettings) -> Edge:

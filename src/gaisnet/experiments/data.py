@@ -1,20 +1,20 @@
 """Every device's examples: read from its folder, or dealt out of a built-in data set, skewed by label."""
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from gaisnet.config import AbsorbSettings, Config, EdgeSettings
 from gaisnet.errors import DataError
 from gaisnet.experiments.domains import BUILT_IN, Drawn, domain_seed, draw_builtin
+from gaisnet.experiments.jsonl import read_examples, read_inputs
 from gaisnet.relay.downward import TaskShape
-from gaisnet.tiers.examples import DeviceData, Example
+from gaisnet.tiers.examples import DeviceData, Example, Input, Labelled
 
 # How often the proportions are drawn again because a device would have got nothing. A skew at which so many draws
 # fail is one that the number of examples cannot show.
@@ -31,7 +31,7 @@ class DomainData:
 
     template: str | None
     labels: tuple[str, ...]
-    devices: dict[str, DeviceData]
+    devices: dict[str, DeviceData[Any]]
 
 
 def load_domains(config: Config) -> dict[str, DomainData]:
@@ -56,7 +56,7 @@ def load_public(edge: EdgeSettings, config: Config) -> Public:
     return Public(TaskShape(domain.template, domain.labels), majority(domain))
 
 
-def load_device(config: Config, name: str) -> DeviceData:
+def load_device(config: Config, name: str) -> DeviceData[Any]:
     """The examples of one device, and of no other where they are its own. Raises ``DataError``."""
     edge, device = next((edge, device) for edge, device in config.each_device() if device.name == name)
     return _load_edge(edge, config).devices[name] if device.data is None else _read_device(device.data, name, edge)
@@ -154,55 +154,14 @@ def partition(
     return parts
 
 
-def _read_device(folder: Path, name: str, edge: EdgeSettings) -> DeviceData:
-    train = () if edge.follows else _read_jsonl(folder / "train.jsonl", name)
-    return DeviceData(train, _read_jsonl(folder / "test.jsonl", name))
+def _read_device(folder: Path, name: str, edge: EdgeSettings) -> DeviceData[Any]:
+    train: tuple[Example | Labelled, ...] = () if edge.follows else read_examples(folder / "train.jsonl", name)
+    return DeviceData(train, read_examples(folder / "test.jsonl", name))
 
 
-def _read_jsonl(path: Path, owner: str) -> tuple[Example, ...]:
-    asked = f"examples '{path}' of device '{owner}'"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(asked, "there is no such file", "put train.jsonl and test.jsonl in the data folder") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(asked, f"cannot be read ({error})", "write it as UTF-8 text that this user can read") from error
-    # Not splitlines, which also splits at characters that JSON allows within a string.
-    lines = [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise DataError(asked, "device without examples", "write at least one line of prompt and completion")
-    return tuple(_parse_line(line, f"{path}, line {i}") for i, line in lines)
-
-
-def _parse_line(line: str, where: str) -> Example:
-    do = 'write {"prompt": "...", "completion": "..."}'
-    try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(where, f"is not valid JSON ({error})", do) from error
-    if not isinstance(raw, dict):
-        raise DataError(where, f"is a {type(raw).__name__}, not an object", do)
-    missing, unknown = {"prompt", "completion"} - raw.keys(), raw.keys() - {"prompt", "completion"}
-    if missing:
-        raise DataError(where, f"lacks {_quoted(missing)}", do)
-    if unknown:
-        raise DataError(where, f"has unknown keys: {_quoted(unknown)}", do)
-    for key, value in raw.items():
-        _check_text(key, value, where)
-    return Example(raw["prompt"], raw["completion"])
-
-
-def _check_text(key: str, value: object, where: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(where, f"'{key}' is a {type(value).__name__}", "write a string")
-    if not value.strip():
-        raise DataError(where, f"'{key}' is empty", "write some text, or remove the line")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(where, f"'{key}' holds half of a surrogate pair", "write the whole character")
-
-
-def _quoted(names: set[str]) -> str:
-    return ", ".join(f"'{name}'" for name in sorted(names))
+def public_inputs(config: Config) -> tuple[Input, ...]:
+    """What the cloud may show an encoder, if the configuration names a file of it. Raises ``DataError``."""
+    return () if config.model.public_inputs is None else read_inputs(config.model.public_inputs)
 
 
 def public_text(settings: AbsorbSettings) -> str:
@@ -229,9 +188,13 @@ def retention_text(num_chars: int) -> str:
 
 
 def majority(domain: DomainData) -> float:
-    """Share of a domain's held-out examples, all devices together, that have the commonest of their completions.
+    """Share of a domain's held-out examples, all devices together, that have the commonest completion or label.
 
     It is the accuracy of always naming that one: what a model must beat to have learned anything.
     """
-    counts = Counter(example.completion for data in domain.devices.values() for example in data.test)
+    counts = Counter(_answer(example) for data in domain.devices.values() for example in data.test)
     return max(counts.values()) / counts.total()
+
+
+def _answer(example: Example | Labelled) -> str:
+    return example.label if isinstance(example, Labelled) else example.completion

@@ -198,7 +198,8 @@ def cycle_scalars(cycle: Cycle) -> dict[str, float]:
         for domain, score in scores.items():
             scalars[f"accuracy/{body}/{domain}"] = score.accuracy
             scalars[f"loss/{body}/{domain}"] = score.loss
-    scalars["retention/perplexity"] = cycle.retention.perplexity
+    costs = {"perplexity": cycle.retention.perplexity, "drift": cycle.retention.drift}
+    scalars |= {f"retention/{tag}": value for tag, value in costs.items() if value is not None}
     scalars |= {f"retention/adapters/{name}": value for name, value in cycle.retention.adapters.items()}
     for link, traffic in (("device_edge", cycle.bytes.device_edge), ("edge_cloud", cycle.bytes.edge_cloud)):
         scalars |= {f"bytes/{link}/up": traffic.up, f"bytes/{link}/down": traffic.down}

@@ -3,7 +3,7 @@
 Whatever a user named is escaped. The same summary gives the same bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 
 import yaml
@@ -40,7 +40,7 @@ from gaisnet.experiments.table import (
     unit_bytes,
 )
 from gaisnet.network import ALONE
-from gaisnet.tiers.cloud import MERGED
+from gaisnet.tiers.cloud_model import MERGED
 
 CSS = """
 :root{color-scheme:light dark;--ink:#1d2329;--dim:#59636e;--paper:#fff;--card:#f6f7f9;--edge:#d9dee4}
@@ -66,6 +66,19 @@ details{margin-top:2.5rem}summary{cursor:pointer;font-weight:600}
 pre{overflow:auto;padding:1rem;background:var(--card);border:1px solid var(--edge);border-radius:10px;font-size:.85rem}
 @media print{figure,section{break-inside:avoid}}
 """
+
+_PERPLEXITY = (
+    "Perplexity is how surprised the FM is by public text that no domain trains on: where it rises, the FM forgets "
+    "what it knew, and the gate weakens or refuses an adapter above its limit."
+)
+_DRIFT = (
+    "How far an adapter moves what the FM makes of public inputs, before any classifier. There is no limit: the FM "
+    "alone stays as it was, and other domains have adapters of their own."
+)
+_NOT_MEASURED = (
+    "The FM writes no text, and the cloud has no public inputs (model.public_inputs), so nothing was measured: the "
+    "gate looked at the shape of adapters and at their numbers."
+)
 
 
 def render_report(summary: Summary) -> str:
@@ -120,7 +133,7 @@ def _down_flow(summary: Summary) -> str:
         relay = _relay_lines(summary, name)
         panels.append((name, _accuracy_svg(summary, f"Down flow, {name}", lines, relay)))
     note = (
-        "Accuracy is the share of a domain's held-out examples that the DM at the edge completes exactly; the FM at "
+        "Accuracy is the share of a domain's held-out examples that the DM at the edge gets exactly right; the FM at "
         "the start is what the cloud's model could do before anything was trained."
     )
     if relay:
@@ -154,43 +167,70 @@ def _up_flow(summary: Summary) -> str:
         merged = [accuracy(cycle.merged, name) for cycle in summary.cycles]
         lines = [
             Line("FM with the domain's adapter", own, VERMILION, marker="o"),
-            Line("FM with the merged adapter", merged, PURPLE, "--", "s"),
+            *([Line("FM with the merged adapter", merged, PURPLE, "--", "s")] if any(merged) else []),
             Line("FM at entry 0", own[:1], INK, ":"),
             Line("majority: always the commonest class", [summary.majority.get(name)], GREEN, ":"),
         ]
         panels.append((name, _accuracy_svg(summary, f"Up flow, {name}", lines, [])))
     note = (
-        "Accuracy is the share of the same held-out examples that the FM in the cloud completes exactly, with the "
-        "adapter that the domain's devices trained, and with the one adapter merged from all domains. Entry 0 was "
+        "Accuracy is the share of the same held-out examples that the FM in the cloud gets exactly right, with "
+        "the adapter that the domain's devices trained, and with the one adapter merged from all domains, where there "
+        "is one. Entry 0 was "
         "measured before training; majority is the score of always naming the commonest class."
     )
     return _section("Up flow: the domains make the foundation model better", lines, panels, note)
 
 
 def _retention(summary: Summary) -> str:
-    start = summary.cycles[0].retention.perplexity
-    names = dict.fromkeys(name for cycle in summary.cycles for name in cycle.retention.adapters)
-    worst = [cycle.retention.perplexity for cycle in summary.cycles]
-    lines = [Line("largest over the domain adapters", worst, INK, "-", "o", "{:.2f}".format)]
-    for index, name in enumerate(names):
-        # Before the first cycle there is no adapter: each curve starts from the FM alone.
-        values = [start, *(cycle.retention.adapters.get(name) for cycle in summary.cycles[1:])]
-        colour, marker = PALETTE[index % len(PALETTE)], "s^D"[index % 3]
-        lines.append(Line(f"with the adapter '{name}'", values, colour, "--", marker, "{:.2f}".format))
-    increase = _setting(summary, "absorb", "max_retention_increase")
-    if isinstance(increase, int | float):
-        limit = start * (1 + increase)
-        lines.append(Line(f"limit of the gate (+{100 * increase:g} %)", [limit], VERMILION, ":", "", "{:.2f}".format))
-    svg = lines_svg("Retention", _numbers(summary), [Plot(lines, "perplexity")])
-    note = (
-        "Perplexity is how surprised the FM is by public text that no domain trains on: where it rises, the FM forgets "
-        "what it knew, and the gate weakens or refuses an adapter above its limit."
+    last = summary.cycles[-1].retention
+    if last.perplexity is not None:
+        lines, unit, note = _perplexities(summary), "perplexity", _PERPLEXITY
+    elif last.drift is not None:
+        lines, unit, note = _drifts(summary), "share of their length", _DRIFT
+    else:
+        lines, unit, note = [], "", _NOT_MEASURED
+    panels = (
+        [("", lines_svg("Retention", _numbers(summary), [Plot(lines, unit, in_percent=last.perplexity is None)]))]
+        if lines
+        else []
     )
     said = [f"<li>Cycle {cycle.cycle}: {escape(line)}</li>" for cycle in summary.cycles for line in cycle.gate]
     extra = (
         f'<div><h3>What the gate said, and what fell</h3><ul class="said">{"".join(said)}</ul></div>' if said else ""
     )
-    return _section("Retention", lines, [("", svg)], note, extra)
+    return _section("Retention", lines, panels, note, extra)
+
+
+def _perplexities(summary: Summary) -> list[Line]:
+    start = summary.cycles[0].retention.perplexity
+    worst = [cycle.retention.perplexity for cycle in summary.cycles]
+    lines = [Line("largest over the domain adapters", worst, INK, "-", "o", "{:.2f}".format)]
+    # Before the first cycle there is no adapter: each curve starts from the FM alone.
+    lines += _with_adapters(summary, lambda name: start, "{:.2f}".format)
+    increase = _setting(summary, "absorb", "max_retention_increase")
+    if isinstance(increase, int | float) and start is not None:
+        limit = start * (1 + increase)
+        lines.append(Line(f"limit of the gate (+{100 * increase:g} %)", [limit], VERMILION, ":", "", "{:.2f}".format))
+    return lines
+
+
+def _drifts(summary: Summary) -> list[Line]:
+    worst = [cycle.retention.drift for cycle in summary.cycles]
+    return [
+        Line("largest over the domain adapters", worst, INK, "-", "o"),
+        *_with_adapters(summary, summary.cycles[0].retention.adapters.get, percent),
+    ]
+
+
+def _with_adapters(
+    summary: Summary, start: Callable[[str], float | None], show: Callable[[float], str]
+) -> Iterator[Line]:
+    """A curve for each adapter."""
+    names = dict.fromkeys(name for cycle in summary.cycles for name in cycle.retention.adapters)
+    for index, name in enumerate(names):
+        values = [start(name), *(cycle.retention.adapters.get(name) for cycle in summary.cycles[1:])]
+        colour, marker = PALETTE[index % len(PALETTE)], "s^D"[index % 3]
+        yield Line(f"with the adapter '{name}'", values, colour, "--", marker, show)
 
 
 def _against(summary: Summary) -> str:

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from gaisnet.adapters.state import save_for_peft
+from gaisnet.adapters.state import save_adapter
 from gaisnet.config import Config, parse_config
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ConfigError, NothingToResume
-from gaisnet.experiments.data import DomainData, load_domains, majority, public_text
+from gaisnet.experiments.data import DomainData, load_domains, majority, public_inputs, public_text
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.summary import (
     Baselines,
@@ -33,7 +33,6 @@ from gaisnet.network import Network, Scores
 from gaisnet.overrides import with_overrides
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
-from gaisnet.tiers.cloud import MERGED
 from gaisnet.transport.ledger import Ledger, LinkKind
 
 T = TypeVar("T")
@@ -116,8 +115,9 @@ def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: C
     """All tiers in this process."""
     data = {name: data for domain in domains.values() for name, data in domain.devices.items()}
     shapes = {name: TaskShape(domain.template, domain.labels) for name, domain in domains.items()}
+    inputs = public_inputs(config)
     return lambda foundation, text, progress: build_network(
-        config, foundation, shapes, data, text, progress, new_ledger
+        config, foundation, shapes, data, text, progress, new_ledger, inputs
     )
 
 
@@ -154,7 +154,8 @@ class Run:
         self._seconds: dict[str, float] = {}
         progress("load", 0, 2, {})
         foundation = load_foundation(config.model)
-        self._base_model = foundation.name
+        self._base_model, self._layers_path = foundation.name, foundation.family.layers_path
+        self._writes = not foundation.family.is_encoder
         progress("load", 1, 2, {})
         self._network = build(foundation, public_text(config.absorb), self._note)
         self._seen = self._network.traffic()
@@ -243,9 +244,11 @@ class Run:
         )
 
     def _retention(self) -> Retention:
-        cloud = self._network.cloud
-        worst = max(cloud.retention[name] for name in self._domains)
-        return Retention(perplexity=worst, adapters=dict(cloud.retention))
+        cost = self._network.cloud.retention
+        worst = max((cost[name] for name in self._domains), default=None) if cost else None
+        if self._writes:
+            return Retention(perplexity=worst, adapters=dict(cost))
+        return Retention(drift=worst, adapters=dict(cost))
 
     def _traffic(self) -> LinkBytes:
         """Bytes since the entry before; entry 0 holds what was sent once, at the start."""
@@ -267,9 +270,10 @@ class Run:
 
     def _write(self) -> None:
         """Summary, report and adapters as of now; then the checkpoint, so that whoever goes on from it has them all."""
-        for name in (*self._domains, MERGED):
-            spec, tensors = self._network.cloud.adapter(name)
-            save_for_peft(self._folder.adapters_dir / name, spec, tensors, self._base_model)
+        cloud = self._network.cloud
+        for name in cloud.adapters:
+            spec, tensors = cloud.adapter(name)
+            save_adapter(self._folder.adapters_dir / name, spec, tensors, self._base_model, self._layers_path)
         self._folder.write_summary(self.summary)
         self._folder.write_report(self.summary)
         network, tensors = self._network.state()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gaisnet.config import Config
 from gaisnet.engines.serving import ServedNetwork, build_served_network
+from gaisnet.errors import ConfigError
 from gaisnet.experiments.data import load_domains
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import Run, kept_config, majorities
@@ -109,6 +110,9 @@ def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[S
     served: list[ServedRun] = []
 
     def build(foundation: Foundation, text: str, note: Progress) -> Network:
+        if foundation.family.is_encoder:
+            found = "its foundation model is an encoder, which tells classes apart and writes no text"
+            raise ConfigError(f"answers of the run in '{folder.path}'", found, "serve a run of a decoder")
         bodies = build_served_network(config, foundation, shapes, data, text, note)
         made.append((foundation, bodies))
         return bodies.network

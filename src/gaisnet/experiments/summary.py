@@ -36,7 +36,9 @@ class DeviceFigures(Record):
 class Score(Record):
     """How one body does on one domain's held-out examples, over all devices of the domain."""
 
-    accuracy: float = Field(ge=0.0, le=1.0, description="Share of greedy completions that match exactly.")
+    accuracy: float = Field(
+        ge=0.0, le=1.0, description="Share of greedy completions, or of classes, that match exactly."
+    )
     loss: float = Field(description="Mean cross-entropy per labelled token.")
     num_examples: int = Field(ge=0, description="Held-out examples behind both.")
 
@@ -51,9 +53,18 @@ class Matrix(Record):
 
 
 class Retention(Record):
-    """Perplexity of the FM on public text that no domain trains on; lower is better."""
+    """What adapters cost the FM in general ability; lower is better. All empty where nothing public shows it."""
 
-    perplexity: float = Field(description="Largest over the domain adapters; of the FM alone at entry 0.")
+    perplexity: float | None = Field(
+        None,
+        description="Of an FM that writes, on public text that no domain trains on: largest over the domain adapters; "
+        "of the FM alone at entry 0.",
+    )
+    drift: float | None = Field(
+        None,
+        description="Of an encoder, how far its features of public inputs move, as a share of their length: largest "
+        "over the domain adapters.",
+    )
     adapters: dict[str, float] = Field(default_factory=dict, description="With each adapter plugged in, by its name.")
 
 
@@ -100,7 +111,9 @@ class Cycle(Record):
     cycle: int = Field(ge=0)
     foundation: dict[str, Score] = Field(description="The FM with the domain's adapter, by domain.")
     domain: dict[str, Score] = Field(description="The DM of the domain, by domain.")
-    merged: dict[str, Score] = Field(description="The FM with the merged adapter, by domain.")
+    merged: dict[str, Score] = Field(
+        description="The FM with the merged adapter, by domain; empty where there is none, as with an encoder."
+    )
     matrix: Matrix | None = Field(None, description="Where evaluate.everywhere is set.")
     retention: Retention
     bytes: LinkBytes
@@ -193,6 +206,7 @@ class Summary(Record):
             body: {
                 name: _gap(first[body][name].accuracy, last[body][name].accuracy, bound)
                 for name, bound in pooled.items()
+                if name in last[body]
             }
             for body in GapClosed.model_fields
         }

@@ -83,11 +83,9 @@ def against_rows(summary: Summary) -> list[tuple[str, list[str]]]:
 
 def closing_captions(summary: Summary) -> list[str]:
     """The lines under the table: retention, bytes, seconds, and what the largest device holds."""
-    first, last = summary.cycles[0].retention.perplexity, summary.cycles[-1].retention.perplexity
-    change = f"{last / first - 1:+.1%}".replace("%", " %") if first else MISSING
     seconds = sum(sum(cycle.seconds.model_dump().values()) for cycle in summary.cycles)
     return [
-        f"Retention: the FM's perplexity on public text went from {first:.2f} to {last:.2f} ({change})",
+        f"Retention: {_retention(summary)}",
         f"Bytes, device–edge: {_both_ways([cycle.bytes.device_edge for cycle in summary.cycles])}; "
         f"edge–cloud: {_both_ways([cycle.bytes.edge_cloud for cycle in summary.cycles])}",
         f"Wall time: {human_seconds(seconds)}",
@@ -95,6 +93,16 @@ def closing_captions(summary: Summary) -> list[str]:
         *_newcomers(summary),
         *(f"A round went on without a device: {fault}" for cycle in summary.cycles for fault in cycle.faults),
     ]
+
+
+def _retention(summary: Summary) -> str:
+    first, last = summary.cycles[0].retention.perplexity, summary.cycles[-1].retention
+    if first is not None and last.perplexity is not None:
+        change = f"{last.perplexity / first - 1:+.1%}".replace("%", " %") if first else MISSING
+        return f"the FM's perplexity on public text went from {first:.2f} to {last.perplexity:.2f} ({change})"
+    if last.drift is not None:
+        return f"adapters move the FM's features of public inputs by {percent(last.drift)} of their length at most"
+    return "not measured; the FM writes no text, and the cloud has no public inputs"
 
 
 def _newcomers(summary: Summary) -> list[str]:

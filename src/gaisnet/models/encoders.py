@@ -82,9 +82,16 @@ class EncoderBody(Body):
         if self.classifier is None:
             found = "it has no classifier, for it was made for no task"
             raise ModelError(self.config.model_type, found, "put an adapter in that has one")
+        return cast(Tensor, self.classifier(self.features(rows_ND)))
+
+    def features(self, rows_ND: Tensor) -> Tensor:
+        """What a classifier sees of the last layer's output at [CLS] rows, [N, D] both."""
         # A norm takes any rows; a pooler takes the first one of each sequence, and here that is all there is of it.
-        ended_ND = self.ending(rows_ND[:, None]).flatten(1)
-        return cast(Tensor, self.classifier(ended_ND))
+        return cast(Tensor, self.ending(rows_ND[:, None]).flatten(1))
+
+    def for_owners(self, rows_ND: Tensor) -> Tensor:
+        """What goes to the owners of [CLS] rows [N, D]: logits [N, C]. Raises as ``classify``."""
+        return self.classify(rows_ND)
 
 
 def first_rows(hidden_BTD: Tensor) -> Tensor:

@@ -166,6 +166,11 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
+def check_supported(config: PretrainedConfig, asked: str) -> None:
+    """Raise ``ModelError`` unless ``config`` is of a family that can be cut."""
+    (check_encoder if config.model_type in ENCODERS else check_family)(config, asked)
+
+
 def check_family(config: PretrainedConfig, asked: str) -> None:
     """Raise ``ModelError`` unless ``config`` is a decoder's, of a family that can be cut."""
     if config.model_type not in LLAMA_SHAPED:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -28,7 +29,7 @@ from transformers import (
 
 from gaisnet.config import ModelSettings
 from gaisnet.errors import MissingPackage, ModelError
-from gaisnet.models.families import Decoder, check_family
+from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -37,20 +38,45 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Foundation:
-    """The FM with its tokenizer; weights frozen, in eval mode."""
+    """The FM with what makes token ids of text; weights frozen, in eval mode.
+
+    Attributes:
+        name: What it is called.
+        model: As transformers has it.
+        reader: Its tokenizer; None where it takes images.
+    """
 
     name: str
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    reader: PreTrainedTokenizerBase | None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer. Raises ``ModelError`` where it has none."""
+        if self.reader is None:
+            raise ModelError(self.name, "it takes images, so it has no tokenizer", "use a model of text")
+        return self.reader
+
+    @property
+    def family(self) -> Family:
+        """Of the model."""
+        return family_of(self.model.config)
 
     @property
     def decoder(self) -> Decoder:
-        """The parts of the model by name."""
+        """The parts of the model by name. Raises ``ModelError`` where it is no decoder."""
         return Decoder(self.model)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The parts of the model by name. Raises ``ModelError`` where it is no encoder."""
+        return Encoder(self.model)
 
 
 def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
     """Load the FM in ``settings.dtype`` on ``settings.device``. Raises ``ModelError`` or ``MissingPackage``.
+
+    Of an encoder what it was made for is left out, for every domain has a classifier of its own.
 
     Args:
         settings: Which model, and how it is held.
@@ -58,12 +84,13 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
     """
     source = _converted(_locate(settings.foundation), settings.foundation)
     try:
-        check_family(AutoConfig.from_pretrained(source), settings.foundation)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, settings.dtype), output_loading_info=True
+        config = AutoConfig.from_pretrained(source)
+        check_supported(config, settings.foundation)
+        loaded: Any = _class_of(config).from_pretrained(
+            source, dtype=getattr(torch, settings.dtype), output_loading_info=True, **_without(config)
         )
         model, report = loaded
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        reader = AutoTokenizer.from_pretrained(source) if _reads_text(config) else None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             settings.foundation, f"cannot be loaded ({error})", "give a hub id, a model folder or a .gguf file"
@@ -71,7 +98,7 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
     if report["missing_keys"]:  # transformers has filled them with random numbers
         found = f"its files lack weights, the first is '{sorted(report['missing_keys'])[0]}'"
         raise ModelError(settings.foundation, found, "download the model again")
-    if tokenizer.eos_token_id is None:
+    if reader is not None and reader.eos_token_id is None and not family_of(config).is_encoder:
         raise ModelError(
             settings.foundation, "its tokenizer has no end-of-sequence token", "set eos_token in its files"
         )
@@ -79,7 +106,20 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
     if not plain:
         freeze_linears(model)
     nn.Module.to(model, _device(settings))
-    return Foundation(settings.foundation, model, tokenizer)
+    return Foundation(settings.foundation, model, reader)
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    return AutoModel if family_of(config).is_encoder else AutoModelForCausalLM
+
+
+def _without(config: PretrainedConfig) -> dict[str, Any]:
+    """A ViT's pooler is no part of it: its classifier sees the last norm's output, and few files have one."""
+    return {} if _reads_text(config) else {"add_pooling_layer": False}
+
+
+def _reads_text(config: PretrainedConfig) -> bool:
+    return hasattr(config, "vocab_size")
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -87,14 +127,24 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return read_tokenizer(Path(_converted(_locate(settings.foundation), settings.foundation)), settings.foundation)
 
 
+def reads_text(settings: ModelSettings) -> bool:
+    """Whether the FM takes text, and so has a tokenizer. Raises ``ModelError`` or ``MissingPackage``."""
+    return _reads_text(_config_of(settings))
+
+
 def read_config(settings: ModelSettings) -> PretrainedConfig:
-    """The FM's shape, without its weights. Raises ``ModelError`` or ``MissingPackage``."""
+    """A decoder's shape, without its weights. Raises ``ModelError`` or ``MissingPackage``."""
+    config = _config_of(settings)
+    check_family(config, settings.foundation)
+    return config
+
+
+def _config_of(settings: ModelSettings) -> PretrainedConfig:
     source = _converted(_locate(settings.foundation), settings.foundation)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ModelError(settings.foundation, f"has no configuration ({error})", "give a model folder") from error
-    check_family(config, settings.foundation)
     return config
 
 

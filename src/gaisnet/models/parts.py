@@ -216,6 +216,10 @@ class Body(Layers):
         """Body output [B, T, D] of smashed data [B, T, D] that stopped where this body begins."""
         return self.run(hidden_BTD, cache=cache, attention_mask_BT=attention_mask_BT)
 
+    def for_owners(self, rows_ND: Tensor) -> Tensor:
+        """What goes to the owners of rows [N, D] of the last layer's output: they themselves."""
+        return rows_ND
+
 
 class Tail(nn.Module):
     """A device's last part: the last layers, the last norm and the vocabulary head. Body output in, logits out."""

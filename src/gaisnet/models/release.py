@@ -9,7 +9,7 @@ their scales beside them. What a device holds in few bits has ``weight.codes`` a
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from gaisnet.models.families import (
     Family,
     check_encoder,
     check_family,
+    check_supported,
     empty_decoder,
     empty_encoder,
     family_of,
@@ -55,7 +56,7 @@ def release_model(
     return _released(decoder, body, outer, int8_layers, tensors)
 
 
-def release_encoder(encoder: Encoder, body: EncoderBody, int8_layers: Iterable[int], last_cut: int) -> ModelRelease:
+def release_encoder(encoder: Encoder, body: Body, int8_layers: Iterable[int], last_cut: int) -> ModelRelease:
     """The same of an encoder's DM, taken before adapters are on its body."""
     tensors = {**_named(encoder.embeddings, _ENCODER_EMBEDDINGS), **_named(encoder.ending, _ENDING)}
     if encoder.classifier is not None:
@@ -101,6 +102,32 @@ def rounded(release: ModelRelease, layers: Iterable[int], precision: DevicePreci
         else:
             tensors[name] = tensor
     return replace(release, precision=precision, tensors=tensors)
+
+
+class Released(Protocol):
+    """Builds parts of a model, whatever its family. All raise ``ModelError`` where a tensor is missing or misshapen."""
+
+    config: PretrainedConfig
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the FM."""
+
+    @property
+    def family(self) -> Family:
+        """Of the FM."""
+
+    def outer(self, cut: CutLayers) -> tuple[Head | EncoderHead, Tail | None]:
+        """What a device holds; no tail where the body goes to the end of the model."""
+
+    def body(self, first: int, stop: int | None = None) -> Body:
+        """The DM's kept layers in [first, stop), or to the end."""
+
+
+def released(release: ModelRelease) -> Released:
+    """What builds the parts of a release. Raises ``ModelError`` if it cannot be read, or is of no family we know."""
+    config = _read_config(release.config_json, check_supported)
+    return ReleasedEncoder(release) if family_of(config).is_encoder else ReleasedModel(release)
 
 
 class _Released:
@@ -152,12 +179,18 @@ class ReleasedModel(_Released):
         freeze_linears(empty.layers, empty.lm_head)
         super().__init__(release, empty, type(empty.rotary_emb)(config))
 
+    def outer(self, cut: CutLayers) -> tuple[Head, Tail]:
+        """See ``Released``."""
+        head = self.head(cut)
+        return head, self.tail(cut, head)
+
     def head(self, cut: CutLayers) -> Head:
         """Embeddings and the first layers."""
         return _frozen(Head(self._embed_tokens(), self._outer_layers(range(cut.head))))
 
-    def body(self, first: int, stop: int) -> Body:
-        """The DM's kept layers in [first, stop)."""
+    def body(self, first: int, stop: int | None = None) -> Body:
+        """See ``Released``."""
+        stop = self.num_layers if stop is None else stop
         return _frozen(Body(self.config, self._inner_layers(first, stop), self._rotary_emb))
 
     def tail(self, cut: CutLayers, head: Head) -> Tail:
@@ -194,14 +227,18 @@ class ReleasedEncoder(_Released):
         freeze_linears(empty.layers, empty.ending)
         super().__init__(release, empty, rotary_emb=None)
 
+    def outer(self, cut: CutLayers) -> tuple[EncoderHead, None]:
+        """See ``Released``."""
+        return self.head(cut), None
+
     def head(self, cut: CutLayers) -> EncoderHead:
         """Embeddings and the first layers. The embeddings are as in the FM, whatever the release's precision."""
         empty = type(self._empty.embeddings)(self.config)  # with memory: it has numbers that no release holds
         embeddings = _filled(empty, self._release.tensors, _ENCODER_EMBEDDINGS)
         return _frozen(EncoderHead(embeddings, self._outer_layers(range(cut.head))))
 
-    def body(self, first: int) -> EncoderBody:
-        """The DM's kept layers from ``first`` on, and what it ends with."""
+    def body(self, first: int, stop: int | None = None) -> EncoderBody:
+        """See ``Released``; ``stop`` can only be the end. There is what the model ends with, too."""
         tensors, layers = self._release.tensors, self._inner_layers(first, self.num_layers)
         ending = _filled(self._empty.ending, tensors, _ENDING)
         return _frozen(EncoderBody(self.config, layers, ending, self._classifier()))

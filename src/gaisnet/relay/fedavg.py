@@ -30,13 +30,15 @@ def fedavg(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTensors:
 def average_products(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTensors:
     """The same of the products of LoRA adapters, and of their sum what is nearest to it in the rank of one.
 
-    An adapter that is alone stays as it is. Arguments and errors as for ``fedavg``.
+    What is no factor of a product, such as a classifier, is averaged as it is. An adapter that is alone stays as it is.
+    Arguments and errors as for ``fedavg``.
     """
-    total, reference = _checked(updates), updates[0][0]
-    if len(updates) == 1:
-        return dict(reference)
-    rank = next(len(tensor) for key, tensor in reference.items() if ".lora_A." in key)
-    return compressed(side_by_side([weakened(adapter, n / total) for adapter, n in updates]), rank)
+    total, mean = _checked(updates), fedavg(updates)
+    ranks = [len(tensor) for key, tensor in mean.items() if ".lora_A." in key]
+    if len(updates) == 1 or not ranks:
+        return mean
+    factors = [({key: t for key, t in adapter.items() if ".lora_" in key}, n / total) for adapter, n in updates]
+    return mean | compressed(side_by_side([weakened(adapter, share) for adapter, share in factors]), ranks[0])
 
 
 def _checked(updates: Sequence[tuple[AdapterTensors, int]]) -> int:

@@ -22,12 +22,15 @@ class Verdict:
     limit: float
     unfit: str = ""  # why it was not even tried
     share: float = 1.0  # of its strength, with which it was tried
+    said: str = ""  # what was looked at, where there is no perplexity
 
     def __str__(self) -> str:
         """The decision in a sentence."""
         if self.unfit:
             return f"refused '{self.adapter}': {self.unfit}"
         word = "accepted" if self.accepted else "refused"
+        if self.said:
+            return f"{word} '{self.adapter}': {self.said}"
         weaker = f" at {self.share:.0%} of its strength" if self.share < 1.0 else ""
         found = f"perplexity on public text {self.perplexity:.2f}, limit {self.limit:.2f}"
         return f"{word} '{self.adapter}'{weaker}: {found}"

@@ -1,14 +1,96 @@
-"""What is left for a device's tail where the body classifies: the loss of its own labels, and its gradient.
+"""A device's examples whose classes the model tells apart: what its head makes of them, and the loss of its labels.
 
-Shape legend: E examples, C classes.
+The body goes to the end of the model, so for the tail only the loss is left, and its gradient.
+
+Shape legend: E examples, C classes, B examples of a batch, T positions, D hidden size.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
-from gaisnet.errors import WireFormatError
-from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport
+from gaisnet.errors import DataError, WireFormatError
+from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Split
+from gaisnet.models.encoders import EncoderHead
+from gaisnet.models.ragged import Ragged
+from gaisnet.tiers.examples import DeviceData, Labelled
+from gaisnet.tiers.inputs import Inputs
+from gaisnet.tiers.stock import Parts
+from gaisnet.turn import Turn
+
+
+class Classes:
+    """What a device does with its examples where the model is an encoder; see ``tiers.device.OwnExamples``.
+
+    Args:
+        name: Of the device.
+        data: Its private examples.
+        labels: Names of the domain's classes.
+        tokenizer: The FM's; None where it takes images.
+        context: Longest text in tokens; longer ones lose their end.
+        turn: Held while it computes.
+
+    Raises:
+        DataError: A label that is not among ``labels``, or inputs that are not all of one kind.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: DeviceData[Labelled],
+        labels: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+        context: int,
+        turn: Turn,
+    ) -> None:
+        self._name = name
+        self._turn = turn
+        splits: tuple[tuple[Split, tuple[Labelled, ...]], ...] = (("train", data.train), ("test", data.test))
+        self._classes, self._inputs = dict[Split, Tensor](), dict[Split, Inputs]()
+        for split, examples in splits:
+            owner = f"device '{name}', {split}"
+            self._classes[split] = _numbers([example.label for example in examples], labels, owner)
+            self._inputs[split] = Inputs([example.input for example in examples], tokenizer, context, owner)
+
+    def check(self, parts: Parts) -> None:
+        """Raise ``DataError`` where the model writes."""
+        if not isinstance(parts.head, EncoderHead):
+            found = "has examples with labels, but the foundation model is a decoder, which writes"
+            raise DataError(f"device '{self._name}'", found, "give it prompts and completions")
+
+    def hidden(self, split: Split, parts: Parts) -> Ragged:
+        """What the head makes of a split."""
+
+        def run(inputs: Tensor) -> Tensor:
+            with self._turn.learning():
+                hidden_BTD: Tensor = parts.head(inputs)
+            return hidden_BTD
+
+        return self._inputs[split].through(run)
+
+    def num_labels(self, split: Split) -> list[int]:
+        """One, of every example."""
+        return [1] * len(self._classes[split])
+
+    def loss(self, output: BodyOutput, parts: Parts) -> BodyOutputGrad:
+        """See ``class_loss``."""
+        return class_loss(output, self._classes[output.split])
+
+    def score(self, output: BodyOutput, parts: Parts) -> EvaluationReport:
+        """See ``class_score``."""
+        return class_score(output, self._classes[output.split])
+
+
+def _numbers(names: Sequence[str], labels: Sequence[str], owner: str) -> Tensor:
+    """Numbers of classes, int64 [E]."""
+    for i, name in enumerate(names, start=1):
+        if name not in labels:
+            found = f"has the label '{name}', the domain's are: {', '.join(labels) or 'none'}"
+            raise DataError(f"{owner}, example {i}", found, "correct it, or name it under 'labels' of the edge")
+    return torch.tensor([labels.index(name) for name in names], dtype=torch.int64)
 
 
 def class_loss(output: BodyOutput, classes: Tensor) -> BodyOutputGrad:

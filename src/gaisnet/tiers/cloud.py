@@ -1,16 +1,14 @@
-"""The cloud: holds the foundation model (FM), teaches domain models with text that it writes, takes adapters in."""
+"""The cloud: holds the foundation model (FM), teaches domain models, takes adapters in, and answers edges."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaisnet.adapters.arithmetic import side_by_side, sparse_sum, weakened
 from gaisnet.adapters.state import AdapterTensors, check_same_shapes
-from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.adapters.tuning import AdapterSpec
 from gaisnet.checkpoint import digest_of, under
 from gaisnet.config import Config
 from gaisnet.errors import AdapterError, StaleAdapter, UnexpectedMessage
@@ -23,34 +21,22 @@ from gaisnet.messages import (
     BodyRequest,
     Done,
     Message,
+    ModelRelease,
     ModelRequest,
     Role,
     SmashedData,
 )
 from gaisnet.models.foundation import Foundation
-from gaisnet.models.pauses import pause_within
-from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
-from gaisnet.relay.upward import Verdict, gate, strongest
+from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.activations import Activations
-from gaisnet.tiers.foundation_model import FoundationModel
+from gaisnet.tiers.classifying_model import ClassifyingModel
+from gaisnet.tiers.cloud_model import MERGED, CloudModel, Sizes
+from gaisnet.tiers.examples import Input
 from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.outlet import NoOutlet, Outlet
-from gaisnet.tiers.teacher import Teacher
-from gaisnet.tiers.texts import Texts
-
-MERGED = "merged"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a run's models hold, in layers and parameters."""
-
-    foundation_params: int
-    foundation_layers: int
-    domain_layers: int
-    split_device_params: int  # of the largest split device
+from gaisnet.tiers.writing_model import WritingModel
 
 
 class Cloud:
@@ -60,13 +46,15 @@ class Cloud:
         foundation: The FM; adapters are put beside its late layers, the weights stay as they are.
         config: The run's configuration.
         shapes: What is public about each domain's task, by domain.
-        retention_text: Public text that no domain trains on, to watch general ability with.
+        retention_text: Public text that no domain trains on, to watch the general ability of a decoder with.
         progress: Told while it generates and distils.
         outlet: Serves the FM and the adapters that are plugged in; None if nobody does.
+        public_inputs: Of an encoder, in place of text: unlabelled texts or images that are nobody's secret.
 
     Raises:
         CutError: The configuration does not fit the FM.
-        DataError: Too little public text.
+        ConfigError: It asks of an encoder what only a decoder can do.
+        DataError: Too little public text, or inputs that the FM cannot read.
     """
 
     def __init__(
@@ -77,69 +65,67 @@ class Cloud:
         retention_text: str,
         progress: Progress = silent,
         outlet: Outlet | None = None,
+        public_inputs: Sequence[Input] = (),
     ) -> None:
-        self.layout = Layout(config, len(foundation.decoder.layers))
-        self._config = config
-        self._outlet = outlet = outlet or NoOutlet()
-        self._model = model = FoundationModel(foundation, self.layout, outlet.turn)
-        absorb = config.absorb
-        self._retention_ids_BT = model.windows(retention_text, absorb.retention_windows, absorb.retention_tokens)
-        free_text_BT = model.free_text()
-        recipe, domain_body = model.make_domain_body(free_text_BT)
-        # All of these are taken before adapters stand between the layers and their weights.
-        self.model_release = model.release(recipe, domain_body)
+        outlet = outlet or NoOutlet()
+        layout = Layout(config, foundation.model.config.num_hidden_layers, foundation.family)
+        if foundation.family.is_encoder:
+            self._model: CloudModel = ClassifyingModel(foundation, layout, public_inputs, outlet.turn)
+        else:
+            self._model = WritingModel(foundation, layout, shapes, retention_text, progress, outlet)
         self.model_digest = digest_of(self.model_release.tensors)
-        free_text = free_text_BT.tolist()
-        hidden = model.at_suffix(free_text[: config.fine_tune.anchor_sequences])
-        self.anchor_release = AnchorRelease(torch.tensor(hidden.lengths, dtype=torch.int32), hidden.rows_ND)
-        foundation_params, split_device_params = model.num_parameters()
-        self.sizes = Sizes(foundation_params, self.layout.num_layers, len(recipe.kept), split_device_params)
-        pause_within({*model.body.layers.values(), *domain_body.layers.values()}, outlet.turn.pause)
         self.adapter_of = {edge.domain: edge.adapter for edge in config.edges}
         self.learning = tuple(edge.domain for edge in config.learning_edges())
-        self._texts = Texts(free_text, shapes, self.adapter_of, model, self.layout)
-        self._teacher = Teacher(model, domain_body, self.layout, recipe, self._texts, progress)
         self._evaluated: dict[str, Activations] = {}
         self.versions: dict[Role, dict[str, int]] = {
             "relay": dict.fromkeys(shapes, 0),
             "domain": dict.fromkeys(self.learning, 0),
         }
-        self._add_adapters()
-        self._whole = {
-            domain: model.adapter(domain) for domain in self.learning
-        }  # as they came up; the FM may have less
-        self._retention_inputs: Ragged = model.at_suffix(self._retention_ids_BT.tolist())
-        self.perplexity_before = self._perplexity(None)
-        # With each adapter that is in place; at the start they are all zero.
-        self.retention = dict.fromkeys((*self.learning, MERGED), self.perplexity_before)
-        outlet.put_body(model.body, model.layers)
-        self._put_out(*self.learning, MERGED)
+        # As they came up; the FM may have less.
+        self._whole = {domain: self._model.adapter(domain) for domain in self.learning}
+        self._put_out(*self.adapters)
 
-    def _add_adapters(self) -> None:
-        seed = self._config.seed_for("domain adapter")
-        for domain in self.learning:
-            self._model.add(domain, self.layout.domain_spec(), seed)
-        self._model.add(MERGED, self.layout.domain_spec(len(self.learning)), seed)
-        self._model.put(MERGED, side_by_side([self._model.adapter(domain) for domain in self.learning]))
+    @property
+    def model_release(self) -> ModelRelease:
+        """What edges and devices need of the FM."""
+        return self._model.model_release
+
+    @property
+    def anchor_release(self) -> AnchorRelease:
+        """What the FM makes of text that it wrote; empty where it writes none."""
+        return self._model.anchor_release
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the models."""
+        return self._model.sizes
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of all adapters: of the domains that learn, and ``MERGED`` where there is such a one."""
+        return self._model.names
+
+    @property
+    def retention(self) -> Mapping[str, float]:
+        """What each adapter in place costs in general ability, by its name.
+
+        Of a decoder perplexity on public text, of an encoder how far it moves the features of public inputs; empty
+        where there is nothing public.
+        """
+        return self._model.retention
 
     # -- down ----------------------------------------------------------------------------------------------------------
 
     def distil(self, domain: str, cycle: int) -> Distillation | None:
-        """Write text for a domain and distil the FM into its DM; None where there is no relay.
-
-        A relay that does not help on text that it did not learn from is not kept: the one before stays.
-        """
-        merges = domain in self.learning and self._config.absorb.merge.method == "regression"
-        if domain in self._teacher.relays or merges:
-            self._texts.write(domain, cycle)
-        result = self._teacher.teach(domain, self.adapter_of[domain])
+        """Teach a domain's DM what the FM sees; None where there is no relay."""
+        result = self._model.teach(domain, cycle)
         if result is not None and result.helped:
             self.versions["relay"][domain] = cycle + 1
         return result
 
     def release(self, role: Role, domain: str) -> AdapterRelease:
         """The relay that a domain's DM should have, or its domain adapter, whole, as it was last accepted."""
-        tensors = self._teacher.relays[domain] if role == "relay" else self._whole[self.adapter_of[domain]]
+        tensors = self._model.relays[domain] if role == "relay" else self._whole[self.adapter_of[domain]]
         return AdapterRelease(role, self.version(role, domain), tensors)
 
     def version(self, role: Role, domain: str) -> int:
@@ -148,19 +134,19 @@ class Cloud:
 
     def relay(self, domain: str) -> AdapterTensors:
         """Of a domain's DM; empty where models have none."""
-        return self._teacher.relays.get(domain, {})
+        return self._model.relays.get(domain, {})
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
     def absorb(self, updates: Mapping[str, AdapterUpdate]) -> list[Verdict]:
         """Plug domain adapters into the FM where the gate lets them, and merge what is in place. Updates by domain."""
-        return [*(self._try(domain, update) for domain, update in updates.items()), self._try_merged()]
-
-    def _try_merged(self) -> Verdict:
-        verdict = self._let_in(MERGED, self._merged())
-        if verdict.accepted:
+        verdicts = [self._try(domain, update) for domain, update in updates.items()]
+        merged = self._model.merge()
+        if merged is None:
+            return verdicts
+        if merged.accepted:
             self._put_out(MERGED)
-        return verdict
+        return [*verdicts, merged]
 
     def _try(self, domain: str, update: AdapterUpdate) -> Verdict:
         try:
@@ -169,87 +155,48 @@ class Cloud:
                 raise StaleAdapter(domain, self.versions["domain"][domain], update.base)
         except AdapterError as error:
             return Verdict(False, domain, math.nan, math.nan, str(error))
-        verdict = self._let_in(domain, update.tensors)
+        verdict = self._model.let_in(domain, update.tensors)
         if verdict.accepted:
             self.versions["domain"][domain] = update.version
             self._whole[domain] = update.tensors
             self._put_out(domain)
         return verdict
 
-    def _let_in(self, name: str, tensors: AdapterTensors) -> Verdict:
-        """Plug an adapter in, as strong as the gate lets it; what was there before stays if it does not."""
-        before, absorb = self._model.adapter(name), self._config.absorb
-
-        def judge(share: float) -> Verdict:
-            self._model.put(name, weakened(tensors, share))
-            return gate(name, self._perplexity(name), self.perplexity_before, absorb.max_retention_increase, share)
-
-        verdict = strongest(judge, absorb.least_share)
-        self._model.put(name, weakened(tensors, verdict.share) if verdict.accepted else before)
-        if verdict.accepted:
-            self.retention[name] = verdict.perplexity
-        return verdict
-
-    def _merged(self) -> AdapterTensors:
-        """Of what is in place, as the configuration says."""
-        settings, model = self._config.absorb.merge, self._model
-        method = settings.method
-        if method == "regression":
-            entering = {domain: model.at_suffix(self._texts.all_of(domain)) for domain in self.learning}
-            return model.merged(entering, model.at_suffix(self._texts.free))
-        adapters = [model.adapter(domain) for domain in self.learning]
-        if method == "sum":
-            return side_by_side(adapters, settings.weight)
-        return sparse_sum(adapters, method, settings.weight, settings.density, self._config.seed_for("merge"))
-
-    def _perplexity(self, adapter: str | None) -> float:
-        """The FM's perplexity on public text, with an adapter or as it is."""
-        return self._model.perplexity(self._retention_ids_BT, self._retention_inputs, adapter)
-
-    def adapter(self, name: str) -> tuple[LoraSpec, AdapterTensors]:
+    def adapter(self, name: str) -> tuple[AdapterSpec, AdapterTensors]:
         """Shape and tensors of a domain's adapter or of the merged one, as they are plugged in now."""
-        num_merged = len(self.learning) if name == MERGED else 1
-        return self.layout.domain_spec(num_merged), self._model.adapter(name)
+        return self._model.spec(name), self._model.adapter(name)
 
     def _put_out(self, *names: str) -> None:
         """What is plugged in now is served from now on."""
         versions = self.versions["domain"]
         for name in names:
-            version = max(versions.values()) if name == MERGED else versions[name]
-            self._outlet.put_adapter(name, version, *self.adapter(name))
+            self._model.put_out(name, max(versions.values()) if name == MERGED else versions[name])
 
     # -- after a restart -----------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that a run has changed, for ``restore``; everything else follows from the configuration."""
-        state = {
-            "versions": self.versions,
-            "retention": self.retention,
-            "perplexity_before": self.perplexity_before,
-            "texts": self._texts.of,
-        }
+        adapters = {name: self._model.adapter(name) for name in self.adapters}
+        groups = {"adapter": adapters, "whole": self._whole, "relay": self._model.relays}
         tensors = {
-            f"adapter/{name}/{key}": t
-            for name in (*self.learning, MERGED)
-            for key, t in self._model.adapter(name).items()
+            f"{group}/{name}/{key}": tensor
+            for group, members in groups.items()
+            for name, adapter in members.items()
+            for key, tensor in adapter.items()
         }
-        tensors |= {f"whole/{domain}/{key}": t for domain, whole in self._whole.items() for key, t in whole.items()}
-        tensors |= {
-            f"relay/{domain}/{key}": t for domain, relay in self._teacher.relays.items() for key, t in relay.items()
-        }
-        return state, tensors
+        return {"versions": self.versions, **self._model.state()}, tensors
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from where ``state`` was taken. Raises ``AdapterMismatch`` if the configuration is another one."""
-        self.versions, self.retention = state["versions"], state["retention"]
-        self.perplexity_before, self._texts.of = state["perplexity_before"], state["texts"]
-        for name in (*self.learning, MERGED):
+        self.versions = state["versions"]
+        self._model.restore(state)
+        for name in self.adapters:
             self._model.put(name, under(f"adapter/{name}/", tensors))
         for domain in self._whole:
             self._whole[domain] = under(f"whole/{domain}/", tensors) or self._model.adapter(domain)
-        for domain in self._teacher.relays:
-            self._teacher.relays[domain] = under(f"relay/{domain}/", tensors)
-        self._put_out(*self.learning, MERGED)
+        for domain in self._model.relays:
+            self._model.relays[domain] = under(f"relay/{domain}/", tensors)
+        self._put_out(*self.adapters)
 
     # -- asked by edges ------------------------------------------------------------------------------------------------
 
@@ -257,9 +204,9 @@ class Cloud:
         """Answer an edge. Raises ``UnexpectedMessage``."""
         match message:
             case ModelRequest():
-                return self.model_release
+                return self._model.model_release
             case AnchorRequest():
-                return self.anchor_release
+                return self._model.anchor_release
             case SmashedData(split="test"):
                 self._evaluated[message.owner] = self._model.prefix(message)  # once: it is frozen
                 return Done()

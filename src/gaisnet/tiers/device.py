@@ -1,16 +1,13 @@
 """A device: the only place that sees private text and labels. It holds head and tail, or (local) the whole DM."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gaisnet.config import Config, DeviceSettings
-from gaisnet.errors import DataError, UnexpectedMessage, WireFormatError
+from gaisnet.errors import DataError, SessionRefused, UnexpectedMessage
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
@@ -28,17 +25,35 @@ from gaisnet.messages import (
 )
 from gaisnet.models.parts import Head, Tail
 from gaisnet.models.ragged import Ragged
-from gaisnet.models.release import ReleasedModel
+from gaisnet.models.release import released
 from gaisnet.progress import Progress, silent
 from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.classes import Classes
+from gaisnet.tiers.completions import Completions
 from gaisnet.tiers.domain_model import DomainModel
-from gaisnet.tiers.examples import DeviceData, Tokens, tokenize
+from gaisnet.tiers.examples import DeviceData, Labelled, Tokens
 from gaisnet.tiers.split_step import Member, Outcome
 from gaisnet.tiers.stock import Parts, Stock
 from gaisnet.turn import Turn
 
-_HEAD_BATCH = 32
-_TAIL_ROWS = 64  # a vocabulary is long: more at once would keep answers on the same machine waiting
+
+class OwnExamples(Protocol):
+    """A device's private examples, and what it computes of them with its parts of the model."""
+
+    def check(self, parts: Parts) -> None:
+        """Raise ``DataError`` where they are for another kind of model."""
+
+    def hidden(self, split: Split, parts: Parts) -> Ragged:
+        """What the head makes of a split, without gradients."""
+
+    def num_labels(self, split: Split) -> list[int]:
+        """How many rows of each example carry a label."""
+
+    def loss(self, output: BodyOutput, parts: Parts) -> BodyOutputGrad:
+        """Sum of the losses, and the gradient of (sum / labels of the whole step). Raises ``WireFormatError``."""
+
+    def score(self, output: BodyOutput, parts: Parts) -> EvaluationReport:
+        """Counts and sums. Raises ``WireFormatError``."""
 
 
 class Device:
@@ -47,7 +62,7 @@ class Device:
     Args:
         settings: Its own entry of the configuration.
         config: The run's configuration.
-        tokenizer: The FM's.
+        tokenizer: The FM's; None where it takes images.
         data: Its private examples.
         progress: Told while a local device learns.
         turn: Of the machine that it is on, held while it computes; None for one of its own.
@@ -55,15 +70,16 @@ class Device:
         learns: Whether it must have examples to learn from.
 
     Raises:
-        DataError: No example to hold out, or to learn from if it learns, or a completion longer than the context.
+        DataError: No example to hold out, or to learn from if it learns; a completion longer than the context, or a
+            label that is not among its edge's.
     """
 
     def __init__(
         self,
         settings: DeviceSettings,
         config: Config,
-        tokenizer: PreTrainedTokenizerBase,
-        data: DeviceData,
+        tokenizer: PreTrainedTokenizerBase | None,
+        data: DeviceData[Any],
         progress: Progress = silent,
         turn: Turn | None = None,
         stock: Stock | None = None,
@@ -75,23 +91,30 @@ class Device:
         self._progress = progress
         self._turn = turn or Turn()
         self._stock = stock or Stock(config, self._turn)
-        self.tokenizer = tokenizer
-        self._tokens: dict[Split, list[Tokens]] = {}
-        splits: tuple[tuple[Split, Sequence[object], bool], ...] = (
-            ("train", data.train, learns),
-            ("test", data.test, True),
-        )
-        for split, examples, needed in splits:
+        self._reader = tokenizer
+        self._edge = next(edge for edge, one in config.each_device() if one.name == settings.name)
+        for split, examples, needed in (("train", data.train, learns), ("test", data.test, True)):
             if needed and not examples:
                 raise DataError(
                     f"device '{self.name}'", f"has no {split} examples", "give it some, or remove the device"
                 )
-        context = config.model.context
-        self._tokens["train"] = tokenize(data.train, tokenizer, context, f"device '{self.name}', train")
-        self._tokens["test"] = tokenize(data.test, tokenizer, context, f"device '{self.name}', test")
+        self._own = self._read(data)
         self._parts: Parts | None = None
         self._domain: DomainModel | None = None
         self._learning_inputs: Activations | None = None
+
+    def _read(self, data: DeviceData[Any]) -> OwnExamples:
+        """By what there is: prompts and completions, or labels."""
+        kinds = {type(example) for example in (*data.train, *data.test)}
+        context = self._config.model.context
+        if kinds == {Labelled}:
+            return Classes(self.name, data, self._edge.labels, self._reader, context, self._turn)
+        if Labelled in kinds:
+            raise DataError(f"device '{self.name}'", "has completions and labels", "give it examples of one kind")
+        if self._reader is None:
+            found = "has prompts and completions, but the foundation model has no tokenizer to read them"
+            raise DataError(f"device '{self.name}'", found, "give it images with labels")
+        return Completions(self.name, data, self._reader, context, self._turn)
 
     def handle(self, message: Message) -> Message:
         """Answer the edge. Raises ``UnexpectedMessage``."""
@@ -101,9 +124,9 @@ class Device:
             case SmashRequest():
                 return self._smash(message.split)
             case BodyOutput(split="train"):
-                return self._loss_and_grad(message)
+                return self._own.loss(message, self._held())
             case BodyOutput(split="test"):
-                return self._score(message)
+                return self._own.score(message, self._held())
             case AnchorRelease() if self._domain is not None:
                 self._domain.take_anchor(message)
                 return Done()
@@ -115,85 +138,24 @@ class Device:
                 raise UnexpectedMessage(f"device '{self.name}'", type(message).__name__)
 
     def _install(self, release: ModelRelease) -> Done:
-        self._parts = parts = self._stock.parts(release, self._settings)
+        parts = self._stock.parts(release, self._settings)
+        self._own.check(parts)
+        self._parts = parts
         if self._settings.mode == "local":  # a body of its own, for its adapters; the weights are shared
-            body = ReleasedModel(parts.release).body(self._settings.head_layers, parts.layout.tail_start)
-            self._domain = DomainModel(body, parts.layout, self._turn)
+            body = released(parts.release).body(self._settings.head_layers, parts.layout.tail_start)
+            self._domain = DomainModel(body, parts.layout, self._turn, len(self._edge.labels))
         return Done()
 
     def _smash(self, split: Split) -> SmashedData:
-        tokens = self._tokens[split]
-        embedded = Ragged(
-            torch.tensor([i for t in tokens for i in t.input_ids])[:, None], tuple(len(t.input_ids) for t in tokens)
-        )
-        hidden = embedded.map_batches(self._run_head, _HEAD_BATCH)
+        hidden, num_labels = self._own.hidden(split, self._held()), self._own.num_labels(split)
         return SmashedData(
             self.name,
             split,
             self._settings.head_layers,
             torch.tensor(hidden.lengths, dtype=torch.int32),
-            torch.tensor([len(t.label_ids) for t in tokens], dtype=torch.int32),
+            torch.tensor(num_labels, dtype=torch.int32),
             hidden.rows_ND,
         )
-
-    def _run_head(self, ids_BT1: Tensor) -> Tensor:
-        with self._turn.learning():
-            return cast(Tensor, self.parts()[0](ids_BT1[..., 0]))
-
-    def _loss_and_grad(self, output: BodyOutput) -> BodyOutputGrad:
-        """Sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
-        sent_ND = output.rows_ND.requires_grad_()
-        rows_ND, labels_N = self._before_logits(output, sent_ND)
-        leaf_ND, loss_sum = rows_ND.detach().requires_grad_(), 0.0
-        for logits_RV, labels_R in self._logits(leaf_ND, labels_N):
-            with self._turn.learning():
-                loss = F.cross_entropy(logits_RV.float(), labels_R, reduction="sum")
-                (loss / output.num_labels_total).backward()
-            loss_sum += loss.item()
-        with self._turn.learning():
-            (grad_ND,) = torch.autograd.grad(rows_ND, sent_ND, leaf_ND.grad)
-        return BodyOutputGrad(output.step, loss_sum, grad_ND)
-
-    @torch.no_grad()
-    def _score(self, output: BodyOutput) -> EvaluationReport:
-        rows_ND, labels_N = self._before_logits(output, output.rows_ND)
-        right, loss_sum = [], 0.0
-        for logits_RV, labels_R in self._logits(rows_ND, labels_N):
-            right.append(logits_RV.argmax(dim=-1) == labels_R)
-            loss_sum += F.cross_entropy(logits_RV.float(), labels_R, reduction="sum").item()
-        counts = [len(t.label_ids) for t in self._chosen(output)]
-        num_correct = sum(bool(rights.all()) for rights in torch.cat(right).split(counts))
-        return EvaluationReport(len(counts), num_correct, len(labels_N), loss_sum)
-
-    def _logits(self, rows_ND: Tensor, labels_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [R, V] and labels [R] of some rows at a time."""
-        for rows_RD, labels_R in zip(rows_ND.split(_TAIL_ROWS), labels_N.split(_TAIL_ROWS), strict=True):
-            with self._turn.learning():
-                logits_RV = self.parts()[1].logits(rows_RD)
-            yield logits_RV, labels_R
-
-    def _before_logits(self, output: BodyOutput, rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [N, D] at the label positions that the last norm takes, and the labels [N]."""
-        _, tail = self.parts()
-        chosen = self._chosen(output)
-        labels_N = torch.tensor([label for t in chosen for label in t.label_ids])
-        norm = next(tail.norm.parameters())
-        if rows_ND.shape[-1] != len(norm):
-            raise WireFormatError(f"rows of width {rows_ND.shape[-1]} where the model has {len(norm)}")
-        rows_ND = rows_ND.to(norm.dtype)
-        if self._config.tail_layers:
-            with self._turn.learning():
-                rows_ND = _tail_layers(tail, rows_ND, chosen, self.name)
-        if len(rows_ND) != len(labels_N):
-            raise WireFormatError(f"{len(rows_ND)} rows for the {len(labels_N)} labels of device '{self.name}'")
-        return rows_ND, labels_N
-
-    def _chosen(self, output: BodyOutput) -> list[Tokens]:
-        tokens = self._tokens[output.split]
-        indices = output.examples_E.tolist()
-        if not indices or min(indices) < 0 or max(indices) >= len(tokens):
-            raise WireFormatError(f"example numbers that device '{self.name}' does not have")
-        return [tokens[index] for index in indices]
 
     def _take(self, domain: DomainModel, release: AdapterRelease) -> Done:
         domain.take(release)
@@ -223,26 +185,25 @@ class Device:
         )
 
     def _own_labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-        return {name: self._loss_and_grad(output) for name, output in outputs.items()}
+        return {name: self._own.loss(output, self._held()) for name, output in outputs.items()}
 
     @property
     def test_tokens(self) -> Sequence[Tokens]:
-        """Examples that it held out. They stay on it."""
-        return self._tokens["test"]
+        """Completions that it held out. They stay on it."""
+        return self._own.tokens["test"] if isinstance(self._own, Completions) else []
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The FM's. Raises ``SessionRefused`` where it takes images."""
+        if self._reader is None:
+            raise SessionRefused("an answer", "the foundation model takes images and writes no text", "ask another run")
+        return self._reader
 
     def parts(self) -> tuple[Head, Tail]:
-        """To write answers with. Raises ``UnexpectedMessage`` before the edge has given it a model."""
+        """To write answers with. Raises ``UnexpectedMessage`` before it has a model, or ``SessionRefused``."""
+        return self._held().to_write()
+
+    def _held(self) -> Parts:
         if self._parts is None:
             raise UnexpectedMessage(f"device '{self.name}', which has no model yet,", "request for its head or tail")
-        return self._parts.head, self._parts.tail
-
-
-def _tail_layers(tail: Tail, rows_ND: Tensor, chosen: Sequence[Tokens], name: str) -> Tensor:
-    """Run the tail's own layers over whole sequences; label rows [N, D] of the result."""
-    lengths = [len(t.input_ids) for t in chosen]
-    if len(rows_ND) != sum(lengths):
-        raise WireFormatError(f"{len(rows_ND)} rows for {sum(lengths)} positions of device '{name}'")
-    hidden_BTD = tail.stack.run(pad_sequence(list(rows_ND.split(lengths)), batch_first=True))
-    return torch.cat(
-        [hidden_BTD[b, n - len(t.label_ids) : n] for b, (n, t) in enumerate(zip(lengths, chosen, strict=True))]
-    )
+        return self._parts

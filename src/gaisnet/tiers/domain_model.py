@@ -19,7 +19,6 @@ from gaisnet.config import FineTuneSettings
 from gaisnet.errors import GaisnetError, ModelError
 from gaisnet.messages import AdapterRelease, AnchorRelease, BodyOutputGrad, Role
 from gaisnet.models.attention import let_attention_be_replaced
-from gaisnet.models.encoders import EncoderBody
 from gaisnet.models.frozen import quick_products
 from gaisnet.models.parts import Body
 from gaisnet.models.pauses import pause_within
@@ -87,6 +86,11 @@ class DomainModel:
         """The FM layers that the body stands for."""
         return range(self._layout.first_cut, self._layout.tail_start)
 
+    @property
+    def writes(self) -> bool:
+        """Whether it writes answers, so that it can be served; an encoder only classifies."""
+        return self._causal
+
     def placement(self) -> tuple[torch.device, torch.dtype]:
         """Where activations must be, and in which dtype, to enter the body."""
         return self._placement
@@ -105,7 +109,9 @@ class DomainModel:
         return {role: (spec, self._taken_out(role)) for role, spec in served.items()}
 
     def take_anchor(self, anchor: AnchorRelease) -> None:
-        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter."""
+        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter; if it wrote any."""
+        if not len(anchor.lengths_E):
+            return
         rows_ND = anchor.hidden_ND.to(*self.placement())
         inputs = Ragged(rows_ND, tuple(anchor.lengths_E.tolist()))
         with self._turn.learning():
@@ -162,11 +168,7 @@ class DomainModel:
         """Rows for the tail of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
         rows_ND = body_output_rows(self.suffix, inputs, self._layout.wanted, self._causal)
         with torch.no_grad(), self._turn.learning():
-            return self._ended(rows_ND)
-
-    def _ended(self, rows_ND: Tensor) -> Tensor:
-        """What goes to the owners of rows of the last layer's output: they themselves, or an encoder's logits."""
-        return self._body.classify(rows_ND) if isinstance(self._body, EncoderBody) else rows_ND
+            return self._body.for_owners(rows_ND)
 
     def learn(
         self,
@@ -266,7 +268,7 @@ class DomainModel:
             return 0.0, 0, {}
         taken = Batch.of(members, picks, pull, self._layout.wanted)
         with self._turn.learning():
-            found_ND = self._ended(
+            found_ND = self._body.for_owners(
                 self._body.run(taken.rows_1ND, self._layout.first_adapted, pick=taken.pick, packing=taken.packing)
             )
         outputs = taken.outputs(found_ND, step)

@@ -87,7 +87,8 @@ class Edge:
         self._smashed = SmashedStore(settings, config.faults, self._cluster, config.service.max_activations_mib)
         self._learning = HybridLearning(settings, config, self._cluster, self._smashed, progress)
         self._cloud_has: dict[str, str] = {}  # by device, the life of the cloud that has its held-out examples
-        self._holding = recall(self._shelf, config, ledger, self._outlet.turn)
+        self._num_classes = len(settings.labels)
+        self._holding = recall(self._shelf, config, ledger, self._outlet.turn, self._num_classes)
         self._start: AdapterRelease | None = None
         if self._holding:
             self._smashed.begin(self._holding.hidden_size)
@@ -123,7 +124,8 @@ class Edge:
             same_model = held is not None and held.digest == order.model
             release = held.release if held and same_model else self._ask_cloud(ModelRequest(), ModelRelease)
             anchor = self._ask_cloud(AnchorRequest(), AnchorRelease)
-            self._holding = Holding(self._config, order.run, order.model, release, anchor, self._outlet.turn)
+            turn, num_classes = self._outlet.turn, self._num_classes
+            self._holding = Holding(self._config, order.run, order.model, release, anchor, turn, num_classes)
             self._holding.keep_model(self._shelf)
             self._smashed.begin(self._holding.hidden_size)
             self._cloud_has.clear()
@@ -149,15 +151,17 @@ class Edge:
             raise error
 
     def _put_out_all(self) -> None:
-        """Another model: it is served from now on, with the adapters that it has."""
+        """Another model: it is served from now on, with the adapters that it has, if it writes answers."""
         domain = self._model()
-        self._outlet.put_body(domain.body, domain.layers)
+        if domain.writes:
+            self._outlet.put_body(domain.body, domain.layers)
         for role in domain.adapters():
             self._put_out(role, domain.versions[role])
 
     def _put_out(self, role: Role, version: int) -> None:
         """The adapter as it is now is finished, and served from now on."""
-        self._outlet.put_adapter(role, version, *self._model().adapters()[role])
+        if self._model().writes:
+            self._outlet.put_adapter(role, version, *self._model().adapters()[role])
 
     def _kit(self, name: str) -> Sequence[Message]:
         """What a device must be sent before it can work."""

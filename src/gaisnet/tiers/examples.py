@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypeVar  # of the standard library once it is Python 3.13: with defaults
 
 from gaisnet.errors import DataError
 
@@ -16,12 +19,27 @@ class Example:
     completion: str
 
 
-@dataclass(frozen=True)
-class DeviceData:
-    """What one device holds: examples to learn from and examples held out."""
+Input = str | Tensor
+"""What is classified: a text, or the pixels [channels, height, width] of an image, float and normalised."""
 
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """A text or an image, and the name of its class. Never leaves its device."""
+
+    input: Input
+    label: str
+
+
+E = TypeVar("E", default=Example)
+
+
+@dataclass(frozen=True)
+class DeviceData(Generic[E]):
+    """What one device holds, ``Example`` or ``Labelled``: examples to learn from and examples held out."""
+
+    train: tuple[E, ...]
+    test: tuple[E, ...]
 
 
 @dataclass(frozen=True)

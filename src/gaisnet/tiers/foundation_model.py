@@ -1,19 +1,17 @@
-"""The foundation model (FM) as the cloud runs it: head, body, tail, and adapters of which one at a time is plugged in.
+"""The foundation model (FM) in parts, where it is a decoder: what it writes, and what is made of it.
 
 Shape legend: B sequences, T positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from gaisnet.adapters.state import AdapterTensors, put_in, take_out
-from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
+from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import RelaySettings
-from gaisnet.errors import DataError, WireFormatError
-from gaisnet.messages import ModelRelease, SmashedData
+from gaisnet.errors import DataError
+from gaisnet.messages import ModelRelease
 from gaisnet.models.domain import Recipe, choose_recipe, make_domain_body, num_parameters
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
@@ -23,16 +21,16 @@ from gaisnet.relay.downward import TaskShape, generate_text
 from gaisnet.relay.merging import by_regression
 from gaisnet.relay.regression import traced
 from gaisnet.relay.upward import CHUNK_ROWS, perplexity
-from gaisnet.tiers.activations import Activations
-from gaisnet.tiers.domain_model import PREFIX_BATCH, body_output_rows
+from gaisnet.tiers.domain_model import PREFIX_BATCH
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.plugged import PluggedBody
 from gaisnet.turn import Turn
 
 _CHOICE_SEQUENCES, _CALIBRATION_SEQUENCES = 8, 16
 
 
-class FoundationModel:
-    """The FM in parts. Its weights stay as they are.
+class FoundationModel(PluggedBody):
+    """A decoder in parts. Its weights stay as they are.
 
     Args:
         foundation: Model and tokenizer.
@@ -41,11 +39,10 @@ class FoundationModel:
     """
 
     def __init__(self, foundation: Foundation, layout: Layout, turn: Turn) -> None:
-        self._foundation = foundation
-        self._layout = layout
         cut = CutLayers(layout.first_cut, layout.config.tail_layers)
-        self._head, self._body, self._tail = cut_decoder(foundation.decoder, cut)
-        self._turn = turn
+        self._head, body, self._tail = cut_decoder(foundation.decoder, cut)
+        super().__init__(body, layout, turn)
+        self._foundation = foundation
 
     @property
     def body(self) -> Body:
@@ -56,33 +53,6 @@ class FoundationModel:
     def layers(self) -> range:
         """The FM layers of the body."""
         return range(self._layout.first_cut, self._layout.tail_start)
-
-    # -- adapters ------------------------------------------------------------------------------------------------------
-
-    def add(self, name: str, spec: LoraSpec, seed: int) -> None:
-        """An adapter that does nothing yet."""
-        with self._turn.learning():
-            add_adapter(self._body, name, spec, seed)
-
-    def adapter(self, name: str) -> AdapterTensors:
-        """Copies of an adapter's tensors."""
-        with self._turn.learning():
-            return take_out(self._body, name)
-
-    def put(self, name: str, tensors: AdapterTensors) -> None:
-        """Overwrite an adapter. Raises ``AdapterMismatch``."""
-        with self._turn.learning():
-            put_in(self._body, name, tensors)
-
-    @contextmanager
-    def plugged_in(self, name: str | None) -> Iterator[None]:
-        """Inside, this adapter acts and no other; nobody else uses the model meanwhile, except to serve."""
-        with self._turn.learning():
-            activate(self._body, () if name is None else (name,))
-            try:
-                yield
-            finally:
-                activate(self._body, ())
 
     # -- what is made of it, before it has adapters --------------------------------------------------------------------
 
@@ -116,11 +86,6 @@ class FoundationModel:
         return num_parameters(self._foundation.model), of_device
 
     # -- running it ----------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self._foundation.model.device
 
     def write(
         self, shape: TaskShape, num: int, settings: RelaySettings, seed: int, adapter: str | None
@@ -170,10 +135,6 @@ class FoundationModel:
 
         return by_regression(adapters, entering, free, layers, trace, self._layout.config.absorb.merge)
 
-    def suffix(self, hidden_BTD: Tensor) -> Tensor:
-        """The layers that adapters act on."""
-        return self._run(hidden_BTD, self._layout.first_adapted)
-
     def perplexity(self, ids_BT: Tensor, entering: Ragged, adapter: str | None) -> float:
         """On text, with an adapter or as it is; ``entering`` is what ``at_suffix`` gave for it."""
         with self.plugged_in(adapter), torch.no_grad():
@@ -203,24 +164,3 @@ class FoundationModel:
     def _tail_logits(self, rows_ND: Tensor) -> Tensor:
         self._turn.pause()
         return self._tail.logits(rows_ND)
-
-    def prefix(self, smashed: SmashedData) -> Activations:
-        """Finish the frozen layers from where a device stopped. Raises ``WireFormatError`` if that cannot be."""
-        first_cut, first = self._layout.first_cut, self._layout.first_adapted
-        model, found = self._foundation.model, smashed.hidden_ND.shape[1]
-        if not first_cut <= smashed.next_layer <= first or found != model.config.hidden_size:
-            raise WireFormatError(
-                f"rows of width {found} for layer {smashed.next_layer}, the model has width "
-                f"{model.config.hidden_size} and takes layers {first_cut} to {first}"
-            )
-        inputs = Activations.of(smashed, self.device, model.dtype)
-        return inputs.through(lambda h: self._run(h, smashed.next_layer, first), first, PREFIX_BATCH)
-
-    def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
-        """Rows for the tail of all examples in order, without gradients."""
-        with self.plugged_in(adapter):
-            return body_output_rows(self.suffix, inputs, self._layout.wanted)
-
-    def _run(self, hidden_BTD: Tensor, start: int, stop: int | None = None) -> Tensor:
-        with self._turn.learning():
-            return self._body.run(hidden_BTD, start, stop)

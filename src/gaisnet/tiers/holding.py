@@ -10,7 +10,7 @@ from torch import Tensor
 from gaisnet.checkpoint import Shelf, under
 from gaisnet.config import Config, DeviceSettings
 from gaisnet.messages import AdapterRelease, AnchorRelease, ModelRelease
-from gaisnet.models.release import ReleasedModel, restrict, rounded
+from gaisnet.models.release import released, restrict, rounded
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.layout import Layout
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
@@ -45,6 +45,7 @@ class Holding:
     release: ModelRelease
     anchor: AnchorRelease
     turn: Turn = field(default_factory=Turn)
+    num_classes: int = 0  # of the domain, where the model is an encoder
     relay: AdapterRelease | None = None
     rounds: Rounds | None = None
     domain: DomainModel = field(init=False)
@@ -52,10 +53,11 @@ class Holding:
     hidden_size: int = field(init=False)
 
     def __post_init__(self) -> None:
-        model = ReleasedModel(self.release)
+        model = released(self.release)
         self.hidden_size = model.config.hidden_size
-        self.layout = layout = Layout(self.config, model.num_layers)
-        self.domain = DomainModel(model.body(layout.first_cut, layout.tail_start), layout, self.turn)
+        self.layout = layout = Layout(self.config, model.num_layers, model.family)
+        body = model.body(layout.first_cut, layout.tail_start)
+        self.domain = DomainModel(body, layout, self.turn, self.num_classes)
         self.domain.take_anchor(self.anchor)
 
     def release_for(self, device: DeviceSettings) -> ModelRelease:
@@ -106,7 +108,7 @@ class Holding:
         shelf.put("progress", state, tensors)
 
 
-def recall(shelf: Shelf, config: Config, ledger: Ledger, turn: Turn) -> Holding | None:
+def recall(shelf: Shelf, config: Config, ledger: Ledger, turn: Turn, num_classes: int = 0) -> Holding | None:
     """What was kept last; None if that was nothing whole. Raises ``CheckpointError``."""
     model, anchor, progress = shelf.get("model"), shelf.get("anchor"), shelf.get("progress")
     if model is None or anchor is None or progress is None:
@@ -117,7 +119,7 @@ def recall(shelf: Shelf, config: Config, ledger: Ledger, turn: Turn) -> Holding 
         return None  # it was stopped while a new run replaced an old one: the cloud will send it all again
     release = ModelRelease(state["config_json"], tuple(state["layers"]), tuple(state["int8_layers"]), tensors)
     anchored = AnchorRelease(anchor[1]["lengths"], anchor[1]["hidden"])
-    holding = Holding(config, run, state["digest"], release, anchored, turn)
+    holding = Holding(config, run, state["digest"], release, anchored, turn, num_classes)
     _restore(holding, progress[0], progress[1])
     for kind in _KINDS:
         ledger.add(kind, Traffic(**progress[0]["traffic"][kind]))

@@ -42,17 +42,43 @@ class Layout:
 
     def _check_family(self) -> None:
         """What an encoder cannot do, and what only an encoder can."""
+        if self.family.is_encoder:
+            self._check_nothing_is_written()
+            self._check_labels()
+        elif self.config.adapters.kind == "prompts":
+            raise ConfigError("adapters.kind", "is 'prompts', but the model is a decoder", "use 'lora'")
+
+    def _check_nothing_is_written(self) -> None:
         config = self.config
-        if not self.family.is_encoder:
-            if config.adapters.kind == "prompts":
-                raise ConfigError("adapters.kind", "is 'prompts', but the model is a decoder", "use 'lora'")
-            return
         if config.tail_layers:
             found = "the model is an encoder, whose last layers learn together with its classifier, at the edge"
             raise CutError("tail_layers", config.tail_layers, found, "use 0")
         if config.relay.enabled:
             found = "is true, but the model is an encoder, which writes no text to learn from"
             raise ConfigError("relay.enabled", found, "set it to false")
+        if config.fine_tune.anchor_weight:
+            found = (
+                f"is {config.fine_tune.anchor_weight:g}, but the model is an encoder, which writes no text to hold to"
+            )
+            raise ConfigError("fine_tune.anchor_weight", found, "set it to 0")
+        if config.evaluate.everywhere:
+            found = "is true, but the model is an encoder, whose adapters know the classes of their own domain only"
+            raise ConfigError("evaluate.everywhere", found, "set it to false")
+
+    def _check_labels(self) -> None:
+        for index, edge in enumerate(self.config.edges):
+            if len(set(edge.labels)) < max(2, len(edge.labels)):
+                found = f"are {list(edge.labels)}, but the model is an encoder, which tells classes apart"
+                raise ConfigError(
+                    f"edges.{index}.labels", found, "name the classes of the domain, two or more, each once"
+                )
+            if edge.labels != self.labels(edge.adapter):
+                found = f"are not those of '{edge.adapter}', whose adapter and classes it takes over"
+                raise ConfigError(f"edges.{index}.labels", found, "name the same, in the same order")
+
+    def labels(self, domain: str) -> tuple[str, ...]:
+        """Names of a domain's classes, if it has a closed set of them."""
+        return next(edge.labels for edge in self.config.edges if edge.domain == domain)
 
     @property
     def first_cut(self) -> int:

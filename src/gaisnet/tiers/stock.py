@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from gaisnet.config import Config, DeviceSettings
+from gaisnet.errors import SessionRefused
 from gaisnet.messages import ModelRelease
+from gaisnet.models.encoders import EncoderHead
 from gaisnet.models.parts import Head, Tail
 from gaisnet.models.pauses import pause_within
-from gaisnet.models.release import ReleasedModel
+from gaisnet.models.release import released
 from gaisnet.tiers.layout import Layout
 from gaisnet.turn import Turn
 
@@ -21,8 +23,15 @@ class Parts:
 
     release: ModelRelease  # its tensors are those of the parts
     layout: Layout
-    head: Head
-    tail: Tail
+    head: Head | EncoderHead
+    tail: Tail | None  # where the body goes to the end of the model, there is none
+
+    def to_write(self) -> tuple[Head, Tail]:
+        """To write with. Raises ``SessionRefused`` where the model is an encoder."""
+        if not isinstance(self.head, Head) or self.tail is None:
+            found = "the foundation model is an encoder, which tells classes apart and writes no text"
+            raise SessionRefused("an answer", found, "ask a run of a decoder")
+        return self.head, self.tail
 
 
 class Stock:
@@ -62,10 +71,9 @@ class Stock:
         return tensor
 
     def _build(self, release: ModelRelease, device: DeviceSettings) -> Parts:
-        model = ReleasedModel(release)
-        layout = Layout(self._config, model.num_layers)
-        cut = layout.cut(device)
-        head = model.head(cut)
-        tail = model.tail(cut, head)
-        pause_within((*head.stack.layers.values(), *tail.stack.layers.values()), self._turn.pause)
+        model = released(release)
+        layout = Layout(self._config, model.num_layers, model.family)
+        head, tail = model.outer(layout.cut(device))
+        for part in (head, *([tail] if tail else [])):
+            pause_within(part.stack.layers.values(), self._turn.pause)
         return Parts(release, layout, head, tail)

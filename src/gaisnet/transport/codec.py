@@ -23,7 +23,7 @@ from torch import Tensor
 from gaisnet.config import TensorCode, WireSettings
 from gaisnet.errors import WireFormatError
 from gaisnet.messages import Message
-from gaisnet.rounding import dither, from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
+from gaisnet.rounding import GROUP, dither, from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
 
 _SCALE = "#scale"
 _GROUPS = "#groups"
@@ -80,6 +80,8 @@ class Codec:
             tensors[name] = value
             return
         code: TensorCode = getattr(self._settings, setting)
+        if code == "int4" and declared.metadata["short_whole"] and value.shape[-1] < GROUP:
+            code = "float32"
         by_chance = dither(value) if self._settings.rounding(setting) == "stochastic" else None
         if code == "int8":
             tensors[name], tensors[name + _SCALE] = to_int8(value, by_chance)

@@ -149,7 +149,8 @@ EXPERIMENT = Experiment(
         "the layers on either side and of the classifier (medians), and seconds and bytes of both frames by the "
         "network's own codec. Computed from that: latency over links of "
         f"{', '.join(f'{link.mbit_per_s:g}' for link in _LINKS)} Mbit/s with a round trip of "
-        f"{_seconds(_LINKS[0].round_trip_s)}, where the device is {_LINKS[0].slower:g} times slower than the edge, which is this machine. With all layers at the device nothing crosses."
+        f"{_seconds(_LINKS[0].round_trip_s)}, where the device is {_LINKS[0].slower:g} times slower than the edge, "
+        "which is this machine. With all layers at the device nothing crosses."
     ),
     rule="agrees where the cut of least latency is not the same over all links, for both models and both codes; "
     "disagrees where it is the same for each of them; else partly.",

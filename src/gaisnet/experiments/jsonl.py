@@ -1,0 +1,113 @@
+"""Examples out of JSONL files: prompt and completion, text and label, or image and label, one on each line.
+
+Images are files beside theirs. They are not resized, and become what ViT's own image processor makes of them: float
+pixels [channels, height, width] between -1 and 1, one channel where a file is grey and three elsewhere.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gaisnet.errors import DataError
+from gaisnet.tiers.examples import Example, Input, Labelled
+
+_GREY = ("1", "L", "LA", "I", "I;16", "F")  # modes of Pillow's
+_EXAMPLES = {"text": ("text", "label"), "image": ("image", "label"), "prompt": ("prompt", "completion")}
+_INPUTS = {"image": ("image",), "text": ("text",)}
+
+
+def read_examples(path: Path, owner: str) -> tuple[Example | Labelled, ...]:
+    """Of a device, at least one. Raises ``DataError``."""
+    asked = f"examples '{path}' of device '{owner}'"
+    lines = _lines(path, asked, "put train.jsonl and test.jsonl in the data folder")
+    if not lines:
+        raise DataError(asked, "device without examples", "write at least one line of prompt and completion")
+    return tuple(_example(line, where, path.parent) for where, line in lines)
+
+
+def read_inputs(path: Path) -> tuple[Input, ...]:
+    """Texts or images without labels, at least one. Raises ``DataError``."""
+    asked = f"public inputs '{path}'"
+    lines = _lines(path, asked, "correct model.public_inputs")
+    if not lines:
+        raise DataError(asked, "there are none in it", "write at least one line, or remove model.public_inputs")
+    return tuple(_input_of(_fields(line, where, _INPUTS), where, path.parent) for where, line in lines)
+
+
+def _lines(path: Path, asked: str, do: str) -> list[tuple[str, str]]:
+    """Those that are not blank, each behind where it is."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(asked, "there is no such file", do) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(asked, f"cannot be read ({error})", "write it as UTF-8 text that this user can read") from error
+    # Not splitlines, which also splits at characters that JSON allows within a string.
+    return [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def _example(line: str, where: str, folder: Path) -> Example | Labelled:
+    raw = _fields(line, where, _EXAMPLES)
+    if "prompt" in raw:
+        return Example(raw["prompt"], raw["completion"])
+    return Labelled(_input_of(raw, where, folder), raw["label"])
+
+
+def _input_of(raw: dict[str, str], where: str, folder: Path) -> Input:
+    return _pixels(folder / raw["image"], where) if "image" in raw else raw["text"]
+
+
+def _fields(line: str, where: str, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """What a line says, all of it text. The kind is that of the first key that is there, or the last kind of all."""
+    kind = list(kinds.values())[-1]
+    do = _how_to_write(kind)
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(where, f"is not valid JSON ({error})", do) from error
+    if not isinstance(raw, dict):
+        raise DataError(where, f"is a {type(raw).__name__}, not an object", do)
+    kind = next((names for key, names in kinds.items() if key in raw), kind)
+    missing, unknown = set(kind) - raw.keys(), raw.keys() - set(kind)
+    if missing:
+        raise DataError(where, f"lacks {_quoted(missing)}", _how_to_write(kind))
+    if unknown:
+        raise DataError(where, f"has unknown keys: {_quoted(unknown)}", _how_to_write(kind))
+    for key, value in raw.items():
+        _check_text(key, value, where)
+    return raw
+
+
+def _how_to_write(kind: tuple[str, ...]) -> str:
+    inside = ", ".join(f'"{name}": "..."' for name in kind)
+    return f"write {{{inside}}}"
+
+
+def _check_text(key: str, value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(where, f"'{key}' is a {type(value).__name__}", "write a string")
+    if not value.strip():
+        raise DataError(where, f"'{key}' is empty", "write some text, or remove the line")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(where, f"'{key}' holds half of a surrogate pair", "write the whole character")
+
+
+def _quoted(names: set[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names))
+
+
+def _pixels(path: Path, where: str) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            levels = np.array(image.convert("L" if image.mode in _GREY else "RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        do = "name a picture by its path from the folder of this file"
+        raise DataError(where, f"'image' cannot be read ({error})", do) from error
+    pixels = torch.from_numpy(levels).float() / 127.5 - 1
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
