@@ -6,7 +6,6 @@ has what is known of a file before its settings are.
 
 import difflib
 import hashlib
-import reprlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from gaisnet.errors import ConfigError, UnknownKey
-from gaisnet.overrides import load_yaml, with_overrides
+from gaisnet.overrides import found_in, load_yaml, most_telling, with_overrides
 
 TensorCode = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Precision = Literal["float32", "int8"]
@@ -208,7 +206,7 @@ class WireSettings(Settings):
     body_output: TensorCode = Field(
         "int4",
         description="Activations of examples, edge or cloud -> device; of an encoder logits. Those of fewer than 32 "
-        "classes are never in int4 but in float32 then; of more classes, float16 or int8 is better.",
+        "classes are in float32 where this says int4, which is refused for more.",
     )
     gradient: TensorCode = Field("int4", description="Gradients device -> edge; of logits as there.")
     gradient_rounding: Literal["nearest", "stochastic"] = Field(
@@ -458,29 +456,13 @@ def parse_config(raw: dict[str, Any], asked: str = "configuration") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        first = min(error.errors(), key=_rank)
+        first = most_telling(error)
         where, group = _locate(first["loc"])
         if first["type"] == "extra_forbidden":
             known = list(group.model_fields)
             matches = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
             raise UnknownKey(where, matches[0] if matches else None, known) from error
-        raise ConfigError(f"{asked}, {where or 'as a whole'}", _found(first), "correct it and run again") from error
-
-
-def _rank(error: ErrorDetails) -> tuple[bool, int]:
-    """Orders what pydantic found, most telling first.
-
-    A misspelt key explains the missing one beside it, and of a union's members the one that got furthest was meant.
-    """
-    return error["type"] != "extra_forbidden", -len(error["loc"])
-
-
-def _found(error: ErrorDetails) -> str:
-    """What is wrong with a value, and the value, shortened."""
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("missing", "value_error"):  # here the input is all that stands around it
-        return message
-    return f"{message} (found {reprlib.repr(error['input'])})"
+        raise ConfigError(f"{asked}, {where or 'as a whole'}", found_in(first), "correct it and run again") from error
 
 
 def _locate(location: Sequence[str | int]) -> tuple[str, type[Settings]]:

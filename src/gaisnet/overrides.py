@@ -1,10 +1,16 @@
-"""YAML as it was written, and ``--set key=value`` put over it, before anything is checked."""
+"""A file of settings as plain values: YAML in which no key is given twice, and ``--set key=value`` on top of it.
+
+And what is said of values that settings do not take.
+"""
 
 import copy
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from gaisnet.errors import ConfigError
 
@@ -57,3 +63,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def load_yaml(text: str) -> Any:
     """YAML by its safe loader. Raises ``yaml.YAMLError``, also where a key is given twice."""
     return yaml.load(text, Loader=_UniqueKeyLoader)
+
+
+def most_telling(error: ValidationError) -> ErrorDetails:
+    """Of what pydantic found wrong with settings.
+
+    A misspelt key explains the missing one beside it, and of a union's members the one that got furthest was meant.
+    """
+    return min(error.errors(), key=lambda each: (each["type"] != "extra_forbidden", -len(each["loc"])))
+
+
+def found_in(error: ErrorDetails) -> str:
+    """What is wrong with a value, and the value, shortened."""
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("missing", "value_error"):  # here the input is all that stands around it
+        return message
+    return f"{message} (found {reprlib.repr(error['input'])})"

@@ -403,6 +403,10 @@ def changed(index: int, **edge: Any) -> list[dict[str, Any]]:
         ({"edges": changed(1, labels=[])}, r"edges.1.labels: are \[\], but .*; name the classes"),
         ({"edges": changed(0, labels=["one"])}, r"edges.0.labels: are \['one'\], but .* two or more"),
         ({"edges": changed(0, labels=["a", "b", "a"])}, "edges.0.labels: .* each once"),
+        (
+            {"edges": changed(0, labels=[str(i) for i in range(32)])},
+            "wire.body_output: is int4, in which the likeliest of the 32 classes of 'shapes' .*; use float16 or int8",
+        ),
         ({"edges": changed(1, follows="shapes")}, "edges.1.labels: are not those of 'shapes'.*; name the same"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import gguf
 import pytest
@@ -12,8 +13,20 @@ from torch import Tensor
 
 from gaisnet.config import ModelSettings
 from gaisnet.errors import MissingPackage, ModelError
+from gaisnet.models.families import ENCODERS
 from gaisnet.models.foundation import DEFAULT_MODEL, Foundation, load_foundation
-from tests.tiny import NUM_LAYERS, VOCAB, save_tiny_foundation, tiny_model, tiny_tokenizer, write_tiny_gguf
+from tests.tiny import (
+    NUM_LAYERS,
+    VOCAB,
+    save_tiny_encoder,
+    save_tiny_foundation,
+    tiny_bert_tokenizer,
+    tiny_encoder,
+    tiny_inputs,
+    tiny_model,
+    tiny_tokenizer,
+    write_tiny_gguf,
+)
 
 
 def load(source: Path | str, **changes: object) -> Foundation:
@@ -42,6 +55,41 @@ def test_a_folder(tmp_path: Path) -> None:
     assert torch.equal(foundation.model(ids()).logits, tiny_model()(ids()).logits)
     assert foundation.tokenizer.encode("so? é", add_special_tokens=False) == tiny_tokenizer().encode("so? é")
     assert len(foundation.decoder.layers) == NUM_LAYERS
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_a_folder_of_an_encoder(tmp_path: Path, family: str) -> None:
+    """Without what it was made for; a ViT has no tokenizer."""
+    foundation = load(save_tiny_encoder(tmp_path, family))
+    whole: Any = tiny_encoder(family).base_model
+    assert foundation.family is ENCODERS[family] and foundation.encoder.classifier is None
+    assert len(foundation.encoder.layers) == NUM_LAYERS
+    inputs = tiny_inputs(family)
+    assert torch.equal(foundation.model(inputs)[0], whole(inputs)[0])
+    assert not any(parameter.requires_grad for parameter in foundation.model.parameters())
+    if family == "bert":
+        assert foundation.tokenizer.encode("a") == tiny_bert_tokenizer().encode("a")
+        return
+    with pytest.raises(ModelError, match="it takes images, so it has no tokenizer; use a model of text"):
+        _ = foundation.tokenizer
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_an_encoder_that_was_made_for_no_task_is_the_same(tmp_path: Path, family: str) -> None:
+    cast(Any, tiny_encoder(family).base_model).save_pretrained(tmp_path)
+    if family == "bert":
+        tiny_bert_tokenizer().save_pretrained(tmp_path)
+    inputs, whole = tiny_inputs(family), cast(Any, tiny_encoder(family).base_model)
+    assert torch.equal(load(tmp_path).model(inputs)[0], whole(inputs)[0])
+
+
+def test_a_bert_without_the_pooler_that_classifies_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_encoder(tmp_path, "bert")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="its files lack weights, the first is 'pooler.dense.bias'"):
+        load(folder)
 
 
 def test_it_is_frozen_and_in_eval_mode(tmp_path: Path) -> None:

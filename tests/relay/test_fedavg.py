@@ -73,6 +73,19 @@ def test_products_of_one_update_are_its_own() -> None:
     assert all(torch.equal(average_products([(update, 4)])[key], tensor) for key, tensor in update.items())
 
 
+def test_what_is_no_factor_is_averaged_beside_products() -> None:
+    first, second = (lora(2, seed) | {"classifier.bias": torch.tensor([float(seed), 0.0])} for seed in (1, 2))
+    found = average_products([(first, 3), (second, 1)])
+    plain = average_products([(lora(2, 1), 3), (lora(2, 2), 1)])
+    assert found.keys() == first.keys() and torch.equal(found["classifier.bias"], torch.tensor([1.25, 0.0]))
+    assert all(torch.equal(found[key], tensor) for key, tensor in plain.items())
+
+
+def test_prompts_have_no_products_and_are_averaged_as_they_are() -> None:
+    prompts = [({"layers.4.prompts.weight": torch.full((2, 3), float(i))}, n) for i, n in ((1, 3), (2, 1))]
+    assert torch.equal(average_products(prompts)["layers.4.prompts.weight"], torch.full((2, 3), 1.25))
+
+
 def test_products_that_do_not_fit_are_refused() -> None:
     with pytest.raises(AdapterMismatch):
         average_products([(lora(2, 1), 1), (lora(3, 1), 1)])

@@ -298,6 +298,26 @@ def test_a_bound_is_not_far_from_the_error(code: TensorCode) -> None:
     assert 0.4 < share.max().item() <= 1.001
 
 
+@pytest.mark.parametrize("width", [3, 31, 32])
+def test_logits_of_few_classes_are_never_in_four_bits(width: int) -> None:
+    codec, rows_ND = Codec(WireSettings()), numbers(4, width)
+    for message, tensor in (
+        (BodyOutput("train", 0, 4, int32(0, 1, 2, 3), rows_ND), "rows_ND"),
+        (BodyOutputGrad(0, 1.0, rows_ND), "grad_ND"),
+    ):
+        found = getattr(codec.decode(codec.encode(message)), tensor)
+        assert torch.equal(found, rows_ND) == (width < 32)
+    in_int8 = Codec(WireSettings(body_output="int8"))
+    sent = in_int8.decode(in_int8.encode(BodyOutput("train", 0, 4, int32(0, 1, 2, 3), rows_ND)))
+    assert not torch.equal(sent.rows_ND, rows_ND)  # type: ignore[attr-defined]
+
+
+def test_adapters_in_four_bits_are_so_however_short_their_rows_are() -> None:
+    codec = Codec(WireSettings(adapter="int4"))
+    sent = codec.decode(codec.encode(AdapterRelease("domain", 1, adapter())))
+    assert not any(torch.equal(sent.tensors[key], t) for key, t in adapter().items())  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("code", BOUNDS)
 def test_zeros_stay_zeros(code: TensorCode, rounding: Literal["nearest", "stochastic"]) -> None:

@@ -9,6 +9,7 @@ from gaisnet.errors import ConfigError, CutError
 from gaisnet.models.domain import Middle, check_recipe
 from gaisnet.models.families import LLAMA, Family
 from gaisnet.models.parts import CutLayers
+from gaisnet.rounding import GROUP
 from gaisnet.tiers.activations import Wanted
 
 _LAST_MODULE = "down_proj"  # of a layer of every decoder in ``models.families``
@@ -75,6 +76,10 @@ class Layout:
             if edge.labels != self.labels(edge.adapter):
                 found = f"are not those of '{edge.adapter}', whose adapter and classes it takes over"
                 raise ConfigError(f"edges.{index}.labels", found, "name the same, in the same order")
+            if len(edge.labels) >= GROUP and self.config.wire.body_output == "int4":
+                classes = f"{len(edge.labels)} classes of '{edge.domain}'"
+                found = f"is int4, in which the likeliest of the {classes} is often another one"
+                raise ConfigError("wire.body_output", found, "use float16 or int8")
 
     def labels(self, domain: str) -> tuple[str, ...]:
         """Names of a domain's classes, if it has a closed set of them."""

@@ -1,0 +1,206 @@
+"""Runs on encoders from a configuration file to an output folder: what stands in it, and how they go on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+
+from gaisnet.bench.baselines import measure_baselines
+from gaisnet.config import load_config
+from gaisnet.errors import ConfigError, DataError, ModelError
+from gaisnet.experiments.data import load_device, load_domains, majority, public_inputs
+from gaisnet.experiments.jsonl import read_examples, read_inputs
+from gaisnet.experiments.run import resume_experiment, run_experiment
+from gaisnet.experiments.serve import serve_run
+from gaisnet.experiments.summary import Summary
+from gaisnet.experiments.table import closing_captions, closing_rows
+from gaisnet.tiers.examples import Labelled
+from tests.experiments.test_resume import files, outcome, read_summary
+from tests.test_cli import gaisnet, words
+from tests.tiny import SHAPES, TASTES, encoder_raw_config, save_tiny_encoder, tiny_encoder, write_tiny_bert_run
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration of two cycles on a BERT, and a finished run in it, of the command."""
+    folder = tmp_path_factory.mktemp("bert")
+    path = write_tiny_bert_run(folder)
+    result = gaisnet("run", path, "--out", folder / "out")
+    assert result.exit_code == 0, result.output
+    (folder / "printed").write_text(result.output, encoding="utf-8")
+    return folder
+
+
+def summary_of(site: Path) -> Summary:
+    return Summary.model_validate(read_summary(site / "out"))
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_runs_a_bert_on_lines_of_text_and_label(site: Path) -> None:
+    summary = summary_of(site)
+    assert len(summary.cycles) == 3 and summary.domains == ("shapes", "tastes")
+    first, last = summary.cycles[0], summary.cycles[-1]
+    for body in ("domain", "foundation"):
+        for domain in summary.domains:
+            assert last.bodies()[body][domain].loss < first.bodies()[body][domain].loss
+    assert summary.cycles[-1].gate[0].startswith("accepted 'shapes': its shape and numbers were looked at")
+    assert summary.majority == {
+        name: majority(data) for name, data in load_domains(load_config(site / "run.yaml")).items()
+    }
+
+
+def test_there_is_no_merged_adapter_and_no_retention_anywhere(site: Path) -> None:
+    summary, printed = summary_of(site), words((site / "printed").read_text(encoding="utf-8"))
+    for cycle in summary.cycles:
+        assert cycle.merged == {} and cycle.relay == {}
+        assert cycle.retention.model_dump() == {"perplexity": None, "drift": None, "adapters": {}}
+    assert all(row.merged_after is None and row.foundation_after is not None for row in closing_rows(summary))
+    assert closing_captions(summary)[0].startswith("Retention: not measured; the FM writes no text")
+    assert "Retention: not measured" in printed
+    report = (site / "out" / "report.html").read_text(encoding="utf-8")
+    assert "the cloud has no public inputs (model.public_inputs)" in report
+    assert "FM with the merged adapter" not in report
+    assert {path.name for path in (site / "out" / "adapters").iterdir()} == {"shapes", "tastes"}
+
+
+def test_saved_adapters_load_in_plain_peft_on_a_model_with_as_many_classes(site: Path) -> None:
+    for domain, labels in (("shapes", SHAPES), ("tastes", TASTES)):
+        folder = site / "out" / "adapters" / domain
+        model = PeftModel.from_pretrained(tiny_encoder("bert", num_classes=len(labels)), str(folder))
+        assert model(torch.tensor([[256, 1, 2, 257]])).logits.shape == (1, len(labels))
+        assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+
+
+def test_a_run_goes_on_after_a_cycle_to_the_same_end(site: Path) -> None:
+    config = load_config(site / "run.yaml")
+    run_experiment(config.model_copy(update={"cycles": 1}), site / "short")
+    resume_experiment(site / "short", ["cycles=2"])
+    assert outcome(read_summary(site / "short")) == outcome(read_summary(site / "out"))
+    assert files(site / "short" / "adapters") == files(site / "out" / "adapters")
+
+
+def test_a_run_that_classifies_answers_nobody(site: Path) -> None:
+    found = "its foundation model is an encoder, which tells classes apart and writes no text; serve a run of a decoder"
+    with pytest.raises(ConfigError, match=found), serve_run(site / "out"):
+        pass
+    for command in ("serve", "chat"):
+        result = gaisnet(command, site / "out")
+        assert result.exit_code == 1 and found in words(result.output)
+
+
+def test_nothing_is_held_against_a_run_that_classifies(site: Path) -> None:
+    with pytest.raises(ModelError, match="its family 'bert' is not supported; use a decoder"):
+        measure_baselines(site / "out")
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def write_picture(path: Path, seed: int, brightness: int, mode: str = "RGB") -> None:
+    noise = torch.randint(0, 60, (12, 8, 3), generator=torch.Generator().manual_seed(seed))
+    levels = (noise + brightness).to(torch.uint8).numpy()
+    Image.fromarray(levels).convert(mode).save(path)
+
+
+def write_vit_run(folder: Path, **changes: Any) -> Path:
+    """One edge, two devices with pictures, and public ones."""
+    save_tiny_encoder(folder / "foundation", "vit")
+    raw = encoder_raw_config("prompts", cycles=1, **changes)
+    raw["model"] = {"foundation": str(folder / "foundation"), "public_inputs": "public/inputs.jsonl"}
+    devices = [{"name": "a", "head_layers": 1, "data": "a"}, {"name": "b", "mode": "local", "data": "b"}]
+    raw["edges"] = [{"name": "north", "domain": "shapes", "labels": SHAPES, "devices": devices}]
+    for name in ("a", "b", "public"):
+        (folder / name).mkdir()
+        lines = []
+        for i in range(6):
+            write_picture(folder / name / f"{i}.png", 10 * i + "ab public".index(name), 90 * (i % 3))
+            label = {} if name == "public" else {"label": SHAPES[i % 3]}
+            lines.append(json.dumps({"image": f"{i}.png", **label}))
+        for split in ("inputs",) if name == "public" else ("train", "test"):
+            (folder / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_a_vit_learns_pictures_and_its_features_are_watched_on_public_ones(tmp_path: Path) -> None:
+    config = load_config(write_vit_run(tmp_path, domain={"precision": "int8"}))
+    summary = run_experiment(config, tmp_path / "out")
+    first, last = summary.cycles
+    assert last.domain["shapes"].loss < first.domain["shapes"].loss
+    assert last.foundation["shapes"].loss < first.foundation["shapes"].loss
+    assert last.retention.drift == last.retention.adapters["shapes"] != first.retention.drift
+    assert closing_captions(summary)[0].startswith("Retention: adapters move the FM's features of public inputs by ")
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "How far an adapter moves what the FM makes of public inputs" in report
+    with safe_open(tmp_path / "out" / "adapters" / "shapes" / "prompts.safetensors", framework="pt") as file:
+        assert file.metadata()["method"] == "VPT-deep"
+    metrics = (tmp_path / "out" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"drift"' in metrics
+
+
+def test_pixels_are_what_vits_own_processor_makes_of_a_picture(tmp_path: Path) -> None:
+    levels = torch.tensor([[[0, 255, 51]], [[102, 0, 255]]], dtype=torch.uint8)
+    Image.fromarray(levels.numpy()).save(tmp_path / "colour.png")
+    Image.fromarray(levels[..., 0].numpy()).save(tmp_path / "grey.png")
+    (tmp_path / "x.jsonl").write_text('{"image": "colour.png"}\n{"image": "grey.png"}', encoding="utf-8")
+    colour, grey = read_inputs(tmp_path / "x.jsonl")
+    assert isinstance(colour, torch.Tensor) and isinstance(grey, torch.Tensor)
+    torch.testing.assert_close(colour, (levels.permute(2, 0, 1) / 255 - 0.5) / 0.5)
+    torch.testing.assert_close(grey, (levels[None, ..., 0] / 255 - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"text": "a"}', 'lacks \'label\'; write {"text": "...", "label": "..."}'),
+        ('{"label": "a"}', "lacks 'completion', 'prompt'; write"),
+        ('{"image": "no.png"}', "lacks 'label'; write {\"image\""),
+        ('{"image": "no.png", "label": "a"}', "'image' cannot be read ("),
+        ('{"image": "x.jsonl", "label": "a"}', "'image' cannot be read (cannot identify image file"),
+        ('{"text": "a", "label": 4}', "'label' is a int; write a string"),
+        ('{"text": "a", "image": "b", "label": "c"}', "has unknown keys: 'image'"),
+        ('{"text": "a", "completion": "b", "label": "c"}', "has unknown keys: 'completion'"),
+    ],
+)
+def test_lines_that_cannot_be_read(tmp_path: Path, line: str, found: str) -> None:
+    (tmp_path / "x.jsonl").write_text(f'{{"text": "a", "label": "b"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(DataError) as raised:
+        read_examples(tmp_path / "x.jsonl", "device-0")
+    assert f"line 2: {found}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "there are none in it; write at least one line, or remove model.public_inputs"),
+        ('{"text": "a", "label": "b"}', 'line 1: has unknown keys: \'label\'; write {"text": "..."}'),
+        ("{}", "line 1: lacks 'text'"),
+        (None, "there is no such file; correct model.public_inputs"),
+    ],
+)
+def test_public_inputs_that_cannot_be_read(tmp_path: Path, text: str | None, found: str) -> None:
+    if text is not None:
+        (tmp_path / "x.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as raised:
+        read_inputs(tmp_path / "x.jsonl")
+    assert found in str(raised.value)
+
+
+def test_a_device_and_the_cloud_read_what_is_theirs(tmp_path: Path) -> None:
+    config = load_config(write_vit_run(tmp_path))
+    (example, *others) = load_device(config, "b").train
+    assert isinstance(example, Labelled) and example.label == SHAPES[0] and len(others) == 5
+    assert len(public_inputs(config)) == 6
+    bare = config.model_copy(update={"model": config.model.model_copy(update={"public_inputs": None})})
+    assert public_inputs(bare) == ()
