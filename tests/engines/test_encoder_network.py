@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.state import save_adapter
+from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config, parse_config
 from gaisnet.engines.local import NoOutlets, build_network, build_tiers
 from gaisnet.errors import ConfigError, DataError, SessionRefused
@@ -24,6 +25,10 @@ from gaisnet.messages import (
     AnchorRelease,
     BodyOutput,
     BodyOutputGrad,
+    Evaluate,
+    FineTune,
+    Install,
+    Installed,
     ModelRelease,
     SmashedData,
 )
@@ -33,9 +38,14 @@ from gaisnet.network import Network, Scores
 from gaisnet.progress import silent
 from gaisnet.relay.downward import TaskShape
 from gaisnet.relay.upward import Verdict
+from gaisnet.tiers.device import Device
+from gaisnet.tiers.edge import Edge
 from gaisnet.tiers.examples import DeviceData, Example, Input, Labelled
 from gaisnet.tiers.inputs import Inputs
 from gaisnet.tiers.layout import Layout
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.ledger import Ledger
+from gaisnet.transport.local import LocalLink
 from tests.frames import Frames
 from tests.tiny import (
     NUM_LAYERS,
@@ -294,6 +304,28 @@ def test_features_that_are_not_finite_are_refused() -> None:
     (verdict,) = cloud.absorb({"shapes": AdapterUpdate(1, 0, 5, 5, 0.5, (), huge)})
     assert str(verdict) == "refused 'shapes': it makes features that are not finite of public inputs"
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in cloud.adapter("shapes")[1].items())
+
+
+def test_an_edge_that_restarts_goes_on_from_its_shelf(tmp_path: Path) -> None:
+    config = encoder_config("prompts", edges=changed(0)[:1], cycles=1)
+    codec, data, cloud = Codec(config.wire), encoder_data(config, "bert"), Run("bert", config).network.cloud
+    devices = {one.name: Device(one, config, tiny_bert_tokenizer(), data[one.name]) for _, one in config.each_device()}
+
+    def edge() -> Edge:
+        to_cloud = LocalLink(cloud, codec, Ledger(), "edge_cloud", "up")
+        links = {name: LocalLink(one, codec, Ledger(), "device_edge", "down") for name, one in devices.items()}
+        return Edge(config.edges[0], config, to_cloud, links, Ledger(), FolderShelf(tmp_path))
+
+    first = edge()
+    assert first.handle(Install("run", cloud.model_digest)) == Installed(0, -1)
+    first.handle(cloud.release("domain", "shapes"))
+    update, report = first.handle(FineTune(0)), first.handle(Evaluate("domain", None))
+    again = edge()
+    assert again.handle(Install("run", cloud.model_digest)) == Installed(0, 1)
+    assert again.handle(Evaluate("domain", None)) == report
+    repeated = again.handle(FineTune(0))
+    assert isinstance(update, AdapterUpdate) and isinstance(repeated, AdapterUpdate)
+    assert all(torch.equal(repeated.tensors[key], tensor) for key, tensor in update.tensors.items())
 
 
 # -- what is on the links ----------------------------------------------------------------------------------------------
