@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -328,3 +329,30 @@ def write_tiny_bert_run(folder: Path, **changes: Any) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     return path
+
+
+def write_tiny_vit_run(folder: Path, **changes: Any) -> Path:
+    """The same of a ViT: one edge, a split and a local device with pictures, and public ones."""
+    save_tiny_encoder(folder / "foundation", "vit")
+    raw = encoder_raw_config("prompts", cycles=1, **changes)
+    raw["model"] = {"foundation": str(folder / "foundation"), "public_inputs": "public/inputs.jsonl"}
+    devices = [{"name": "a", "head_layers": 1, "data": "a"}, {"name": "b", "mode": "local", "data": "b"}]
+    raw["edges"] = [{"name": "north", "domain": "shapes", "labels": SHAPES, "devices": devices}]
+    for name in ("a", "b", "public"):
+        (folder / name).mkdir()
+        lines = []
+        for i in range(6):
+            _write_picture(folder / name / f"{i}.png", 10 * i + "ab public".index(name), 90 * (i % 3))
+            label = {} if name == "public" else {"label": SHAPES[i % 3]}
+            lines.append(json.dumps({"image": f"{i}.png", **label}))
+        for split in ("inputs",) if name == "public" else ("train", "test"):
+            (folder / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _write_picture(path: Path, seed: int, brightness: int) -> None:
+    noise = torch.randint(0, 60, (12, 8, 3), generator=torch.Generator().manual_seed(seed))
+    levels = (noise + brightness).to(torch.uint8).numpy()
+    Image.fromarray(levels).save(path)

@@ -35,7 +35,7 @@ from gaisnet.serving.address import ADDRESS_NAME
 from gaisnet.serving.calibration import read_calibrations
 from gaisnet.serving.keys import ApiKeys
 from gaisnet.transport.grpc import Dialer, Listener
-from tests.tiny import write_tiny_run
+from tests.tiny import write_tiny_bert_run, write_tiny_run, write_tiny_vit_run
 
 OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
 SITES = {"cloud", "north", "south", *(f"{edge}-{device}" for edge in ("north", "south") for device in "abc")}
@@ -92,6 +92,17 @@ def test_a_device_has_a_tokenizer_and_nothing_of_nvflare(kits: Mapping[str, Path
     assert names == {"site.yaml", "start.sh", "rootCA.pem", "client.crt", "client.key", "tokenizer"}
     assert [plan.name for plan in plans(kits["north-a"], Path("logs"))] == ["north-a"]
     assert [plan.name for plan in plans(kits["north"], Path("logs"))] == ["north-nvflare", "north"]
+
+
+def test_a_device_of_a_model_of_images_has_no_tokenizer(tmp_path: Path) -> None:
+    kits = prepare(load_config(write_tiny_vit_run(tmp_path / "run")), tmp_path / "sites")
+    assert {path.name for path in kits["a"].iterdir()} == {
+        "site.yaml",
+        "start.sh",
+        "rootCA.pem",
+        "client.crt",
+        "client.key",
+    }
 
 
 def test_kits_are_not_written_over(config: Config, kits: Mapping[str, Path]) -> None:
@@ -247,6 +258,19 @@ def test_a_network_of_processes_has_the_figures_of_one_process(
     assert "prepare" in watch.stages
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"summary.json", "metrics.jsonl", "report.html", "tensorboard", "adapters", "checkpoint"}
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("write", [write_tiny_bert_run, write_tiny_vit_run])
+def test_a_network_that_classifies_has_the_figures_of_one_process(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    config = load_config(write(tmp_path / "run"))
+    summary = run_network(config, tmp_path / "out", Watch())
+    assert figures(summary) == figures(run_experiment(config, tmp_path / "alone"))
+    assert left_behind(tmp_path / "out") == []
 
 
 @pytest.mark.integration

@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
@@ -23,7 +21,7 @@ from gaisnet.experiments.table import closing_captions, closing_rows
 from gaisnet.tiers.examples import Labelled
 from tests.experiments.test_resume import files, outcome, read_summary
 from tests.test_cli import gaisnet, words
-from tests.tiny import SHAPES, TASTES, encoder_raw_config, save_tiny_encoder, tiny_encoder, write_tiny_bert_run
+from tests.tiny import SHAPES, TASTES, tiny_encoder, write_tiny_bert_run, write_tiny_vit_run
 
 pytestmark = pytest.mark.integration
 
@@ -106,35 +104,8 @@ def test_nothing_is_held_against_a_run_that_classifies(site: Path) -> None:
 # -- images ------------------------------------------------------------------------------------------------------------
 
 
-def write_picture(path: Path, seed: int, brightness: int, mode: str = "RGB") -> None:
-    noise = torch.randint(0, 60, (12, 8, 3), generator=torch.Generator().manual_seed(seed))
-    levels = (noise + brightness).to(torch.uint8).numpy()
-    Image.fromarray(levels).convert(mode).save(path)
-
-
-def write_vit_run(folder: Path, **changes: Any) -> Path:
-    """One edge, two devices with pictures, and public ones."""
-    save_tiny_encoder(folder / "foundation", "vit")
-    raw = encoder_raw_config("prompts", cycles=1, **changes)
-    raw["model"] = {"foundation": str(folder / "foundation"), "public_inputs": "public/inputs.jsonl"}
-    devices = [{"name": "a", "head_layers": 1, "data": "a"}, {"name": "b", "mode": "local", "data": "b"}]
-    raw["edges"] = [{"name": "north", "domain": "shapes", "labels": SHAPES, "devices": devices}]
-    for name in ("a", "b", "public"):
-        (folder / name).mkdir()
-        lines = []
-        for i in range(6):
-            write_picture(folder / name / f"{i}.png", 10 * i + "ab public".index(name), 90 * (i % 3))
-            label = {} if name == "public" else {"label": SHAPES[i % 3]}
-            lines.append(json.dumps({"image": f"{i}.png", **label}))
-        for split in ("inputs",) if name == "public" else ("train", "test"):
-            (folder / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-    return path
-
-
 def test_a_vit_learns_pictures_and_its_features_are_watched_on_public_ones(tmp_path: Path) -> None:
-    config = load_config(write_vit_run(tmp_path, domain={"precision": "int8"}))
+    config = load_config(write_tiny_vit_run(tmp_path, domain={"precision": "int8"}))
     summary = run_experiment(config, tmp_path / "out")
     first, last = summary.cycles
     assert last.domain["shapes"].loss < first.domain["shapes"].loss
@@ -198,7 +169,7 @@ def test_public_inputs_that_cannot_be_read(tmp_path: Path, text: str | None, fou
 
 
 def test_a_device_and_the_cloud_read_what_is_theirs(tmp_path: Path) -> None:
-    config = load_config(write_vit_run(tmp_path))
+    config = load_config(write_tiny_vit_run(tmp_path))
     (example, *others) = load_device(config, "b").train
     assert isinstance(example, Labelled) and example.label == SHAPES[0] and len(others) == 5
     assert len(public_inputs(config)) == 6
