@@ -67,10 +67,11 @@ class DomainSettings(Settings):
 
 
 class AdapterSettings(Settings):
-    """Domain adapters on the late layers: LoRA (Hu et al., arXiv 2106.09685), through peft, or deep prompts."""
+    """Domain adapters on the late layers: LoRA (Hu et al., arXiv 2106.09685), deep prompts, or all of their weights."""
 
-    kind: Literal["lora", "prompts"] = Field(
-        "lora", description="'prompts' are deep prompts (VPT, arXiv 2203.12119), for encoders such as ViT and BERT."
+    kind: Literal["lora", "prompts", "full"] = Field(
+        "lora",
+        description="For encoders also 'prompts' (VPT, arXiv 2203.12119), and 'full': all weights of the layers.",
     )
     rank: int = Field(8, ge=1, description="LoRA rank.")
     alpha: int = Field(16, ge=1, description="LoRA scale numerator; the scale is alpha / rank.")

@@ -121,6 +121,18 @@ def finished(request: pytest.FixtureRequest) -> Run:
     return Run(family, encoder_config(kind, wire=EXACT), public=PUBLIC[family]).go()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_weights_of_the_late_layers_go_through_the_three_verbs(family: str) -> None:
+    run = Run(family, encoder_config("full", wire=EXACT)).go()
+    for domain in CLASSES:
+        first, *_, last = (scores.domain[domain] for scores in run.scores)
+        assert last.loss_sum < 0.95 * first.loss_sum
+        assert run.scores[-1].foundation[domain].num_correct == last.num_correct
+        tensors = run.network.cloud.adapter(domain)[1]
+        assert len(tensors) == 16 * (NUM_LAYERS - run.config.adapters.first_layer) + 2
+    assert run.updates[-1].keys() == CLASSES.keys()
+
+
 # -- a whole run -------------------------------------------------------------------------------------------------------
 
 

@@ -3,13 +3,12 @@
 peft knows the idea as ``modules_to_save``. Shape legend: N rows, D hidden size, C classes.
 """
 
-from collections.abc import Iterable
-from typing import Protocol, cast, runtime_checkable
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from gaisnet.adapters.slot import Slot, peft_name
+from gaisnet.adapters.slot import OneOf, peft_name
 from gaisnet.errors import AdapterMismatch
 
 _SPREAD = 0.02  # of the weights of a new one, as transformers begins
@@ -27,22 +26,17 @@ class Classifying(Protocol):
         """Logits [N, C]."""
 
 
-class Classifiers(Slot):
+class Classifiers(OneOf):
     """Of several adapters, and the body's own, which acts where none of theirs does.
 
     Args:
         own: [N, D] -> [N, C]; None if the body has none.
     """
 
+    kind: ClassVar[str] = "a classifier"
+
     def __init__(self, own: nn.Module | None) -> None:
         super().__init__({} if own is None else {_OWN: own})
-
-    def check(self, names: Iterable[str]) -> None:
-        """Raise ``AdapterMismatch`` if more than one has a classifier: what they say does not add up."""
-        mine = self.mine(names)
-        if len(mine) > 1:
-            name = mine[0].removeprefix(peft_name(""))
-            raise AdapterMismatch(name, "to be the only one with a classifier", f"{len(mine)} that should act")
 
     def forward(self, rows_ND: Tensor) -> Tensor:
         """Logits [N, C] by the classifier that acts. Raises ``AdapterMismatch`` if there is none."""

@@ -2,7 +2,8 @@
 
 Tensors are named as in peft, without the name of the adapter: ``layers.12.self_attn.q_proj.lora_A.weight``, float
 [rank, in] for A and [out, rank] for B. Layer numbers are the FM's in every body. What peft does not put in is named
-alike: ``layers.12.prompts.weight`` [P, D], ``classifier.weight`` [C, D] and ``classifier.bias`` [C].
+alike: ``layers.12.prompts.weight`` [P, D], ``classifier.weight`` [C, D] and ``classifier.bias`` [C]. Weights in place
+of a layer's are named as those are: ``layers.12.attention.q_proj.weight``.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gaisnet.adapters.full import FullSpec
 from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.tuning import AdapterSpec, LoraSpec, parameters_of
 from gaisnet.errors import AdapterMismatch
@@ -55,6 +57,8 @@ def save_adapter(
     """Write an adapter of any kind; arguments as for ``save_for_peft``."""
     if isinstance(spec, PromptSpec):
         save_prompts(folder, spec, tensors, base_model)
+    elif isinstance(spec, FullSpec):
+        save_full(folder, tensors, base_model, layers_path)
     else:
         save_for_peft(folder, spec, tensors, base_model, layers_path)
 
@@ -97,6 +101,16 @@ def save_prompts(folder: Path, spec: PromptSpec, tensors: Mapping[str, Tensor], 
     }
     plain = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
     save_file(plain, str(folder / "prompts.safetensors"), metadata=said)
+
+
+def save_full(folder: Path, tensors: Mapping[str, Tensor], base_model: str, layers_path: str) -> None:
+    """Write weights as ``model.safetensors``, named as in the model: ``load_state_dict(..., strict=False)`` takes them.
+
+    The model must have been made with as many classes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {_in_the_model(key, layers_path): tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    save_file(named, str(folder / "model.safetensors"), metadata={"format": "pt", "base_model": base_model})
 
 
 def _in_the_model(key: str, layers_path: str) -> str:

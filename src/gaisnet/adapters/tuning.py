@@ -1,7 +1,7 @@
-"""Adapters beside frozen layers: LoRA (Hu et al., arXiv 2106.09685), put in through peft, or deep prompts.
+"""Adapters of frozen layers: LoRA (Hu et al., arXiv 2106.09685), put in through peft, deep prompts, or other weights.
 
 An adapter has a name. Several may sit on one body; those that are active add up. On an encoder an adapter may have a
-classifier of its own, of which one at a time can be active.
+classifier of its own. Of those that have one, or that have other weights for a layer, one at a time can be active.
 """
 
 import threading
@@ -18,8 +18,9 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from gaisnet.adapters.classifier import add_classifier, check_classifying
+from gaisnet.adapters.full import FullSpec, add_full
 from gaisnet.adapters.prompts import PromptSpec, add_prompts
-from gaisnet.adapters.slot import Slot, peft_name
+from gaisnet.adapters.slot import IN_PLACE, Slot, peft_name
 from gaisnet.errors import AdapterMismatch
 from gaisnet.products import add_low_rank
 
@@ -55,7 +56,7 @@ class LoraSpec:
         )
 
 
-AdapterSpec = LoraSpec | PromptSpec
+AdapterSpec = LoraSpec | PromptSpec | FullSpec
 
 
 class _Fused(LoraVariant):
@@ -74,7 +75,8 @@ class _Fused(LoraVariant):
 def add_adapter(body: nn.Module, name: str, spec: AdapterSpec, seed: int) -> None:
     """Put a new adapter, random from ``seed``, beside the layers of ``body``; it starts inactive and frozen.
 
-    A LoRA's B is zero, so it does nothing yet. Prompts are seen, and a classifier classifies, as soon as they act.
+    A LoRA's B is zero, and weights of layers are as the model's own, so they do nothing yet. Prompts are seen, and a
+    classifier classifies, as soon as they act.
 
     Raises ``AdapterMismatch`` where no linear module of ``body`` is a target, or it is not made for such an adapter.
     """
@@ -85,6 +87,8 @@ def add_adapter(body: nn.Module, name: str, spec: AdapterSpec, seed: int) -> Non
         torch.manual_seed(seed)
         if isinstance(spec, PromptSpec):
             add_prompts(body, name, spec)
+        elif isinstance(spec, FullSpec):
+            add_full(body, name, spec)
         else:
             _add_lora(body, name, spec)
         if spec.num_classes:
@@ -173,10 +177,13 @@ def trainable(body: nn.Module, name: str) -> list[nn.Parameter]:
 def parameters_of(body: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """An adapter's own parameters on ``body``, as they are named without the adapter, in a fixed order."""
     inner, found = f".{peft_name(name)}", {}
-    for path, parameter in body.named_parameters():
+    for path, parameter in body.named_parameters(remove_duplicate=False):  # one that acts in place is there twice
         module, _, kind = path.rpartition(".")  # kind: weight or bias
         if module.endswith(inner):
-            found[f"{module.removesuffix(inner)}.{kind}"] = parameter
+            place = module.removesuffix(inner)
+            if place.endswith(IN_PLACE):
+                place = place.removesuffix(f".{IN_PLACE}").removesuffix(".base_layer")  # which peft puts in
+            found[f"{place}.{kind}"] = parameter
     return found
 
 

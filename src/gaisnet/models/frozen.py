@@ -26,7 +26,8 @@ class FrozenLinear(nn.Linear):
 @contextmanager
 def quick_products(*modules: nn.Module) -> Iterator[None]:
     """Inside, what learns through the modules' frozen layers is quicker, for a second copy of their weights."""
-    layers = [child for module in modules for child in module.modules() if isinstance(child, FrozenLinear)]
+    children = (child for module in modules for child in module.modules())
+    layers = [each for each in children if isinstance(each, FrozenLinear) and not each.weight.requires_grad]
     try:
         for layer in layers:
             layer._columns = layer.weight.detach().t().contiguous().t()

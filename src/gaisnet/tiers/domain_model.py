@@ -220,12 +220,12 @@ class DomainModel:
     def _learning_domain(self) -> Iterator[list[nn.Parameter]]:
         """Inside, the domain adapter learns: its parameters."""
         suffix = [layer for name, layer in self._body.layers.items() if int(name) >= self._layout.first_adapted]
+        with self._turn.learning():
+            parameters = trainable(self._body, "domain")
         with quick_products(*suffix):
-            with self._turn.learning():
-                parameters = trainable(self._body, "domain")
             yield parameters
-            with self._turn.learning():
-                self._body.requires_grad_(False)
+        with self._turn.learning():
+            self._body.requires_grad_(False)
 
     def _pull(self, settings: FineTuneSettings, generator: torch.Generator) -> Pull | None:
         """Some of the text that the FM wrote. Not for every step: a regulariser may rest (arXiv 1912.04958, B)."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from gaisnet.adapters.full import FullSpec
 from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.tuning import AdapterSpec, LoraSpec
 from gaisnet.config import Config, DeviceSettings
@@ -46,8 +47,8 @@ class Layout:
         if self.family.is_encoder:
             self._check_nothing_is_written()
             self._check_labels()
-        elif self.config.adapters.kind == "prompts":
-            raise ConfigError("adapters.kind", "is 'prompts', but the model is a decoder", "use 'lora'")
+        elif (kind := self.config.adapters.kind) != "lora":
+            raise ConfigError("adapters.kind", f"is '{kind}', but the model is a decoder", "use 'lora'")
 
     def _check_nothing_is_written(self) -> None:
         config = self.config
@@ -136,6 +137,8 @@ class Layout:
         settings = self.config.adapters
         if settings.kind == "prompts":
             return PromptSpec(settings.num_prompts, self._adapted, num_classes)
+        if settings.kind == "full":
+            return FullSpec(self._adapted, num_classes)
         return replace(self.domain_spec(), num_classes=num_classes)
 
     def relay_spec(self, kept: tuple[int, ...]) -> LoraSpec:
