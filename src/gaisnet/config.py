@@ -168,7 +168,7 @@ class MergeSettings(Settings):
 
 
 class AbsorbSettings(Settings):
-    """The cloud's gate over what comes up."""
+    """The cloud's gate over what comes up, by perplexity: it has a say where the FM writes, not over an encoder's."""
 
     max_retention_increase: float = Field(
         0.15, ge=0.0, description="An adapter may not raise the FM's perplexity on public text by more."
