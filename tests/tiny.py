@@ -266,11 +266,24 @@ def write_tiny_run(folder: Path, **changes: Any) -> Path:
     """A configuration file with everything that it names: a foundation model and a data folder for every device."""
     save_tiny_foundation(folder / "foundation", initializer_range=0.1)
     raw = tiny_raw_config(**{"model": {"foundation": str(folder / "foundation"), "context": 48}, **changes})
-    for name, data in tiny_data(parse_config(raw)).items():
+    lines = {
+        name: {split: [{"prompt": e.prompt, "completion": e.completion} for e in mine] for split, mine in _splits(data)}
+        for name, data in tiny_data(parse_config(raw)).items()
+    }
+    return _write_run(folder, raw, lines)
+
+
+def _splits(data: DeviceData[Any]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    return ("train", data.train), ("test", data.test)
+
+
+def _write_run(folder: Path, raw: dict[str, Any], lines: dict[str, dict[str, list[dict[str, Any]]]]) -> Path:
+    """A folder of JSONL for every device, by split, and a configuration that names them."""
+    for name, splits in lines.items():
         (folder / "data" / name).mkdir(parents=True)
-        for split, examples in (("train", data.train), ("test", data.test)):
-            lines = [json.dumps({"prompt": e.prompt, "completion": e.completion}) for e in examples]
-            (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for split, rows in splits.items():
+            text = "\n".join(map(json.dumps, rows)) + "\n"
+            (folder / "data" / name / f"{split}.jsonl").write_text(text, encoding="utf-8")
     for edge in raw["edges"]:
         for device in edge["devices"]:
             device["data"] = f"data/{device['name']}"
@@ -318,17 +331,11 @@ def write_tiny_bert_run(folder: Path, **changes: Any) -> Path:
     """A configuration file with everything that it names, like ``write_tiny_run``, of a BERT that classifies."""
     save_tiny_encoder(folder / "foundation", "bert")
     raw = encoder_raw_config(**{"model": {"foundation": str(folder / "foundation"), "context": 48}, **changes})
-    for name, data in encoder_data(parse_config(raw), "bert").items():
-        (folder / "data" / name).mkdir(parents=True)
-        for split, examples in (("train", data.train), ("test", data.test)):
-            lines = [json.dumps({"text": e.input, "label": e.label}) for e in examples]
-            (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for edge in raw["edges"]:
-        for device in edge["devices"]:
-            device["data"] = f"data/{device['name']}"
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-    return path
+    lines = {
+        name: {split: [{"text": e.input, "label": e.label} for e in mine] for split, mine in _splits(data)}
+        for name, data in encoder_data(parse_config(raw), "bert").items()
+    }
+    return _write_run(folder, raw, lines)
 
 
 def write_tiny_vit_run(folder: Path, **changes: Any) -> Path:

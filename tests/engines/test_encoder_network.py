@@ -321,7 +321,10 @@ def test_features_that_are_not_finite_are_refused() -> None:
 def test_an_edge_that_restarts_goes_on_from_its_shelf(tmp_path: Path) -> None:
     config = encoder_config("prompts", edges=changed(0)[:1], cycles=1)
     codec, data, cloud = Codec(config.wire), encoder_data(config, "bert"), Run("bert", config).network.cloud
-    devices = {one.name: Device(one, config, tiny_bert_tokenizer(), data[one.name]) for _, one in config.each_device()}
+    devices = {
+        one.name: Device(one, config, tiny_bert_tokenizer(), data[one.name], labels=edge.labels)
+        for edge, one in config.each_device()
+    }
 
     def edge() -> Edge:
         to_cloud = LocalLink(cloud, codec, Ledger(), "edge_cloud", "up")
@@ -450,6 +453,10 @@ def changed(index: int, **edge: Any) -> list[dict[str, Any]]:
         (
             {"edges": changed(0, labels=[str(i) for i in range(32)])},
             "wire.body_output: is int4, in which the likeliest of the 32 classes of 'shapes' .*; use float16 or int8",
+        ),
+        (
+            {"edges": changed(0, labels=[str(i) for i in range(32)]), "wire": {"body_output": "float16"}},
+            "wire.gradient: is int4, in which",
         ),
         ({"edges": changed(1, follows="shapes")}, "edges.1.labels: are not those of 'shapes'.*; name the same"),
     ],

@@ -550,6 +550,8 @@ def test_folders_take_the_place_of_a_built_in_domain(tmp_path: Path) -> None:
         ('{"prompt": "a"}', "lacks 'completion'"),
         ("{}", "lacks 'completion', 'prompt'"),
         ('{"prompt": "a", "completion": "b", "label": "c"}', "has unknown keys: 'label'"),
+        ('{"prompt": "a", "completion": "b", "text": "c"}', "has unknown keys: 'text'; write {\"prompt\""),
+        ('{"image": "a", "completion": "b", "prompt": "c"}', "has unknown keys: 'image'; write {\"prompt\""),
         ('{"prompt": "a", "completion": 4}', "'completion' is a int; write a string"),
         ('{"prompt": null, "completion": "b"}', "'prompt' is a NoneType; write a string"),
         ('{"prompt": "", "completion": "b"}', "'prompt' is empty; write some text"),

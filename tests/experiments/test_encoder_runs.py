@@ -1,7 +1,12 @@
 """Runs on encoders from a configuration file to an output folder: what stands in it, and how they go on."""
 
 import json
+import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -137,8 +142,12 @@ def test_pixels_are_what_vits_own_processor_makes_of_a_picture(tmp_path: Path) -
         ('{"text": "a"}', 'lacks \'label\'; write {"text": "...", "label": "..."}'),
         ('{"label": "a"}', "lacks 'completion', 'prompt'; write"),
         ('{"image": "no.png"}', "lacks 'label'; write {\"image\""),
-        ('{"image": "no.png", "label": "a"}', "'image' cannot be read ("),
-        ('{"image": "x.jsonl", "label": "a"}', "'image' cannot be read (cannot identify image file"),
+        ('{"image": "no.png", "label": "a"}', "'image' is 'no.png', which is no file; name"),
+        ('{"image": "..", "label": "a"}', "'image' is '..', which leads out of the folder of this file; name"),
+        ('{"image": ".", "label": "a"}', "'image' is '.', which is no file; name"),
+        ('{"image": "\\u0000", "label": "a"}', "'image' is "),
+        ('{"image": "%s", "label": "a"}' % ("a" * 5000), "'image' is "),
+        ('{"image": "x.jsonl", "label": "a"}', "'image' cannot be read (UnidentifiedImageError: cannot"),
         ('{"text": "a", "label": 4}', "'label' is a int; write a string"),
         ('{"text": "a", "image": "b", "label": "c"}', "has unknown keys: 'image'"),
         ('{"text": "a", "completion": "b", "label": "c"}', "has unknown keys: 'completion'"),
@@ -149,6 +158,108 @@ def test_lines_that_cannot_be_read(tmp_path: Path, line: str, found: str) -> Non
     with pytest.raises(DataError) as raised:
         read_examples(tmp_path / "x.jsonl", "device-0")
     assert f"line 2: {found}" in str(raised.value)
+
+
+def refusal(folder: Path, image: str) -> str:
+    """What is said of a line that names a picture; that line must be named."""
+    path = folder / "x.jsonl"
+    path.write_text(f'\n{{"image": {json.dumps(image)}}}', encoding="utf-8")
+    with pytest.raises(DataError) as raised:
+        read_inputs(path)
+    beginning = f"{path}, line 2: 'image' "
+    assert str(raised.value).startswith(beginning)
+    return str(raised.value).removeprefix(beginning)
+
+
+def test_pictures_are_read_below_the_folder_only(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    (inner / "below").mkdir(parents=True)
+    for path in (tmp_path / "a.png", inner / "below" / "b.png"):
+        Image.new("L", (2, 3)).save(path)
+    (inner / "link.png").symlink_to(tmp_path / "a.png")
+    os.mkfifo(inner / "pipe.png")
+    for name in ("../a.png", "below/../below/b.png", str(tmp_path / "a.png"), str(inner / "below/b.png"), "link.png"):
+        assert refusal(inner, name).startswith(f"is '{name}', which leads out of the folder")
+    for name in ("below", "pipe.png"):
+        assert refusal(inner, name).startswith(f"is '{name}', which is no file")
+    (inner / "x.jsonl").write_text('{"image": "below/b.png"}', encoding="utf-8")
+    (pixels,) = read_inputs(inner / "x.jsonl")
+    assert isinstance(pixels, torch.Tensor) and pixels.shape == (1, 3, 2)
+
+
+def test_a_picture_that_a_program_would_be_run_for_is_not_opened(tmp_path: Path) -> None:
+    for name in ("a.eps", "a.png"):
+        Image.new("L", (2, 3)).save(tmp_path / name, format="EPS")
+        assert refusal(tmp_path, name).startswith("cannot be read (UnidentifiedImageError")
+
+
+@pytest.mark.parametrize(("mode", "ending"), [("I;16", "png"), ("I;16", "tiff"), ("I", "tiff"), ("F", "tiff")])
+def test_greys_of_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path, mode: str, ending: str) -> None:
+    Image.new(mode, (2, 3), 300).save(tmp_path / f"a.{ending}")
+    found = f"has pixels of Pillow's mode '{mode}'; save it in grey or RGB with 8 bits a channel, scaled to 0..255"
+    assert refusal(tmp_path, f"a.{ending}") == found
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_pictures_of_8_bits_are_read_in_one_channel_or_three(tmp_path: Path, mode: str) -> None:
+    kind = "tiff" if mode in ("CMYK", "YCbCr") else "png"
+    Image.new("RGB", (2, 3), "white").convert(mode).save(tmp_path / f"a.{kind}")
+    (tmp_path / "x.jsonl").write_text(f'{{"image": "a.{kind}"}}', encoding="utf-8")
+    (pixels,) = read_inputs(tmp_path / "x.jsonl")
+    expected = torch.ones(1 if mode in ("1", "L", "LA") else 3, 3, 2)
+    assert isinstance(pixels, torch.Tensor) and torch.equal(pixels, expected)
+
+
+def png(width: int, height: int) -> bytes:
+    """A file that says it has so many pixels, and has none."""
+    chunks = b""
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+        (b"IDAT", b""),
+        (b"IEND", b""),
+    ):
+        chunks += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [
+        ((4097, 4096), "has 4097 by 4096 pixels, more than 16777216 in all; resize it to the model's size"),
+        ((10_000, 10_000), "cannot be read (DecompressionBombWarning: "),
+        ((60_000, 60_000), "cannot be read (DecompressionBombError: "),
+        ((4096, 4096), "cannot be read (OSError: image file is truncated"),
+    ],
+)
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, size: tuple[int, int], found: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(*size))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert refusal(tmp_path, "a.png").startswith(found)
+    assert not caught
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(SyntaxError, NotImplementedError, EOFError, struct.error, IndexError, TypeError, OverflowError, MemoryError),
+        *(OSError, ValueError, KeyError, RuntimeError, ZeroDivisionError),
+    ],
+)
+def test_whatever_pillow_raises_of_a_broken_picture_names_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    Image.new("L", (2, 3)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", Mock(side_effect=error("broken")))
+    assert refusal(tmp_path, "a.png").startswith(f"cannot be read ({error.__name__}: ")
+
+
+def test_a_picture_with_a_broken_chunk_names_its_line(tmp_path: Path) -> None:
+    """Pillow finds it when it decodes, and raises a SyntaxError."""
+    whole = png(2, 3)
+    behind = whole.index(b"IDAT") + 8
+    (tmp_path / "a.png").write_bytes(whole[:behind] + b"\0\0\0\1I\0AT" + whole[behind:])
+    assert refusal(tmp_path, "a.png").startswith("cannot be read (SyntaxError: broken PNG file")
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,17 @@ def _html() -> str:
     return render_report(_summary())
 
 
+def test_a_merged_adapter_that_does_nothing_right_is_shown_and_one_that_is_not_there_is_not() -> None:
+    raw = _summary(("medical",)).to_json()
+    for cycle in raw["cycles"]:
+        for score in cycle["merged"].values():
+            score["accuracy"] = 0.0
+    assert "FM with the merged adapter" in render_report(Summary.model_validate(raw))
+    for cycle in raw["cycles"]:
+        cycle["merged"] = {}
+    assert "FM with the merged adapter" not in render_report(Summary.model_validate(raw))
+
+
 def test_a_run_that_was_scored_everywhere_shows_every_model_on_every_domain() -> None:
     raw = _summary(("medical", HOSTILE)).to_json()
     names = ("medical", HOSTILE)

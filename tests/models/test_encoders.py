@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -230,13 +231,33 @@ def test_a_bert_without_its_pooler_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "inputs", "found"),
     [
-        ("vit", torch.zeros(2, 3, 8, 12), "of shape \\(2, 3, 8, 12\\).*doesn't match model"),
-        ("vit", torch.zeros(2, 1, 12, 8), "of shape \\(2, 1, 12, 8\\).*Expected 3 but got 1"),
-        ("bert", torch.full((1, 4), VOCAB), "of shape \\(1, 4\\)"),
-        ("bert", torch.ones(1, 513, dtype=torch.long), "of shape \\(1, 513\\)"),
+        ("vit", torch.zeros(2, 3, 8, 12), "of shape \\(2, 3, 8, 12\\).*pixels of shape \\(3, 12, 8\\); give"),
+        ("vit", torch.zeros(2, 1, 12, 8), "of shape \\(2, 1, 12, 8\\).*pixels of shape \\(3, 12, 8\\); give"),
+        ("vit", torch.zeros(3, 12, 8), "of shape \\(3, 12, 8\\)"),
+        ("vit", torch.zeros(2, 3, 12, 8, dtype=torch.long), "torch.int64, but float pixels"),
+        ("vit", torch.ones(1, 4, dtype=torch.long), "of shape \\(1, 4\\)"),
+        ("bert", torch.full((1, 4), VOCAB), f"of shape \\(1, 4\\).*but tokens below {VOCAB}; give"),
+        ("bert", torch.ones(1, 513, dtype=torch.long), "of shape \\(1, 513\\).*but texts of at most 512 tokens"),
+        ("bert", torch.zeros(2, 3, 12, 8), "of shape \\(2, 3, 12, 8\\)"),
+        ("bert", torch.zeros(2, 4), "torch.float32, but texts"),
     ],
 )
 def test_inputs_that_the_embeddings_do_not_take_are_refused(family: str, inputs: Tensor, found: str) -> None:
     head, _ = cut(family, 1)
     with pytest.raises(DataError, match=f"(?s)a '{family}' encoder's input: its embeddings do not take .*{found}"):
         head(inputs)
+
+
+def test_images_of_one_size_for_both_sides_are_taken() -> None:
+    head, _ = cut("vit", 1, image_size=8)
+    assert head(torch.zeros(2, 3, 8, 8)).shape == (2, 5, 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_embeddings_raise_for_want_of_memory_is_not_blamed_on_the_input(family: str) -> None:
+    head, _ = cut(family, 1)
+    error = torch.OutOfMemoryError("out of memory")
+    head.embeddings.forward = Mock(side_effect=error)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        head(tiny_inputs(family))
+    assert raised.value is error

@@ -1,5 +1,6 @@
 """A release of an encoder: parts built again out of its tensors give the same, and nobody gets more than is needed."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -207,3 +208,10 @@ def test_a_release_of_the_other_kind_is_a_model_error() -> None:
 def test_a_configuration_that_cannot_be_read_is_a_model_error(text: str) -> None:
     with pytest.raises(ModelError, match="of a release"):
         ReleasedEncoder(ModelRelease(text, (), (), {}))
+
+
+def test_what_a_configuration_says_gets_no_memory_before_the_tensors_are_seen_to_fit() -> None:
+    *_, release = parts_and_release("bert")
+    raw = json.loads(release.config_json) | {"vocab_size": 2**44}
+    with pytest.raises(ModelError, match="'embeddings.word_embeddings.weight' is of shape"):
+        ReleasedEncoder(replace(release, config_json=json.dumps(raw))).head(CutLayers(1))

@@ -5,7 +5,7 @@ The reference is the model in one piece, with an adapter that others have put in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from gaisnet.adapters.full import FullSpec
 from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec, parameters_of, trainable
-from gaisnet.config import Config
+from gaisnet.config import Config, FaultSettings
 from gaisnet.errors import ConfigError, CutError, LinkTimeout, ModelError, WireFormatError
 from gaisnet.messages import BodyOutput, Message, ModelRelease, SmashedData
 from gaisnet.models.encoders import EncoderBody, EncoderHead, cut_encoder
@@ -31,6 +31,7 @@ from gaisnet.tiers.activations import Activations, tail_rows
 from gaisnet.tiers.classes import class_loss, class_score
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.smashed import SmashedStore
 from gaisnet.tiers.split_step import Member, Outcome
 from gaisnet.transport.codec import Codec
 from tests.tiers.cohort import ONE_STEP, cohort_config
@@ -302,3 +303,21 @@ def test_a_loss_by_hand() -> None:
     reply = class_loss(output, torch.tensor([1, 0]))
     assert reply.step == 7 and reply.loss_sum == pytest.approx(0.6931472)
     torch.testing.assert_close(reply.grad_ND, torch.tensor([[-0.125, 0.125]]))
+
+
+@pytest.mark.parametrize("classifies", [True, False])
+def test_an_example_that_is_classified_has_one_label(classifies: bool) -> None:
+    """A device that says it has more would take the others' share of a step."""
+    settings = tiny_config().edges[0]
+    lengths_E, labels_E = torch.tensor([3], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    sent = SmashedData("north-a", "train", 1, lengths_E, labels_E, torch.ones(3, 8))
+
+    class Asked:
+        def ask(self, *_: object) -> dict[str, SmashedData]:
+            return {"north-a": sent}
+
+    store = SmashedStore(settings, FaultSettings(), cast(Any, Asked()))
+    store.begin(8, classifies)
+    failed = store.fetch(["north-a"], "train")
+    assert failed.keys() == ({"north-a"} if classifies else set())
+    assert all("more than the one label that a classifier takes" in str(error) for error in failed.values())

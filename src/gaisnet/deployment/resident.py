@@ -24,7 +24,7 @@ from gaisnet.engines.nvflare.job import JobKeeper
 from gaisnet.engines.nvflare.kit import ORDERS
 from gaisnet.engines.services import Front
 from gaisnet.engines.serving import machine_turn
-from gaisnet.errors import UnexpectedMessage
+from gaisnet.errors import ConfigError, UnexpectedMessage
 from gaisnet.experiments.data import load_device, load_public, public_inputs
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import carry_out
@@ -39,6 +39,7 @@ from gaisnet.serving.escalation import EdgeSessions
 from gaisnet.tiers.cloud import Cloud
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.edge import Edge
+from gaisnet.tiers.examples import has_images
 from gaisnet.transport.base import Handler, Link
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink
@@ -227,11 +228,14 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
     """
     site = read_site(folder, "device")
     config, codec, watched = site.config, Codec(site.config.wire), Watched()
-    tokenizer = read_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
     answers = _Answers(codec)
     turn = machine_turn(config.service)
     data, learns = load_device(config, site.name), site.edge.follows is None
-    device = Device(site.device, config, tokenizer, data, watched, turn, learns=learns)
+    tokenizer = None if has_images(data) else read_tokenizer(folder / "tokenizer")
+    device = Device(site.device, config, tokenizer, data, watched, turn, learns=learns, labels=site.edge.labels)
+    if door is not None and not device.writes:
+        found = "its examples have labels, and a model that classifies writes no text"
+        raise ConfigError(f"answers of device '{site.name}'", found, "start it without --serve")
     answers.become(lambda _: device)
     with ExitStack() as opened:
         own = certificates(folder, "device")

@@ -104,7 +104,9 @@ def build_tiers(
     codec, turn = Codec(config.wire), outlets.turn
     stock = Stock(config, turn)
     devices = {  # first: they check their examples, the cloud works for seconds
-        one.name: Device(one, config, foundation.reader, data[one.name], progress, turn, stock, not edge.follows)
+        one.name: Device(
+            one, config, foundation.reader, data[one.name], progress, turn, stock, not edge.follows, edge.labels
+        )
         for edge, one in config.each_device()
     }
     cloud = Cloud(foundation, config, shapes, retention_text, progress, outlets.cloud(), public_inputs)

@@ -1,25 +1,33 @@
 """Examples out of JSONL files: prompt and completion, text and label, or image and label, one on each line.
 
-Images are files beside theirs. They are not resized, and become what ViT's own image processor makes of them: float
-pixels [channels, height, width] between -1 and 1, one channel where a file is grey and three elsewhere.
+Images are files in the folder of theirs, or below it. They are not resized, and become what ViT's own image processor
+makes of them with a mean and a standard deviation of 0.5: float pixels [channels, height, width] between -1 and 1. One
+channel where Pillow reads a file as grey (modes 1, L and LA), three elsewhere. Transparency is left out, and of several
+frames the first is read. There are 8 bits a channel: deeper colours lose their finest levels as Pillow decodes them,
+but deeper greys, which it would clip, are refused.
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from gaisnet.errors import DataError
 from gaisnet.tiers.examples import Example, Input, Labelled
 
-_GREY = ("1", "L", "LA", "I", "I;16", "F")  # modes of Pillow's
-_EXAMPLES = {"text": ("text", "label"), "image": ("image", "label"), "prompt": ("prompt", "completion")}
-_INPUTS = {"image": ("image",), "text": ("text",)}
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")  # Pillow runs a program for some others
+_GREY = ("1", "L", "LA")  # modes of Pillow's, 8 bits a channel or fewer
+_COLOUR = ("P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_MOST_PIXELS = 4096 * 4096
+_EXAMPLES = {"prompt": ("prompt", "completion"), "text": ("text", "label"), "image": ("image", "label")}
+_INPUTS = {"text": ("text",), "image": ("image",)}
 
 
 def read_examples(path: Path, owner: str) -> tuple[Example | Labelled, ...]:
@@ -60,12 +68,12 @@ def _example(line: str, where: str, folder: Path) -> Example | Labelled:
 
 
 def _input_of(raw: dict[str, str], where: str, folder: Path) -> Input:
-    return _pixels(folder / raw["image"], where) if "image" in raw else raw["text"]
+    return _pixels(_picture(raw["image"], folder, where), where) if "image" in raw else raw["text"]
 
 
 def _fields(line: str, where: str, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """What a line says, all of it text. The kind is that of the first key that is there, or the last kind of all."""
-    kind = list(kinds.values())[-1]
+    """What a line says, all of it text. The kind is that of the first key that is there, or the first of all."""
+    kind = next(iter(kinds.values()))
     do = _how_to_write(kind)
     try:
         raw = json.loads(line)
@@ -102,12 +110,48 @@ def _quoted(names: set[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
 
 
+def _picture(name: str, folder: Path, where: str) -> Path:
+    """The file that a line names, links followed. Raises ``DataError`` unless it is below the folder."""
+    do = "name a picture by its path from the folder of this file, in it or below"
+    try:
+        path = (folder / name).resolve()
+        inside = ".." not in Path(name).parts and not Path(name).is_absolute() and path.is_relative_to(folder.resolve())
+        is_file = inside and path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(where, f"'image' is no path ({error})", do) from error
+    if not inside:
+        raise DataError(where, f"'image' is '{name}', which leads out of the folder of this file", do)
+    if not is_file:
+        raise DataError(where, f"'image' is '{name}', which is no file", do)
+    return path
+
+
 def _pixels(path: Path, where: str) -> Tensor:
     try:
-        with Image.open(path) as image:
-            levels = np.array(image.convert("L" if image.mode in _GREY else "RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        do = "name a picture by its path from the folder of this file"
-        raise DataError(where, f"'image' cannot be read ({error})", do) from error
+        levels = _levels(path, where)
+    except DataError:
+        raise
+    except Exception as error:  # of many classes, for Pillow lets through what a broken file makes its decoders raise
+        found = f"'image' cannot be read ({type(error).__name__}: {error})"
+        raise DataError(where, found, f"name a picture that is whole, as one of: {', '.join(_FORMATS)}") from error
     pixels = torch.from_numpy(levels).float() / 127.5 - 1
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+def _levels(path: Path, where: str) -> NDArray[np.uint8]:
+    """From 0 to 255, [height, width] if grey, otherwise [height, width, 3]."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=_FORMATS) as image:
+            _check_picture(image, where)
+            return np.array(image.convert("L" if image.mode in _GREY else "RGB"))
+
+
+def _check_picture(image: Image.Image, where: str) -> None:
+    """By what the file says of itself, before any pixel is decoded."""
+    if image.width * image.height > _MOST_PIXELS:
+        found = f"'image' has {image.width} by {image.height} pixels, more than {_MOST_PIXELS} in all"
+        raise DataError(where, found, "resize it to the model's size")
+    if image.mode not in _GREY + _COLOUR:
+        found = f"'image' has pixels of Pillow's mode '{image.mode}'"
+        raise DataError(where, found, "save it in grey or RGB with 8 bits a channel, scaled to 0..255")

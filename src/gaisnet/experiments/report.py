@@ -165,9 +165,10 @@ def _up_flow(summary: Summary) -> str:
     for name in summary.domains:
         own = [accuracy(cycle.foundation, name) for cycle in summary.cycles]
         merged = [accuracy(cycle.merged, name) for cycle in summary.cycles]
+        has_merged = any(value is not None for value in merged)
         lines = [
             Line("FM with the domain's adapter", own, VERMILION, marker="o"),
-            *([Line("FM with the merged adapter", merged, PURPLE, "--", "s")] if any(merged) else []),
+            *([Line("FM with the merged adapter", merged, PURPLE, "--", "s")] if has_merged else []),
             Line("FM at entry 0", own[:1], INK, ":"),
             Line("majority: always the commonest class", [summary.majority.get(name)], GREEN, ":"),
         ]
@@ -175,8 +176,7 @@ def _up_flow(summary: Summary) -> str:
     note = (
         "Accuracy is the share of the same held-out examples that the FM in the cloud gets exactly right, with "
         "the adapter that the domain's devices trained, and with the one adapter merged from all domains, where there "
-        "is one. Entry 0 was "
-        "measured before training; majority is the score of always naming the commonest class."
+        "is one. Entry 0 was measured before training; majority is the score of always naming the commonest class."
     )
     return _section("Up flow: the domains make the foundation model better", lines, panels, note)
 

@@ -34,17 +34,32 @@ class EncoderHead(nn.Module):
 
         ``attention_mask_BT`` is 1 for real and 0 for padded positions; None if all are real. Raises ``DataError``.
         """
+        config = self.stack.config
+        _check_input(inputs, config)
         if inputs.is_floating_point():
             inputs = inputs.to(next(self.embeddings.parameters()).dtype)
         try:
             hidden_BTD = self.embeddings(inputs)
-        except (ValueError, IndexError, RuntimeError) as error:
-            asked = f"a '{self.stack.config.model_type}' encoder's input"
-            found = f"its embeddings do not take one of shape {tuple(inputs.shape)} ({error})"
-            raise DataError(
-                asked, found, "give images of the model's size, or texts of its tokens, cut to its length"
-            ) from error
+        except IndexError as error:
+            raise _not_taken(inputs, config, f"but tokens below {config.vocab_size}") from error
         return self.stack.run(hidden_BTD, attention_mask_BT=attention_mask_BT)
+
+
+def _check_input(inputs: Tensor, config: PretrainedConfig) -> None:
+    """Raise ``DataError`` unless the shape is one that embeddings of ``config`` take."""
+    if hasattr(config, "image_size"):
+        size = config.image_size
+        expected = (config.num_channels, *((size, size) if isinstance(size, int) else size))
+        if inputs.ndim != 4 or tuple(inputs.shape[1:]) != expected or not inputs.is_floating_point():
+            raise _not_taken(inputs, config, f"but float pixels of shape {expected}")
+    elif inputs.ndim != 2 or inputs.shape[1] > config.max_position_embeddings or inputs.is_floating_point():
+        raise _not_taken(inputs, config, f"but texts of at most {config.max_position_embeddings} tokens")
+
+
+def _not_taken(inputs: Tensor, config: PretrainedConfig, expected: str) -> DataError:
+    asked = f"a '{config.model_type}' encoder's input"
+    found = f"its embeddings do not take one of shape {tuple(inputs.shape)} and {inputs.dtype}, {expected}"
+    return DataError(asked, found, "give images of the model's size, or texts of its tokens, cut to its length")
 
 
 class EncoderBody(Body):

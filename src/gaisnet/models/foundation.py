@@ -95,6 +95,9 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
         raise ModelError(
             settings.foundation, f"cannot be loaded ({error})", "give a hub id, a model folder or a .gguf file"
         ) from error
+    if any(key.startswith("pooler.") for key in report["missing_keys"]):
+        found = "it was saved without its pooler, which stands before the classifier"
+        raise ModelError(settings.foundation, found, "use a checkpoint that has one")
     if report["missing_keys"]:  # transformers has filled them with random numbers
         found = f"its files lack weights, the first is '{sorted(report['missing_keys'])[0]}'"
         raise ModelError(settings.foundation, found, "download the model again")

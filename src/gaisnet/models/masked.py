@@ -17,7 +17,8 @@ from gaisnet.config import Settings
 from gaisnet.errors import DataError, NotFinite
 from gaisnet.progress import Progress, silent
 
-_BETAS, _WEIGHT_DECAY, _WARMUP, _MAX_NORM = (0.9, 0.95), 0.05, 0.1, 1.0  # the paper's, table 8, and its clipping
+_BETAS, _WEIGHT_DECAY = (0.9, 0.95), 0.05  # the paper's, table 8
+_WARMUP, _MAX_NORM = 0.1, 1.0  # ours: of all steps, and of gradients; so short a training is unsteady without
 _WAVELENGTH = 10_000.0  # the longest of the position embeddings
 LEARNED_BY = 1
 """Goes up when the same settings learn in another way, so that what was kept of the old one is not taken for it."""

@@ -233,8 +233,15 @@ class ReleasedEncoder(_Released):
 
     def head(self, cut: CutLayers) -> EncoderHead:
         """Embeddings and the first layers. The embeddings are as in the FM, whatever the release's precision."""
+        tensors, shapes = self._release.tensors, self._empty.embeddings.state_dict()
+        for name, tensor in shapes.items():  # before there is memory for what a configuration says
+            found = tensors.get(f"{_ENCODER_EMBEDDINGS}{name}")
+            if found is None or found.shape != tensor.shape:
+                is_there = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                odd = f"'{_ENCODER_EMBEDDINGS}{name}' is {is_there}, its configuration says {tuple(tensor.shape)}"
+                raise ModelError("of a release", odd, "update both ends")
         empty = type(self._empty.embeddings)(self.config)  # with memory: it has numbers that no release holds
-        embeddings = _filled(empty, self._release.tensors, _ENCODER_EMBEDDINGS)
+        embeddings = _filled(empty, tensors, _ENCODER_EMBEDDINGS)
         return _frozen(EncoderHead(embeddings, self._outer_layers(range(cut.head))))
 
     def body(self, first: int, stop: int | None = None) -> EncoderBody:

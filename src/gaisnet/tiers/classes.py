@@ -124,7 +124,7 @@ def _labels(output: BodyOutput, classes: Tensor) -> Tensor:
         raise WireFormatError(f"example numbers that a device with {len(classes)} examples does not have")
     if num_rows != len(which_E):
         raise WireFormatError(f"{num_rows} rows of logits for {len(which_E)} examples")
-    labels_E = classes[which_E]
+    labels_E = classes[which_E].to(output.rows_ND.device)
     if int(labels_E.max()) >= num_classes:
         raise WireFormatError(f"logits of {num_classes} classes where a label has number {int(labels_E.max())}")
     return labels_E

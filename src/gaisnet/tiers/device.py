@@ -68,6 +68,7 @@ class Device:
         turn: Of the machine that it is on, held while it computes; None for one of its own.
         stock: Of the same machine: frozen parts, shared by its devices; None for one of its own.
         learns: Whether it must have examples to learn from.
+        labels: Names of its domain's classes, where there are such.
 
     Raises:
         DataError: No example to hold out, or to learn from if it learns; a completion longer than the context, or a
@@ -84,6 +85,7 @@ class Device:
         turn: Turn | None = None,
         stock: Stock | None = None,
         learns: bool = True,
+        labels: Sequence[str] = (),
     ) -> None:
         self.name = settings.name
         self._settings = settings
@@ -92,7 +94,7 @@ class Device:
         self._turn = turn or Turn()
         self._stock = stock or Stock(config, self._turn)
         self._reader = tokenizer
-        self._edge = next(edge for edge, one in config.each_device() if one.name == settings.name)
+        self._labels = labels
         for split, examples, needed in (("train", data.train, learns), ("test", data.test, True)):
             if needed and not examples:
                 raise DataError(
@@ -108,7 +110,7 @@ class Device:
         kinds = {type(example) for example in (*data.train, *data.test)}
         context = self._config.model.context
         if kinds == {Labelled}:
-            return Classes(self.name, data, self._edge.labels, self._reader, context, self._turn)
+            return Classes(self.name, data, self._labels, self._reader, context, self._turn)
         if Labelled in kinds:
             raise DataError(f"device '{self.name}'", "has completions and labels", "give it examples of one kind")
         if self._reader is None:
@@ -143,7 +145,7 @@ class Device:
         self._parts = parts
         if self._settings.mode == "local":  # a body of its own, for its adapters; the weights are shared
             body = released(parts.release).body(self._settings.head_layers, parts.layout.tail_start)
-            self._domain = DomainModel(body, parts.layout, self._turn, len(self._edge.labels))
+            self._domain = DomainModel(body, parts.layout, self._turn, len(self._labels))
         return Done()
 
     def _smash(self, split: Split) -> SmashedData:
@@ -186,6 +188,11 @@ class Device:
 
     def _own_labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
         return {name: self._own.loss(output, self._held()) for name, output in outputs.items()}
+
+    @property
+    def writes(self) -> bool:
+        """Whether its examples are for a model that writes, which callers can ask."""
+        return isinstance(self._own, Completions)
 
     @property
     def test_tokens(self) -> Sequence[Tokens]:

@@ -91,7 +91,7 @@ class Edge:
         self._holding = recall(self._shelf, config, ledger, self._outlet.turn, self._num_classes)
         self._start: AdapterRelease | None = None
         if self._holding:
-            self._smashed.begin(self._holding.hidden_size)
+            self._smashed.begin(self._holding.hidden_size, self._holding.layout.family.is_encoder)
             self._start = self._domain_release()
             self._put_out_all()
 
@@ -127,7 +127,7 @@ class Edge:
             turn, num_classes = self._outlet.turn, self._num_classes
             self._holding = Holding(self._config, order.run, order.model, release, anchor, turn, num_classes)
             self._holding.keep_model(self._shelf)
-            self._smashed.begin(self._holding.hidden_size)
+            self._smashed.begin(self._holding.hidden_size, self._holding.layout.family.is_encoder)
             self._cloud_has.clear()
             self._cluster.forget()
             self._put_out_all()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,11 @@ class DeviceData(Generic[E]):
 
     train: tuple[E, ...]
     test: tuple[E, ...]
+
+
+def has_images(data: DeviceData[Any]) -> bool:
+    """Whether any example is an image, for which no tokenizer is needed."""
+    return any(isinstance(one, Labelled) and isinstance(one.input, Tensor) for one in (*data.train, *data.test))
 
 
 @dataclass(frozen=True)

@@ -77,10 +77,11 @@ class Layout:
             if edge.labels != self.labels(edge.adapter):
                 found = f"are not those of '{edge.adapter}', whose adapter and classes it takes over"
                 raise ConfigError(f"edges.{index}.labels", found, "name the same, in the same order")
-            if len(edge.labels) >= GROUP and self.config.wire.body_output == "int4":
-                classes = f"{len(edge.labels)} classes of '{edge.domain}'"
-                found = f"is int4, in which the likeliest of the {classes} is often another one"
-                raise ConfigError("wire.body_output", found, "use float16 or int8")
+            for setting in ("body_output", "gradient") if len(edge.labels) >= GROUP else ():
+                if getattr(self.config.wire, setting) == "int4":
+                    classes = f"{len(edge.labels)} classes of '{edge.domain}'"
+                    found = f"is int4, in which the likeliest of the {classes} is often another one"
+                    raise ConfigError(f"wire.{setting}", found, "use float16 or int8")
 
     def labels(self, domain: str) -> tuple[str, ...]:
         """Names of a domain's classes, if it has a closed set of them."""

@@ -75,6 +75,8 @@ class PluggedBody:
         """Finish the frozen layers from where a device stopped. Raises ``WireFormatError`` if that cannot be."""
         first_cut, first = self._layout.first_cut, self._layout.first_adapted
         width, found = self._body.config.hidden_size, smashed.hidden_ND.shape[1]
+        if not self._causal and not bool((smashed.num_labels_E == 1).all()):
+            raise WireFormatError(f"examples of '{smashed.owner}' with more than the one label that a classifier takes")
         if not first_cut <= smashed.next_layer <= first or found != width:
             raise WireFormatError(
                 f"rows of width {found} for layer {smashed.next_layer}, the model has width "

@@ -38,12 +38,14 @@ class SmashedStore:
         self._smashed: dict[tuple[str, Split], SmashedData] = {}
         self._prefixed: dict[tuple[str, Split], Activations] = {}
         self._hidden_size = 0
+        self._classifies = False
 
-    def begin(self, hidden_size: int) -> None:
-        """Forget everything: a new run begins, with a model of this width."""
+    def begin(self, hidden_size: int, classifies: bool) -> None:
+        """Forget everything: a new run begins, with a model of this width, which tells classes apart or writes."""
         self._smashed.clear()
         self._prefixed.clear()
         self._hidden_size = hidden_size
+        self._classifies = classifies
 
     def forget_prefixes(self) -> None:
         """The prefix has changed."""
@@ -86,3 +88,5 @@ class SmashedStore:
         expected = (name, split, self._next_layers[name], self._hidden_size)
         if found != expected or not torch.isfinite(smashed.hidden_ND).all():
             raise WireFormatError(f"smashed data (owner, split, next layer, width) {found} where {expected} belongs")
+        if self._classifies and not bool((smashed.num_labels_E == 1).all()):
+            raise WireFormatError(f"examples of device '{name}' with more than the one label that a classifier takes")
