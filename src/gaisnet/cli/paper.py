@@ -35,6 +35,14 @@ def paper(
 
     pretraining: fine-tuning it with few labels, against the same network from scratch, and against raw pixels.
 
+    kinds: deep prompts, LoRA, or all weights of the late layers: accuracy, weights that learn, bytes.
+
+    hybrid: hybrid federated split learning against federated, split and pooled: by round, byte and operation.
+
+    skew: devices whose labels differ, from much to hardly.
+
+    clusters: from one adapter for all devices to one for each.
+
     inference: an image through device and edge, cut at every layer: time of each part, bytes, latency by link.
 
     Writes a file NAME.json for every experiment, row by row, so that a run that was stopped goes on where it was, and

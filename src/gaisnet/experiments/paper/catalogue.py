@@ -2,8 +2,15 @@
 
 from collections.abc import Sequence
 
-from gaisnet.experiments.paper import inference, pretraining
+from gaisnet.experiments.paper import clusters, hybrid, inference, kinds, pretraining, skew
 from gaisnet.experiments.paper.experiment import Experiment
 
-EXPERIMENTS: Sequence[Experiment] = (pretraining.EXPERIMENT, inference.EXPERIMENT)
+EXPERIMENTS: Sequence[Experiment] = (
+    pretraining.EXPERIMENT,
+    kinds.EXPERIMENT,
+    hybrid.EXPERIMENT,
+    skew.EXPERIMENT,
+    clusters.EXPERIMENT,
+    inference.EXPERIMENT,
+)
 """In the order in which they are measured."""

@@ -57,3 +57,21 @@ INFERENCE = Claim(
     "Inference can be split between a device and its edge. Where the model is cut trades what the device must compute "
     "against what crosses the link, so the best cut depends on the link."
 )
+
+KINDS = Claim(
+    "Tuning a few weights beside or before a frozen foundation model, as LoRA or prompts, learns a task about as well "
+    "as tuning all weights of the same layers, and a fraction of the weights has to learn and to travel."
+)
+HYBRID = Claim(
+    "Hybrid federated split learning, in which some devices hold the first layers only and others the whole model, "
+    "learns about as well as federated learning and as split learning, and asks less of its devices than federated "
+    "learning does."
+)
+SKEW = Claim(
+    "The more the devices' data differ from one another, the worse is what they learn together: accuracy rises with "
+    "the alpha of the Dirichlet distribution by which labels are dealt."
+)
+CLUSTERS = Claim(
+    "Devices with similar data are best put together in clusters, each of which learns for itself: some number of "
+    "clusters between one for all and one for each device is the best."
+)

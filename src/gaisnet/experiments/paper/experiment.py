@@ -17,7 +17,8 @@ from gaisnet.progress import Progress, silent
 SEEDS = (0, 1, 2)
 """Every condition is measured with each of them."""
 
-Condition = dict[str, str | int | float]
+Value = str | int | float
+Condition = dict[str, Value]
 """What is the same in the rows that are told apart by their seeds only, by its name in the table."""
 
 

@@ -39,6 +39,7 @@ class Drawing:
         show: A value of the vertical axis, as text.
         logarithmic: The horizontal axis.
         in_percent: The vertical axis.
+        ticks: On the horizontal axis, one at every place of a curve.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Drawing:
     show: Callable[[float], str] = percent
     logarithmic: bool = False
     in_percent: bool = True
+    ticks: bool = True
 
 
 def drawn(drawing: Drawing) -> str:
@@ -88,7 +90,8 @@ def _scale(axes: Axes, drawing: Drawing) -> None:
     if drawing.logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(places)
+    if drawing.ticks:
+        axes.set_xticks(places)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
     if drawing.in_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))

@@ -1,9 +1,9 @@
-"""Rows put beside each other: those of a condition, a figure over one of its values, two conditions seed by seed."""
+"""Rows put beside each other: those of a condition, figures over its values or along curves, conditions in pairs."""
 
 from collections.abc import Sequence
 
-from gaisnet.experiments.paper.experiment import Condition, Row
-from gaisnet.experiments.paper.figures import Curve
+from gaisnet.experiments.paper.experiment import Condition, Row, Value
+from gaisnet.experiments.paper.figures import Curve, mean
 
 Pairs = list[tuple[float, float]]
 """A figure in one condition and in another, with the same seed; a pair for each."""
@@ -22,7 +22,19 @@ def curve_over(across: str, rows: Sequence[Row], figure: str, label: str) -> Cur
     return Curve(label, sorted(values.items()))
 
 
-def paired(rows: Sequence[Row], by: str, one: str, other: str, figure: str) -> list[tuple[Condition, Pairs]]:
+def curve_along(across: str, rows: Sequence[Row], upward: str, label: str, unit: float = 1.0) -> Curve:
+    """Of what rows have as curves, one over another: where the seeds are on average, in ``unit``, and their values."""
+    places = [mean(at) / unit for at in zip(*(row.curves[across] for row in rows), strict=True)]
+    values = zip(*(row.curves[upward] for row in rows), strict=True)
+    return Curve(label, list(zip(places, values, strict=True)))
+
+
+def mean_of(rows: Sequence[Row], part: Condition, figure: str) -> float:
+    """Over all rows whose condition has all values of ``part``."""
+    return mean([row.figures[figure] for row in having(rows, part)])
+
+
+def paired(rows: Sequence[Row], by: str, one: Value, other: Value, figure: str) -> list[tuple[Condition, Pairs]]:
     """A figure where the condition says ``one`` of ``by`` and where it says ``other``, all else being the same.
 
     What else there is of the conditions comes in the order of ``rows``. Raises ``KeyError`` where there is no other.
