@@ -7,8 +7,9 @@ import torch
 
 from gaisnet.experiments.images import ImageData, Images
 from gaisnet.experiments.paper.clusters import clusters_of
+from gaisnet.experiments.paper.course import COLUMNS, learn, measure
 from gaisnet.experiments.paper.experiment import Setup
-from gaisnet.experiments.paper.fleet import COLUMNS, KINDS, NUM_DEVICES, Kind, Site, dealt, learn, measure, sites
+from gaisnet.experiments.paper.fleet import KINDS, NUM_DEVICES, Kind, Site, dealt, sites
 from gaisnet.experiments.paper.flops import Work, flops_per_example
 from gaisnet.experiments.paper.foundation import pretrained
 from tests.experiments.paper.test_pretraining import TINY, bright_or_dark

@@ -12,9 +12,10 @@ from transformers import ViTModel
 
 from gaisnet.experiments.images import ImageData
 from gaisnet.experiments.paper.claims import CLUSTERS, Finding, verdict_of
+from gaisnet.experiments.paper.course import COLUMNS, measure
 from gaisnet.experiments.paper.experiment import Condition, Experiment, Measured, Row, Setup
 from gaisnet.experiments.paper.figures import Curve, Drawing
-from gaisnet.experiments.paper.fleet import COLUMNS, HEAD_LAYERS, HOW, NUM_DEVICES, dealt, measure, sites
+from gaisnet.experiments.paper.fleet import HEAD_LAYERS, HOW, NUM_DEVICES, dealt, sites
 from gaisnet.experiments.paper.rows import curve_over, having
 from gaisnet.experiments.table import percent
 from gaisnet.models.encoders import cut_encoder

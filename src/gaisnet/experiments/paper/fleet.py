@@ -1,28 +1,12 @@
-"""Devices with images, and a network of them that learns to tell the images' classes: what the experiments differ in.
-
-Everything crosses links as in any run of GaisNet. The domain model is the foundation model itself, in float32.
-"""
+"""Devices with images: what the experiments on fine-tuning have in common, and what they differ in."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, cycle
-from pathlib import Path
-from typing import Any, Literal
+from itertools import cycle
+from typing import Literal
 
-from transformers import ViTModel
-
-from gaisnet.config import Config, parse_config
-from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
-from gaisnet.experiments.images import ImageData, Images, deal, few
-from gaisnet.experiments.paper.experiment import Column, Measured, Setup
-from gaisnet.experiments.paper.flops import Work, flops_per_example
-from gaisnet.experiments.table import human_bytes, percent
-from gaisnet.messages import Evaluate, EvaluationReport, TrafficReport, TrafficRequest
-from gaisnet.models.foundation import Foundation
-from gaisnet.progress import silent
-from gaisnet.relay.downward import TaskShape
-from gaisnet.tiers.examples import DeviceData, Labelled
-from gaisnet.transport.ledger import Ledger
+from gaisnet.experiments.images import ImageData, deal, few
+from gaisnet.experiments.paper.experiment import Setup
 
 Kind = Literal["lora", "prompts", "full"]
 Mode = Literal["split", "local"]
@@ -30,7 +14,7 @@ HEAD_LAYERS, FIRST_LAYER = 1, 3
 """Layers of a device's head, and the first layer that learns; the model has six."""
 
 KINDS: tuple[Kind, ...] = ("prompts", "lora", "full")
-LEARNING_RATES: dict[Kind, float] = {"lora": 4e-3, "prompts": 3e-2, "full": 2e-3}
+LEARNING_RATES: dict[Kind, float] = {"lora": 4e-3, "prompts": 3e-2, "full": 4e-3}
 """Each kind's best of a few for devices that learn alone, found with a seed that no experiment uses."""
 
 NUM_DEVICES, PER_CLASS, EPOCHS = 8, 20, 2
@@ -72,149 +56,3 @@ def pooled(setup: Setup, seed: int) -> ImageData:
 def dealt(setup: Setup, alpha: float, seed: int) -> list[ImageData]:
     """Each device's images; the smaller ``alpha``, the fewer labels it has most of. Raises ``DataError``."""
     return deal(pooled(setup, seed), NUM_DEVICES, alpha, seed)
-
-
-def measure(setup: Setup, clusters: Sequence[Sequence[Site]], kind: Kind, seed: int) -> Measured:
-    """How a network of these devices learns; see ``COLUMNS``."""
-    course = learn(setup.foundation(), clusters, kind, 4 if setup.quick else 10, seed)
-    rounds = len(course.accuracy)
-    first, last = course.device_bytes[0], course.device_bytes[-1]
-    return Measured(
-        figures={
-            "accuracy": course.accuracy[-1],
-            "parameters": course.parameters,
-            "once_bytes": first - (last - first) / (rounds - 1),
-            "round_bytes": (last - first) / (rounds - 1),
-            "device_bytes": last,
-            "device_flops": course.device_flops[-1],
-        },
-        curves={
-            "round": tuple(map(float, range(1, rounds + 1))),
-            "accuracy": course.accuracy,
-            "device_bytes": course.device_bytes,
-            "device_flops": course.device_flops,
-        },
-    )
-
-
-COLUMNS: Mapping[str, Column] = {
-    "accuracy": Column("accuracy", percent),
-    "parameters": Column("weights that learn", "{:,.0f}".format),
-    "once_bytes": Column("per device, once", human_bytes),
-    "round_bytes": Column("per device and round", human_bytes),
-    "device_flops": Column("operations of a device", "{:.2e}".format),
-}
-"""Of the table of an experiment that ``measure`` does."""
-
-
-@dataclass(frozen=True)
-class Course:
-    """How learning went; curves have a value for every round.
-
-    Attributes:
-        accuracy: On all devices' held-out images, each by its own cluster's model.
-        device_bytes: Between the mean device and its edge so far, both ways; what comes once is in the first round.
-        device_flops: Of the mean device so far, from shapes.
-        parameters: That learn, of one adapter.
-    """
-
-    accuracy: tuple[float, ...]
-    device_bytes: tuple[float, ...]
-    device_flops: tuple[float, ...]
-    parameters: int
-
-
-def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, seed: int) -> Course:
-    """Let every cluster of devices learn an adapter of its own at an edge of its own.
-
-    Args:
-        folder: Of the pre-trained encoder.
-        clusters: Their devices.
-        kind: Of the adapters.
-        num_rounds: Cycles of the network, of one edge round each.
-        seed: Of the adapters' first weights, and the order of the examples.
-    """
-    tiers = _tiers(folder, clusters, kind, num_rounds, seed)
-    sites = [site for cluster in clusters for site in cluster]
-    accuracy, round_bytes = [], []
-    tiers.network.install()
-    for _ in range(num_rounds):
-        before = _bytes(tiers)
-        tiers.network.release()
-        tiers.network.fine_tune()
-        round_bytes.append(_bytes(tiers) - before)
-        tiers.network.absorb()
-        accuracy.append(_accuracy(tiers))
-    adapter = tiers.cloud.adapter("cluster-0")[1]
-    return Course(
-        tuple(accuracy),
-        tuple(total / len(sites) for total in accumulate(round_bytes)),
-        tuple(_flops(folder, sites, kind, done) / len(sites) for done in range(1, num_rounds + 1)),
-        sum(tensor.numel() for tensor in adapter.values()),
-    )
-
-
-def _tiers(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, seed: int) -> Tiers:
-    model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False)
-    foundation = Foundation("vit", model.requires_grad_(False).eval(), None)
-    config = _config(clusters, kind, num_rounds, seed)
-    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
-    sites = [site for cluster in clusters for site in cluster]
-    data = {device.name: _held(site.data) for (_, device), site in zip(config.each_device(), sites, strict=True)}
-    return build_tiers(config, foundation, shapes, data, "", silent, Ledger, NoOutlets())
-
-
-def _config(clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, seed: int) -> Config:
-    edges = [
-        {
-            "name": f"edge-{number}",
-            "domain": f"cluster-{number}",
-            "labels": list(cluster[0].data.labels),
-            "devices": [
-                {"name": f"device-{number}-{i}", "mode": site.mode, "head_layers": HEAD_LAYERS}
-                for i, site in enumerate(cluster)
-            ],
-        }
-        for number, cluster in enumerate(clusters)
-    ]
-    return parse_config(
-        {
-            "seed": seed,
-            "cycles": num_rounds,
-            "domain": {"precision": "float32"},
-            "adapters": {"kind": kind, "first_layer": FIRST_LAYER},
-            "relay": {"enabled": False},
-            "fine_tune": {"local_epochs": EPOCHS, "learning_rate": LEARNING_RATES[kind], "anchor_weight": 0.0},
-            "edges": edges,
-        }
-    )
-
-
-def _held(data: ImageData) -> DeviceData[Labelled]:
-    def labelled(images: Images) -> tuple[Labelled, ...]:
-        pairs = zip(images.pixels_NCHW(), images.labels_N.tolist(), strict=True)
-        return tuple(Labelled(pixels_CHW, data.labels[label]) for pixels_CHW, label in pairs)
-
-    return DeviceData(labelled(data.train), labelled(data.test))
-
-
-def _accuracy(tiers: Tiers) -> float:
-    reports = [edge.handle(Evaluate("domain", None)) for edge in tiers.edges.values()]
-    scores = [report for report in reports if isinstance(report, EvaluationReport)]
-    return sum(each.num_correct for each in scores) / sum(each.num_examples for each in scores)
-
-
-def _bytes(tiers: Tiers) -> int:
-    """Between devices and edges so far."""
-    reports = [edge.handle(TrafficRequest()) for edge in tiers.edges.values()]
-    return sum(each.device_edge_up + each.device_edge_down for each in reports if isinstance(each, TrafficReport))
-
-
-def _flops(folder: Path, sites: Sequence[Site], kind: Kind, num_rounds: int) -> float:
-    """Of all devices in so many rounds."""
-    works = {
-        "split": Work(once=HEAD_LAYERS),
-        "local": Work(once=FIRST_LAYER, from_layer=FIRST_LAYER, passes=EPOCHS * num_rounds, all_learn=kind == "full"),
-    }
-    each = {mode: flops_per_example(folder, work) for mode, work in works.items()}
-    return sum(len(site.data.train) * each[site.mode] for site in sites)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from gaisnet.experiments.paper.claims import HYBRID, Finding, verdict_of
+from gaisnet.experiments.paper.course import COLUMNS, measure
 from gaisnet.experiments.paper.experiment import Condition, Experiment, Measured, Row, Setup
 from gaisnet.experiments.paper.figures import Drawing
-from gaisnet.experiments.paper.fleet import COLUMNS, HOW, NETWORKS, Site, dealt, measure, pooled, sites
+from gaisnet.experiments.paper.fleet import HOW, NETWORKS, Site, dealt, pooled, sites
 from gaisnet.experiments.paper.rows import curve_along, having, mean_of
 from gaisnet.experiments.table import human_bytes, percent
 

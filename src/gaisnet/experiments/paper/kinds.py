@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from gaisnet.experiments.paper.claims import KINDS as CLAIM
 from gaisnet.experiments.paper.claims import Finding, verdict_of
+from gaisnet.experiments.paper.course import COLUMNS, measure
 from gaisnet.experiments.paper.experiment import Condition, Experiment, Measured, Row, Setup
 from gaisnet.experiments.paper.figures import Drawing
-from gaisnet.experiments.paper.fleet import COLUMNS, HOW, KINDS, LEARNING_RATES, Site, dealt, measure
+from gaisnet.experiments.paper.fleet import HOW, KINDS, LEARNING_RATES, Site, dealt
 from gaisnet.experiments.paper.rows import curve_along, having, mean_of
 from gaisnet.experiments.table import human_bytes, percent
 
@@ -71,7 +72,7 @@ EXPERIMENT = Experiment(
     method=(
         f"{HOW} Here all devices learn by themselves and send their adapters, labels are dealt with an alpha of "
         f"{_ALPHA:g}. Learning rates: {', '.join(f'{kind} {rate:g}' for kind, rate in LEARNING_RATES.items())}, each "
-        "the best of three or four with a seed that is not among these. A classifier is part of every adapter."
+        "the best of three or more with a seed that is not among these. A classifier is part of every adapter."
     ),
     rule=f"agrees where prompts and LoRA are at most {100 * _NEAR:g} points of mean accuracy below full tuning, each "
     f"with at most {100 * _FRACTION:g} % of its weights that learn and of its bytes per device and round; disagrees "

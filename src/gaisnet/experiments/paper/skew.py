@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from gaisnet.experiments.paper.claims import SKEW, Finding, verdict_of
+from gaisnet.experiments.paper.course import COLUMNS, measure
 from gaisnet.experiments.paper.experiment import Condition, Experiment, Measured, Row, Setup
 from gaisnet.experiments.paper.figures import Drawing
-from gaisnet.experiments.paper.fleet import COLUMNS, HOW, NETWORKS, dealt, measure, sites
+from gaisnet.experiments.paper.fleet import HOW, NETWORKS, dealt, sites
 from gaisnet.experiments.paper.rows import curve_over, having, paired
 from gaisnet.experiments.table import percent
 
