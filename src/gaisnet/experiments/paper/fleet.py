@@ -26,7 +26,7 @@ HOW = (
     f"{NUM_DEVICES} devices hold {10 * PER_CLASS} labelled images of Fashion-MNIST together, and {_NUM_TEST} held-out "
     "ones; each device's held-out images are skewed as those it learns from. They tune the last three of the "
     f"pre-trained ViT's six layers; a split device holds {HEAD_LAYERS} of them, a local one the whole model. A round "
-    f"is {EPOCHS} passes. Frames are counted as they cross, logits and activations in int4, adapters in float32."
+    f"is {EPOCHS} passes. Frames are counted as they cross, activations in int4, logits and adapters in float32."
 )
 """What the experiments on fine-tuning have in common, for their reports."""
 

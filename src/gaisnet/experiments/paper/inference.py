@@ -18,7 +18,7 @@ from gaisnet.experiments.table import human_bytes
 
 _SMALL, _BASE = "small ViT", "ViT-Base"
 _LAYERS = {_SMALL: 6, _BASE: 12}
-_REPEATS = {_SMALL: 30, _BASE: 3}
+_REPEATS = {_SMALL: 30, _BASE: 5}
 _AT_DEVICE = "layers at the device"
 _CODES: tuple[TensorCode, ...] = ("int4", "float32")
 _LINKS = (Link(1), Link(10), Link(100))
