@@ -23,6 +23,7 @@ _errors = Console(stderr=True)
 
 _EXTRAS = {
     "nvflare": ("a network of several sites", "nvflare"),
+    "sklearn": ("an experiment", "paper"),
     **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), ("answers over HTTP", "serve")),
 }
 _STAGES = {

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def test_every_condition_is_measured_with_every_seed_and_kept(tmp_path: Path) ->
         *((2, 0), (4, 0), (2, 1), (4, 1), (2, 2), (4, 2))
     ]
     assert kept["rows"][3]["figures"] == {"accuracy": pytest.approx(0.41)}
-    assert results["sizes"] == read_result(tmp_path, "sizes", quick=False)
+    assert results["sizes"] == read_result(tmp_path, experiment(), quick=False)
 
 
 def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path) -> None:
@@ -156,9 +157,20 @@ def test_a_file_that_is_no_result_is_refused(tmp_path: Path, content: str) -> No
 
 def test_the_results_of_another_experiment_are_refused(tmp_path: Path) -> None:
     (tmp_path / "sizes.json").write_text(
-        Result(experiment="other", quick=False, machine=Machine.present()).model_dump_json()
+        Result(experiment="other", quick=False, method="", machine=Machine.present()).model_dump_json()
     )
     with pytest.raises(ConfigError, match="are those of 'other'"):
+        run_paper([experiment()], tmp_path, Setup())
+
+
+def test_rows_of_another_method_or_version_are_refused(tmp_path: Path) -> None:
+    run_paper([experiment()], tmp_path, Setup())
+    with pytest.raises(ConfigError, match="were measured by another method"):
+        run_paper([replace(experiment(), method="in another way")], tmp_path, Setup())
+    kept = json.loads((tmp_path / "sizes.json").read_text())
+    kept["machine"]["torch"] = "1.0"
+    (tmp_path / "sizes.json").write_text(json.dumps(kept))
+    with pytest.raises(ConfigError, match="were measured with torch 1.0, here is"):
         run_paper([experiment()], tmp_path, Setup())
 
 

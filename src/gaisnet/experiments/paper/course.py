@@ -13,9 +13,19 @@ from transformers import ViTModel
 
 from gaisnet.config import Config, parse_config
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
+from gaisnet.errors import DataError
 from gaisnet.experiments.images import ImageData, Images
 from gaisnet.experiments.paper.experiment import Column, Measured, Setup
-from gaisnet.experiments.paper.fleet import EPOCHS, FIRST_LAYER, HEAD_LAYERS, LEARNING_RATES, Kind, Site
+from gaisnet.experiments.paper.fleet import (
+    EPOCHS,
+    FIRST_LAYER,
+    HEAD_LAYERS,
+    LEARNING_RATES,
+    QUICK_ROUNDS,
+    ROUNDS,
+    Kind,
+    Site,
+)
 from gaisnet.experiments.paper.flops import Work, flops_per_example
 from gaisnet.experiments.table import human_bytes, percent
 from gaisnet.messages import Evaluate, EvaluationReport, TrafficReport, TrafficRequest
@@ -24,8 +34,6 @@ from gaisnet.progress import silent
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.examples import DeviceData, Labelled
 from gaisnet.transport.ledger import Ledger
-
-_ROUNDS, _QUICK_ROUNDS = 10, 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Course:
 
 def measure(setup: Setup, clusters: Sequence[Sequence[Site]], kind: Kind, seed: int) -> Measured:
     """How a network of these devices learns; see ``COLUMNS``."""
-    course = learn(setup.foundation(), clusters, kind, _QUICK_ROUNDS if setup.quick else _ROUNDS, seed)
+    course = learn(setup.foundation(), clusters, kind, QUICK_ROUNDS if setup.quick else ROUNDS, seed)
     rounds = len(course.accuracy)
     first, last = course.device_bytes[0], course.device_bytes[-1]
     return Measured(
@@ -87,6 +95,9 @@ def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_roun
         kind: Of the adapters.
         num_rounds: Cycles of the network, of one edge round each.
         seed: Of the adapters' first weights, and the order of the examples.
+
+    Raises:
+        DataError: A device was left out of a round, or an adapter refused.
     """
     tiers = _tiers(folder, clusters, kind, num_rounds, seed)
     sites = [site for cluster in clusters for site in cluster]
@@ -95,9 +106,11 @@ def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_roun
     for _ in range(num_rounds):
         before = _bytes(tiers)
         tiers.network.release()
-        tiers.network.fine_tune()
+        faults = [fault for update in tiers.network.fine_tune().values() for fault in update.faults]
         round_bytes.append(_bytes(tiers) - before)
-        tiers.network.absorb()
+        refused = [str(verdict) for verdict in tiers.network.absorb() if not verdict.accepted]
+        if faults or refused:  # what is reported is of all devices
+            raise DataError("the experiment's network", "; ".join([*faults, *refused]), "lower the learning rate")
         accuracy.append(_accuracy(tiers))
     adapter = tiers.cloud.adapter("cluster-0")[1]
     return Course(

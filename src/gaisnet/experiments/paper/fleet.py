@@ -20,13 +20,19 @@ LEARNING_RATES: dict[Kind, float] = {"lora": 4e-3, "prompts": 3e-2, "full": 4e-3
 NUM_DEVICES, PER_CLASS, EPOCHS = 8, 20, 2
 """Devices, labelled images of each class that they have together, and passes over them in a round."""
 
+ROUNDS, QUICK_ROUNDS = 10, 4
+"""How many there are."""
+
 _NUM_TEST = 1000
 
 HOW = (
     f"{NUM_DEVICES} devices hold {10 * PER_CLASS} labelled images of Fashion-MNIST together, and {_NUM_TEST} held-out "
     "ones; each device's held-out images are skewed as those it learns from. They tune the last three of the "
     f"pre-trained ViT's six layers; a split device holds {HEAD_LAYERS} of them, a local one the whole model. A round "
-    f"is {EPOCHS} passes. Frames are counted as they cross, activations in int4, logits and adapters in float32."
+    f"is {EPOCHS} passes, and there are {ROUNDS} of them, {QUICK_ROUNDS} in a quick run. A step takes up to 16 images "
+    "of those who learn together, so that devices that learn alone make fewer steps in a round; learning rates are the "
+    "best of a few for these. Frames are counted as they cross: activations in int4, logits, their gradients and "
+    "adapters in float32. Operations are computed from shapes, as if every layer were computed for every position."
 )
 """What the experiments on fine-tuning have in common, for their reports."""
 

@@ -33,8 +33,9 @@ def _judge(rows: Sequence[Row]) -> Finding:
         for network in (*NETWORKS, _POOLED)
     }
     hybrid, federated = found["hybrid"], found["federated"]
-    holds = [hybrid["accuracy"] >= found[other]["accuracy"] - _NEAR for other in ("federated", "split")]
-    holds += [hybrid[cost] < federated[cost] for cost in ("device_bytes", "device_flops")]
+    near = [hybrid["accuracy"] >= found[other]["accuracy"] - _NEAR for other in ("federated", "split")]
+    cheaper = all(hybrid[cost] < federated[cost] for cost in ("device_bytes", "device_flops"))
+    holds = [near[0] and cheaper, near[1]]
     told = [
         f"{network}: {percent(each['accuracy'])}, {human_bytes(each['device_bytes'])} and {each['device_flops']:.2e} "
         "operations per device"
@@ -82,9 +83,9 @@ EXPERIMENT = Experiment(
         "with what a device downloads at first; operations are computed from shapes, and a split device's are those of "
         "its head, once."
     ),
-    rule=f"agrees where the hybrid's mean accuracy is at most {100 * _NEAR:g} points below that of federated and of "
-    "split learning, and the mean device's bytes and operations are less than in federated learning; disagrees where "
-    "none of these four holds; else partly.",
+    rule=f"holds against federated learning where the hybrid's mean accuracy is at most {100 * _NEAR:g} points below, "
+    "at fewer bytes and operations of the mean device, and against split learning where it is at most as far below. "
+    "Agrees where both hold, disagrees where neither does; else partly.",
     data=("fashion",),
     conditions=_conditions,
     measure=_measure,

@@ -53,6 +53,7 @@ class Result(BaseModel):
     schema_name: str = Field("gaisnet.paper/1", alias="schema", pattern="^gaisnet.paper/1$")
     experiment: str
     quick: bool
+    method: str = Field(description="What was done, in the experiment's words, and how it is judged.")
     machine: Machine
     rows: tuple[Row, ...] = ()
 
@@ -81,12 +82,18 @@ def path_of(out: Path, name: str) -> Path:
     return out / f"{name}.json"
 
 
-def read_result(out: Path, name: str, quick: bool) -> Result | None:
+def method_of(experiment: Experiment) -> str:
+    """What sets its rows apart from those of another version of it."""
+    return f"{experiment.method} {experiment.rule}"
+
+
+def read_result(out: Path, experiment: Experiment, quick: bool) -> Result | None:
     """What was measured of an experiment so far; None if nothing.
 
-    Raises ``ConfigError`` where the file is no result, or that of a run that was quick and this one is not, or the
-    reverse.
+    Raises ``ConfigError`` where the file is no result, or of a run that was quick and this one is not, or the reverse,
+    or was measured by another method or with other versions.
     """
+    name = experiment.name
     path = path_of(out, name)
     asked, do = f"results '{path}'", "choose another folder with --out, or remove the file"
     try:
@@ -101,6 +108,13 @@ def read_result(out: Path, name: str, quick: bool) -> Result | None:
     if result.quick != quick:
         found = f"were measured {'with' if result.quick else 'without'} --quick, and this run is of the other kind"
         raise ConfigError(asked, found, do)
+    if result.method != method_of(experiment):
+        raise ConfigError(asked, "were measured by another method, or are judged by another rule", do)
+    now = Machine.present()
+    for package in ("gaisnet", "torch", "transformers"):
+        then, here = getattr(result.machine, package), getattr(now, package)
+        if then != here:
+            raise ConfigError(asked, f"were measured with {package} {then}, here is {here}", do)
     return result
 
 

@@ -8,7 +8,7 @@ from gaisnet.checkpoint import make_room_for, write_text
 from gaisnet.errors import ConfigError
 from gaisnet.experiments.paper.experiment import Experiment, Row, Setup
 from gaisnet.experiments.paper.page import render_page
-from gaisnet.experiments.paper.results import Machine, Result, read_result, write_result
+from gaisnet.experiments.paper.results import Machine, Result, method_of, read_result, write_result
 
 REPORT = "report.html"
 
@@ -32,14 +32,16 @@ def run_paper(
         if name not in known:
             raise ConfigError(f"experiment '{name}'", "there is no such experiment", f"use one of: {', '.join(known)}")
     make_room_for(out / REPORT)
-    found = {name: read_result(out, name, setup.quick) for name in known}
+    found = {name: read_result(out, experiment, setup.quick) for name, experiment in known.items()}
     results = {name: result for name, result in found.items() if result is not None}
     wanted = [known[name] for name in only or known]
     for name in {name: None for experiment in wanted for name in experiment.data}:
         setup.images(name)
     for experiment in wanted:
         name = experiment.name
-        start = results.get(name) or Result(experiment=name, quick=setup.quick, machine=Machine.present())
+        start = results.get(name) or Result(
+            experiment=name, quick=setup.quick, method=method_of(experiment), machine=Machine.present()
+        )
         results[name] = _measure(experiment, start, out, setup)
         write_text(out / REPORT, render_page(experiments, results, setup.quick))
     return results
