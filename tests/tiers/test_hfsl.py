@@ -43,9 +43,9 @@ from gaisnet.models.ragged import shuffled_batches
 from gaisnet.progress import silent
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.device import Device
-from gaisnet.tiers.domain_model import Learned
 from gaisnet.tiers.edge import Edge
 from gaisnet.tiers.examples import DeviceData, Example
+from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.split_step import Labels, Member, Outcome
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger

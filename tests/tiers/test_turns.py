@@ -16,7 +16,8 @@ from gaisnet.messages import BodyOutput
 from gaisnet.models.release import ReleasedModel
 from gaisnet.progress import silent
 from gaisnet.serving.body import BodyService
-from gaisnet.tiers.domain_model import DomainModel, Learned
+from gaisnet.tiers.domain_model import DomainModel
+from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.split_step import Outcome
 from gaisnet.turn import Turn
 from tests.serving.models import DOMAIN, adapter

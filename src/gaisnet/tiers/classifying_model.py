@@ -28,10 +28,10 @@ from gaisnet.models.release import release_encoder
 from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.cloud_model import Sizes
-from gaisnet.tiers.domain_model import PREFIX_BATCH, body_output_rows
 from gaisnet.tiers.examples import Input
 from gaisnet.tiers.inputs import Inputs
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.learning_body import PREFIX_BATCH, body_output_rows
 from gaisnet.tiers.plugged import PluggedBody
 from gaisnet.turn import Turn
 

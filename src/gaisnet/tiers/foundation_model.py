@@ -21,8 +21,8 @@ from gaisnet.relay.downward import TaskShape, generate_text
 from gaisnet.relay.merging import by_regression
 from gaisnet.relay.regression import traced
 from gaisnet.relay.upward import CHUNK_ROWS, perplexity
-from gaisnet.tiers.domain_model import PREFIX_BATCH
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.learning_body import PREFIX_BATCH
 from gaisnet.tiers.plugged import PluggedBody
 from gaisnet.turn import Turn
 

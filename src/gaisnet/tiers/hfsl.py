@@ -15,8 +15,9 @@ from gaisnet.messages import AdapterRelease, AdapterUpdate, BodyOutput, BodyOutp
 from gaisnet.progress import Progress
 from gaisnet.relay.fedavg import average_products, fedavg
 from gaisnet.tiers.cluster import Asked, Cluster
-from gaisnet.tiers.domain_model import DomainModel, Learned
+from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.holding import Rounds
+from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.smashed import SmashedStore
 from gaisnet.tiers.split_step import Member, Outcome
 

@@ -11,9 +11,9 @@ from gaisnet.models.parts import Body
 from gaisnet.models.ragged import token_rows
 from gaisnet.progress import Progress
 from gaisnet.relay.downward import RELAY, Distillation, Lesson, leaving, relative_error, repair
-from gaisnet.tiers.domain_model import PREFIX_BATCH
 from gaisnet.tiers.foundation_model import FoundationModel
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.learning_body import PREFIX_BATCH
 from gaisnet.tiers.texts import Texts
 
 
