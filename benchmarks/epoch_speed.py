@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from gaisnet.config import Config, parse_config
+from gaisnet.config import Config
+from gaisnet.config_file import parse_config
 from gaisnet.engines.local import build_network
 from gaisnet.experiments.data import load_domains, public_text
 from gaisnet.models.foundation import Foundation, load_foundation

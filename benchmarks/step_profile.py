@@ -23,7 +23,8 @@ from rich.table import Table
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gaisnet.config import Config, load_config
+from gaisnet.config import Config
+from gaisnet.config_file import load_config
 from gaisnet.engines.local import NoOutlets, build_tiers
 from gaisnet.experiments.data import load_domains, public_text
 from gaisnet.messages import Message

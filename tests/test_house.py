@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gaisnet.config import load_config
+from gaisnet.config_file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "gaisnet"

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gaisnet.config import Config, DevicePrecision, parse_config
+from gaisnet.config import Config, DevicePrecision
+from gaisnet.config_file import parse_config
 from gaisnet.models.families import Decoder
 from gaisnet.models.foundation import Foundation
 from gaisnet.rounding import from_int4, from_int8, to_int4, to_int8

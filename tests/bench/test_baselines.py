@@ -12,7 +12,8 @@ from gaisnet.bench import baselines
 from gaisnet.bench.baselines import measure_baselines
 from gaisnet.bench.contenders.task import Task
 from gaisnet.cli.app import app
-from gaisnet.config import Config, load_config
+from gaisnet.config import Config
+from gaisnet.config_file import load_config
 from gaisnet.errors import ConfigError, NothingToResume
 from gaisnet.experiments.data import DomainData, load_domains
 from gaisnet.experiments.run import Run, read_summary, resume_experiment, run_experiment

@@ -12,7 +12,7 @@ from gaisnet.bench.contenders.network import GaisNet
 from gaisnet.bench.contenders.plain_split import PlainSplit
 from gaisnet.bench.contenders.task import Task, accuracy
 from gaisnet.bench.contenders.unsplit import run_unsplit, unsplit_domain_model
-from gaisnet.config import parse_config
+from gaisnet.config_file import parse_config
 from gaisnet.models.families import Decoder
 from gaisnet.models.foundation import load_foundation
 from gaisnet.models.release import ReleasedModel

@@ -8,7 +8,8 @@ import pytest
 from gaisnet.bench.contenders.memory import peak_bytes
 from gaisnet.bench.contest import check_contest, measure_learning, write_learning
 from gaisnet.bench.picture import draw_learning
-from gaisnet.config import Config, load_config, parse_config
+from gaisnet.config import Config
+from gaisnet.config_file import load_config, parse_config
 from gaisnet.errors import ConfigError, MeasureError
 from tests.tiny import tiny_edge, write_tiny_run
 

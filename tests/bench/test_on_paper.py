@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gaisnet.bench.on_paper import Work, cost, costs_on_paper
-from gaisnet.config import Config, DevicePrecision, parse_config
+from gaisnet.config import Config, DevicePrecision
+from gaisnet.config_file import parse_config
 from gaisnet.engines.local import build_network
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import CutLayers, cut_decoder

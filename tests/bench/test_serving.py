@@ -9,7 +9,8 @@ import pytest
 from gaisnet.bench.escalation import auto_figures
 from gaisnet.bench.rounds import Effort
 from gaisnet.bench.serving import measure_serving, write_figures
-from gaisnet.config import RoutingSettings, load_config
+from gaisnet.config import RoutingSettings
+from gaisnet.config_file import load_config
 from gaisnet.experiments.run import run_experiment
 from gaisnet.serving.calibration import Trial
 from tests.tiny import tiny_edge, write_tiny_run

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from gaisnet.cli.serve import opened
-from gaisnet.config import Config, RoutingSettings, load_config
+from gaisnet.config import Config, RoutingSettings
+from gaisnet.config_file import load_config
 from gaisnet.deployment.front_door import Door
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.state import save_adapter
 from gaisnet.checkpoint import FolderShelf
-from gaisnet.config import Config, parse_config
+from gaisnet.config import Config
+from gaisnet.config_file import parse_config
 from gaisnet.engines.local import NoOutlets, build_network, build_tiers
 from gaisnet.errors import ConfigError, DataError, SessionRefused
 from gaisnet.messages import (

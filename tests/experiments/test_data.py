@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gaisnet.config import Config, DataSettings, parse_config
+from gaisnet.config import Config, DataSettings
+from gaisnet.config_file import parse_config
 from gaisnet.errors import DataError, MissingPackage
 from gaisnet.experiments import domains
 from gaisnet.experiments.data import DomainData, load_domains, load_public, majority, partition, retention_text

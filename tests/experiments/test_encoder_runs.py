@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from gaisnet.bench.baselines import measure_baselines
-from gaisnet.config import load_config
+from gaisnet.config_file import load_config
 from gaisnet.errors import ConfigError, DataError, ModelError
 from gaisnet.experiments.data import load_device, load_domains, majority, public_inputs
 from gaisnet.experiments.jsonl import read_examples, read_inputs

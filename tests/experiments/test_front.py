@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from gaisnet.cli.serve import opened
-from gaisnet.config import RoutingSettings, load_config
+from gaisnet.config import RoutingSettings
+from gaisnet.config_file import load_config
 from gaisnet.errors import ConfigError, ServiceFull
 from gaisnet.experiments.front import open_device
 from gaisnet.experiments.run import run_experiment

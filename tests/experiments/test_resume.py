@@ -13,7 +13,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from gaisnet.checkpoint import write_text
-from gaisnet.config import Config, load_config
+from gaisnet.config import Config
+from gaisnet.config_file import load_config
 from gaisnet.errors import CheckpointError, ConfigError, DataError, NothingToResume, OutputInUse, OutputNotWritable
 from gaisnet.experiments.output import LOCK_NAME, RunFolder
 from gaisnet.experiments.run import resume_experiment, run_experiment

@@ -12,7 +12,8 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch.nn import functional as F
 
-from gaisnet.config import Config, load_config
+from gaisnet.config import Config
+from gaisnet.config_file import load_config
 from gaisnet.errors import CutError, DataError, ModelError, NotFinite
 from gaisnet.experiments.data import load_domains
 from gaisnet.experiments.output import RunFolder

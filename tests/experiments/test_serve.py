@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gaisnet.config import load_config
+from gaisnet.config_file import load_config
 from gaisnet.errors import ConfigError, NothingToResume, OutputInUse
 from gaisnet.experiments.run import resume_experiment, run_experiment
 from gaisnet.experiments.serve import ServedRun, serve_run

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, PretrainedConfig
 
 from gaisnet.bench.contenders.flops import Shape
-from gaisnet.config import Config, TensorCode, parse_config
+from gaisnet.config import Config, TensorCode
+from gaisnet.config_file import parse_config
 from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, SmashedData
 from gaisnet.rounding import num_bytes, num_groups
 from gaisnet.tiers.examples import Tokens

@@ -4,7 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gaisnet.config import Config, parse_config
+from gaisnet.config import Config
+from gaisnet.config_file import parse_config
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
 from gaisnet.experiments.data import retention_text
 from gaisnet.models.foundation import Foundation

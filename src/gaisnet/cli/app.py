@@ -13,7 +13,7 @@ from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, output_folde
 from gaisnet.cli.paper import paper
 from gaisnet.cli.serve import serve
 from gaisnet.cli.sites import cloud, device, edge
-from gaisnet.config import load_config
+from gaisnet.config_file import load_config
 
 # How long OpenMP's threads spin before they sleep. Within a layer the next product comes in microseconds, and to be
 # woken takes longer than a small product; but on a machine that is shared, threads that spin for milliseconds, as they

@@ -76,7 +76,7 @@ def _learning(file: Path, overrides: list[str], out: Path, rounds: int) -> None:
     from gaisnet.bench.contest import measure_learning, write_learning
     from gaisnet.bench.picture import draw_learning
     from gaisnet.checkpoint import make_room_for
-    from gaisnet.config import load_config
+    from gaisnet.config_file import load_config
 
     picture = out.with_suffix(".png")
     if picture == out:

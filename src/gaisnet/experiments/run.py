@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gaisnet.adapters.state import save_adapter
-from gaisnet.config import Config, parse_config
+from gaisnet.config import Config
+from gaisnet.config_file import parse_config
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ConfigError, NothingToResume
 from gaisnet.experiments.data import DomainData, load_domains, majority, public_inputs, public_text

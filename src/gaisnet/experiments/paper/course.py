@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import ViTModel
 
-from gaisnet.config import Config, parse_config
+from gaisnet.config import Config
+from gaisnet.config_file import parse_config
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
 from gaisnet.errors import DataError
 from gaisnet.experiments.images import ImageData, Images
