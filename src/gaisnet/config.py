@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 TensorCode = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Precision = Literal["float32", "int8"]
 DevicePrecision = Literal["float32", "int8", "int4"]
+MergeMethod = Literal["regression", "sum", "ties", "dare"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged", "none"})  # names of adapters in the cloud, and of models
 RESERVED_SITES = frozenset(
@@ -143,10 +144,12 @@ class FineTuneSettings(Settings):
 class MergeSettings(Settings):
     """How the one merged adapter is made of the domains'; see ``gaisnet.relay.merging``."""
 
-    method: Literal["regression", "sum", "ties", "dare"] = Field(
-        "regression",
+    methods: tuple[MergeMethod, ...] = Field(
+        ("regression",),
+        min_length=1,
         description="'sum', 'ties' and 'dare' look at the adapters' weights alone; 'regression' takes the sum and fits "
-        "it to what each domain's own does on text that the FM writes for the domain.",
+        "it to what each domain's own does on text that the FM writes for the domain. Of several, devices say which "
+        "does best on what they hold back (absorb.validation_share).",
     )
     free_text: float = Field(
         0.3, ge=0.0, description="regression: weight of text that belongs to no domain, on which it should do nothing."
@@ -161,8 +164,18 @@ class MergeSettings(Settings):
     density: float = Field(0.5, gt=0.0, lt=1.0, description="ties, dare: share of each adapter's product that is kept.")
 
 
+class LastMileSettings(Settings):
+    """The merged adapter learns on the FM itself, from activations that devices let travel so far (activations_to).
+
+    Batches, clipping and the pull toward the FM's own output are those of ``fine_tune``.
+    """
+
+    epochs: int = Field(0, ge=0, description="Passes over their training examples, in every cycle; 0 leaves it out.")
+    learning_rate: float = Field(5e-4, gt=0.0, description="Of AdamW; falls as fine_tune.cycle_decay says.")
+
+
 class AbsorbSettings(Settings):
-    """The cloud's gate over what comes up, by perplexity: it has a say where the FM writes, not over an encoder's."""
+    """The cloud's gate over what comes up: by perplexity where the FM writes, and by what devices report."""
 
     max_retention_increase: float = Field(
         0.15, ge=0.0, description="An adapter may not raise the FM's perplexity on public text by more."
@@ -174,7 +187,21 @@ class AbsorbSettings(Settings):
         description="One that would is plugged into the FM with less of its strength, down to this share; below it is "
         "refused. With 1 it is refused at once. The DM keeps it whole.",
     )
+    validation_share: float = Field(
+        0.0,
+        ge=0.0,
+        le=0.5,
+        description="Of its training examples, what each device holds back, one at least if this is above 0: nobody "
+        "learns from them, and the gate asks how many of them the FM gets right with what came up. Only counts travel.",
+    )
+    max_fall: float = Field(
+        0.02,
+        ge=0.0,
+        description="In accuracy on them, an adapter may not do worse than the one in place by more than this and two "
+        "standard errors.",
+    )
     merge: MergeSettings = MergeSettings()
+    last_mile: LastMileSettings = LastMileSettings()
     retention_windows: int = Field(16, ge=1, description="Windows of public text in the perplexity.")
     retention_tokens: int = Field(96, ge=8, description="Tokens of a window.")
 
@@ -318,6 +345,11 @@ class DeviceSettings(Settings):
         "split", description="'split' holds head and tail; 'local' holds the whole DM and trains it by itself."
     )
     head_layers: int = Field(1, ge=0, description="The cut: layers that the device runs after the embeddings.")
+    activations_to: Literal["edge", "cloud"] = Field(
+        "edge",
+        description="How far its head's output on training examples may travel, and the gradients of what it is told "
+        "of them: with 'cloud' also there, for the last mile. On what it holds out or back, it travels for scores.",
+    )
     data: Path | None = Field(
         None,
         description="A folder with train.jsonl and test.jsonl, lines of prompt and completion; for an encoder of text "
@@ -352,6 +384,11 @@ class EdgeSettings(Settings):
     def adapter(self) -> str:
         """The domain whose adapter acts here."""
         return self.follows or self.domain
+
+    @property
+    def travelling(self) -> tuple[str, ...]:
+        """Names of devices whose activations of training examples may come to the cloud."""
+        return tuple(device.name for device in self.devices if device.activations_to == "cloud")
 
     @model_validator(mode="after")
     def _check_template(self) -> Self:
@@ -410,6 +447,14 @@ class Config(Settings):
             if edge.adapter not in learning:
                 known = ", ".join(learning) or "none: every edge follows another"
                 raise ValueError(f"edge '{edge.name}' follows '{edge.follows}', but the domains that learn are {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_last_mile(self) -> Self:
+        if self.absorb.last_mile.epochs and not any(edge.travelling for edge in self.learning_edges()):
+            raise ValueError("absorb.last_mile needs a device with activations_to: cloud, at an edge that learns")
+        if len(self.absorb.merge.methods) > 1 and not self.absorb.validation_share:
+            raise ValueError("of several absorb.merge.methods devices must say which, so set absorb.validation_share")
         return self
 
     def learning_edges(self) -> list[EdgeSettings]:

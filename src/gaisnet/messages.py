@@ -14,7 +14,9 @@ from torch import Tensor
 
 from gaisnet.config import DevicePrecision
 
-Split = Literal["train", "test"]
+Split = Literal["train", "validate", "test"]
+"""Of a device's examples: to learn from; held back, for the gate; held out, for scores."""
+
 Role = Literal["relay", "domain"]
 Whose = Literal["domain", "foundation"]
 
@@ -208,6 +210,7 @@ class Evaluate(Message):
 
     body: Whose
     adapter: str | None  # on the foundation: the name of the adapter to plug in
+    split: Split = "test"
 
 
 @dataclass(frozen=True)
@@ -235,10 +238,46 @@ class TrafficReport(Message):
 
 @dataclass(frozen=True)
 class BodyRequest(Message):
-    """Edge -> cloud: the FM body's output for test data sent before, with an adapter plugged in."""
+    """Edge -> cloud: the FM body's output for smashed data sent before, with an adapter plugged in."""
 
     owner: str
     adapter: str | None
+    split: Split = "test"
+
+
+@dataclass(frozen=True)
+class ShareRequest(Message):
+    """Cloud -> edge: send up the smashed data of training examples, of devices that let it travel to the cloud."""
+
+
+@dataclass(frozen=True)
+class Shared(Message):
+    """Edge -> cloud: the smashed data of these devices is there."""
+
+    owners: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LabelRequest(Message):
+    """Cloud -> edge: ask a device for the gradient at these rows, as a ``BodyOutput`` of its training examples does."""
+
+    owner: str
+    step: StrictInt
+    num_labels_total: StrictInt
+    examples_E: Tensor
+    rows_ND: Tensor = wire("body_output", short_whole=True)
+
+    @classmethod
+    def of(cls, owner: str, output: BodyOutput) -> "LabelRequest":
+        """For one owner's share of a step."""
+        return cls(owner, output.step, output.num_labels_total, output.examples_E, output.rows_ND)
+
+    def to_owner(self) -> BodyOutput:
+        """What the device is asked. Raises ``ValueError`` where it is none."""
+        return BodyOutput("train", self.step, self.num_labels_total, self.examples_E, self.rows_ND)
+
+    def __post_init__(self) -> None:
+        self.to_owner()
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import FaultSettings
-from gaisnet.errors import LinkLost, UnexpectedMessage
+from gaisnet.errors import GaisnetError, LinkLost, UnexpectedMessage
 from gaisnet.messages import (
     AdapterUpdate,
+    BodyOutput,
+    BodyOutputGrad,
     Done,
     Evaluate,
     EvaluateGuest,
@@ -31,7 +33,10 @@ from gaisnet.messages import (
     FineTune,
     Install,
     Installed,
+    LabelRequest,
     Message,
+    Shared,
+    ShareRequest,
     TrafficReport,
     TrafficRequest,
 )
@@ -39,6 +44,7 @@ from gaisnet.relay.downward import Distillation
 from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.cloud import Cloud
 from gaisnet.tiers.cloud_model import MERGED
+from gaisnet.tiers.split_step import Outcome
 from gaisnet.transport.base import Link, wait
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 
@@ -84,6 +90,7 @@ class Network:
         self._faults = faults
         self._updates: dict[str, AdapterUpdate] = {}
         self._alone: dict[str, EvaluationReport] = {}  # how the FM as it is does
+        self._owners: dict[str, str] = {}  # of activations that came up to learn from: devices, and their domains
         self._at_edges: dict[str, AdapterTensors] = {}  # domain adapters that DMs have, as far as they were seen
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -127,11 +134,38 @@ class Network:
 
         Edges that follow a domain have no data of their own: they get at once what was let in.
         """
-        verdicts = self.cloud.absorb(self._updates)
+        verdicts = self.cloud.absorb(self._updates, self.cycle, self)
         self._updates = {}
         self.cycle += 1
         self._install([domain for domain in self._edges if domain not in self.cloud.learning])
         return verdicts
+
+    # -- what the cloud may have of devices meanwhile: see ``tiers.reach`` ----------------------------------------------
+
+    def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+        """See ``Reach``."""
+        asked = {domain: Evaluate("foundation", adapter, "validate") for domain, adapter in adapters.items()}
+        return self._ask(asked, EvaluationReport)
+
+    def share(self) -> tuple[str, ...]:
+        """See ``Reach``."""
+        shared = self._ask(dict.fromkeys(self.cloud.learning, ShareRequest()), Shared)
+        self._owners = {owner: domain for domain, reply in shared.items() for owner in reply.owners}
+        return tuple(self._owners)
+
+    def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        """See ``Reach``."""
+        requests = {owner: LabelRequest.of(owner, output) for owner, output in outputs.items()}
+        sent = {owner: self._edges[self._owners[owner]].send(request) for owner, request in requests.items()}
+        return {owner: self._outcome(owner, request, sent[owner]) for owner, request in requests.items()}
+
+    def _outcome(self, owner: str, request: LabelRequest, sent: Future[Message]) -> Outcome:
+        try:
+            return self._wait(self._owners[owner], request, sent, BodyOutputGrad)
+        except GaisnetError as error:
+            return error
+
+    # -- scores --------------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Scores:
         """Score every model through the split; only counts and sums come back."""

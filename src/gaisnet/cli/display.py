@@ -34,6 +34,7 @@ _STAGES = {
     "relay": "release: distilling a relay on generated text",
     "fine_tune": "fine-tune: split learning on private data",
     "absorb": "absorb: domain knowledge goes up",
+    "last_mile": "absorb: the merged adapter learns on the foundation model, its labels on devices",
     "calibrate": "calibrate: how sure a domain model must be, on held-out examples where they are",
     "bench_learning": "bench: contenders fine-tune in turn",
     "bench_single_edge": "bench: one session on a domain model, split and in one piece",

@@ -59,10 +59,18 @@ def load_public(edge: EdgeSettings, config: Config) -> Public:
 def load_device(config: Config, name: str) -> DeviceData[Any]:
     """The examples of one device, and of no other where they are its own. Raises ``DataError``."""
     edge, device = next((edge, device) for edge, device in config.each_device() if device.name == name)
-    return _load_edge(edge, config).devices[name] if device.data is None else _read_device(device.data, name, edge)
+    if device.data is None:
+        return _load_edge(edge, config).devices[name]
+    return _read_device(device.data, name, edge).holding_back(config.absorb.validation_share, name)
 
 
 def _load_edge(edge: EdgeSettings, config: Config) -> DomainData:
+    found, share = _whole_edge(edge, config), config.absorb.validation_share
+    return replace(found, devices={name: mine.holding_back(share, name) for name, mine in found.devices.items()})
+
+
+def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
+    """Before anything is held back."""
     folders = {device.name: device.data for device in edge.devices if device.data is not None}
     without = [device.name for device in edge.devices if device.name not in folders]
     followed = next(each for each in config.edges if each.domain == edge.adapter)

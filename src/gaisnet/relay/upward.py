@@ -1,11 +1,14 @@
-"""The up flow's gate: it watches what adapters cost the foundation model (FM) in general ability."""
+"""The up flow's gate: what adapters cost the foundation model (FM) in general ability, and what devices say of them."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from gaisnet.messages import EvaluationReport
 
 _BISECTIONS = 3
 CHUNK_ROWS = 64
@@ -23,17 +26,37 @@ class Verdict:
     unfit: str = ""  # why it was not even tried
     share: float = 1.0  # of its strength, with which it was tried
     said: str = ""  # what was looked at, where there is no perplexity
+    made: str = ""  # how the adapter came to be, where that is not plain
+    reported: str = ""  # by devices
 
     def __str__(self) -> str:
         """The decision in a sentence."""
-        if self.unfit:
-            return f"refused '{self.adapter}': {self.unfit}"
-        word = "accepted" if self.accepted else "refused"
-        if self.said:
-            return f"{word} '{self.adapter}': {self.said}"
         weaker = f" at {self.share:.0%} of its strength" if self.share < 1.0 else ""
         found = f"perplexity on public text {self.perplexity:.2f}, limit {self.limit:.2f}"
-        return f"{word} '{self.adapter}'{weaker}: {found}"
+        reasons = [self.unfit or self.said or found, *([self.reported] if self.reported else [])]
+        word = "accepted" if self.accepted else "refused"
+        return f"{word} '{self.adapter}'{self.made}{weaker}: {'; '.join(reasons)}"
+
+
+def refused(adapter: str, why: str) -> Verdict:
+    """One that was not even held against public text."""
+    return Verdict(False, adapter, math.nan, math.nan, why)
+
+
+def fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool:
+    """Whether accuracy fell by more than ``most`` and two standard errors of a difference.
+
+    They are those of two independent counts; on the same examples, as here, the true ones are smaller.
+    """
+    shares = [report.num_correct / report.num_examples for report in (before, after)]
+    errors = sum(share * (1.0 - share) for share in shares) / min(before.num_examples, after.num_examples)
+    return shares[0] - shares[1] > most + 2.0 * math.sqrt(errors)
+
+
+def standing(reports: Collection[EvaluationReport]) -> tuple[float, float]:
+    """What is said of an adapter on several domains, the better the larger: mean accuracy, then the negative loss."""
+    accuracy = sum(report.num_correct / report.num_examples for report in reports) / len(reports)
+    return accuracy, -sum(report.loss_sum / report.num_tokens for report in reports) / len(reports)
 
 
 def gate(adapter: str, perplexity: float, before: float, max_increase: float, share: float = 1.0) -> Verdict:

@@ -48,9 +48,8 @@ class Classes:
     ) -> None:
         self._name = name
         self._turn = turn
-        splits: tuple[tuple[Split, tuple[Labelled, ...]], ...] = (("train", data.train), ("test", data.test))
         self._classes, self._inputs = dict[Split, Tensor](), dict[Split, Inputs]()
-        for split, examples in splits:
+        for split, examples in data.splits().items():
             owner = f"device '{name}', {split}"
             self._classes[split] = _numbers([example.label for example in examples], labels, owner)
             self._inputs[split] = Inputs([example.input for example in examples], tokenizer, context, owner)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import AdapterSpec
-from gaisnet.errors import ConfigError
+from gaisnet.errors import ConfigError, ModelError
 from gaisnet.messages import AnchorRelease, SmashedData
 from gaisnet.models.domain import Recipe, choose_recipe, make_domain_body, num_parameters
 from gaisnet.models.encoders import cut_encoder
@@ -31,7 +31,7 @@ from gaisnet.tiers.cloud_model import Sizes
 from gaisnet.tiers.examples import Input
 from gaisnet.tiers.inputs import Inputs
 from gaisnet.tiers.layout import Layout
-from gaisnet.tiers.learning_body import PREFIX_BATCH, body_output_rows
+from gaisnet.tiers.learning_body import PREFIX_BATCH, Learned, body_output_rows
 from gaisnet.tiers.plugged import PluggedBody
 from gaisnet.turn import Turn
 
@@ -128,8 +128,13 @@ class ClassifyingModel:
     def teach(self, domain: str, cycle: int) -> None:
         """Nothing: it writes no text to teach with."""
 
-    def merge(self) -> None:
-        """Nothing: see the module."""
+    def merges(self) -> dict[str, AdapterTensors]:
+        """None: see the module."""
+        return {}
+
+    def learn(self, *args: Any) -> Learned:
+        """Nothing: it has no merged adapter, and a layout that asks for it is refused."""
+        raise ModelError("a merged adapter that learns", "an encoder has none", "set absorb.last_mile.epochs to 0")
 
     def put_out(self, name: str, version: int) -> None:
         """Nothing: it writes no answers."""

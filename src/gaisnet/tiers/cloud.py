@@ -1,6 +1,5 @@
 """The cloud: holds the foundation model (FM), teaches domain models, takes adapters in, and answers edges."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,17 +24,21 @@ from gaisnet.messages import (
     ModelRequest,
     Role,
     SmashedData,
+    Split,
 )
 from gaisnet.models.foundation import Foundation
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
-from gaisnet.relay.upward import Verdict
+from gaisnet.relay.upward import Verdict, refused
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.classifying_model import ClassifyingModel
 from gaisnet.tiers.cloud_model import MERGED, CloudModel, Sizes
 from gaisnet.tiers.examples import Input
+from gaisnet.tiers.intake import Intake
 from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.outlet import NoOutlet, Outlet
+from gaisnet.tiers.reach import Reach
+from gaisnet.tiers.split_step import Member
 from gaisnet.tiers.writing_model import WritingModel
 
 
@@ -76,7 +79,10 @@ class Cloud:
         self.model_digest = digest_of(self.model_release.tensors)
         self.adapter_of = {edge.domain: edge.adapter for edge in config.edges}
         self.learning = tuple(edge.domain for edge in config.learning_edges())
-        self._evaluated: dict[str, Activations] = {}
+        self._intake = Intake(self._model, config, progress)
+        self._last_mile = bool(config.absorb.last_mile.epochs)
+        self._travelling = {name for edge in config.learning_edges() for name in edge.travelling}
+        self._activations: dict[tuple[str, Split], Activations] = {}  # behind the prefix, which is frozen
         self.versions: dict[Role, dict[str, int]] = {
             "relay": dict.fromkeys(shapes, 0),
             "domain": dict.fromkeys(self.learning, 0),
@@ -138,24 +144,34 @@ class Cloud:
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
-    def absorb(self, updates: Mapping[str, AdapterUpdate]) -> list[Verdict]:
-        """Plug domain adapters into the FM where the gate lets them, and merge what is in place. Updates by domain."""
-        verdicts = [self._try(domain, update) for domain, update in updates.items()]
-        merged = self._model.merge()
+    def absorb(self, updates: Mapping[str, AdapterUpdate], cycle: int, reach: Reach) -> list[Verdict]:
+        """Plug domain adapters into the FM where they may, and merge what is in place.
+
+        Args:
+            updates: By domain.
+            cycle: That ends.
+            reach: Whom to ask about them.
+        """
+        verdicts = [self._try(domain, update, reach) for domain, update in updates.items()]
+        merged = self._intake.merge(reach)
         if merged is None:
             return verdicts
+        about_merged = [merged]
+        if self._last_mile and merged.accepted:
+            members = [Member(owner, self._activations[owner, "train"]) for owner in reach.share()]
+            about_merged.append(self._intake.last_mile(members, cycle, reach))
         if merged.accepted:
             self._put_out(MERGED)
-        return [*verdicts, merged]
+        return [*verdicts, *about_merged]
 
-    def _try(self, domain: str, update: AdapterUpdate) -> Verdict:
+    def _try(self, domain: str, update: AdapterUpdate, reach: Reach) -> Verdict:
         try:
             check_same_shapes(domain, self._model.adapter(domain), update.tensors)
             if update.base != self.versions["domain"][domain]:
                 raise StaleAdapter(domain, self.versions["domain"][domain], update.base)
         except AdapterError as error:
-            return Verdict(False, domain, math.nan, math.nan, str(error))
-        verdict = self._model.let_in(domain, update.tensors)
+            return refused(domain, str(error))
+        verdict = self._intake.take(domain, update.tensors, reach)
         if verdict.accepted:
             self.versions["domain"][domain] = update.version
             self._whole[domain] = update.tensors
@@ -207,16 +223,16 @@ class Cloud:
                 return self._model.model_release
             case AnchorRequest():
                 return self._model.anchor_release
-            case SmashedData(split="test"):
-                self._evaluated[message.owner] = self._model.prefix(message)  # once: it is frozen
+            case SmashedData() if message.split != "train" or message.owner in self._travelling:
+                self._activations[message.owner, message.split] = self._model.prefix(message)
                 return Done()
-            case BodyRequest() if message.owner in self._evaluated:
+            case BodyRequest() if (message.owner, message.split) in self._activations:
                 return self._output(message)
             case _:
                 raise UnexpectedMessage("the cloud", type(message).__name__)
 
     def _output(self, request: BodyRequest) -> BodyOutput:
-        inputs = self._evaluated[request.owner]
+        inputs = self._activations[request.owner, request.split]
         rows_ND = self._model.output_rows(inputs, request.adapter)
         examples_E = torch.arange(len(inputs), dtype=torch.int32)
-        return BodyOutput("test", 0, sum(inputs.num_labels), examples_E, rows_ND)
+        return BodyOutput(request.split, 0, sum(inputs.num_labels), examples_E, rows_ND)

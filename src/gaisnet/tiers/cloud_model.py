@@ -1,6 +1,6 @@
 """What a cloud needs of its foundation model (FM), whatever that is for: writing text, or telling classes apart."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,10 +8,14 @@ from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import AdapterSpec
+from gaisnet.config import FineTuneSettings
 from gaisnet.messages import AnchorRelease, ModelRelease, SmashedData
+from gaisnet.progress import Progress
 from gaisnet.relay.downward import Distillation
 from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.learning_body import Learned
+from gaisnet.tiers.split_step import Labels, Member
 
 MERGED = "merged"
 
@@ -60,8 +64,19 @@ class CloudModel(Protocol):
     def let_in(self, name: str, tensors: AdapterTensors) -> Verdict:
         """Plug an adapter in as the gate lets it; what was there before stays if it does not."""
 
-    def merge(self) -> Verdict | None:
-        """Make one adapter of all in place; None where they cannot be one."""
+    def merges(self) -> dict[str, AdapterTensors]:
+        """One adapter of all in place, in each way that is to be tried, by its name; none where they cannot be one."""
+
+    def learn(
+        self,
+        members: Sequence[Member],
+        labels: Labels,
+        settings: FineTuneSettings,
+        seed: int,
+        where: str,
+        progress: Progress,
+    ) -> Learned:
+        """Train the merged adapter; see ``LearningBody``. Only where adapters can be merged."""
 
     def put_out(self, name: str, version: int) -> None:
         """Serve an adapter as it is now, if the FM answers anybody."""

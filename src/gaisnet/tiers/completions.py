@@ -16,7 +16,7 @@ from gaisnet.errors import DataError, WireFormatError
 from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Split
 from gaisnet.models.parts import Tail
 from gaisnet.models.ragged import Ragged, token_rows
-from gaisnet.tiers.examples import DeviceData, Example, Tokens, tokenize
+from gaisnet.tiers.examples import DeviceData, Tokens, tokenize
 from gaisnet.tiers.stock import Parts
 from gaisnet.turn import Turn
 
@@ -43,9 +43,9 @@ class Completions:
     ) -> None:
         self._name = name
         self._turn = turn
-        splits: tuple[tuple[Split, tuple[Example, ...]], ...] = (("train", data.train), ("test", data.test))
         self.tokens: dict[Split, list[Tokens]] = {
-            split: tokenize(examples, tokenizer, context, f"device '{name}', {split}") for split, examples in splits
+            split: tokenize(examples, tokenizer, context, f"device '{name}', {split}")
+            for split, examples in data.splits().items()
         }
 
     def check(self, parts: Parts) -> None:

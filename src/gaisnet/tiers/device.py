@@ -95,8 +95,8 @@ class Device:
         self._stock = stock or Stock(config, self._turn)
         self._reader = tokenizer
         self._labels = labels
-        for split, examples, needed in (("train", data.train, learns), ("test", data.test, True)):
-            if needed and not examples:
+        for split, needed in (("train", learns), ("test", True)):
+            if needed and not getattr(data, split):
                 raise DataError(
                     f"device '{self.name}'", f"has no {split} examples", "give it some, or remove the device"
                 )
@@ -107,7 +107,7 @@ class Device:
 
     def _read(self, data: DeviceData[Any]) -> OwnExamples:
         """By what there is: prompts and completions, or labels."""
-        kinds = {type(example) for example in (*data.train, *data.test)}
+        kinds = {type(example) for examples in data.splits().values() for example in examples}
         context = self._config.model.context
         if kinds == {Labelled}:
             return Classes(self.name, data, self._labels, self._reader, context, self._turn)
@@ -127,7 +127,7 @@ class Device:
                 return self._smash(message.split)
             case BodyOutput(split="train"):
                 return self._own.loss(message, self._held())
-            case BodyOutput(split="test"):
+            case BodyOutput(split="validate" | "test"):
                 return self._own.score(message, self._held())
             case AnchorRelease() if self._domain is not None:
                 self._domain.take_anchor(message)

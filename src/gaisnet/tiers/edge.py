@@ -15,6 +15,7 @@ from gaisnet.messages import (
     AnchorRelease,
     AnchorRequest,
     BodyOutput,
+    BodyOutputGrad,
     BodyRequest,
     Done,
     Evaluate,
@@ -23,10 +24,14 @@ from gaisnet.messages import (
     FineTune,
     Install,
     Installed,
+    LabelRequest,
     Message,
     ModelRelease,
     ModelRequest,
     Role,
+    Shared,
+    ShareRequest,
+    Split,
     TrafficReport,
     TrafficRequest,
 )
@@ -86,7 +91,7 @@ class Edge:
         self._local = [device.name for device in settings.devices if device.mode == "local"]
         self._smashed = SmashedStore(settings, config.faults, self._cluster, config.service.max_activations_mib)
         self._learning = HybridLearning(settings, config, self._cluster, self._smashed, progress)
-        self._cloud_has: dict[str, str] = {}  # by device, the life of the cloud that has its held-out examples
+        self._cloud_has: dict[tuple[str, Split], str] = {}  # the life of the cloud that has a device's smashed data
         self._num_classes = len(settings.labels)
         self._holding = recall(self._shelf, config, ledger, self._outlet.turn, self._num_classes)
         self._start: AdapterRelease | None = None
@@ -104,12 +109,16 @@ class Edge:
                 return self._take(message)
             case FineTune():
                 return self._fine_tune(message)
-            case Evaluate(body="domain"):
-                return self._evaluate(self._domain_outputs)
-            case Evaluate(body="foundation"):
-                return self._evaluate(lambda devices: self._foundation_outputs(devices, message.adapter))
+            case Evaluate(body="domain", split=split):
+                return self._evaluate(lambda devices: self._domain_outputs(devices, split), split)
+            case Evaluate(body="foundation", split=split):
+                return self._evaluate(lambda devices: self._foundation_outputs(devices, message.adapter, split), split)
             case EvaluateGuest():
-                return self._evaluate(lambda devices: self._guest_outputs(devices, message))
+                return self._evaluate(lambda devices: self._guest_outputs(devices, message), "test")
+            case ShareRequest():
+                return self._share()
+            case LabelRequest():
+                return self._ask_owner(message)
             case TrafficRequest():
                 return self._report_traffic()
             case _:
@@ -215,10 +224,11 @@ class Edge:
 
     # -- scoring -------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, outputs_for: Callable[[Sequence[str]], dict[str, BodyOutput]]) -> EvaluationReport:
+    def _evaluate(
+        self, outputs_for: Callable[[Sequence[str]], dict[str, BodyOutput]], split: Split
+    ) -> EvaluationReport:
         """Counts and sums of all devices that can be had. Raises what the last one failed with if there is none."""
-        failed = self._cluster.gather(self._names)
-        failed |= self._smashed.fetch([name for name in self._names if name not in failed], "test")
+        failed = self._had(self._names, split)
         outputs = outputs_for([name for name in self._names if name not in failed])
         outcomes = self._cluster.ask(outputs, EvaluationReport, self._config.faults.round_deadline_s)
         reports = []
@@ -226,7 +236,7 @@ class Edge:
             try:
                 if isinstance(report, GaisnetError):
                     raise report
-                self._check_report(name, report)
+                self._check_report(name, report, split)
             except GaisnetError as error:
                 failed[name] = error
             else:
@@ -237,34 +247,67 @@ class Edge:
             raise next(iter(failed.values()))
         return sum(reports, start=EvaluationReport(0, 0, 0, 0.0))
 
-    def _domain_outputs(self, devices: Sequence[str]) -> dict[str, BodyOutput]:
-        return {name: self._domain_output(self._smashed.inputs(self._model(), name, "test")) for name in devices}
+    def _had(self, names: Sequence[str], split: Split) -> dict[str, GaisnetError]:
+        """See that activations are here; says whose are not, and why."""
+        failed = self._cluster.gather(names)
+        return failed | self._smashed.fetch([name for name in names if name not in failed], split)
+
+    def _domain_outputs(self, devices: Sequence[str], split: Split) -> dict[str, BodyOutput]:
+        inputs = {name: self._smashed.inputs(self._model(), name, split) for name in devices}
+        return {name: self._domain_output(mine, split) for name, mine in inputs.items()}
 
     def _guest_outputs(self, devices: Sequence[str], guest: EvaluateGuest) -> dict[str, BodyOutput]:
         """With another domain's model; nothing of it is kept."""
         domain = self._model()
         with domain.guest(guest.relay, guest.domain):
             raw = {name: Activations.of(self._smashed.raw(name, "test"), *domain.placement()) for name in devices}
-            return {name: self._domain_output(domain.prefix(inputs)) for name, inputs in raw.items()}
+            return {name: self._domain_output(domain.prefix(inputs), "test") for name, inputs in raw.items()}
 
-    def _domain_output(self, inputs: Activations) -> BodyOutput:
+    def _domain_output(self, inputs: Activations, split: Split) -> BodyOutput:
         rows_ND = self._model().output_rows(inputs)
-        return BodyOutput("test", 0, sum(inputs.num_labels), torch.arange(len(inputs), dtype=torch.int32), rows_ND)
+        return BodyOutput(split, 0, sum(inputs.num_labels), torch.arange(len(inputs), dtype=torch.int32), rows_ND)
 
-    def _foundation_outputs(self, devices: Sequence[str], adapter: str | None) -> dict[str, BodyOutput]:
+    def _foundation_outputs(self, devices: Sequence[str], adapter: str | None, split: Split) -> dict[str, BodyOutput]:
+        self._send_up(devices, split)
+        return {name: self._ask_cloud(BodyRequest(name, adapter, split), BodyOutput) for name in devices}
+
+    def _send_up(self, devices: Sequence[str], split: Split) -> None:
+        """Smashed data goes to the cloud, once in its life."""
         for name in devices:
             life = self._cloud.peer
-            if self._cloud_has.get(name) != life:
-                self._ask_cloud(self._smashed.raw(name, "test"), Done)
-                self._cloud_has[name] = life
-        return {name: self._ask_cloud(BodyRequest(name, adapter), BodyOutput) for name in devices}
+            if self._cloud_has.get((name, split)) != life:
+                self._ask_cloud(self._smashed.raw(name, split), Done)
+                self._cloud_has[name, split] = life
 
-    def _check_report(self, name: str, report: EvaluationReport) -> None:
+    def _check_report(self, name: str, report: EvaluationReport, split: Split) -> None:
         """A device counts its own examples; how many there are, the edge knows."""
-        num_labels = self._smashed.raw(name, "test").num_labels_E
+        num_labels = self._smashed.raw(name, split).num_labels_E
         found, expected = (report.num_examples, report.num_tokens), (len(num_labels), int(num_labels.sum()))
         if found != expected or not 0 <= report.num_correct <= report.num_examples:
             raise WireFormatError(f"a report of device '{name}' on (examples, tokens) {found}, it has {expected}")
+
+    # -- the last mile -------------------------------------------------------------------------------------------------
+
+    def _share(self) -> Shared:
+        """Activations of training examples go up, where the device's settings let them; of those that can be had."""
+        failed = self._had(self._settings.travelling, "train")
+        for name, reason in failed.items():
+            _log.warning("edge '%s' sends nothing of %s to the cloud: %s", self.name, name, reason)
+        there = [name for name in self._settings.travelling if name not in failed]
+        self._send_up(there, "train")
+        return Shared(tuple(there))
+
+    def _ask_owner(self, request: LabelRequest) -> BodyOutputGrad:
+        """The device's gradient, for the cloud. Raises why there is none."""
+        owner = request.owner
+        if owner not in self._settings.travelling:
+            raise UnexpectedMessage(f"edge '{self.name}'", f"LabelRequest for '{owner}', whose activations stay here")
+        outcome = self._cluster.ask({owner: request.to_owner()}, BodyOutputGrad, self._config.faults.step_deadline_s)[
+            owner
+        ]
+        if isinstance(outcome, GaisnetError):
+            raise outcome
+        return outcome
 
     # -- the cloud -----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypeVar  # of the standard library once it is Python 3.13: with defaults
 
 from gaisnet.errors import DataError
+from gaisnet.messages import Split
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,37 @@ E = TypeVar("E", default=Example)
 
 @dataclass(frozen=True)
 class DeviceData(Generic[E]):
-    """What one device holds, ``Example`` or ``Labelled``: examples to learn from and examples held out."""
+    """What one device holds, ``Example`` or ``Labelled``: to learn from, held out, and held back for the gate."""
 
     train: tuple[E, ...]
     test: tuple[E, ...]
+    validate: tuple[E, ...] = ()
+
+    def splits(self) -> dict[Split, tuple[E, ...]]:
+        """All examples, by what they are for."""
+        return {"train": self.train, "validate": self.validate, "test": self.test}
+
+    def holding_back(self, share: float, owner: str) -> "DeviceData[E]":
+        """The same with a share of what there is to learn from held back, one at least unless the share is 0.
+
+        They are spread evenly, for files are often in order. Raises ``DataError`` where nothing would be left.
+        """
+        num_train = len(self.train)
+        if not share or not num_train:
+            return self
+        if num_train == 1:
+            found = "has one training example, which cannot be both learned from and held back"
+            raise DataError(f"device '{owner}'", found, "give it more, or set absorb.validation_share to 0")
+        num = max(1, round(share * num_train))
+        back = {(2 * i + 1) * num_train // (2 * num) for i in range(num)}
+        train = tuple(each for i, each in enumerate(self.train) if i not in back)
+        return DeviceData(train, self.test, tuple(self.train[i] for i in sorted(back)))
 
 
 def has_images(data: DeviceData[Any]) -> bool:
     """Whether any example is an image, for which no tokenizer is needed."""
-    return any(isinstance(one, Labelled) and isinstance(one.input, Tensor) for one in (*data.train, *data.test))
+    every = (one for some in data.splits().values() for one in some)
+    return any(isinstance(one, Labelled) and isinstance(one.input, Tensor) for one in every)
 
 
 @dataclass(frozen=True)

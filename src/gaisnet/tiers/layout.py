@@ -63,6 +63,9 @@ class Layout:
                 f"is {config.fine_tune.anchor_weight:g}, but the model is an encoder, which writes no text to hold to"
             )
             raise ConfigError("fine_tune.anchor_weight", found, "set it to 0")
+        if config.absorb.last_mile.epochs:
+            found = f"is {config.absorb.last_mile.epochs}, but the model is an encoder, which has no merged adapter"
+            raise ConfigError("absorb.last_mile.epochs", found, "set it to 0")
         if config.evaluate.everywhere:
             found = "is true, but the model is an encoder, whose adapters know the classes of their own domain only"
             raise ConfigError("evaluate.everywhere", found, "set it to false")

@@ -12,10 +12,11 @@ from gaisnet.adapters.tuning import AdapterSpec, activate, add_adapter
 from gaisnet.errors import WireFormatError
 from gaisnet.messages import SmashedData
 from gaisnet.models.parts import Body
+from gaisnet.models.ragged import Ragged
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.cloud_model import MERGED
 from gaisnet.tiers.layout import Layout
-from gaisnet.tiers.learning_body import LearningBody
+from gaisnet.tiers.learning_body import PREFIX_BATCH, LearningBody
 from gaisnet.turn import Turn
 
 
@@ -70,8 +71,15 @@ class PluggedBody(LearningBody):
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
+    def hold_to(self, inputs: Ragged) -> None:
+        """From now on what learns is pulled toward what the suffix makes of this without adapters; once is enough."""
+        if self._anchor is None:
+            with self.plugged_in(None):
+                self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
+
     @contextmanager
     def _learning(self) -> Iterator[list[nn.Parameter]]:
+        """Inside, the merged adapter acts, too."""
         with self._turn.learning():
             activate(self._body, (self._learns,))
         try:

@@ -1,6 +1,6 @@
 """A foundation model (FM) that writes: it teaches domain models by its text, and a gate watches what it forgets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from gaisnet.adapters.arithmetic import side_by_side, sparse_sum, weakened
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.config import FineTuneSettings, MergeMethod
 from gaisnet.messages import AnchorRelease, SmashedData
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.pauses import pause_within
@@ -20,7 +21,9 @@ from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.cloud_model import MERGED, Sizes
 from gaisnet.tiers.foundation_model import FoundationModel
 from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.outlet import Outlet
+from gaisnet.tiers.split_step import Labels, Member
 from gaisnet.tiers.teacher import Teacher
 from gaisnet.tiers.texts import Texts
 
@@ -62,6 +65,7 @@ class WritingModel:
         free_text = free_text_BT.tolist()
         hidden = model.at_suffix(free_text[: config.fine_tune.anchor_sequences])
         self.anchor_release = AnchorRelease(torch.tensor(hidden.lengths, dtype=torch.int32), hidden.rows_ND)
+        self._anchor = hidden
         foundation_params, split_device_params = model.num_parameters()
         self.sizes = Sizes(foundation_params, layout.num_layers, len(recipe.kept), split_device_params)
         pause_within({*model.body.layers.values(), *domain_body.layers.values()}, outlet.turn.pause)
@@ -91,7 +95,7 @@ class WritingModel:
 
         A relay that does not help on text that it did not learn from is not kept: the one before stays.
         """
-        merges = domain in self._learning and self._config.absorb.merge.method == "regression"
+        merges = domain in self._learning and "regression" in self._config.absorb.merge.methods
         if domain in self.relays or merges:
             self._texts.write(domain, cycle)
         return self._teacher.teach(domain, self._adapter_of[domain])
@@ -124,14 +128,25 @@ class WritingModel:
             self.retention[name] = verdict.perplexity
         return verdict
 
-    def merge(self) -> Verdict:
-        """It passes the same gate."""
-        return self.let_in(MERGED, self._merged())
+    def merges(self) -> dict[str, AdapterTensors]:
+        """See ``CloudModel``."""
+        return {method: self._merged(method) for method in self._config.absorb.merge.methods}
 
-    def _merged(self) -> AdapterTensors:
-        """Of what is in place, as the configuration says."""
+    def learn(
+        self,
+        members: Sequence[Member],
+        labels: Labels,
+        settings: FineTuneSettings,
+        seed: int,
+        where: str,
+        progress: Progress,
+    ) -> Learned:
+        """Held to what the FM makes of its own text without adapters; see ``CloudModel``."""
+        self._model.hold_to(self._anchor)
+        return self._model.learn(members, labels, settings, seed, where, progress)
+
+    def _merged(self, method: MergeMethod) -> AdapterTensors:
         settings, model = self._config.absorb.merge, self._model
-        method = settings.method
         if method == "regression":
             entering = {domain: model.at_suffix(self._texts.all_of(domain)) for domain in self._learning}
             return model.merged(entering, model.at_suffix(self._texts.free))

@@ -1,0 +1,335 @@
+"""What devices say of adapters, and the merged adapter that learns on the foundation model itself."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from gaisnet.adapters.state import AdapterTensors
+from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.config import Config
+from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
+from gaisnet.errors import ConfigError, DataError, LinkTimeout, UnexpectedMessage
+from gaisnet.messages import (
+    AdapterUpdate,
+    AnchorRequest,
+    BodyOutput,
+    BodyRequest,
+    Done,
+    Evaluate,
+    EvaluationReport,
+    Installed,
+    LabelRequest,
+    ModelRequest,
+    SmashedData,
+)
+from gaisnet.progress import silent
+from gaisnet.relay.downward import TaskShape
+from gaisnet.relay.upward import Verdict
+from gaisnet.tiers.cloud_model import MERGED
+from gaisnet.tiers.examples import DeviceData, Example
+from gaisnet.tiers.split_step import Outcome
+from tests.frames import Frames
+from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_foundation, tiny_tokenizer
+from tests.unsplit import assert_same_step
+
+pytestmark = pytest.mark.integration
+
+PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
+EXACT = dict.fromkeys(("smashed", "body_output", "gradient", "anchor", "adapter"), "float32")
+WEIGHTS = 0.1
+EOS = 257
+
+
+def config_of(
+    travel: tuple[str, ...] = ("north-b", "south-b"), absorb: Mapping[str, Any] = {}, **changes: Any
+) -> Config:
+    """Two edges whose gate lets everything through; the named devices let activations travel to the cloud."""
+    edges = [tiny_edge("north", "shapes"), tiny_edge("south", "tastes")]
+    for edge in edges:
+        edge["devices"] = [
+            {**device, "activations_to": "cloud" if device["name"] in travel else "edge"} for device in edge["devices"]
+        ]
+    gate = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 1e9}
+    return tiny_config(**{"edges": edges, "absorb": {**gate, **absorb}, "cycles": 1, "wire": EXACT, **changes})
+
+
+def tiers_of(config: Config, ledger: Frames | None = None) -> Tiers:
+    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
+    share = config.absorb.validation_share
+    data = {name: mine.holding_back(share, name) for name, mine in tiny_data(config).items()}
+    foundation, frames = tiny_foundation(initializer_range=WEIGHTS), ledger or Frames()
+    tiers = build_tiers(config, foundation, shapes, data, PUBLIC_TEXT, silent, frames.another, NoOutlets())
+    tiers.network.install()
+    return tiers
+
+
+class Reports:
+    """Devices that say what a test wants of what is plugged in; ``of`` is asked for (right, loss) out of ten."""
+
+    def __init__(self, tiers: Tiers, of: Any) -> None:
+        self.asked: list[dict[str, str]] = []
+        self._tiers = tiers
+        self._of = of
+
+    def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+        self.asked.append(dict(adapters))
+        found = {}
+        for domain, adapter in adapters.items():
+            right, loss = self._of(domain, self._tiers.cloud.adapter(adapter)[1])
+            found[domain] = EvaluationReport(10, right, 10, loss)
+        return found
+
+    def share(self) -> tuple[str, ...]:
+        return self._tiers.network.share()
+
+    def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        return self._tiers.network.labels(outputs)
+
+
+def same(one: AdapterTensors, other: AdapterTensors) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+
+
+# -- the last mile -----------------------------------------------------------------------------------------------------
+
+
+def naive_losses(model: PeftModel, example: Example) -> list[torch.Tensor]:
+    """The loss of every token that should be written after the prompt, and of the end, one after the other."""
+    prompt = tiny_tokenizer().encode(example.prompt)
+    answer = [*tiny_tokenizer().encode(example.completion), EOS]
+    return [
+        -torch.log_softmax(model(torch.tensor([prompt + answer[:i]])).logits[0, -1], dim=-1)[token]
+        for i, token in enumerate(answer)
+    ]
+
+
+def updates_of(tiers: Tiers, seed: int = 7) -> dict[str, AdapterUpdate]:
+    """What might come up: adapters that do something."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        domain: AdapterUpdate(
+            1,
+            0,
+            5,
+            5,
+            0.5,
+            (),
+            {
+                key: torch.randn(tensor.shape, generator=generator) * 0.1
+                for key, tensor in tiers.cloud.adapter(domain)[1].items()
+            },
+        )
+        for domain in tiers.cloud.learning
+    }
+
+
+def merged_with(config: Config, ledger: Frames | None = None) -> tuple[Tiers, list[Verdict]]:
+    """A network that has taken in ``updates_of``."""
+    tiers = tiers_of(config, ledger)
+    return tiers, tiers.cloud.absorb(updates_of(tiers), 0, tiers.network)
+
+
+def unsplit(spec: LoraSpec, tensors: AdapterTensors) -> tuple[PeftModel, dict[str, nn.Parameter]]:
+    """The foundation model in one piece with an adapter, as peft has it; its parameters by our names."""
+    model = cast(PeftModel, get_peft_model(tiny_foundation(initializer_range=WEIGHTS).model, spec.peft_config())).eval()
+    parameters = {
+        name.removeprefix("base_model.model.model.").replace(".default.weight", ".weight"): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+    return model, parameters
+
+
+@pytest.mark.parametrize("tail_layers", [0, 1])
+def test_a_step_of_the_last_mile_is_that_of_the_unsplit_foundation_model(tail_layers: int) -> None:
+    tune = {"local_epochs": 3, "batch_size": 64, "learning_rate": 0.01, "anchor_weight": 0.0}
+    merge = {"methods": ["sum"]}
+    with_mile = {"merge": merge, "last_mile": {"epochs": 1, "learning_rate": 0.02}}
+    changes: dict[str, Any] = {"fine_tune": tune, "tail_layers": tail_layers}
+    short, _ = merged_with(config_of(absorb={"merge": merge}, **changes))
+    config = config_of(absorb=with_mile, **changes)
+    long, verdicts = merged_with(config)
+    assert [v.adapter for v in verdicts] == ["shapes", "tastes", MERGED, MERGED]
+    assert "after a last mile of 1 steps on 10 examples" in str(verdicts[-1])
+
+    spec, start = short.cloud.adapter(MERGED)
+    assert isinstance(spec, LoraSpec)
+    model, parameters = unsplit(spec, start)
+    data = tiny_data(config)
+    losses = [loss for name in ("north-b", "south-b") for e in data[name].train for loss in naive_losses(model, e)]
+    torch.stack(losses).mean().backward()
+    gradients = {name: cast(torch.Tensor, parameter.grad).clone() for name, parameter in parameters.items()}
+    clip_grad_norm_(parameters.values(), config.fine_tune.max_grad_norm)
+    torch.optim.AdamW(parameters.values(), 0.02, weight_decay=0.0).step()
+    _, found = long.cloud.adapter(MERGED)
+    assert_same_step(found, {name: parameter.data for name, parameter in parameters.items()}, gradients)
+    assert not same(found, start)
+
+
+def test_what_domains_have_and_what_is_not_allowed_to_travel_stay_as_they_were() -> None:
+    frames = Frames()
+    tiers, _ = merged_with(config_of(("north-a", "south-c"), {"last_mile": {"epochs": 2}}), frames)
+    for domain, update in updates_of(tiers).items():
+        assert same(tiers.cloud.adapter(domain)[1], update.tensors)
+    up = [m for kind, _, m in frames.messages() if kind == "edge_cloud" and isinstance(m, SmashedData)]
+    assert sorted((m.owner, m.split) for m in up) == [("north-a", "train"), ("south-c", "train")]
+    assert {m.owner for m in frames.of(LabelRequest)} == {"north-a", "south-c"}
+
+
+def test_it_travels_once_while_cloud_and_edge_live() -> None:
+    frames = Frames()
+    tiers, _ = merged_with(config_of(absorb={"last_mile": {"epochs": 1}}), frames)
+    tiers.cloud.absorb({}, 1, tiers.network)
+    up = [m for kind, _, m in frames.messages() if kind == "edge_cloud" and isinstance(m, SmashedData)]
+    assert len(up) == 2
+
+
+def test_an_edge_asks_no_device_whose_activations_stay_with_it() -> None:
+    tiers = tiers_of(config_of(("north-b",), {"last_mile": {"epochs": 1}}))
+    rows, one = torch.zeros(1, 32), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(UnexpectedMessage, match="edge 'north' does not take a LabelRequest for 'north-a', whose"):
+        tiers.edges["shapes"].handle(LabelRequest("north-a", 0, 1, one, rows))
+    with pytest.raises(UnexpectedMessage, match="the cloud does not take a SmashedData here"):
+        tiers.cloud.handle(SmashedData("north-a", "train", 1, one + 1, one + 1, rows))
+
+
+def test_a_member_that_fails_is_named_and_the_others_go_on() -> None:
+    tiers = tiers_of(config_of(absorb={"last_mile": {"epochs": 1}}))
+
+    class Without(Reports):
+        def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+            good = super().labels({name: out for name, out in outputs.items() if name != "north-b"})
+            return {**good, **({"north-b": LinkTimeout("north-b", "it is away")} if "north-b" in outputs else {})}
+
+    verdict = tiers.cloud.absorb(updates_of(tiers), 0, Without(tiers, None))[-1]
+    assert verdict.accepted
+    assert "on 5 examples, without north-b: " in str(verdict) and "it is away" in str(verdict)
+
+
+def test_where_nobody_is_left_the_merged_adapter_stays_as_it_was() -> None:
+    class Nobody(Reports):
+        def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+            return {name: LinkTimeout(name, "it is away") for name in outputs}
+
+    class Empty(Reports):
+        def share(self) -> tuple[str, ...]:
+            return ()
+
+    merge = {"methods": ["sum"]}
+    short, _ = merged_with(config_of(absorb={"merge": merge}))
+    for kind, said in ((Nobody, "the last mile has nobody left, without "), (Empty, "no device for the last mile")):
+        tiers = tiers_of(config_of(absorb={"merge": merge, "last_mile": {"epochs": 1}}))
+        verdict = tiers.cloud.absorb(updates_of(tiers), 0, kind(tiers, None))[-1]
+        assert not verdict.accepted and said in str(verdict)
+        assert same(tiers.cloud.adapter(MERGED)[1], short.cloud.adapter(MERGED)[1])
+
+
+def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:
+    def moved(weight: float) -> float:
+        tune = {"local_epochs": 1, "batch_size": 4, "anchor_weight": weight, "anchor_every": 1, "max_grad_norm": 1e9}
+        absorb = {"last_mile": {"epochs": 4, "learning_rate": 0.02}}
+        _, verdicts = merged_with(config_of(absorb=absorb, fine_tune=tune))
+        return verdicts[-1].perplexity
+
+    assert moved(1000.0) != moved(0.0)
+
+
+# -- what devices report -----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_devices_do_worse_with_is_refused_and_what_was_there_stays() -> None:
+    tiers = tiers_of(config_of(absorb={"validation_share": 0.2}))
+    before = tiers.cloud.adapter("shapes")[1]
+    updates = updates_of(tiers)
+
+    def of(domain: str, plugged: AdapterTensors) -> tuple[int, float]:
+        return (1 if domain == "shapes" and same(plugged, updates["shapes"].tensors) else 9), 1.0
+
+    verdicts = tiers.cloud.absorb(updates, 0, Reports(tiers, of))
+    assert [(v.adapter, v.accepted) for v in verdicts] == [("shapes", False), ("tastes", True), (MERGED, True)]
+    said = "devices say 1 right of 10 of what they hold back, 9 right of 10 with the one in place"
+    assert str(verdicts[0]) == f"refused 'shapes': {said}"
+    assert same(tiers.cloud.adapter("shapes")[1], before)
+    assert tiers.cloud.version("domain", "shapes") == 0 and tiers.cloud.version("domain", "tastes") == 1
+
+
+def test_of_several_ways_to_merge_devices_choose() -> None:
+    methods = ["regression", "sum", "ties"]
+    made = {}
+    for method in methods:
+        tiers, _ = merged_with(config_of(absorb={"merge": {"methods": [method]}}))
+        made[method] = tiers.cloud.adapter(MERGED)[1]
+    for best in methods:
+        tiers = tiers_of(config_of(absorb={"validation_share": 0.2, "merge": {"methods": methods}}))
+        updates = updates_of(tiers)
+
+        def of(domain: str, plugged: AdapterTensors, best: str = best) -> tuple[int, float]:
+            return 5, (0.5 if same(plugged, made[best]) else 1.0)
+
+        verdict = tiers.cloud.absorb(updates, 0, Reports(tiers, of))[-1]
+        assert same(tiers.cloud.adapter(MERGED)[1], made[best])
+        assert all(f"50.0% right by {method}" in str(verdict) for method in methods)
+
+
+@pytest.mark.parametrize(("short", "long", "stays"), [(7, 5, False), (5, 7, True)])
+def test_a_last_mile_after_which_devices_do_worse_is_undone(short: int, long: int, stays: bool) -> None:
+    merge = {"methods": ["sum"]}
+    start = merged_with(config_of(absorb={"merge": merge}))[0].cloud.adapter(MERGED)[1]
+    tiers = tiers_of(config_of(absorb={"validation_share": 0.2, "merge": merge, "last_mile": {"epochs": 1}}))
+    retention: list[float] = []
+
+    def of(domain: str, plugged: AdapterTensors) -> tuple[int, float]:
+        retention.append(tiers.cloud.retention[MERGED])
+        return (short if same(plugged, start) else long), 1.0
+
+    verdict = tiers.cloud.absorb(updates_of(tiers), 0, Reports(tiers, of))[-1]
+    assert verdict.accepted is stays
+    assert same(tiers.cloud.adapter(MERGED)[1], start) is not stays
+    assert (tiers.cloud.retention[MERGED] == retention[-1]) is not stays
+
+
+def test_devices_report_on_what_they_hold_back_and_no_example_travels() -> None:
+    frames = Frames()
+    config = config_of(absorb={"validation_share": 0.4, "merge": {"methods": ["regression", "sum"]}})
+    tiers, verdicts = merged_with(config, frames)
+    share = config.absorb.validation_share
+    for name, mine in tiny_data(config).items():
+        held = mine.holding_back(share, name)
+        assert len(held.validate) == 2 and len(held.train) == 3
+        assert sorted(held.train + held.validate, key=repr) == sorted(mine.train, key=repr)
+    asked = [m for m in frames.of(Evaluate) if m.split == "validate"]
+    assert [m.adapter for m in asked] == ["shapes", "shapes", "tastes", "tastes", MERGED, MERGED, MERGED, MERGED]
+    assert all(f"of {2 * 3} of what they hold back" in str(verdict) for verdict in verdicts[:2])
+    up = {type(m) for kind, way, m in frames.messages() if (kind, way) == ("edge_cloud", "up")}
+    assert up <= {SmashedData, EvaluationReport, BodyRequest, Done, Installed, ModelRequest, AnchorRequest}
+
+
+# -- before any work ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("travel", "absorb", "found"),
+    [
+        ((), {"last_mile": {"epochs": 1}}, "absorb.last_mile needs a device with activations_to: cloud"),
+        ((), {"merge": {"methods": ["sum", "ties"]}}, "so set absorb.validation_share"),
+        ((), {"merge": {"methods": []}}, "absorb.merge.methods"),
+        ((), {"validation_share": 0.6}, "absorb.validation_share"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(travel: tuple[str, ...], absorb: dict[str, Any], found: str) -> None:
+    with pytest.raises(ConfigError, match=found):
+        config_of(travel, absorb)
+
+
+def test_an_example_cannot_be_learned_from_and_held_back() -> None:
+    data = DeviceData((Example("Is it?", " yes"),), (Example("Is it not?", " no"),))
+    with pytest.raises(DataError, match="device 'north-a': has one training example"):
+        data.holding_back(0.1, "north-a")
+    assert data.holding_back(0.0, "north-a") is data
