@@ -59,8 +59,8 @@ class Scores:
     """How the models do on the devices' held-out examples, by domain."""
 
     domain: dict[str, EvaluationReport]  # every DM on its own domain
-    foundation: dict[str, EvaluationReport]  # the FM with the domain's adapter
-    merged: dict[str, EvaluationReport]  # the FM with the one merged adapter; empty where there is none
+    foundation: dict[str, EvaluationReport]  # the FM with the domain's adapter, on every domain that learns
+    merged: dict[str, EvaluationReport]  # the FM with the one merged adapter, on the same; empty where there is none
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,16 @@ class Network:
     # -- scores --------------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> Scores:
-        """Score every model through the split; only counts and sums come back."""
-        merging = self._edges if MERGED in self.cloud.adapters else ()
+        """Score every model through the split; only counts and sums come back.
+
+        Of edges that follow a domain only the DM is scored, for that is the start they have: the FM with the same
+        adapters is scored on the examples of the domain that they follow.
+        """
+        learning = self.cloud.learning
+        merging = learning if MERGED in self.cloud.adapters else ()
         return Scores(
             domain=self._ask(dict.fromkeys(self._edges, Evaluate("domain", None)), EvaluationReport),
-            foundation=self._ask(
-                {d: Evaluate("foundation", self.cloud.adapter_of[d]) for d in self._edges}, EvaluationReport
-            ),
+            foundation=self._ask({d: Evaluate("foundation", d) for d in learning}, EvaluationReport),
             merged=self._ask(dict.fromkeys(merging, Evaluate("foundation", MERGED)), EvaluationReport),
         )
 
@@ -190,7 +193,7 @@ class Network:
             domain[whose] |= self._ask(dict.fromkeys(others, self._guest(whose)), EvaluationReport)
             asked = dict.fromkeys(others, Evaluate("foundation", whose))
             foundation[whose] = {whose: scores.foundation[whose], **self._ask(asked, EvaluationReport)}
-        foundation[MERGED] = {on: scores.merged[on] for on in learning}
+        foundation[MERGED] = scores.merged
         if not self._alone:  # it never changes, nor does what is held out
             self._alone = self._ask(dict.fromkeys(learning, Evaluate("foundation", None)), EvaluationReport)
         foundation[ALONE] = self._alone

@@ -279,6 +279,7 @@ def test_an_edge_without_data_starts_with_what_another_has_learned() -> None:
     run = Run("vit", parse_config(raw)).go()
     assert run.scores[1].domain["tastes"].loss_sum < run.scores[0].domain["tastes"].loss_sum
     assert run.network.cloud.adapters == ("shapes",)
+    assert all(scores.foundation.keys() == {"shapes"} for scores in run.scores)
 
 
 # -- what comes up -----------------------------------------------------------------------------------------------------

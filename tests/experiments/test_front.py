@@ -63,6 +63,10 @@ def test_a_newcomers_device_answers_with_what_its_domain_follows(tmp_path: Path)
     summary = run_experiment(load_config(tmp_path / "run.yaml"), tmp_path / "out")
     assert summary.follows == {"forms": "shapes"}
     assert any("'forms' starts with what 'shapes' has learned" in line for line in closing_captions(summary))
+    assert summary.domains == ("shapes", "tastes", "forms")
+    for cycle in summary.cycles:
+        assert tuple(cycle.foundation) == tuple(cycle.merged) == ("shapes", "tastes")
+        assert cycle.matrix is not None and cycle.matrix.foundation["merged"] == cycle.merged
     assert "DM of shapes" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     with open_device(tmp_path / "out", "west-a") as device:
         own = RoutingSettings(escalate_to="domain", other_domains=0.5)

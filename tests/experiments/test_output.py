@@ -233,3 +233,10 @@ def test_scalars_of_a_cycle_cover_every_body_link_and_verb() -> None:
     assert scalars["seconds/evaluate"] == 2.5
     assert scalars["relay/medical/after"] == 0.5
     assert len(scalars) == 3 * 2 + 3 + 4 + 4 + 2
+
+
+def test_scalars_of_a_newcomer_are_those_of_its_domain_model() -> None:
+    cycle = _cycle()
+    with_newcomer = cycle.model_copy(update={"domain": {**cycle.domain, "rural": cycle.domain["medical"]}})
+    more = cycle_scalars(with_newcomer).keys() - cycle_scalars(cycle).keys()
+    assert more == {"accuracy/domain/rural", "loss/domain/rural"}

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from gaisnet.cli.baselines import _table as baselines_table
 from gaisnet.experiments.plots import INK
 from gaisnet.experiments.report import render_report
 from gaisnet.experiments.summary import Summary
 from gaisnet.experiments.table import (
+    against_rows,
     closing_captions,
     closing_rows,
     closing_table,
@@ -99,6 +101,56 @@ def test_a_run_that_was_scored_everywhere_shows_every_model_on_every_domain() ->
     positions = [section.index(f">{percent(share)}</td>") for share in shares]
     assert positions == sorted(positions)
     assert "Every model on every domain" not in _html()
+
+
+def _with_a_newcomer(first_scored: int = 3) -> Summary:
+    """The last domain follows the first; before entry ``first_scored`` the FM was scored at its edge."""
+    raw = _summary(("medical", "licences", "rural")).to_json()
+    raw["follows"] = {"rural": "medical"}
+    for cycle in raw["cycles"][first_scored:]:
+        for body in ("foundation", "merged"):
+            cycle[body].pop("rural", None)
+    return Summary.model_validate(raw)
+
+
+def test_a_newcomer_has_figures_of_its_domain_model_and_dashes_for_the_foundation_model() -> None:
+    raw = _with_a_newcomer(0).to_json()
+    pooled = {"medical": 0.8, "licences": 0.8}
+    raw["baselines"] = {"cycles": 2, "pooled": pooled, "zero_shot": pooled}
+    summary = Summary.model_validate(raw).with_gaps()
+    assert closing_rows(summary)[-1].cells() == ("rural", "–", "5.0 % → 62.5 % (+57.5)", "–", "–")
+    rows = {label: cells[-1] for label, cells in against_rows(summary)}
+    assert rows == {
+        "FM, asked": "–",
+        "DM": "62.5 %",
+        "FM, merged adapter": "–",
+        "FM, domain's adapter": "–",
+        "pooled, FM, all layers": "–",
+        "gap closed, DM": "–",
+        "gap closed, FM, merged adapter": "–",
+        "gap closed, FM, domain's adapter": "–",
+    }
+    html = render_report(summary)
+    page = _Page(html)
+    flows = [label.partition(",")[0] for label in _labels(page) if "flow, " in label]
+    assert flows == ["Down flow"] * 3 + ["Up flow"] * 2
+    (down,) = [label for label in _labels(page) if label.startswith("Down flow, rural")]
+    assert "DM of the domain 5.0 %, 62.5 %, 62.5 %; FM at the start –;" in down
+    # The newcomer is the last domain, and what it lacks is in the legend all the same.
+    assert {"FM at the start", "FM with the merged adapter"} <= set(page.text)
+    assert "nan" not in html
+    printed = Console(width=200, record=True, file=StringIO())
+    printed.print(baselines_table(summary))
+    assert re.search(r"FM, domain's adapter +│ +70\.0 % │ +70\.0 % │ +– │", printed.export_text())
+
+
+def test_a_run_that_scored_the_foundation_model_at_newcomers_is_shown_as_it_was() -> None:
+    whole, went_on = _with_a_newcomer(3), _with_a_newcomer(2)
+    assert closing_rows(whole)[-1].cells()[3:] == ("10.0 % → 70.0 % (+60.0)", "60.0 %")
+    assert closing_rows(went_on)[-1].cells()[3:] == ("10.0 % → –", "–")
+    for summary, told in ((whole, "10.0 %, 70.0 %, 70.0 %;"), (went_on, "10.0 %, 70.0 %, –;")):
+        (up,) = [label for label in _labels(_Page(render_report(summary))) if label.startswith("Up flow, rural")]
+        assert f"FM with the domain's adapter {told}" in up
 
 
 class _Page(HTMLParser):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from gaisnet.checkpoint import write_text
+from gaisnet.checkpoint import FolderShelf, write_text
 from gaisnet.config import Config
 from gaisnet.config_file import load_config
 from gaisnet.errors import CheckpointError, ConfigError, DataError, NothingToResume, OutputInUse, OutputNotWritable
@@ -223,6 +223,23 @@ def test_a_run_goes_on_from_another_working_directory(
     monkeypatch.chdir(tmp_path)
     resume_experiment(Path("out"), ["cycles=2"])
     assert_same_end(tmp_path / "out", whole)
+
+
+def test_a_run_whose_newcomers_had_the_foundation_model_scored_goes_on_without(short: Path, whole: Path) -> None:
+    shelf = FolderShelf(short / "checkpoint")
+    kept = shelf.get("run")
+    assert kept is not None
+    state, tensors = kept
+    for cycle in state["summary"]["cycles"]:
+        for body in ("foundation", "merged"):
+            cycle[body]["forms"] = {"accuracy": 1.0, "loss": 0.5, "num_examples": 6}
+    shelf.put("run", state, tensors)
+    *old, new = resume_experiment(short, ["cycles=2"]).cycles
+    assert [tuple(cycle.foundation) for cycle in old] == [("shapes", "tastes", "forms")] * 2
+    expected = Summary.model_validate(read_summary(whole)).cycles[2]
+    assert (new.foundation, new.domain, new.merged) == (expected.foundation, expected.domain, expected.merged)
+    assert tuple(new.foundation) == ("shapes", "tastes")
+    assert not any("the FM" in line and "'forms'" in line for line in new.gate)  # nothing fell
 
 
 def test_deadlines_may_change(short: Path) -> None:

@@ -97,6 +97,27 @@ def test_what_falls_from_one_cycle_to_the_next_is_said() -> None:
     assert new.fallen_since(before) == []  # nothing to compare with
 
 
+def test_newcomers_are_domains_and_have_no_figures_of_the_foundation_model() -> None:
+    def scores(**accuracies: float) -> dict[str, Any]:
+        return {name: {"accuracy": a, "loss": 1.0, "num_examples": 210} for name, a in accuracies.items()}
+
+    raw = _raw()
+    first = raw["cycles"][0] | {"foundation": scores(medical=0.5), "merged": scores(medical=0.5)}
+    first["domain"] = scores(rural=0.1, medical=0.2)
+    old = first | {"foundation": scores(rural=0.9, medical=0.1), "merged": scores(rural=0.9, medical=0.1)}
+    last = first | {"cycle": 1, "domain": scores(rural=0.0, medical=0.8)}
+    raw |= {"follows": {"rural": "medical"}, "baselines": {"cycles": 1, "pooled": {"medical": 1.0}}}
+    for start in (first, old):  # runs once had the FM scored at newcomers' edges, and may go on without
+        summary = Summary.model_validate({**raw, "cycles": [start, last]}).with_gaps()
+        assert summary.domains == ("rural", "medical")
+        assert summary.gap_closed is not None
+        assert {tuple(getattr(summary.gap_closed, body)) for body in ("foundation", "merged", "domain")} == {
+            ("medical",)
+        }
+        (said,) = summary.cycles[1].fallen_since(summary.cycles[0])
+        assert said.startswith("the DM does worse on 'rural' than a cycle before")
+
+
 @pytest.mark.parametrize(
     ("place", "value"),
     [

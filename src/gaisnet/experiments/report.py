@@ -134,7 +134,7 @@ def _down_flow(summary: Summary) -> str:
         panels.append((name, _accuracy_svg(summary, f"Down flow, {name}", lines, relay)))
     note = (
         "Accuracy is the share of a domain's held-out examples that the DM at the edge gets exactly right; the FM at "
-        "the start is what the cloud's model could do before anything was trained."
+        "the start, of domains that learn, is what the cloud's model could do before anything was trained."
     )
     if relay:
         note += (
@@ -162,7 +162,7 @@ def _relay_lines(summary: Summary, domain: str) -> list[Line]:
 
 def _up_flow(summary: Summary) -> str:
     panels, lines = [], list[Line]()
-    for name in summary.domains:
+    for name in summary.cycles[0].foundation:
         own = [accuracy(cycle.foundation, name) for cycle in summary.cycles]
         merged = [accuracy(cycle.merged, name) for cycle in summary.cycles]
         has_merged = any(value is not None for value in merged)

@@ -109,10 +109,11 @@ class Cycle(Record):
     """One entry of ``cycles``; entry 0 is measured before anything was trained."""
 
     cycle: int = Field(ge=0)
-    foundation: dict[str, Score] = Field(description="The FM with the domain's adapter, by domain.")
-    domain: dict[str, Score] = Field(description="The DM of the domain, by domain.")
+    foundation: dict[str, Score] = Field(description="The FM with the domain's adapter, by domain that learns.")
+    domain: dict[str, Score] = Field(description="The DM of the domain, by domain; newcomers too.")
     merged: dict[str, Score] = Field(
-        description="The FM with the merged adapter, by domain; empty where there is none, as with an encoder."
+        description="The FM with the merged adapter, by domain that learns; empty where there is none, as with an "
+        "encoder."
     )
     matrix: Matrix | None = Field(None, description="Where evaluate.everywhere is set.")
     retention: Retention
@@ -206,7 +207,7 @@ class Summary(Record):
             body: {
                 name: _gap(first[body][name].accuracy, last[body][name].accuracy, bound)
                 for name, bound in pooled.items()
-                if name in last[body]
+                if name in first[body] and name in last[body]
             }
             for body in GapClosed.model_fields
         }
@@ -214,8 +215,8 @@ class Summary(Record):
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of the domains in the order of entry 0."""
-        return tuple(self.cycles[0].foundation)
+        """Names of all domains, newcomers too, in the order of entry 0."""
+        return tuple(self.cycles[0].domain)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers for ``write_json``; a NaN stays a NaN, for it to be refused there."""

@@ -168,6 +168,8 @@ def human_seconds(seconds: float) -> str:
 
 
 def _gain(before: float | None, after: float | None) -> str:
+    if before is None and after is None:
+        return MISSING
     if before is None or after is None:
         return f"{percent(before)} → {percent(after)}"
     return f"{percent(before)} → {percent(after)} ({100 * (after - before):+.1f})"

@@ -77,7 +77,7 @@ class Cloud:
         else:
             self._model = WritingModel(foundation, layout, shapes, retention_text, progress, outlet)
         self.model_digest = digest_of(self.model_release.tensors)
-        self.adapter_of = {edge.domain: edge.adapter for edge in config.edges}
+        self._adapter_of = {edge.domain: edge.adapter for edge in config.edges}
         self.learning = tuple(edge.domain for edge in config.learning_edges())
         self._intake = Intake(self._model, config, progress)
         self._last_mile = bool(config.absorb.last_mile.epochs)
@@ -131,12 +131,12 @@ class Cloud:
 
     def release(self, role: Role, domain: str) -> AdapterRelease:
         """The relay that a domain's DM should have, or its domain adapter, whole, as it was last accepted."""
-        tensors = self._model.relays[domain] if role == "relay" else self._whole[self.adapter_of[domain]]
+        tensors = self._model.relays[domain] if role == "relay" else self._whole[self._adapter_of[domain]]
         return AdapterRelease(role, self.version(role, domain), tensors)
 
     def version(self, role: Role, domain: str) -> int:
         """Of what ``release`` gives; 0 where there is no relay."""
-        return self.versions[role][domain if role == "relay" else self.adapter_of[domain]]
+        return self.versions[role][domain if role == "relay" else self._adapter_of[domain]]
 
     def relay(self, domain: str) -> AdapterTensors:
         """Of a domain's DM; empty where models have none."""
