@@ -140,7 +140,7 @@ class Network:
         self._install([domain for domain in self._edges if domain not in self.cloud.learning])
         return verdicts
 
-    # -- what the cloud may have of devices meanwhile: see ``tiers.reach`` ----------------------------------------------
+    # -- what the cloud may have of devices meanwhile: see ``tiers.reach`` ---------------------------------------------
 
     def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
         """See ``Reach``."""

@@ -295,7 +295,8 @@ def test_an_edge_without_data_starts_with_what_another_has_learned() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_and_what_was_in_place_stays(how: str, found: str) -> None:
-    cloud = Run("vit", encoder_config()).network.cloud
+    network = Run("vit", encoder_config()).network
+    cloud = network.cloud
     _, tensors = cloud.adapter("shapes")
     learned = {key: tensor + 1.0 for key, tensor in tensors.items()}
     update = AdapterUpdate(1, 7 if how == "stale" else 0, 5, 5, 0.5, (), learned)
@@ -305,17 +306,18 @@ def test_what_does_not_fit_is_refused_and_what_was_in_place_stays(how: str, foun
         learned["classifier.weight"][0, 0] = torch.nan
     elif how == "lacks":
         del learned["classifier.weight"]
-    (verdict,) = cloud.absorb({"shapes": update})
+    (verdict,) = cloud.absorb({"shapes": update}, 0, network)
     assert not verdict.accepted and found in str(verdict)
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in cloud.adapter("shapes")[1].items())
     assert cloud.version("domain", "shapes") == 0
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
-    cloud = Run("vit", encoder_config(), public=PUBLIC["vit"]).network.cloud
+    network = Run("vit", encoder_config(), public=PUBLIC["vit"]).network
+    cloud = network.cloud
     _, tensors = cloud.adapter("shapes")
     huge = {key: torch.full_like(tensor, 3e38) for key, tensor in tensors.items()}
-    (verdict,) = cloud.absorb({"shapes": AdapterUpdate(1, 0, 5, 5, 0.5, (), huge)})
+    (verdict,) = cloud.absorb({"shapes": AdapterUpdate(1, 0, 5, 5, 0.5, (), huge)}, 0, network)
     assert str(verdict) == "refused 'shapes': it makes features that are not finite of public inputs"
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in cloud.adapter("shapes")[1].items())
 

@@ -249,7 +249,7 @@ def test_the_merged_adapter_is_fitted_to_each_domain_on_its_own_text(finished: R
 @pytest.mark.parametrize("method", ["sum", "ties", "dare"])
 def test_the_merged_adapter_may_be_made_of_weights_alone(method: str) -> None:
     absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
-    merge = {"method": method, "weight": 0.5}
+    merge = {"methods": [method], "weight": 0.5}
     run = Run(tiny_config(absorb={**absorb, "merge": merge}, cycles=1)).go()
     merged, parts = merged_and_parts(run)
     halves = {key: (parts[0][key] + parts[1][key]) * 0.5 for key in merged}
@@ -482,7 +482,9 @@ def test_one_refused_adapter_does_not_stop_another() -> None:
     sound = {key: tensor * 0.5 for key, tensor in run.updates[0]["shapes"].tensors.items()}
     broken = {key: torch.full_like(tensor, 1e20) for key, tensor in before.items()}
     verdicts = cloud.absorb(
-        {"shapes": AdapterUpdate(2, 1, 1, 1, 0.1, (), sound), "tastes": AdapterUpdate(2, 1, 1, 1, 0.1, (), broken)}
+        {"shapes": AdapterUpdate(2, 1, 1, 1, 0.1, (), sound), "tastes": AdapterUpdate(2, 1, 1, 1, 0.1, (), broken)},
+        1,
+        run.network,
     )
     assert [(v.adapter, v.accepted) for v in verdicts] == [("shapes", True), ("tastes", False), (MERGED, True)]
     assert all(torch.equal(cloud.adapter("shapes")[1][key], tensor) for key, tensor in sound.items())
