@@ -105,7 +105,7 @@ class TestUnknownKeys:
 
     def test_the_nearest_comes_from_the_same_group(self, raw: dict[str, Any]) -> None:
         """Here 'seed' would be near, but it is no key of a device."""
-        with pytest.raises(UnknownKey, match="use one of: data, head_layers, mode, name$"):
+        with pytest.raises(UnknownKey, match="use one of: activations_to, data, head_layers, mode, name$"):
             parse(raw, "edges.0.devices.1.seed=1")
 
     def test_all_keys_are_listed_where_none_is_near(self, raw: dict[str, Any]) -> None:

@@ -222,17 +222,20 @@ def tiny_raw_config(**changes: Any) -> dict[str, Any]:
     return {**raw, **changes}
 
 
-def tiny_edge(name: str, domain: str) -> dict[str, Any]:
-    """Two split devices with different cuts and a local one."""
+def tiny_edge(name: str, domain: str, travelling: str = "") -> dict[str, Any]:
+    """Two split devices with different cuts and a local one; ``travelling``: letters of those for the last mile."""
     return {
         "name": name,
         "domain": domain,
         "template": "Is {text} so?",
         "labels": ["yes", "no"],
         "devices": [
-            {"name": f"{name}-a", "mode": "split", "head_layers": 1},
-            {"name": f"{name}-b", "mode": "split", "head_layers": 2},
-            {"name": f"{name}-c", "mode": "local"},
+            {"name": f"{name}-{letter}", **kind, "activations_to": "cloud" if letter in travelling else "edge"}
+            for letter, kind in {
+                "a": {"mode": "split", "head_layers": 1},
+                "b": {"mode": "split", "head_layers": 2},
+                "c": {"mode": "local"},
+            }.items()
         ],
     }
 

@@ -36,7 +36,7 @@ from gaisnet.serving.address import ADDRESS_NAME
 from gaisnet.serving.calibration import read_calibrations
 from gaisnet.serving.keys import ApiKeys
 from gaisnet.transport.grpc import Dialer, Listener
-from tests.tiny import write_tiny_bert_run, write_tiny_run, write_tiny_vit_run
+from tests.tiny import tiny_edge, write_tiny_bert_run, write_tiny_run, write_tiny_vit_run
 
 OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
 SITES = {"cloud", "north", "south", *(f"{edge}-{device}" for edge in ("north", "south") for device in "abc")}
@@ -44,7 +44,9 @@ SITES = {"cloud", "north", "south", *(f"{edge}-{device}" for edge in ("north", "
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return load_config(write_tiny_run(tmp_path_factory.mktemp("tiny"), absorb=OPEN_GATE))
+    edges = [tiny_edge("north", "shapes", "ac"), tiny_edge("south", "tastes", "b")]
+    absorb = {**OPEN_GATE, "validation_share": 0.2, "last_mile": {"epochs": 1}}
+    return load_config(write_tiny_run(tmp_path_factory.mktemp("tiny"), edges=edges, absorb=absorb))
 
 
 @pytest.fixture(scope="module")

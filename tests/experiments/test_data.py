@@ -7,7 +7,7 @@ import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ from gaisnet.config import Config, DataSettings
 from gaisnet.config_file import parse_config
 from gaisnet.errors import DataError, MissingPackage
 from gaisnet.experiments import domains
-from gaisnet.experiments.data import DomainData, load_domains, load_public, majority, partition, retention_text
+from gaisnet.experiments.data import (
+    DomainData,
+    load_device,
+    load_domains,
+    load_public,
+    majority,
+    partition,
+    retention_text,
+)
 from gaisnet.experiments.domains import CATEGORIES, CHAPTERS, LANGUAGES, Drawn, clean_notice, draw_builtin
 from gaisnet.tiers.examples import DeviceData, Example
 
@@ -301,6 +309,34 @@ def test_a_newcomers_task_is_described_as_that_of_the_domain_that_it_follows(tmp
     assert (found.template, found.labels) == ("{text} =", ("4", "5"))
     shape = load_public(config.edges[1], config).shape
     assert (shape.template, shape.labels) == ("{text} =", ("4", "5"))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.34])
+def test_what_is_held_back_is_nobodys_to_learn_from_and_spread_over_all(share: float) -> None:
+    raw = config_of("licences", num_devices=3, train_examples=60, test_examples=12).model_dump(mode="json")
+    whole = load_domains(parse_config(raw))["licences"].devices
+    raw["absorb"]["validation_share"] = share
+    config = parse_config(raw)
+    for name, mine in load_domains(config)["licences"].devices.items():
+        assert len(mine.validate) == max(1, round(share * len(whole[name].train)))
+        assert Counter(mine.train) + Counter(mine.validate) == Counter(whole[name].train)
+        assert mine.test == whole[name].test
+        assert [each for each in whole[name].train if each in mine.validate] == list(mine.validate)
+        places = [whole[name].train.index(each) for each in mine.validate]
+        steps = [after - before for before, after in pairwise([-places[0] - 1, *places])]
+        assert max(steps) - min(steps) <= 2
+        assert load_device(config, name) == mine
+
+
+def test_of_folders_too_a_device_holds_some_back(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) + "\n" for i in range(5))
+    raw = folder_config(write_folder(tmp_path / "data", train=lines)).model_dump(mode="json")
+    device = raw["edges"][0]["devices"][0]["name"]
+    whole = load_device(parse_config(raw), device)
+    raw["absorb"]["validation_share"] = 0.5
+    found = load_device(parse_config(raw), device)
+    assert found.validate and Counter(found.train) + Counter(found.validate) == Counter(whole.train)
+    assert load_domains(parse_config(raw))["sums"].devices[device] == found
 
 
 def test_a_newcomers_folder_needs_nothing_to_learn_from(tmp_path: Path) -> None:

@@ -23,10 +23,16 @@ from tests.tiny import tiny_edge, tiny_newcomer, write_tiny_run
 
 pytestmark = pytest.mark.integration
 
-EDGES = [tiny_edge("north", "shapes"), tiny_edge("south", "tastes"), tiny_newcomer("west", "forms", "shapes")]
+EDGES = [tiny_edge("north", "shapes", "b"), tiny_edge("south", "tastes", "c"), tiny_newcomer("west", "forms", "shapes")]
 EDGES[1]["devices"] = EDGES[1]["devices"][::2]
 EDGES[2]["devices"] = EDGES[2]["devices"][::2]
 OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
+ASKING_GATE = {
+    **OPEN_GATE,
+    "validation_share": 0.2,
+    "merge": {"methods": ["sum", "regression"]},
+    "last_mile": {"epochs": 1},
+}
 
 
 class Power:
@@ -123,7 +129,7 @@ def quick_reports() -> Iterator[None]:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a configuration of two cycles and all that it names."""
     folder = tmp_path_factory.mktemp("site")
-    write_tiny_run(folder, edges=EDGES, absorb=OPEN_GATE)
+    write_tiny_run(folder, edges=EDGES, absorb=ASKING_GATE)
     return folder
 
 

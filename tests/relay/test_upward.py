@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from gaisnet.messages import EvaluationReport
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import CutLayers, cut_decoder
-from gaisnet.relay.upward import Verdict, gate, perplexity, strongest
+from gaisnet.relay.upward import Verdict, fell, gate, perplexity, refused, standing, strongest
 from tests.tiny import VOCAB, tiny_model
 
 # -- gate --------------------------------------------------------------------------------------------------------------
@@ -115,3 +117,45 @@ def test_a_model_that_is_broken_has_a_perplexity_that_the_gate_refuses() -> None
     huge = torch.zeros(2, 5, VOCAB)
     huge[..., 1] = 1e6  # exp of a million is beyond any float
     assert not gate("medical", perplexity(huge, lambda r: r, torch.zeros(2, 5, dtype=torch.long)), 10.0, 0.15).accepted
+
+
+# -- what devices report -----------------------------------------------------------------------------------------------
+
+
+def report(right: int, of: int, loss: float = 1.0) -> EvaluationReport:
+    return EvaluationReport(of, right, of, loss * of)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "of", "most", "worse"),
+    [
+        (50, 50, 100, 0.0, False),
+        (50, 80, 100, 0.0, False),
+        (50, 35, 100, 0.0, True),  # two standard errors are 13.8 points
+        (50, 37, 100, 0.0, False),
+        (50, 35, 100, 0.02, False),
+        (5, 1, 10, 0.0, True),  # 40.3 points
+        (6, 3, 10, 0.0, False),
+        (10, 9, 10, 0.02, False),
+        (10, 0, 10, 0.02, True),
+        (5000, 4800, 10_000, 0.0, True),
+    ],
+)
+def test_a_fall_is_more_than_is_allowed_and_than_chance_explains(
+    before: int, after: int, of: int, most: float, worse: bool
+) -> None:
+    assert fell(report(before, of), report(after, of), most) is worse
+
+
+def test_standing_is_the_mean_over_domains_whatever_their_sizes_then_the_loss() -> None:
+    assert standing([report(1, 2), report(0, 100)])[0] == pytest.approx(0.25)
+    assert standing([report(1, 2, loss=0.5)]) > standing([report(1, 2, loss=0.6)])
+    assert standing([report(2, 2, loss=9.0)]) > standing([report(1, 2, loss=0.1)])
+
+
+def test_a_verdict_says_how_an_adapter_came_to_be_and_what_was_reported() -> None:
+    verdict = gate("merged", 10.0, before=10.0, max_increase=0.15)
+    told = replace(verdict, made=" after a last mile of 3 steps", reported="devices say 71.0% right")
+    found = "perplexity on public text 10.00, limit 11.50"
+    assert str(told) == f"accepted 'merged' after a last mile of 3 steps: {found}; devices say 71.0% right"
+    assert str(refused("merged", "nobody is there")) == "refused 'merged': nobody is there"
