@@ -224,6 +224,11 @@ def tiny_raw_config(**changes: Any) -> dict[str, Any]:
 
 def tiny_edge(name: str, domain: str, travelling: str = "") -> dict[str, Any]:
     """Two split devices with different cuts and a local one; ``travelling``: letters of those for the last mile."""
+    kinds: dict[str, dict[str, Any]] = {
+        "a": {"mode": "split", "head_layers": 1},
+        "b": {"mode": "split", "head_layers": 2},
+        "c": {"mode": "local"},
+    }
     return {
         "name": name,
         "domain": domain,
@@ -231,11 +236,7 @@ def tiny_edge(name: str, domain: str, travelling: str = "") -> dict[str, Any]:
         "labels": ["yes", "no"],
         "devices": [
             {"name": f"{name}-{letter}", **kind, "activations_to": "cloud" if letter in travelling else "edge"}
-            for letter, kind in {
-                "a": {"mode": "split", "head_layers": 1},
-                "b": {"mode": "split", "head_layers": 2},
-                "c": {"mode": "local"},
-            }.items()
+            for letter, kind in kinds.items()
         ],
     }
 
