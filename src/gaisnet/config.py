@@ -171,7 +171,12 @@ class LastMileSettings(Settings):
     """
 
     epochs: int = Field(0, ge=0, description="Passes over their training examples, in every cycle; 0 leaves it out.")
-    learning_rate: float = Field(5e-4, gt=0.0, description="Of AdamW; falls as fine_tune.cycle_decay says.")
+    learning_rate: float = Field(
+        1e-4,
+        gt=0.0,
+        description="Of AdamW; falls as fine_tune.cycle_decay says. Small, for a few devices pull toward their own "
+        "labels; where all take part, 5e-4 is better.",
+    )
 
 
 class AbsorbSettings(Settings):

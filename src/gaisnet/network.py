@@ -176,10 +176,14 @@ class Network:
         learning = self.cloud.learning
         merging = learning if MERGED in self.cloud.adapters else ()
         return Scores(
-            domain=self._ask(dict.fromkeys(self._edges, Evaluate("domain", None)), EvaluationReport),
+            domain=self.evaluate_domain_models(),
             foundation=self._ask({d: Evaluate("foundation", d) for d in learning}, EvaluationReport),
             merged=self._ask(dict.fromkeys(merging, Evaluate("foundation", MERGED)), EvaluationReport),
         )
+
+    def evaluate_domain_models(self) -> dict[str, EvaluationReport]:
+        """Score every DM on its own domain."""
+        return self._ask(dict.fromkeys(self._edges, Evaluate("domain", None)), EvaluationReport)
 
     def evaluate_everywhere(self, scores: Scores) -> Everywhere:
         """Score every model on every domain that learns; ``scores`` are a part of that.

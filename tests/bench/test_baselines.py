@@ -92,9 +92,21 @@ def one_domain(tmp_path: Path) -> tuple[Config, DomainData]:
 def test_as_many_passes_as_the_network_made(tmp_path: Path) -> None:
     config, data = one_domain(tmp_path)
     tune = config.fine_tune.model_copy(update={"edge_rounds": 2, "local_epochs": 3})
-    config = baselines._with_all_passes(config.model_copy(update={"fine_tune": tune}), cycles=4)
-    assert (config.fine_tune.edge_rounds, config.fine_tune.local_epochs) == (8, 3)
-    assert baselines._task(config, data).epochs == 24
+    at_once = baselines._with_all_passes(config.model_copy(update={"fine_tune": tune}), data, cycles=4)
+    assert baselines._task(at_once, data).epochs == 24
+
+
+@pytest.mark.parametrize(("travelling", "passes"), [("", 8), ("b", 9), ("abc", 12)])
+def test_the_last_mile_counts_by_the_share_of_examples_that_it_sees(
+    tmp_path: Path, travelling: str, passes: int
+) -> None:
+    edges = [tiny_edge("north", "shapes", travelling), tiny_edge("south", "tastes", "a")]
+    fine_tune = {"local_epochs": 2, "batch_size": 4}
+    config = load_config(
+        write_tiny_run(tmp_path, edges=edges, absorb={"last_mile": {"epochs": 1}}, fine_tune=fine_tune)
+    )
+    data = load_domains(config)["shapes"]
+    assert baselines._task(baselines._with_all_passes(config, data, cycles=4), data).epochs == passes
 
 
 def test_a_model_from_scratch_has_the_layers_of_a_domain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

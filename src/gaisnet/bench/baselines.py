@@ -56,7 +56,7 @@ def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
         if not cycles:
             raise ConfigError(f"baselines of '{out}'", "it has not finished a cycle", f"gaisnet run --resume {out}")
         read_config(config.model)  # an encoder is refused: it completes nothing
-        at_once, found = _with_all_passes(config, cycles), summary.baselines
+        found = summary.baselines
         if found is None or found.cycles != cycles:
             found = Baselines(cycles=cycles)
         missing = [(kind, name) for kind in KINDS for name in learning if name not in getattr(found, kind)]
@@ -67,6 +67,7 @@ def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
             if kind == "no_relay":
                 new = without_relay(config, domains, cycles, progress)
             else:
+                at_once = _with_all_passes(config, domains[name], cycles)
                 new = {name: _ONES[kind](at_once, domains[name], summary.model.domain_layers, config.seed)}
             found = found.model_copy(update={kind: {**getattr(found, kind), **new}})
             summary = hold_against(folder, found)
@@ -74,10 +75,18 @@ def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
         return summary
 
 
-def _with_all_passes(config: Config, cycles: int) -> Config:
-    """Learning at once what the network learns over its cycles: as many passes over the examples."""
-    rounds = config.fine_tune.edge_rounds * cycles
-    return config.model_copy(update={"fine_tune": config.fine_tune.model_copy(update={"edge_rounds": rounds})})
+def _with_all_passes(config: Config, data: DomainData, cycles: int) -> Config:
+    """Learning at once what the network learns over its cycles: as many passes, to the nearest one.
+
+    In the last mile only some examples are seen, so a pass of it counts for their share.
+    """
+    tune = config.fine_tune
+    travelling = {name for edge in config.learning_edges() for name in edge.travelling}
+    num_train = {name: len(mine.train) for name, mine in data.devices.items()}
+    share = sum(num for name, num in num_train.items() if name in travelling) / max(sum(num_train.values()), 1)
+    passes = round(cycles * (tune.edge_rounds * tune.local_epochs + share * config.absorb.last_mile.epochs))
+    at_once = {"edge_rounds": 1, "local_epochs": passes}
+    return config.model_copy(update={"fine_tune": tune.model_copy(update=at_once)})
 
 
 def without_relay(
@@ -96,7 +105,7 @@ def without_relay(
     for cycle in range(cycles):
         network.cycle = cycle
         network.fine_tune()
-    reports = network.evaluate().domain
+    reports = network.evaluate_domain_models()
     return {name: reports[name].num_correct / reports[name].num_examples for name in network.cloud.learning}
 
 
@@ -134,11 +143,10 @@ def few_shot(config: Config, data: DomainData, num_layers: int, seed: int) -> fl
 
 
 def _task(config: Config, data: DomainData, learning_rate: float | None = None) -> Task:
-    tune = config.fine_tune
-    changes: dict[str, float] = {"local_epochs": tune.edge_rounds * tune.local_epochs, "edge_rounds": 1}
     if learning_rate is not None:
-        changes["learning_rate"] = learning_rate
-    return Task.of(config.model_copy(update={"fine_tune": tune.model_copy(update=changes)}), data)
+        tune = config.fine_tune.model_copy(update={"learning_rate": learning_rate})
+        config = config.model_copy(update={"fine_tune": tune})
+    return Task.of(config, data)
 
 
 def _asked(config: Config, data: DomainData, num_shots: int, seed: int) -> float:

@@ -147,7 +147,8 @@ class Baselines(Record):
     """What a run is held against: accuracies on the same held-out examples, by domain. ``gaisnet baselines`` adds them.
 
     Those that learn make as many passes over the examples as the network in so many cycles, ``pooled`` with the same
-    LoRA rank and learning rate; ``pooled`` and ``scratch`` let it fall to zero.
+    LoRA rank and learning rate; ``pooled`` and ``scratch`` let it fall to zero. What devices hold back for the gate
+    nobody learns from.
     """
 
     cycles: int = Field(ge=1, description="That the run had when they were measured; they speak of no other number.")
