@@ -13,7 +13,7 @@ from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
-from gaisnet.errors import ConfigError, DataError, LinkTimeout, UnexpectedMessage
+from gaisnet.errors import ConfigError, DataError, LinkTimeout, UnexpectedMessage, WireFormatError
 from gaisnet.messages import (
     AdapterUpdate,
     AnchorRequest,
@@ -223,6 +223,16 @@ def test_where_nobody_is_left_the_merged_adapter_stays_as_it_was() -> None:
         verdict = tiers.cloud.absorb(updates_of(tiers), 0, kind(tiers, None))[-1]
         assert not verdict.accepted and said in str(verdict)
         assert same(tiers.cloud.adapter(MERGED)[1], short.cloud.adapter(MERGED)[1])
+
+
+def test_an_edge_cannot_name_whom_it_sent_nothing_of() -> None:
+    class Boasting(Reports):
+        def share(self) -> tuple[str, ...]:
+            return ("north-a",)
+
+    tiers = tiers_of(config_of(absorb={"last_mile": {"epochs": 1}}))
+    with pytest.raises(WireFormatError, match="activations of north-a are here, which are not"):
+        tiers.cloud.absorb(updates_of(tiers), 0, Boasting(tiers, None))
 
 
 def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:

@@ -10,7 +10,7 @@ from gaisnet.adapters.state import AdapterTensors, check_same_shapes
 from gaisnet.adapters.tuning import AdapterSpec
 from gaisnet.checkpoint import digest_of, under
 from gaisnet.config import Config
-from gaisnet.errors import AdapterError, StaleAdapter, UnexpectedMessage
+from gaisnet.errors import AdapterError, StaleAdapter, UnexpectedMessage, WireFormatError
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
@@ -158,11 +158,17 @@ class Cloud:
             return verdicts
         about_merged = [merged]
         if self._last_mile and merged.accepted:
-            members = [Member(owner, self._activations[owner, "train"]) for owner in reach.share()]
-            about_merged.append(self._intake.last_mile(members, cycle, reach))
+            about_merged.append(self._intake.last_mile(self._members(reach.share()), cycle, reach))
         if merged.accepted:
             self._put_out(MERGED)
         return [*verdicts, *about_merged]
+
+    def _members(self, owners: Sequence[str]) -> list[Member]:
+        """Who learns in the last mile. Raises ``WireFormatError`` where an edge names one that it sent nothing of."""
+        unknown = [owner for owner in owners if (owner, "train") not in self._activations]
+        if unknown:
+            raise WireFormatError(f"word that activations of {', '.join(unknown)} are here, which are not")
+        return [Member(owner, self._activations[owner, "train"]) for owner in owners]
 
     def _try(self, domain: str, update: AdapterUpdate, reach: Reach) -> Verdict:
         try:
