@@ -144,11 +144,10 @@ class FineTuneSettings(Settings):
 class MergeSettings(Settings):
     """How the one merged adapter is made of the domains'; see ``gaisnet.relay.merging``."""
 
-    methods: tuple[MergeMethod, ...] = Field(
-        ("regression",),
-        min_length=1,
+    method: MergeMethod | tuple[MergeMethod, ...] = Field(
+        "regression",
         description="'sum', 'ties' and 'dare' look at the adapters' weights alone; 'regression' takes the sum and fits "
-        "it to what each domain's own does on text that the FM writes for the domain. Of several, devices say which "
+        "it to what each domain's own does on text that the FM writes for the domain. Of a list, devices say which "
         "does best on what they hold back (absorb.validation_share).",
     )
     free_text: float = Field(
@@ -162,6 +161,11 @@ class MergeSettings(Settings):
     )
     weight: float = Field(0.7, gt=0.0, description="Of each domain's adapter in the sum, or in what takes its place.")
     density: float = Field(0.5, gt=0.0, lt=1.0, description="ties, dare: share of each adapter's product that is kept.")
+
+    @property
+    def ways(self) -> tuple[MergeMethod, ...]:
+        """The methods that are tried."""
+        return (self.method,) if isinstance(self.method, str) else self.method
 
 
 class LastMileSettings(Settings):
@@ -197,7 +201,8 @@ class AbsorbSettings(Settings):
         ge=0.0,
         le=0.5,
         description="Of its training examples, what each device holds back, one at least if this is above 0: nobody "
-        "learns from them, and the gate asks how many of them the FM gets right with what came up. Only counts travel.",
+        "learns from them, and the gate asks how many of them the FM gets right with what came up. For that their "
+        "activations travel to the cloud, as those of held-out examples do, also of local devices; labels stay.",
     )
     max_fall: float = Field(
         0.02,
@@ -235,7 +240,9 @@ class WireSettings(Settings):
         description="Activations of examples, edge or cloud -> device; of an encoder logits. Those of fewer than 32 "
         "classes are in float32 where this says int4, which is refused for more.",
     )
-    gradient: TensorCode = Field("int4", description="Gradients device -> edge; of logits as there.")
+    gradient: TensorCode = Field(
+        "int4", description="Gradients device -> edge, and in the last mile on to the cloud; of logits as there."
+    )
     gradient_rounding: Literal["nearest", "stochastic"] = Field(
         "nearest", description="How int8 and int4 gradients are rounded; by chance, errors are larger but cancel out."
     )
@@ -353,7 +360,8 @@ class DeviceSettings(Settings):
     activations_to: Literal["edge", "cloud"] = Field(
         "edge",
         description="How far its head's output on training examples may travel, and the gradients of what it is told "
-        "of them: with 'cloud' also there, for the last mile. On what it holds out or back, it travels for scores.",
+        "of them: with 'cloud' also there, for the last mile. On what it holds out or back, it travels there anyway, "
+        "for scores.",
     )
     data: Path | None = Field(
         None,
@@ -455,11 +463,17 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _check_last_mile(self) -> Self:
+    def _check_absorb(self) -> Self:
+        for edge in self.edges:
+            if edge.travelling and edge.follows is not None:
+                raise ValueError(f"device '{edge.travelling[0]}' has activations_to: cloud, but nothing to learn from")
+        ways = self.absorb.merge.ways
+        if not ways or len(set(ways)) < len(ways):
+            raise ValueError("absorb.merge.method must name one method, or several different ones")
         if self.absorb.last_mile.epochs and not any(edge.travelling for edge in self.learning_edges()):
             raise ValueError("absorb.last_mile needs a device with activations_to: cloud, at an edge that learns")
-        if len(self.absorb.merge.methods) > 1 and not self.absorb.validation_share:
-            raise ValueError("of several absorb.merge.methods devices must say which, so set absorb.validation_share")
+        if len(ways) > 1 and not self.absorb.validation_share:
+            raise ValueError("of several in absorb.merge.method devices say which, so set absorb.validation_share")
         return self
 
     def learning_edges(self) -> list[EdgeSettings]:

@@ -16,6 +16,8 @@ from gaisnet.config import DevicePrecision
 
 Split = Literal["train", "validate", "test"]
 """Of a device's examples: to learn from; held back, for the gate; held out, for scores."""
+Scored = Literal["validate", "test"]
+"""Those of which anybody may ask how many are right."""
 
 Role = Literal["relay", "domain"]
 Whose = Literal["domain", "foundation"]
@@ -170,7 +172,7 @@ class BodyOutput(Message):
 
 @dataclass(frozen=True)
 class BodyOutputGrad(Message):
-    """Device -> edge: gradient of the step's mean loss at the rows of a ``BodyOutput``."""
+    """Device -> edge (-> cloud): gradient of the step's mean loss at the rows of a ``BodyOutput``."""
 
     step: StrictInt
     loss_sum: StrictFloat  # over this device's label tokens
@@ -210,7 +212,7 @@ class Evaluate(Message):
 
     body: Whose
     adapter: str | None  # on the foundation: the name of the adapter to plug in
-    split: Split = "test"
+    split: Scored = "test"
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ class BodyRequest(Message):
 
     owner: str
     adapter: str | None
-    split: Split = "test"
+    split: Scored = "test"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.config import Config
+from gaisnet.config import Config, WireSettings
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
 from gaisnet.errors import ConfigError, DataError, LinkTimeout, UnexpectedMessage, WireFormatError
 from gaisnet.messages import (
@@ -24,15 +24,19 @@ from gaisnet.messages import (
     EvaluationReport,
     Installed,
     LabelRequest,
+    Message,
     ModelRequest,
     SmashedData,
 )
+from gaisnet.models.ragged import Ragged
 from gaisnet.progress import silent
 from gaisnet.relay.downward import TaskShape
 from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.cloud_model import MERGED
 from gaisnet.tiers.examples import DeviceData, Example
 from gaisnet.tiers.split_step import Outcome
+from gaisnet.tiers.writing_model import WritingModel
+from gaisnet.transport.codec import Codec
 from tests.frames import Frames
 from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_foundation, tiny_tokenizer
 from tests.unsplit import assert_same_step
@@ -60,6 +64,10 @@ def tiers_of(config: Config, ledger: Frames | None = None) -> Tiers:
     tiers = build_tiers(config, foundation, shapes, data, PUBLIC_TEXT, silent, frames.another, NoOutlets())
     tiers.network.install()
     return tiers
+
+
+class Gone(Exception):
+    """The power is."""
 
 
 class Reports:
@@ -144,7 +152,7 @@ def unsplit(spec: LoraSpec, tensors: AdapterTensors) -> tuple[PeftModel, dict[st
 @pytest.mark.parametrize("tail_layers", [0, 1])
 def test_a_step_of_the_last_mile_is_that_of_the_unsplit_foundation_model(tail_layers: int) -> None:
     tune = {"local_epochs": 3, "batch_size": 64, "learning_rate": 0.01, "anchor_weight": 0.0}
-    merge = {"methods": ["sum"]}
+    merge = {"method": ["sum"]}
     with_mile = {"merge": merge, "last_mile": {"epochs": 1, "learning_rate": 0.02}}
     changes: dict[str, Any] = {"fine_tune": tune, "tail_layers": tail_layers}
     short, _ = merged_with(config_of(absorb={"merge": merge}, **changes))
@@ -216,7 +224,7 @@ def test_where_nobody_is_left_the_merged_adapter_stays_as_it_was() -> None:
         def share(self) -> tuple[str, ...]:
             return ()
 
-    merge = {"methods": ["sum"]}
+    merge = {"method": ["sum"]}
     short, _ = merged_with(config_of(absorb={"merge": merge}))
     for kind, said in ((Nobody, "the last mile has nobody left, without "), (Empty, "no device for the last mile")):
         tiers = tiers_of(config_of(absorb={"merge": merge, "last_mile": {"epochs": 1}}))
@@ -237,12 +245,76 @@ def test_an_edge_cannot_name_whom_it_sent_nothing_of() -> None:
 
 def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:
     def moved(weight: float) -> float:
+        """How far the merged adapter moves the suffix's output on the text that the FM wrote."""
         tune = {"local_epochs": 1, "batch_size": 4, "anchor_weight": weight, "anchor_every": 1, "max_grad_norm": 1e9}
-        absorb = {"last_mile": {"epochs": 4, "learning_rate": 0.02}}
-        _, verdicts = merged_with(config_of(absorb=absorb, fine_tune=tune))
-        return verdicts[-1].perplexity
+        absorb = {"last_mile": {"epochs": 8, "learning_rate": 0.02}}
+        tiers, _ = merged_with(config_of(absorb=absorb, fine_tune=tune))
+        model = tiers.cloud._model
+        assert isinstance(model, WritingModel)
+        inputs = Ragged(tiers.cloud.anchor_release.hidden_ND, tuple(tiers.cloud.anchor_release.lengths_E.tolist()))
+        found = []
+        for adapter in (None, MERGED):
+            with model._model.plugged_in(adapter):
+                found.append(inputs.map_batches(model._model.suffix, 8).later())
+        return float((found[0] - found[1]).square().mean())
 
-    assert moved(1000.0) != moved(0.0)
+    assert moved(100.0) < 0.5 * moved(0.0)
+
+
+def test_an_error_on_the_way_leaves_the_merged_adapter_as_it_was() -> None:
+    merge = {"method": "sum"}
+    start = merged_with(config_of(absorb={"merge": merge}))[0].cloud.adapter(MERGED)[1]
+    absorb = {"merge": merge, "last_mile": {"epochs": 1, "learning_rate": 0.02}}
+    tiers = tiers_of(config_of(absorb=absorb, fine_tune={"local_epochs": 1, "batch_size": 4}))
+    steps = 0
+
+    class Broken(Reports):
+        def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+            nonlocal steps
+            steps += 1
+            if steps == 3:
+                raise Gone
+            return super().labels(outputs)
+
+    with pytest.raises(Gone):
+        tiers.cloud.absorb(updates_of(tiers), 0, Broken(tiers, None))
+    assert steps == 3 and same(tiers.cloud.adapter(MERGED)[1], start)
+    again = tiers.cloud.absorb({}, 0, tiers.network)
+    assert all(verdict.accepted for verdict in again)
+
+
+def test_nobody_switches_adapters_while_one_learns() -> None:
+    tiers = tiers_of(config_of(absorb={"last_mile": {"epochs": 1}}))
+    tiers.network.evaluate()
+    refusals = []
+
+    class Asking(Reports):
+        def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+            with pytest.raises(
+                UnexpectedMessage, match="on which an adapter learns, does not take a request"
+            ) as caught:
+                tiers.cloud.handle(BodyRequest("north-a", None))
+            refusals.append(caught.value)
+            return super().labels(outputs)
+
+    assert tiers.cloud.absorb(updates_of(tiers), 0, Asking(tiers, None))[-1].accepted
+    assert refusals
+
+
+def test_whose_activations_cannot_be_had_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    tiers = tiers_of(config_of(absorb={"last_mile": {"epochs": 1}}))
+    take = tiers.cloud.handle
+
+    def refuse_one(message: Message) -> Message:
+        if isinstance(message, SmashedData) and message.owner == "north-b":
+            raise LinkTimeout("the cloud", "no answer")
+        return take(message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiers.cloud, "handle", refuse_one)
+        verdict = tiers.cloud.absorb(updates_of(tiers), 0, tiers.network)[-1]
+    assert verdict.accepted and "on 5 examples" in str(verdict)
+    assert "edge 'north' shares nothing of north-b with the cloud" in caplog.text
 
 
 # -- what devices report -----------------------------------------------------------------------------------------------
@@ -258,20 +330,74 @@ def test_an_adapter_that_devices_do_worse_with_is_refused_and_what_was_there_sta
 
     verdicts = tiers.cloud.absorb(updates, 0, Reports(tiers, of))
     assert [(v.adapter, v.accepted) for v in verdicts] == [("shapes", False), ("tastes", True), (MERGED, True)]
-    said = "devices say 1 right of 10 of what they hold back, 9 right of 10 with the one in place"
+    said = "devices say 1 right of 10 of what they hold back, 9 with the one before"
     assert str(verdicts[0]) == f"refused 'shapes': {said}"
     assert same(tiers.cloud.adapter("shapes")[1], before)
     assert tiers.cloud.version("domain", "shapes") == 0 and tiers.cloud.version("domain", "tastes") == 1
+
+
+def test_devices_speak_of_an_adapter_as_strong_as_it_is_plugged_in() -> None:
+    free, _ = merged_with(config_of())
+    costs = free.cloud.retention
+    before = free.cloud._model
+    assert isinstance(before, WritingModel)
+    limit = 0.7 * (max(costs["shapes"], costs["tastes"]) / before.perplexity_before - 1.0)
+    absorb = {"validation_share": 0.2, "max_retention_increase": limit, "least_share": 0.01}
+    tiers = tiers_of(config_of(absorb=absorb))
+    seen: dict[str, AdapterTensors] = {}
+
+    def of(domain: str, plugged: AdapterTensors) -> tuple[int, float]:
+        seen[domain] = plugged
+        return 5, 1.0
+
+    verdicts = tiers.cloud.absorb(updates_of(tiers), 0, Reports(tiers, of))
+    assert any(verdict.accepted and verdict.share < 1.0 for verdict in verdicts[:2])
+    for verdict in verdicts[:2]:
+        assert verdict.accepted and same(seen[verdict.adapter], tiers.cloud.adapter(verdict.adapter)[1])
+
+
+def test_what_different_devices_say_decides_nothing() -> None:
+    tiers = tiers_of(config_of(absorb={"validation_share": 0.2, "merge": {"method": ["sum", "ties"]}}))
+
+    class Coming(Reports):
+        def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+            found = super().reports(adapters)
+            num = 10 + len(self.asked)
+            return {domain: EvaluationReport(num, one.num_correct, num, 1.0) for domain, one in found.items()}
+
+    rights = iter((9, 9, 1, 1, 3, 3, 8, 8))
+    verdicts = tiers.cloud.absorb(updates_of(tiers), 0, Coming(tiers, lambda domain, plugged: (next(rights), 1.0)))
+    assert all(verdict.accepted for verdict in verdicts)
+    assert "1 right of 12 of what they hold back, which were 11 a moment before, so nothing follows" in str(verdicts[0])
+    whole, _ = merged_with(config_of(absorb={"merge": {"method": "sum"}}))
+    assert same(tiers.cloud.adapter(MERGED)[1], whole.cloud.adapter(MERGED)[1])  # the first that is named
+
+
+def test_a_way_to_merge_that_the_gate_refuses_is_not_taken_however_good() -> None:
+    def of(domain: str, plugged: AdapterTensors) -> tuple[int, float]:
+        return 5, 1.0
+
+    costs = {}
+    for way in ("sum", "ties"):
+        tiers, _ = merged_with(config_of(absorb={"merge": {"method": way, "weight": 3.0 if way == "sum" else 0.1}}))
+        costs[way] = tiers.cloud.retention[MERGED]
+    assert costs["sum"] != costs["ties"]
+    strict = {"validation_share": 0.2, "max_retention_increase": 0.0, "least_share": 1.0}
+    tiers = tiers_of(config_of(absorb={**strict, "merge": {"method": ["sum", "ties"]}}))
+    start = tiers.cloud.adapter(MERGED)[1]
+    verdict = tiers.cloud.absorb(updates_of(tiers), 0, Reports(tiers, of))[-1]
+    kept = same(tiers.cloud.adapter(MERGED)[1], start)
+    assert kept is not verdict.accepted
 
 
 def test_of_several_ways_to_merge_devices_choose() -> None:
     methods = ["regression", "sum", "ties"]
     made = {}
     for method in methods:
-        tiers, _ = merged_with(config_of(absorb={"merge": {"methods": [method]}}))
+        tiers, _ = merged_with(config_of(absorb={"merge": {"method": [method]}}))
         made[method] = tiers.cloud.adapter(MERGED)[1]
     for best in methods:
-        tiers = tiers_of(config_of(absorb={"validation_share": 0.2, "merge": {"methods": methods}}))
+        tiers = tiers_of(config_of(absorb={"validation_share": 0.2, "merge": {"method": methods}}))
         updates = updates_of(tiers)
 
         def of(domain: str, plugged: AdapterTensors, best: str = best) -> tuple[int, float]:
@@ -284,7 +410,7 @@ def test_of_several_ways_to_merge_devices_choose() -> None:
 
 @pytest.mark.parametrize(("short", "long", "stays"), [(7, 5, False), (5, 7, True)])
 def test_a_last_mile_after_which_devices_do_worse_is_undone(short: int, long: int, stays: bool) -> None:
-    merge = {"methods": ["sum"]}
+    merge = {"method": ["sum"]}
     start = merged_with(config_of(absorb={"merge": merge}))[0].cloud.adapter(MERGED)[1]
     tiers = tiers_of(config_of(absorb={"validation_share": 0.2, "merge": merge, "last_mile": {"epochs": 1}}))
     retention: list[float] = []
@@ -296,12 +422,13 @@ def test_a_last_mile_after_which_devices_do_worse_is_undone(short: int, long: in
     verdict = tiers.cloud.absorb(updates_of(tiers), 0, Reports(tiers, of))[-1]
     assert verdict.accepted is stays
     assert same(tiers.cloud.adapter(MERGED)[1], start) is not stays
-    assert (tiers.cloud.retention[MERGED] == retention[-1]) is not stays
+    assert retention[-1] != retention[-3]  # of either domain, with the last mile and without
+    assert tiers.cloud.retention[MERGED] == retention[-1 if stays else -3]
 
 
 def test_devices_report_on_what_they_hold_back_and_no_example_travels() -> None:
     frames = Frames()
-    config = config_of(absorb={"validation_share": 0.4, "merge": {"methods": ["regression", "sum"]}})
+    config = config_of(absorb={"validation_share": 0.4, "merge": {"method": ["regression", "sum"]}})
     tiers, verdicts = merged_with(config, frames)
     share = config.absorb.validation_share
     for name, mine in tiny_data(config).items():
@@ -309,10 +436,31 @@ def test_devices_report_on_what_they_hold_back_and_no_example_travels() -> None:
         assert len(held.validate) == 2 and len(held.train) == 3
         assert sorted(held.train + held.validate, key=repr) == sorted(mine.train, key=repr)
     asked = [m for m in frames.of(Evaluate) if m.split == "validate"]
-    assert [m.adapter for m in asked] == ["shapes", "shapes", "tastes", "tastes", MERGED, MERGED, MERGED, MERGED]
+    assert [m.adapter for m in asked] == ["shapes", "tastes"] * 2 + [MERGED] * 4
     assert all(f"of {2 * 3} of what they hold back" in str(verdict) for verdict in verdicts[:2])
     up = {type(m) for kind, way, m in frames.messages() if (kind, way) == ("edge_cloud", "up")}
     assert up <= {SmashedData, EvaluationReport, BodyRequest, Done, Installed, ModelRequest, AnchorRequest}
+    rows = [m for kind, _, m in frames.messages() if kind == "edge_cloud" and isinstance(m, SmashedData)]
+    assert {m.split for m in rows} == {"validate"} and len(rows) == 6
+
+
+def test_training_examples_are_not_scored() -> None:
+    tiers = tiers_of(config_of(("b", ""), {"last_mile": {"epochs": 1}}))
+    asked = Evaluate("foundation", None, cast(Any, "train"))
+    with pytest.raises(WireFormatError, match="Evaluate with wrong fields"):
+        Codec(WireSettings()).decode(Codec(WireSettings()).encode(asked))
+    frames = Frames()
+    tiers = tiers_of(config_of(("b", ""), {"last_mile": {"epochs": 1}}), frames)
+    with pytest.raises(UnexpectedMessage, match="does not take a training example of 'north-a' here"):
+        tiers.edges["shapes"].handle(asked)
+    assert not [m for kind, _, m in frames.messages() if kind == "edge_cloud" and isinstance(m, SmashedData)]
+
+
+def test_who_is_asked_must_have_held_something_back() -> None:
+    config = config_of(absorb={"validation_share": 0.2})
+    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
+    with pytest.raises(DataError, match="device 'north-a': has no validate examples"):
+        build_tiers(config, tiny_foundation(), shapes, tiny_data(config), PUBLIC_TEXT, silent, Frames, NoOutlets())
 
 
 # -- before any work ---------------------------------------------------------------------------------------------------
@@ -322,14 +470,21 @@ def test_devices_report_on_what_they_hold_back_and_no_example_travels() -> None:
     ("absorb", "found"),
     [
         ({"last_mile": {"epochs": 1}}, "absorb.last_mile needs a device with activations_to: cloud"),
-        ({"merge": {"methods": ["sum", "ties"]}}, "so set absorb.validation_share"),
-        ({"merge": {"methods": []}}, "absorb.merge.methods"),
+        ({"merge": {"method": ["sum", "ties"]}}, "so set absorb.validation_share"),
+        ({"merge": {"method": []}}, "absorb.merge.method must name one method"),
+        ({"merge": {"method": ["sum", "sum"]}, "validation_share": 0.1}, "or several different ones"),
         ({"validation_share": 0.6}, "absorb.validation_share"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(absorb: dict[str, Any], found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         config_of(("", ""), absorb)
+
+
+def test_a_newcomer_has_nothing_that_could_travel() -> None:
+    newcomer = {**tiny_edge("west", "forms", "a"), "follows": "shapes"}
+    with pytest.raises(ConfigError, match="device 'west-a' has activations_to: cloud, but nothing to learn from"):
+        tiny_config(edges=[tiny_edge("north", "shapes"), newcomer])
 
 
 def test_an_example_cannot_be_learned_from_and_held_back() -> None:

@@ -249,7 +249,7 @@ def test_the_merged_adapter_is_fitted_to_each_domain_on_its_own_text(finished: R
 @pytest.mark.parametrize("method", ["sum", "ties", "dare"])
 def test_the_merged_adapter_may_be_made_of_weights_alone(method: str) -> None:
     absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
-    merge = {"methods": [method], "weight": 0.5}
+    merge = {"method": [method], "weight": 0.5}
     run = Run(tiny_config(absorb={**absorb, "merge": merge}, cycles=1)).go()
     merged, parts = merged_and_parts(run)
     halves = {key: (parts[0][key] + parts[1][key]) * 0.5 for key in merged}

@@ -30,7 +30,7 @@ OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_incr
 ASKING_GATE = {
     **OPEN_GATE,
     "validation_share": 0.2,
-    "merge": {"methods": ["sum", "regression"]},
+    "merge": {"method": ["sum", "regression"]},
     "last_mile": {"epochs": 1},
 }
 

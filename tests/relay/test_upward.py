@@ -147,6 +147,11 @@ def test_a_fall_is_more_than_is_allowed_and_than_chance_explains(
     assert fell(report(before, of), report(after, of), most) is worse
 
 
+def test_nothing_falls_on_other_examples() -> None:
+    assert not fell(report(9, 10), report(0, 11), 0.0)
+    assert not fell(report(9, 10), EvaluationReport(10, 0, 12, 1.0), 0.0)
+
+
 def test_standing_is_the_mean_over_domains_whatever_their_sizes_then_the_loss() -> None:
     assert standing([report(1, 2), report(0, 100)])[0] == pytest.approx(0.25)
     assert standing([report(1, 2, loss=0.5)]) > standing([report(1, 2, loss=0.6)])

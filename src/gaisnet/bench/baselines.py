@@ -78,13 +78,13 @@ def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
 def _with_all_passes(config: Config, data: DomainData, cycles: int) -> Config:
     """Learning at once what the network learns over its cycles: as many passes, to the nearest one.
 
-    In the last mile only some examples are seen, so a pass of it counts for their share.
+    The last mile begins anew in every cycle: the last one counts, for the share of the examples that it sees.
     """
     tune = config.fine_tune
     travelling = {name for edge in config.learning_edges() for name in edge.travelling}
     num_train = {name: len(mine.train) for name, mine in data.devices.items()}
     share = sum(num for name, num in num_train.items() if name in travelling) / max(sum(num_train.values()), 1)
-    passes = round(cycles * (tune.edge_rounds * tune.local_epochs + share * config.absorb.last_mile.epochs))
+    passes = round(cycles * tune.edge_rounds * tune.local_epochs + share * config.absorb.last_mile.epochs)
     at_once = {"edge_rounds": 1, "local_epochs": passes}
     return config.model_copy(update={"fine_tune": tune.model_copy(update=at_once)})
 

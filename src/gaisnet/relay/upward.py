@@ -23,7 +23,7 @@ class Verdict:
     adapter: str
     perplexity: float
     limit: float
-    unfit: str = ""  # why it was not even tried
+    unfit: str = ""  # why it was not taken, where that is not its perplexity
     share: float = 1.0  # of its strength, with which it was tried
     said: str = ""  # what was looked at, where there is no perplexity
     made: str = ""  # how the adapter came to be, where that is not plain
@@ -39,17 +39,24 @@ class Verdict:
 
 
 def refused(adapter: str, why: str) -> Verdict:
-    """One that was not even held against public text."""
+    """One that was not taken for another reason than its perplexity."""
     return Verdict(False, adapter, math.nan, math.nan, why)
 
 
-def fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool:
-    """Whether accuracy fell by more than ``most`` and two standard errors of a difference.
+def comparable(one: EvaluationReport, other: EvaluationReport) -> bool:
+    """Whether both are of the same examples, as far as their numbers tell: a device may have been away for one."""
+    return (one.num_examples, one.num_tokens) == (other.num_examples, other.num_tokens)
 
-    They are those of two independent counts; on the same examples, as here, the true ones are smaller.
+
+def fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool:
+    """Whether accuracy fell by more than ``most`` and two standard errors of a difference; not of other examples.
+
+    The errors are those of two independent counts; on the same examples the true ones are smaller.
     """
+    if not comparable(before, after):
+        return False
     shares = [report.num_correct / report.num_examples for report in (before, after)]
-    errors = sum(share * (1.0 - share) for share in shares) / min(before.num_examples, after.num_examples)
+    errors = sum(share * (1.0 - share) for share in shares) / before.num_examples
     return shares[0] - shares[1] > most + 2.0 * math.sqrt(errors)
 
 

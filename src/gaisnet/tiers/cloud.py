@@ -152,7 +152,7 @@ class Cloud:
             cycle: That ends.
             reach: Whom to ask about them.
         """
-        verdicts = [self._try(domain, update, reach) for domain, update in updates.items()]
+        verdicts = self._take(updates, reach)
         merged = self._intake.merge(reach)
         if merged is None:
             return verdicts
@@ -170,19 +170,27 @@ class Cloud:
             raise WireFormatError(f"word that activations of {', '.join(unknown)} are here, which are not")
         return [Member(owner, self._activations[owner, "train"]) for owner in owners]
 
-    def _try(self, domain: str, update: AdapterUpdate, reach: Reach) -> Verdict:
+    def _take(self, updates: Mapping[str, AdapterUpdate], reach: Reach) -> list[Verdict]:
+        misfits = {domain: self._misfit(domain, update) for domain, update in updates.items()}
+        unfit = {domain: refused(domain, why) for domain, why in misfits.items() if why}
+        fitting = {domain: update.tensors for domain, update in updates.items() if domain not in unfit}
+        found = {verdict.adapter: verdict for verdict in self._intake.take(fitting, reach)}
+        for domain, verdict in found.items():
+            if verdict.accepted:
+                self.versions["domain"][domain] = updates[domain].version
+                self._whole[domain] = updates[domain].tensors
+                self._put_out(domain)
+        return [(unfit | found)[domain] for domain in updates]
+
+    def _misfit(self, domain: str, update: AdapterUpdate) -> str:
+        """Why an update cannot even be tried; nothing if it can."""
         try:
             check_same_shapes(domain, self._model.adapter(domain), update.tensors)
             if update.base != self.versions["domain"][domain]:
                 raise StaleAdapter(domain, self.versions["domain"][domain], update.base)
         except AdapterError as error:
-            return refused(domain, str(error))
-        verdict = self._intake.take(domain, update.tensors, reach)
-        if verdict.accepted:
-            self.versions["domain"][domain] = update.version
-            self._whole[domain] = update.tensors
-            self._put_out(domain)
-        return verdict
+            return str(error)
+        return ""
 
     def adapter(self, name: str) -> tuple[AdapterSpec, AdapterTensors]:
         """Shape and tensors of a domain's adapter or of the merged one, as they are plugged in now."""

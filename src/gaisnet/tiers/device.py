@@ -95,7 +95,8 @@ class Device:
         self._stock = stock or Stock(config, self._turn)
         self._reader = tokenizer
         self._labels = labels
-        for split, needed in (("train", learns), ("test", True)):
+        holds_back = learns and config.absorb.validation_share > 0.0
+        for split, needed in (("train", learns), ("test", True), ("validate", holds_back)):
             if needed and not getattr(data, split):
                 raise DataError(
                     f"device '{self.name}'", f"has no {split} examples", "give it some, or remove the device"

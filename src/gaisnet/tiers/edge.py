@@ -29,6 +29,7 @@ from gaisnet.messages import (
     ModelRelease,
     ModelRequest,
     Role,
+    Scored,
     Shared,
     ShareRequest,
     Split,
@@ -225,7 +226,7 @@ class Edge:
     # -- scoring -------------------------------------------------------------------------------------------------------
 
     def _evaluate(
-        self, outputs_for: Callable[[Sequence[str]], dict[str, BodyOutput]], split: Split
+        self, outputs_for: Callable[[Sequence[str]], dict[str, BodyOutput]], split: Scored
     ) -> EvaluationReport:
         """Counts and sums of all devices that can be had. Raises what the last one failed with if there is none."""
         failed = self._had(self._names, split)
@@ -267,13 +268,15 @@ class Edge:
         rows_ND = self._model().output_rows(inputs)
         return BodyOutput(split, 0, sum(inputs.num_labels), torch.arange(len(inputs), dtype=torch.int32), rows_ND)
 
-    def _foundation_outputs(self, devices: Sequence[str], adapter: str | None, split: Split) -> dict[str, BodyOutput]:
+    def _foundation_outputs(self, devices: Sequence[str], adapter: str | None, split: Scored) -> dict[str, BodyOutput]:
         self._send_up(devices, split)
         return {name: self._ask_cloud(BodyRequest(name, adapter, split), BodyOutput) for name in devices}
 
     def _send_up(self, devices: Sequence[str], split: Split) -> None:
-        """Smashed data goes to the cloud, once in its life."""
+        """Smashed data goes to the cloud, once in its life. Raises ``UnexpectedMessage`` where it must stay here."""
         for name in devices:
+            if split == "train" and name not in self._settings.travelling:
+                raise UnexpectedMessage(f"the cloud, from edge '{self.name}',", f"training example of '{name}'")
             life = self._cloud.peer
             if self._cloud_has.get((name, split)) != life:
                 self._ask_cloud(self._smashed.raw(name, split), Done)
@@ -291,11 +294,15 @@ class Edge:
     def _share(self) -> Shared:
         """Activations of training examples go up, where the device's settings let them; of those that can be had."""
         failed = self._had(self._settings.travelling, "train")
+        for name in self._settings.travelling:
+            try:
+                if name not in failed:
+                    self._send_up([name], "train")
+            except GaisnetError as error:
+                failed[name] = error
         for name, reason in failed.items():
-            _log.warning("edge '%s' sends nothing of %s to the cloud: %s", self.name, name, reason)
-        there = [name for name in self._settings.travelling if name not in failed]
-        self._send_up(there, "train")
-        return Shared(tuple(there))
+            _log.warning("edge '%s' shares nothing of %s with the cloud: %s", self.name, name, reason)
+        return Shared(tuple(name for name in self._settings.travelling if name not in failed))
 
     def _ask_owner(self, request: LabelRequest) -> BodyOutputGrad:
         """The device's gradient, for the cloud. Raises why there is none."""

@@ -1,20 +1,33 @@
 """The cloud's end of the up flow: adapters are tried, merged, and taken the last mile, as devices and a gate let them.
 
-Nothing of this sees an example. Devices count how many of those that they hold back come out right with an adapter, and
-in the last mile they give gradients for rows of their training examples, as in every step of split learning.
+Nothing of this sees an example. Devices count how many of those that they hold back come out right with an adapter as
+it is plugged in, and in the last mile they give gradients for rows of their training examples, as in every step of
+split learning. What does not stay leaves everything as it was.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import Config
 from gaisnet.messages import EvaluationReport
 from gaisnet.progress import Progress
-from gaisnet.relay.upward import Verdict, fell, refused, standing
+from gaisnet.relay.upward import Verdict, comparable, fell, refused, standing
 from gaisnet.tiers.cloud_model import MERGED, CloudModel
+from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.reach import Reach
 from gaisnet.tiers.split_step import Member
+
+Reports = Mapping[str, EvaluationReport]
+"""By domain."""
+
+
+@dataclass(frozen=True)
+class _InPlace:
+    """An adapter that is plugged in, and what it costs in general ability."""
+
+    tensors: AdapterTensors
+    retention: float | None  # None where nobody knows
 
 
 class Intake:
@@ -30,33 +43,45 @@ class Intake:
         self._model = model
         self._config = config
         self._progress = progress
-        self._learning = [edge.domain for edge in config.learning_edges()]
+        self._everywhere = {edge.domain: MERGED for edge in config.learning_edges()}
         self._asks = config.absorb.validation_share > 0.0
+        self._of_merged: Reports | None = None  # what devices say of the merged adapter in place, if they were asked
 
-    def take(self, domain: str, tensors: AdapterTensors, reach: Reach) -> Verdict:
-        """Plug a domain's adapter in, unless its devices do worse with it than before, or the gate is against it."""
-        said = ""
-        if self._asks:
-            before = self._reports(domain, self._model.adapter(domain), [domain], reach)[domain]
-            after = self._reports(domain, tensors, [domain], reach)[domain]
-            said = f"devices say {_right(after)} of what they hold back, {_right(before)} with the one in place"
-            if fell(before, after, self._config.absorb.max_fall):
-                return refused(domain, said)
-        return replace(self._model.let_in(domain, tensors), reported=said)
+    def take(self, adapters: Mapping[str, AdapterTensors], reach: Reach) -> list[Verdict]:
+        """Plug domains' adapters in where the gate lets them, and take those out that their devices do worse with."""
+        own = {domain: domain for domain in adapters}
+        before = reach.reports(own) if self._asks and own else {}
+        kept = {domain: self._in_place(domain) for domain in adapters}
+        verdicts = {domain: self._model.let_in(domain, tensors) for domain, tensors in adapters.items()}
+        taken = {domain: domain for domain, verdict in verdicts.items() if verdict.accepted}
+        after = reach.reports(taken) if self._asks and taken else {}
+        for domain, report in after.items():
+            devices_say = _compared(before[domain], report)
+            verdicts[domain] = replace(verdicts[domain], reported=devices_say)
+            if fell(before[domain], report, self._config.absorb.max_fall):
+                self._put_back(domain, kept[domain])
+                verdicts[domain] = refused(domain, devices_say)
+        return list(verdicts.values())
 
     def merge(self, reach: Reach) -> Verdict | None:
         """Make one adapter of all in place; of several ways the one that devices say is best. None if there is none."""
-        candidates, said = self._model.merges(), ""
-        if not candidates:
-            return None
-        best = next(iter(candidates))
-        if len(candidates) > 1:
-            found = {method: self._everywhere(tensors, reach) for method, tensors in candidates.items()}
-            best = max(found, key=lambda method: standing(found[method].values()))
-            said = "devices say, of what they hold back, " + ", ".join(
-                f"{_right_of_all(reports)} by {method}" for method, reports in found.items()
-            )
-        return replace(self._model.let_in(MERGED, candidates[best]), reported=said)
+        ways, kept = self._model.merges(), self._in_place(MERGED)
+        self._of_merged = None
+        if len(ways) < 2:
+            return next((self._model.let_in(MERGED, tensors) for tensors in ways.values()), None)
+        verdicts, plugged, reports = dict[str, Verdict](), dict[str, _InPlace](), dict[str, Reports]()
+        for way, tensors in ways.items():
+            verdicts[way] = self._model.let_in(MERGED, tensors)
+            if verdicts[way].accepted:
+                plugged[way], reports[way] = self._in_place(MERGED), reach.reports(self._everywhere)
+                self._put_back(MERGED, kept)
+        if not plugged:
+            return next(iter(verdicts.values()))
+        best = _best(reports)
+        self._put_back(MERGED, plugged[best])
+        self._of_merged = reports[best]
+        found = ", ".join(f"{_right_of_all(said)} by {way}" for way, said in reports.items())
+        return replace(verdicts[best], reported=f"devices say, of what they hold back, {found}")
 
     def last_mile(self, members: Sequence[Member], cycle: int, reach: Reach) -> Verdict:
         """The merged adapter learns on the FM itself; it stays as it was where devices do worse with it after that.
@@ -65,47 +90,61 @@ class Intake:
         """
         if not members:
             return refused(MERGED, "no device for the last mile could be had")
-        before, settings = self._model.adapter(MERGED), self._config.absorb.last_mile
-        learns = {"local_epochs": settings.epochs, "learning_rate": settings.learning_rate}
-        fine_tune = self._config.fine_tune.model_copy(update=learns).in_cycle(cycle)
-        seed, where = self._config.seed_for("last mile", cycle), f"the last mile of cycle {cycle}"
-        learned = self._model.learn(members, reach.labels, fine_tune, seed, where, self._note)
-        after = self._model.adapter(MERGED)
-        self._model.put(MERGED, before)
-        without = "".join(f", without {name}: {error}" for name, error in learned.left.items())
-        if not learned.num_examples:
-            return refused(MERGED, f"the last mile has nobody left{without}")
-        made = f" after a last mile of {learned.num_steps} steps on {learned.num_examples} examples{without}"
-        said = ""
-        if self._asks:
-            short, long = self._everywhere(before, reach), self._everywhere(after, reach)
-            said = f"devices say {_right_of_all(long)} of what they hold back, {_right_of_all(short)} without it"
-            if standing(long.values()) < standing(short.values()):
-                return replace(refused(MERGED, said), made=made)
-        return replace(self._model.let_in(MERGED, after), made=made, reported=said)
-
-    def _everywhere(self, merged: AdapterTensors, reach: Reach) -> dict[str, EvaluationReport]:
-        """What the devices of every domain say of a merged adapter."""
-        return self._reports(MERGED, merged, self._learning, reach)
-
-    def _reports(
-        self, name: str, tensors: AdapterTensors, domains: Sequence[str], reach: Reach
-    ) -> dict[str, EvaluationReport]:
-        """What devices say of an adapter in the place of the present one, which is there again after."""
-        before = self._model.adapter(name)
-        self._model.put(name, tensors)
+        kept = self._in_place(MERGED)
+        without = (self._of_merged or reach.reports(self._everywhere)) if self._asks else {}
         try:
-            return reach.reports(dict.fromkeys(domains, name))
+            learned = self._learned(members, cycle, reach)
+            tensors = self._model.adapter(MERGED)
         finally:
-            self._model.put(name, before)
+            self._model.put(MERGED, kept.tensors)
+        left = "".join(f", without {name}: {error}" for name, error in learned.left.items())
+        if not learned.num_examples:
+            return refused(MERGED, f"the last mile has nobody left{left}")
+        made = f" after a last mile of {learned.num_steps} steps on {learned.num_examples} examples{left}"
+        verdict = replace(self._model.let_in(MERGED, tensors), made=made)
+        if not verdict.accepted or not self._asks:
+            return verdict
+        with_it = reach.reports(self._everywhere)
+        devices_say = (
+            f"devices say {_right_of_all(with_it)} of what they hold back, {_right_of_all(without)} without it"
+        )
+        if _best({"without": without, "with it": with_it}) == "without":
+            self._put_back(MERGED, kept)
+            return replace(refused(MERGED, devices_say), made=made)
+        return replace(verdict, reported=devices_say)
+
+    def _learned(self, members: Sequence[Member], cycle: int, reach: Reach) -> Learned:
+        last_mile = self._config.absorb.last_mile
+        learns = {"local_epochs": last_mile.epochs, "learning_rate": last_mile.learning_rate}
+        settings = self._config.fine_tune.model_copy(update=learns).in_cycle(cycle)
+        seed, where = self._config.seed_for("last mile", cycle), f"the last mile of cycle {cycle}"
+        return self._model.learn(members, reach.labels, settings, seed, where, self._note)
+
+    def _in_place(self, name: str) -> _InPlace:
+        return _InPlace(self._model.adapter(name), self._model.retention.get(name))
+
+    def _put_back(self, name: str, kept: _InPlace) -> None:
+        self._model.put(name, kept.tensors)
+        if kept.retention is not None:
+            self._model.retention[name] = kept.retention
 
     def _note(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         self._progress("last_mile", done, total, {f"last_mile_{name}": value for name, value in figures.items()})
 
 
-def _right(report: EvaluationReport) -> str:
-    return f"{report.num_correct} right of {report.num_examples}"
+def _best(reports: Mapping[str, Reports]) -> str:
+    """Where devices do best; the first where they are equal, or where not all were asked on the same examples."""
+    first, *others = reports
+    alike = all(comparable(reports[first][d], reports[o][d]) for o in others for d in reports[first])
+    return max(reports, key=lambda name: standing(reports[name].values())) if alike else first
 
 
-def _right_of_all(reports: Mapping[str, EvaluationReport]) -> str:
+def _compared(before: EvaluationReport, after: EvaluationReport) -> str:
+    said = f"devices say {after.num_correct} right of {after.num_examples} of what they hold back"
+    if not comparable(before, after):
+        return f"{said}, which were {before.num_examples} a moment before, so nothing follows"
+    return f"{said}, {before.num_correct} with the one before"
+
+
+def _right_of_all(reports: Reports) -> str:
     return f"{standing(reports.values())[0]:.1%} right"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from gaisnet.adapters.tuning import AdapterSpec, activate, add_adapter
-from gaisnet.errors import WireFormatError
+from gaisnet.errors import UnexpectedMessage, WireFormatError
 from gaisnet.messages import SmashedData
 from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged
@@ -31,6 +31,7 @@ class PluggedBody(LearningBody):
 
     def __init__(self, body: Body, layout: Layout, turn: Turn) -> None:
         super().__init__(body, layout, turn, MERGED)
+        self._is_learning = False
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
@@ -41,7 +42,12 @@ class PluggedBody(LearningBody):
 
     @contextmanager
     def plugged_in(self, name: str | None) -> Iterator[None]:
-        """Inside, this adapter acts and no other; nobody else uses the model meanwhile, except to serve."""
+        """Inside, this adapter acts and no other; nobody else uses the model meanwhile, except to serve.
+
+        Raises ``UnexpectedMessage`` while an adapter learns: it would no longer act.
+        """
+        if self._is_learning:
+            raise UnexpectedMessage("the foundation model, on which an adapter learns,", "request to run with another")
         with self._turn.learning():
             activate(self._body, () if name is None else (name,))
             try:
@@ -72,19 +78,20 @@ class PluggedBody(LearningBody):
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def hold_to(self, inputs: Ragged) -> None:
-        """From now on what learns is pulled toward what the suffix makes of this without adapters; once is enough."""
-        if self._anchor is None:
-            with self.plugged_in(None):
-                self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
+        """From now on what learns is pulled toward what the suffix makes of this without adapters."""
+        with self.plugged_in(None):
+            self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
 
     @contextmanager
     def _learning(self) -> Iterator[list[nn.Parameter]]:
         """Inside, the merged adapter acts, too."""
         with self._turn.learning():
             activate(self._body, (self._learns,))
+            self._is_learning = True
         try:
             with super()._learning() as parameters:
                 yield parameters
         finally:
             with self._turn.learning():
+                self._is_learning = False
                 activate(self._body, ())

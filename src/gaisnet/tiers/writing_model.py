@@ -65,7 +65,6 @@ class WritingModel:
         free_text = free_text_BT.tolist()
         hidden = model.at_suffix(free_text[: config.fine_tune.anchor_sequences])
         self.anchor_release = AnchorRelease(torch.tensor(hidden.lengths, dtype=torch.int32), hidden.rows_ND)
-        self._anchor = hidden
         foundation_params, split_device_params = model.num_parameters()
         self.sizes = Sizes(foundation_params, layout.num_layers, len(recipe.kept), split_device_params)
         pause_within({*model.body.layers.values(), *domain_body.layers.values()}, outlet.turn.pause)
@@ -76,6 +75,8 @@ class WritingModel:
         self._teacher = Teacher(model, domain_body, layout, recipe, self._texts, progress)
         self.relays = self._teacher.relays
         self._add_adapters()
+        if config.absorb.last_mile.epochs:
+            model.hold_to(hidden)
         self._retention_inputs: Ragged = model.at_suffix(self._retention_ids_BT.tolist())
         self.perplexity_before = self._perplexity(None)
         # With each adapter that is in place; at the start they are all zero.
@@ -95,7 +96,7 @@ class WritingModel:
 
         A relay that does not help on text that it did not learn from is not kept: the one before stays.
         """
-        merges = domain in self._learning and "regression" in self._config.absorb.merge.methods
+        merges = domain in self._learning and "regression" in self._config.absorb.merge.ways
         if domain in self.relays or merges:
             self._texts.write(domain, cycle)
         return self._teacher.teach(domain, self._adapter_of[domain])
@@ -130,7 +131,7 @@ class WritingModel:
 
     def merges(self) -> dict[str, AdapterTensors]:
         """See ``CloudModel``."""
-        return {method: self._merged(method) for method in self._config.absorb.merge.methods}
+        return {way: self._merged(way) for way in self._config.absorb.merge.ways}
 
     def learn(
         self,
@@ -141,8 +142,7 @@ class WritingModel:
         where: str,
         progress: Progress,
     ) -> Learned:
-        """Held to what the FM makes of its own text without adapters; see ``CloudModel``."""
-        self._model.hold_to(self._anchor)
+        """Pulled toward what the FM makes of its own text without adapters; see ``CloudModel``."""
         return self._model.learn(members, labels, settings, seed, where, progress)
 
     def _merged(self, method: MergeMethod) -> AdapterTensors:
