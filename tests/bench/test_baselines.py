@@ -113,7 +113,7 @@ def test_a_model_from_scratch_has_the_layers_of_a_domain_model(tmp_path: Path, m
     config, data = one_domain(tmp_path)
     seen: dict[str, Any] = {}
 
-    def train(model: torch.nn.Module, task: Task, seed: int, schedule: str) -> object:
+    def train(model: torch.nn.Module, task: Task, seed: int, schedule: str, collate: object) -> object:
         seen.update(model=model, learning_rate=task.config.fine_tune.learning_rate)
         raise InterruptedError
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from gaisnet.bench.contenders.centralised import Centralised, adapted
+from gaisnet.bench.contenders.centralised import Centralised, adapted, train
 from gaisnet.bench.contenders.federated import Federated
 from gaisnet.bench.contenders.network import GaisNet
 from gaisnet.bench.contenders.plain_split import PlainSplit
-from gaisnet.bench.contenders.task import Task, accuracy
+from gaisnet.bench.contenders.task import Task, accuracy, answered, padded
 from gaisnet.bench.contenders.unsplit import run_unsplit, unsplit_domain_model
 from gaisnet.config_file import parse_config
 from gaisnet.models.families import Decoder
@@ -114,6 +114,14 @@ def test_the_domain_model_in_one_piece_learns(task: Task) -> None:
     result = run_unsplit(task, 0)
     assert result.losses[-1] < result.losses[0]
     assert result.losses != Centralised("centralised_late", late=True).run(task, 0).losses
+
+
+def test_logits_of_answers_alone_give_the_same_losses(task: Task) -> None:
+    found = [train(adapted(task, False, 0), task, 0, "linear", collate).losses for collate in (padded, answered)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    batch = answered(task.pooled[:3])
+    assert batch["labels"].shape == (3, batch["logits_to_keep"])
+    assert batch["labels"].shape[1] < batch["input_ids"].shape[1]
 
 
 def test_accuracy_counts_whole_answers(task: Task) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gaisnet.bench.contenders.centralised import adapted, train
-from gaisnet.bench.contenders.task import Task, accuracy
+from gaisnet.bench.contenders.task import Task, accuracy, answered
 from gaisnet.config import Config
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ConfigError
@@ -127,8 +127,11 @@ def from_scratch(config: Config, data: DomainData, num_layers: int, seed: int) -
 
 
 def _learned(model: Any, task: Task, seed: int) -> float:
-    """Accuracy after all passes. The learning rate falls to zero, as the Trainer has it unless it is told."""
-    train(model, replace(task, test=()), seed, "linear")
+    """Accuracy after all passes. The learning rate falls to zero, as the Trainer has it unless it is told.
+
+    Logits are made of answers only, which takes less time for the same losses.
+    """
+    train(model, replace(task, test=()), seed, "linear", answered)
     return accuracy(model.eval(), task.test)
 
 

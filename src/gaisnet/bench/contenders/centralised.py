@@ -4,7 +4,7 @@ It gets batches of examples of like lengths, so that it pads no more than the ot
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,8 @@ from gaisnet.bench.contenders.flops import Shape, of_whole_model
 from gaisnet.bench.contenders.memory import peak_bytes
 from gaisnet.bench.contenders.task import Result, Task, Watch, padded
 from gaisnet.tiers.examples import Tokens
+
+Collate = Callable[[Sequence[Tokens]], dict[str, Any]]
 
 
 class _Epochs:
@@ -38,10 +40,12 @@ class _Epochs:
 class _Trainer(Trainer):
     """Takes the batches that it is given, and keeps every loss as it is."""
 
-    def __init__(self, model: Any, arguments: TrainingArguments, examples: list[Tokens], epochs: _Epochs) -> None:
+    def __init__(
+        self, model: Any, arguments: TrainingArguments, examples: list[Tokens], epochs: _Epochs, collate: Collate
+    ) -> None:
         super().__init__(model, arguments)
         self.losses: list[float] = []
-        self._loader: Any = DataLoader(examples, batch_sampler=epochs, collate_fn=padded)  # type: ignore[arg-type]
+        self._loader: Any = DataLoader(examples, batch_sampler=epochs, collate_fn=collate)  # type: ignore[arg-type]
 
     def get_train_dataloader(self) -> Any:
         return self._loader
@@ -91,10 +95,16 @@ class Centralised:
         return train(adapted(task, self._late, seed), task, seed)
 
 
-def train(model: Any, task: Task, seed: int, schedule: Literal["constant", "linear"] = "constant") -> Result:
+def train(
+    model: Any,
+    task: Task,
+    seed: int,
+    schedule: Literal["constant", "linear"] = "constant",
+    collate: Collate = padded,
+) -> Result:
     """Let what learns of ``model`` learn from the pooled examples, with transformers' Trainer, and score it.
 
-    ``schedule``: of the learning rate; 'linear' falls to zero.
+    ``schedule``: of the learning rate; 'linear' falls to zero. ``collate`` makes a batch of some examples.
     """
     examples, settings = task.pooled, task.config.fine_tune
     epochs = _Epochs(list(task.batches(examples, task.epochs, seed)))
@@ -114,7 +124,7 @@ def train(model: Any, task: Task, seed: int, schedule: Literal["constant", "line
             use_cpu=task.config.model.device == "cpu",
             seed=seed,
         )
-        trainer = _Trainer(model, arguments, examples, epochs)
+        trainer = _Trainer(model, arguments, examples, epochs, collate)
         scores = _Scores(task.test)
         trainer.add_callback(scores)
         trainer.remove_callback(PrinterCallback)  # it would print into whatever shows progress

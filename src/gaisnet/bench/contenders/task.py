@@ -159,6 +159,17 @@ def padded(examples: Sequence[Tokens]) -> dict[str, Tensor]:
     }
 
 
+def answered(examples: Sequence[Tokens]) -> dict[str, Any]:
+    """The same batch, of which a model makes logits from the first answer on only: a vocabulary is long.
+
+    Labels [B, K] then are those of the last K positions, of which the first is nobody's.
+    """
+    batch: dict[str, Any] = dict(padded(examples))
+    labels_BT = batch["labels"]
+    num_last = labels_BT.shape[1] - int((labels_BT != _IGNORED).any(0).nonzero()[0]) + 1
+    return {**batch, "labels": labels_BT[:, -num_last:], "logits_to_keep": num_last}
+
+
 @torch.no_grad()
 def accuracy(model: Any, examples: Sequence[Tokens]) -> float:
     """Share of examples whose every label is the likeliest token, given the ones before; nan for no examples."""
@@ -166,11 +177,10 @@ def accuracy(model: Any, examples: Sequence[Tokens]) -> float:
         return math.nan
     right, device = 0, next(model.parameters()).device
     for batch in by_length([len(t.input_ids) for t in examples], _SCORED):
-        inputs = {name: tensor.to(device) for name, tensor in padded([examples[i] for i in batch]).items()}
-        labels_BT = inputs.pop("labels")
-        num_last = labels_BT.shape[1] - int((labels_BT != _IGNORED).any(0).nonzero()[0])  # from the first label on
-        logits_BTV = model(**inputs, logits_to_keep=num_last + 1).logits  # a vocabulary is long
-        labels_BT = labels_BT[:, -num_last:]
-        hits_BT = (logits_BTV[:, :-1].argmax(-1) == labels_BT) | (labels_BT == _IGNORED)
-        right += int(hits_BT.all(1).sum())
+        inputs = answered([examples[i] for i in batch])
+        labels_BK = inputs.pop("labels")[:, 1:].to(device)
+        placed = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
+        logits_BKV = model(**placed).logits[:, :-1]
+        hits_BK = (logits_BKV.argmax(-1) == labels_BK) | (labels_BK == _IGNORED)
+        right += int(hits_BK.all(1).sum())
     return right / len(examples)
