@@ -65,10 +65,10 @@ class Intake:
 
     def merge(self, reach: Reach) -> Verdict | None:
         """Make one adapter of all in place; of several ways the one that devices say is best. None if there is none."""
-        ways, kept = self._model.merges(), self._in_place(MERGED)
-        self._of_merged = None
+        ways, self._of_merged = self._model.merges(), None
         if len(ways) < 2:
             return next((self._model.let_in(MERGED, tensors) for tensors in ways.values()), None)
+        kept = self._in_place(MERGED)
         verdicts, plugged, reports = dict[str, Verdict](), dict[str, _InPlace](), dict[str, Reports]()
         for way, tensors in ways.items():
             verdicts[way] = self._model.let_in(MERGED, tensors)
