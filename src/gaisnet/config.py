@@ -207,8 +207,8 @@ class AbsorbSettings(Settings):
     max_fall: float = Field(
         0.02,
         ge=0.0,
-        description="In accuracy on them, an adapter may not do worse than the one in place by more than this and two "
-        "standard errors.",
+        description="In accuracy on them, a domain's adapter may not do worse than the one before by more than this "
+        "and two standard errors.",
     )
     merge: MergeSettings = MergeSettings()
     last_mile: LastMileSettings = LastMileSettings()
@@ -360,8 +360,8 @@ class DeviceSettings(Settings):
     activations_to: Literal["edge", "cloud"] = Field(
         "edge",
         description="How far its head's output on training examples may travel, and the gradients of what it is told "
-        "of them: with 'cloud' also there, for the last mile. On what it holds out or back, it travels there anyway, "
-        "for scores.",
+        "of them: with 'cloud' also there, for the last mile, if there is one. On what it holds out or back, it "
+        "travels there anyway, for scores.",
     )
     data: Path | None = Field(
         None,

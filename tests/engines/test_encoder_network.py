@@ -3,9 +3,9 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from gaisnet.messages import (
     BodyOutput,
     BodyOutputGrad,
     Evaluate,
+    EvaluationReport,
     FineTune,
     Install,
     Installed,
@@ -271,6 +272,37 @@ def test_products_of_adapters_may_be_averaged() -> None:
     for kind in KINDS:
         run = Run("vit", encoder_config(kind, cycles=1, fine_tune=tune)).go()
         assert all(run.scores[1].domain[d].loss_sum < run.scores[0].domain[d].loss_sum for d in CLASSES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("public", [True, False])
+def test_an_adapter_that_devices_do_worse_with_is_taken_out(kind: str, public: bool) -> None:
+    absorb = {"validation_share": 0.4, "max_fall": 0.0}
+    config = encoder_config(kind, cycles=1, wire=EXACT, absorb=absorb)
+    data = {name: mine.holding_back(0.4, name) for name, mine in encoder_data(config, "vit").items()}
+    run = Run("vit", config, data, PUBLIC["vit"] if public else ())
+    network, cloud = run.network, run.network.cloud
+    network.install()
+    updates = network.fine_tune()
+    before, retention = {d: cloud.adapter(d)[1] for d in CLASSES}, dict(cloud.retention)
+    asked: list[dict[str, str]] = []
+
+    class Say:
+        """What devices say: of one domain that all were right before, and none is any more."""
+
+        def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+            asked.append(dict(adapters))
+            found = network.reports(adapters)
+            right = {d: r.num_examples if len(asked) == 1 else 0 for d, r in found.items() if d == "shapes"}
+            return {d: replace(r, num_correct=right.get(d, r.num_correct)) for d, r in found.items()}
+
+    verdicts = {v.adapter: v for v in cloud.absorb(updates, 0, cast(Any, Say()))}
+    assert asked == [{d: d for d in CLASSES}] * 2
+    assert not verdicts["shapes"].accepted and "devices say 0 right of" in str(verdicts["shapes"])
+    assert all(torch.equal(tensor, before["shapes"][key]) for key, tensor in cloud.adapter("shapes")[1].items())
+    assert cloud.version("domain", "shapes") == 0 and cloud.retention.get("shapes") == retention.get("shapes")
+    for domain in CLASSES.keys() - {"shapes"}:
+        assert cloud.version("domain", domain) == int(verdicts[domain].accepted)
 
 
 def test_an_edge_without_data_starts_with_what_another_has_learned() -> None:

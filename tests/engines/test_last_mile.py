@@ -368,26 +368,100 @@ def test_what_different_devices_say_decides_nothing() -> None:
     rights = iter((9, 9, 1, 1, 3, 3, 8, 8))
     verdicts = tiers.cloud.absorb(updates_of(tiers), 0, Coming(tiers, lambda domain, plugged: (next(rights), 1.0)))
     assert all(verdict.accepted for verdict in verdicts)
-    assert "1 right of 12 of what they hold back, which were 11 a moment before, so nothing follows" in str(verdicts[0])
+    assert "1 right of 12 of what they hold back, 9 of 11 with the one before, but of other examples" in str(
+        verdicts[0]
+    )
     whole, _ = merged_with(config_of(absorb={"merge": {"method": "sum"}}))
     assert same(tiers.cloud.adapter(MERGED)[1], whole.cloud.adapter(MERGED)[1])  # the first that is named
 
 
-def test_a_way_to_merge_that_the_gate_refuses_is_not_taken_however_good() -> None:
-    def of(domain: str, plugged: AdapterTensors) -> tuple[int, float]:
-        return 5, 1.0
+def strong(tiers: Tiers) -> None:
+    """Domains' adapters that cost general ability, put in past the gate."""
+    for domain, update in updates_of(tiers, seed=9).items():
+        tiers.cloud._model.put(domain, {key: 3.0 * tensor for key, tensor in update.tensors.items()})
 
-    costs = {}
+
+def test_a_way_to_merge_that_the_gate_refuses_is_not_taken_however_good() -> None:
+    made, costs = {}, {}
     for way in ("sum", "ties"):
-        tiers, _ = merged_with(config_of(absorb={"merge": {"method": way, "weight": 3.0 if way == "sum" else 0.1}}))
-        costs[way] = tiers.cloud.retention[MERGED]
-    assert costs["sum"] != costs["ties"]
-    strict = {"validation_share": 0.2, "max_retention_increase": 0.0, "least_share": 1.0}
-    tiers = tiers_of(config_of(absorb={**strict, "merge": {"method": ["sum", "ties"]}}))
-    start = tiers.cloud.adapter(MERGED)[1]
-    verdict = tiers.cloud.absorb(updates_of(tiers), 0, Reports(tiers, of))[-1]
-    kept = same(tiers.cloud.adapter(MERGED)[1], start)
-    assert kept is not verdict.accepted
+        tiers = tiers_of(config_of(absorb={"merge": {"method": way}}))
+        strong(tiers)
+        tiers.cloud.absorb({}, 0, tiers.network)
+        model = tiers.cloud._model
+        assert isinstance(model, WritingModel)
+        made[way] = tiers.cloud.adapter(MERGED)[1]
+        costs[way] = tiers.cloud.retention[MERGED] / model.perplexity_before - 1.0
+    cheap, dear = sorted(costs, key=lambda way: costs[way])
+    limit = (costs[cheap] + costs[dear]) / 2
+    assert 0.0 < costs[cheap] < limit < costs[dear]
+
+    def of(domain: str, plugged: AdapterTensors) -> tuple[int, float]:
+        return (9 if same(plugged, made[dear]) else 1), 1.0
+
+    for ways in (["sum", "ties"], ["ties", "sum"]):
+        strict = {"validation_share": 0.2, "max_retention_increase": limit, "least_share": 1.0}
+        tiers = tiers_of(config_of(absorb={**strict, "merge": {"method": ways}}))
+        strong(tiers)
+        reports = Reports(tiers, of)
+        (verdict,) = tiers.cloud.absorb({}, 0, reports)
+        assert verdict.accepted and f"by {dear}" not in str(verdict) and len(reports.asked) == 1
+        assert same(tiers.cloud.adapter(MERGED)[1], made[cheap])
+    tiers = tiers_of(
+        config_of(absorb={**strict, "max_retention_increase": costs[cheap] / 2, "merge": {"method": ways}})
+    )
+    start, retention = tiers.cloud.adapter(MERGED)[1], tiers.cloud.retention[MERGED]
+    strong(tiers)
+    reports = Reports(tiers, of)
+    (verdict,) = tiers.cloud.absorb({}, 0, reports)
+    assert not verdict.accepted and not reports.asked
+    assert same(tiers.cloud.adapter(MERGED)[1], start) and tiers.cloud.retention[MERGED] == retention
+
+
+def test_a_last_mile_that_other_devices_speak_of_stays() -> None:
+    absorb = {"validation_share": 0.2, "merge": {"method": "sum"}, "last_mile": {"epochs": 1}}
+    start = merged_with(config_of(absorb={"merge": {"method": "sum"}}))[0].cloud.adapter(MERGED)[1]
+    tiers = tiers_of(config_of(absorb=absorb))
+
+    class Leaving(Reports):
+        def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+            found = super().reports(adapters)
+            num = 20 - len(self.asked)
+            return {domain: EvaluationReport(num, one.num_correct, num, 1.0) for domain, one in found.items()}
+
+    def of(domain: str, plugged: AdapterTensors) -> tuple[int, float]:
+        return (9 if same(plugged, start) else 3), 1.0
+
+    verdict = tiers.cloud.absorb(updates_of(tiers), 0, Leaving(tiers, of))[-1]
+    assert verdict.accepted and "but of other examples, so nothing follows" in str(verdict)
+    assert not same(tiers.cloud.adapter(MERGED)[1], start)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4, 5])
+def test_if_devices_cannot_be_asked_nothing_is_left_half_tried(failing: int) -> None:
+    """Asked of the adapters before and after, of two ways to merge, and after the last mile."""
+    absorb = {"validation_share": 0.2, "merge": {"method": ["sum", "ties"]}, "last_mile": {"epochs": 1}}
+    tiers = tiers_of(config_of(absorb=absorb))
+    cloud, start = tiers.cloud, {name: tiers.cloud.adapter(name)[1] for name in tiers.cloud.adapters}
+    retention, updates = dict(cloud.retention), updates_of(tiers)
+
+    class Failing(Reports):
+        def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+            if len(self.asked) + 1 == failing:
+                raise LinkTimeout("the edge of 'tastes'", "it is away")
+            return super().reports(adapters)
+
+    with pytest.raises(LinkTimeout):
+        cloud.absorb(updates, 0, Failing(tiers, lambda domain, plugged: (5, 1.0)))
+    taken = failing > 2
+    for domain, update in updates.items():
+        assert same(cloud.adapter(domain)[1], update.tensors if taken else start[domain])
+        assert cloud.version("domain", domain) == (1 if taken else 0)
+        assert (cloud.retention[domain] == retention[domain]) is not taken
+    if failing < 5:
+        assert same(cloud.adapter(MERGED)[1], start[MERGED]) and cloud.retention[MERGED] == retention[MERGED]
+    else:
+        whole, _ = merged_with(config_of(absorb={"merge": {"method": "sum"}}))
+        assert same(cloud.adapter(MERGED)[1], whole.cloud.adapter(MERGED)[1])
 
 
 def test_of_several_ways_to_merge_devices_choose() -> None:
@@ -444,6 +518,21 @@ def test_devices_report_on_what_they_hold_back_and_no_example_travels() -> None:
     assert {m.split for m in rows} == {"validate"} and len(rows) == 6
 
 
+def test_one_device_whose_activations_the_cloud_does_not_take_is_scored_without() -> None:
+    tiers = tiers_of(config_of())
+    take = tiers.cloud.handle
+
+    def refuse_one(message: Message) -> Message:
+        if isinstance(message, SmashedData) and message.owner == "north-b":
+            raise WireFormatError("rows that it does not like")
+        return take(message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiers.cloud, "handle", refuse_one)
+        reports = tiers.network.evaluate().foundation
+    assert (reports["shapes"].num_examples, reports["tastes"].num_examples) == (6, 9)
+
+
 def test_training_examples_are_not_scored() -> None:
     tiers = tiers_of(config_of(("b", ""), {"last_mile": {"epochs": 1}}))
     asked = Evaluate("foundation", None, cast(Any, "train"))
@@ -451,7 +540,7 @@ def test_training_examples_are_not_scored() -> None:
         Codec(WireSettings()).decode(Codec(WireSettings()).encode(asked))
     frames = Frames()
     tiers = tiers_of(config_of(("b", ""), {"last_mile": {"epochs": 1}}), frames)
-    with pytest.raises(UnexpectedMessage, match="does not take a training example of 'north-a' here"):
+    with pytest.raises(UnexpectedMessage, match="edge 'north' does not take a Evaluate here"):
         tiers.edges["shapes"].handle(asked)
     assert not [m for kind, _, m in frames.messages() if kind == "edge_cloud" and isinstance(m, SmashedData)]
 
@@ -459,7 +548,7 @@ def test_training_examples_are_not_scored() -> None:
 def test_who_is_asked_must_have_held_something_back() -> None:
     config = config_of(absorb={"validation_share": 0.2})
     shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
-    with pytest.raises(DataError, match="device 'north-a': has no validate examples"):
+    with pytest.raises(DataError, match="device 'north-a': has no validate examples; call DeviceData.holding_back"):
         build_tiers(config, tiny_foundation(), shapes, tiny_data(config), PUBLIC_TEXT, silent, Frames, NoOutlets())
 
 

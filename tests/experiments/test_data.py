@@ -322,10 +322,29 @@ def test_what_is_held_back_is_nobodys_to_learn_from_and_spread_over_all(share: f
         assert Counter(mine.train) + Counter(mine.validate) == Counter(whole[name].train)
         assert mine.test == whole[name].test
         assert [each for each in whole[name].train if each in mine.validate] == list(mine.validate)
-        places = [whole[name].train.index(each) for each in mine.validate]
-        steps = [after - before for before, after in pairwise([-places[0] - 1, *places])]
-        assert max(steps) - min(steps) <= 2
+        num, places = len(whole[name].train), [whole[name].train.index(each) for each in mine.validate]
+        ends = [i * num // len(places) for i in range(len(places) + 1)]
+        assert all(first <= place < stop for place, (first, stop) in zip(places, pairwise(ends), strict=True))
         assert load_device(config, name) == mine
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_of_examples_in_turn_some_of_each_kind_are_held_back(share: float) -> None:
+    """Of every second one, or every fourth, all would be of one kind."""
+    every = tuple(Example(f"Is it {i}?", (" no", " yes")[i % 2]) for i in range(200))
+    found = DeviceData(every, every[:1]).holding_back(share, "ward-1")
+    kinds = Counter(example.completion for example in found.validate)
+    assert min(kinds.values()) > 0.2 * len(found.validate)
+
+
+def test_a_draw_leaves_each_device_one_to_learn_from_and_one_to_hold_back() -> None:
+    for seed in range(8):
+        raw = config_of("licences", num_devices=4, seed=seed, train_examples=40, test_examples=12).model_dump(
+            mode="json"
+        )
+        raw["absorb"]["validation_share"] = 0.1
+        for mine in load_domains(parse_config(raw))["licences"].devices.values():
+            assert mine.train and mine.validate
 
 
 def test_of_folders_too_a_device_holds_some_back(tmp_path: Path) -> None:

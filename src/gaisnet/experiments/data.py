@@ -112,12 +112,13 @@ def _deal(drawn: Drawn, edge: EdgeSettings, config: Config) -> DomainData:
     def parts(examples: Sequence[Example], draw: int) -> list[list[Example]]:
         return partition(examples, _completion, len(names), alpha, np.random.default_rng([seed, draw]))
 
+    least = 2 if config.absorb.validation_share else 1  # one may be held back
     for draw in range(MAX_DRAWS):
         train, test = parts(drawn.train, draw), parts(drawn.test, draw)
-        if all(test) and (all(train) or not drawn.train):
+        if all(test) and (min(map(len, train)) >= least or not drawn.train):
             break
     else:
-        unlucky = next(i for i in range(len(names)) if drawn.train and not train[i] or not test[i])
+        unlucky = next(i for i in range(len(names)) if drawn.train and len(train[i]) < least or not test[i])
         raise DataError(
             f"device '{names[unlucky]}' of domain '{edge.domain}', with data.dirichlet_alpha {alpha}",
             f"got {len(train[unlucky])} training and {len(test[unlucky])} held-out examples in the last of {MAX_DRAWS} "

@@ -98,9 +98,8 @@ class Device:
         holds_back = learns and config.absorb.validation_share > 0.0
         for split, needed in (("train", learns), ("test", True), ("validate", holds_back)):
             if needed and not getattr(data, split):
-                raise DataError(
-                    f"device '{self.name}'", f"has no {split} examples", "give it some, or remove the device"
-                )
+                do = "call DeviceData.holding_back" if split == "validate" else "give it some, or remove the device"
+                raise DataError(f"device '{self.name}'", f"has no {split} examples", do)
         self._own = self._read(data)
         self._parts: Parts | None = None
         self._domain: DomainModel | None = None

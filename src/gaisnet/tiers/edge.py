@@ -8,7 +8,7 @@ import torch
 
 from gaisnet.checkpoint import NoShelf, Shelf
 from gaisnet.config import Config, EdgeSettings
-from gaisnet.errors import GaisnetError, UnexpectedMessage, WireFormatError
+from gaisnet.errors import GaisnetError, LinkError, UnexpectedMessage, WireFormatError
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
@@ -110,12 +110,13 @@ class Edge:
                 return self._take(message)
             case FineTune():
                 return self._fine_tune(message)
-            case Evaluate(body="domain", split=split):
-                return self._evaluate(lambda devices: self._domain_outputs(devices, split), split)
-            case Evaluate(body="foundation", split=split):
-                return self._evaluate(lambda devices: self._foundation_outputs(devices, message.adapter, split), split)
+            case Evaluate(body="domain", split="validate" | "test"):
+                return self._evaluate(lambda name: self._domain_output(name, message.split), message.split)
+            case Evaluate(body="foundation", split="validate" | "test"):
+                return self._evaluate(lambda name: self._foundation_output(name, message), message.split)
             case EvaluateGuest():
-                return self._evaluate(lambda devices: self._guest_outputs(devices, message), "test")
+                with self._model().guest(message.relay, message.domain):
+                    return self._evaluate(self._guest_output, "test")
             case ShareRequest():
                 return self._share()
             case LabelRequest():
@@ -225,12 +226,14 @@ class Edge:
 
     # -- scoring -------------------------------------------------------------------------------------------------------
 
-    def _evaluate(
-        self, outputs_for: Callable[[Sequence[str]], dict[str, BodyOutput]], split: Scored
-    ) -> EvaluationReport:
+    def _evaluate(self, output_of: Callable[[str], BodyOutput], split: Scored) -> EvaluationReport:
         """Counts and sums of all devices that can be had. Raises what the last one failed with if there is none."""
-        failed = self._had(self._names, split)
-        outputs = outputs_for([name for name in self._names if name not in failed])
+        failed, outputs = self._had(self._names, split), dict[str, BodyOutput]()
+        for name in (name for name in self._names if name not in failed):
+            try:
+                outputs[name] = output_of(name)
+            except LinkError as error:  # of the cloud: others' may pass
+                failed[name] = error
         outcomes = self._cluster.ask(outputs, EvaluationReport, self._config.faults.round_deadline_s)
         reports = []
         for name, report in outcomes.items():
@@ -253,34 +256,29 @@ class Edge:
         failed = self._cluster.gather(names)
         return failed | self._smashed.fetch([name for name in names if name not in failed], split)
 
-    def _domain_outputs(self, devices: Sequence[str], split: Split) -> dict[str, BodyOutput]:
-        inputs = {name: self._smashed.inputs(self._model(), name, split) for name in devices}
-        return {name: self._domain_output(mine, split) for name, mine in inputs.items()}
+    def _domain_output(self, name: str, split: Scored) -> BodyOutput:
+        return self._output(self._smashed.inputs(self._model(), name, split), split)
 
-    def _guest_outputs(self, devices: Sequence[str], guest: EvaluateGuest) -> dict[str, BodyOutput]:
-        """With another domain's model; nothing of it is kept."""
+    def _guest_output(self, name: str) -> BodyOutput:
+        """While the model is another domain's; nothing of it is kept."""
         domain = self._model()
-        with domain.guest(guest.relay, guest.domain):
-            raw = {name: Activations.of(self._smashed.raw(name, "test"), *domain.placement()) for name in devices}
-            return {name: self._domain_output(domain.prefix(inputs), "test") for name, inputs in raw.items()}
+        inputs = Activations.of(self._smashed.raw(name, "test"), *domain.placement())
+        return self._output(domain.prefix(inputs), "test")
 
-    def _domain_output(self, inputs: Activations, split: Split) -> BodyOutput:
+    def _output(self, inputs: Activations, split: Scored) -> BodyOutput:
         rows_ND = self._model().output_rows(inputs)
         return BodyOutput(split, 0, sum(inputs.num_labels), torch.arange(len(inputs), dtype=torch.int32), rows_ND)
 
-    def _foundation_outputs(self, devices: Sequence[str], adapter: str | None, split: Scored) -> dict[str, BodyOutput]:
-        self._send_up(devices, split)
-        return {name: self._ask_cloud(BodyRequest(name, adapter, split), BodyOutput) for name in devices}
+    def _foundation_output(self, name: str, order: Evaluate) -> BodyOutput:
+        self._send_up(name, order.split)
+        return self._ask_cloud(BodyRequest(name, order.adapter, order.split), BodyOutput)
 
-    def _send_up(self, devices: Sequence[str], split: Split) -> None:
-        """Smashed data goes to the cloud, once in its life. Raises ``UnexpectedMessage`` where it must stay here."""
-        for name in devices:
-            if split == "train" and name not in self._settings.travelling:
-                raise UnexpectedMessage(f"the cloud, from edge '{self.name}',", f"training example of '{name}'")
-            life = self._cloud.peer
-            if self._cloud_has.get((name, split)) != life:
-                self._ask_cloud(self._smashed.raw(name, split), Done)
-                self._cloud_has[name, split] = life
+    def _send_up(self, name: str, split: Split) -> None:
+        """Smashed data goes to the cloud, once in its life."""
+        life = self._cloud.peer
+        if self._cloud_has.get((name, split)) != life:
+            self._ask_cloud(self._smashed.raw(name, split), Done)
+            self._cloud_has[name, split] = life
 
     def _check_report(self, name: str, report: EvaluationReport, split: Split) -> None:
         """A device counts its own examples; how many there are, the edge knows."""
@@ -297,8 +295,8 @@ class Edge:
         for name in self._settings.travelling:
             try:
                 if name not in failed:
-                    self._send_up([name], "train")
-            except GaisnetError as error:
+                    self._send_up(name, "train")
+            except LinkError as error:
                 failed[name] = error
         for name, reason in failed.items():
             _log.warning("edge '%s' shares nothing of %s with the cloud: %s", self.name, name, reason)

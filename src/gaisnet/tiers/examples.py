@@ -1,5 +1,6 @@
 """A device's private examples, and how they become token ids."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -50,7 +51,8 @@ class DeviceData(Generic[E]):
     def holding_back(self, share: float, owner: str) -> "DeviceData[E]":
         """The same with a share of what there is to learn from held back, one at least unless the share is 0.
 
-        They are spread evenly, for files are often in order. Raises ``DataError`` where nothing would be left.
+        One is drawn out of each stretch of as many: files are often in order, or in turn. At every site it is the same
+        one. Raises ``DataError`` where nothing would be left.
         """
         num_train = len(self.train)
         if not share or not num_train:
@@ -58,8 +60,8 @@ class DeviceData(Generic[E]):
         if num_train == 1:
             found = "has one training example, which cannot be both learned from and held back"
             raise DataError(f"device '{owner}'", found, "give it more, or set absorb.validation_share to 0")
-        num = max(1, round(share * num_train))
-        back = {(2 * i + 1) * num_train // (2 * num) for i in range(num)}
+        num, draw = max(1, round(share * num_train)), random.Random(owner)
+        back = {draw.randrange(i * num_train // num, (i + 1) * num_train // num) for i in range(num)}
         train = tuple(each for i, each in enumerate(self.train) if i not in back)
         return DeviceData(train, self.test, tuple(self.train[i] for i in sorted(back)))
 

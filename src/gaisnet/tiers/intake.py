@@ -5,7 +5,8 @@ it is plugged in, and in the last mile they give gradients for rows of their tra
 split learning. What does not stay leaves everything as it was.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from gaisnet.adapters.state import AdapterTensors
@@ -18,6 +19,7 @@ from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.reach import Reach
 from gaisnet.tiers.split_step import Member
 
+_OTHERS = "but of other examples, so nothing follows"
 Reports = Mapping[str, EvaluationReport]
 """By domain."""
 
@@ -51,16 +53,16 @@ class Intake:
         """Plug domains' adapters in where the gate lets them, and take those out that their devices do worse with."""
         own = {domain: domain for domain in adapters}
         before = reach.reports(own) if self._asks and own else {}
-        kept = {domain: self._in_place(domain) for domain in adapters}
-        verdicts = {domain: self._model.let_in(domain, tensors) for domain, tensors in adapters.items()}
-        taken = {domain: domain for domain, verdict in verdicts.items() if verdict.accepted}
-        after = reach.reports(taken) if self._asks and taken else {}
-        for domain, report in after.items():
-            devices_say = _compared(before[domain], report)
-            verdicts[domain] = replace(verdicts[domain], reported=devices_say)
-            if fell(before[domain], report, self._config.absorb.max_fall):
-                self._put_back(domain, kept[domain])
-                verdicts[domain] = refused(domain, devices_say)
+        with self._or_as_before(*adapters) as kept:
+            verdicts = {domain: self._model.let_in(domain, tensors) for domain, tensors in adapters.items()}
+            taken = {domain: domain for domain, verdict in verdicts.items() if verdict.accepted}
+            after = reach.reports(taken) if self._asks and taken else {}
+            for domain, report in after.items():
+                devices_say = _compared(before[domain], report)
+                verdicts[domain] = replace(verdicts[domain], reported=devices_say)
+                if fell(before[domain], report, self._config.absorb.max_fall):
+                    self._put_back(domain, kept[domain])
+                    verdicts[domain] = refused(domain, devices_say)
         return list(verdicts.values())
 
     def merge(self, reach: Reach) -> Verdict | None:
@@ -68,20 +70,23 @@ class Intake:
         ways, self._of_merged = self._model.merges(), None
         if len(ways) < 2:
             return next((self._model.let_in(MERGED, tensors) for tensors in ways.values()), None)
-        kept = self._in_place(MERGED)
         verdicts, plugged, reports = dict[str, Verdict](), dict[str, _InPlace](), dict[str, Reports]()
-        for way, tensors in ways.items():
-            verdicts[way] = self._model.let_in(MERGED, tensors)
-            if verdicts[way].accepted:
-                plugged[way], reports[way] = self._in_place(MERGED), reach.reports(self._everywhere)
-                self._put_back(MERGED, kept)
+        with self._or_as_before(MERGED) as kept:
+            for way, tensors in ways.items():
+                verdicts[way] = self._model.let_in(MERGED, tensors)
+                if verdicts[way].accepted:
+                    plugged[way], reports[way] = self._in_place(MERGED), reach.reports(self._everywhere)
+                    self._put_back(MERGED, kept[MERGED])
         if not plugged:
             return next(iter(verdicts.values()))
-        best = _best(reports)
+        best = max(reports, key=lambda way: standing(reports[way].values()))
+        if not _alike(*reports.values()):
+            best = next(iter(reports))
         self._put_back(MERGED, plugged[best])
         self._of_merged = reports[best]
         found = ", ".join(f"{_right_of_all(said)} by {way}" for way, said in reports.items())
-        return replace(verdicts[best], reported=f"devices say, of what they hold back, {found}")
+        said = f"devices say, of what they hold back, {found}{_unless(reports.values())}"
+        return replace(verdicts[best], reported=said)
 
     def last_mile(self, members: Sequence[Member], cycle: int, reach: Reach) -> Verdict:
         """The merged adapter learns on the FM itself; it stays as it was where devices do worse with it after that.
@@ -90,13 +95,14 @@ class Intake:
         """
         if not members:
             return refused(MERGED, "no device for the last mile could be had")
-        kept = self._in_place(MERGED)
         without = (self._of_merged or reach.reports(self._everywhere)) if self._asks else {}
-        try:
-            learned = self._learned(members, cycle, reach)
-            tensors = self._model.adapter(MERGED)
-        finally:
-            self._model.put(MERGED, kept.tensors)
+        with self._or_as_before(MERGED) as kept:
+            return self._judged(members, cycle, reach, without, kept[MERGED])
+
+    def _judged(self, members: Sequence[Member], cycle: int, reach: Reach, without: Reports, kept: _InPlace) -> Verdict:
+        learned = self._learned(members, cycle, reach)
+        tensors = self._model.adapter(MERGED)
+        self._put_back(MERGED, kept)
         left = "".join(f", without {name}: {error}" for name, error in learned.left.items())
         if not learned.num_examples:
             return refused(MERGED, f"the last mile has nobody left{left}")
@@ -105,13 +111,11 @@ class Intake:
         if not verdict.accepted or not self._asks:
             return verdict
         with_it = reach.reports(self._everywhere)
-        devices_say = (
-            f"devices say {_right_of_all(with_it)} of what they hold back, {_right_of_all(without)} without it"
-        )
-        if _best({"without": without, "with it": with_it}) == "without":
+        said = f"devices say {_right_of_all(with_it)} of what they hold back, {_right_of_all(without)} without it"
+        if _alike(without, with_it) and standing(with_it.values()) < standing(without.values()):
             self._put_back(MERGED, kept)
-            return replace(refused(MERGED, devices_say), made=made)
-        return replace(verdict, reported=devices_say)
+            return replace(refused(MERGED, said), made=made)
+        return replace(verdict, reported=said + _unless([without, with_it]))
 
     def _learned(self, members: Sequence[Member], cycle: int, reach: Reach) -> Learned:
         last_mile = self._config.absorb.last_mile
@@ -119,6 +123,17 @@ class Intake:
         settings = self._config.fine_tune.model_copy(update=learns).in_cycle(cycle)
         seed, where = self._config.seed_for("last mile", cycle), f"the last mile of cycle {cycle}"
         return self._model.learn(members, reach.labels, settings, seed, where, self._note)
+
+    @contextmanager
+    def _or_as_before(self, *names: str) -> Iterator[Mapping[str, _InPlace]]:
+        """Inside, adapters may be tried: what is in place now, by name. After an error it is so again."""
+        kept = {name: self._in_place(name) for name in names}
+        try:
+            yield kept
+        except BaseException:
+            for name, before in kept.items():
+                self._put_back(name, before)
+            raise
 
     def _in_place(self, name: str) -> _InPlace:
         return _InPlace(self._model.adapter(name), self._model.retention.get(name))
@@ -132,17 +147,20 @@ class Intake:
         self._progress("last_mile", done, total, {f"last_mile_{name}": value for name, value in figures.items()})
 
 
-def _best(reports: Mapping[str, Reports]) -> str:
-    """Where devices do best; the first where they are equal, or where not all were asked on the same examples."""
+def _alike(*reports: Reports) -> bool:
+    """Whether all are of the same examples."""
     first, *others = reports
-    alike = all(comparable(reports[first][d], reports[o][d]) for o in others for d in reports[first])
-    return max(reports, key=lambda name: standing(reports[name].values())) if alike else first
+    return all(comparable(first[domain], other[domain]) for other in others for domain in first)
+
+
+def _unless(reports: Iterable[Reports]) -> str:
+    return "" if _alike(*reports) else f", {_OTHERS}"
 
 
 def _compared(before: EvaluationReport, after: EvaluationReport) -> str:
     said = f"devices say {after.num_correct} right of {after.num_examples} of what they hold back"
     if not comparable(before, after):
-        return f"{said}, which were {before.num_examples} a moment before, so nothing follows"
+        return f"{said}, {before.num_correct} of {before.num_examples} with the one before, {_OTHERS}"
     return f"{said}, {before.num_correct} with the one before"
 
 

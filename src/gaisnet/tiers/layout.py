@@ -63,6 +63,9 @@ class Layout:
                 f"is {config.fine_tune.anchor_weight:g}, but the model is an encoder, which writes no text to hold to"
             )
             raise ConfigError("fine_tune.anchor_weight", found, "set it to 0")
+        if len(config.absorb.merge.ways) > 1:
+            found = f"are {', '.join(config.absorb.merge.ways)}, but the model is an encoder, which merges no adapters"
+            raise ConfigError("absorb.merge.method", found, "leave it out")
         if config.absorb.last_mile.epochs:
             found = f"is {config.absorb.last_mile.epochs}, but the model is an encoder, which has no merged adapter"
             raise ConfigError("absorb.last_mile.epochs", found, "set it to 0")

@@ -46,9 +46,10 @@ class PluggedBody(LearningBody):
 
         Raises ``UnexpectedMessage`` while an adapter learns: it would no longer act.
         """
-        if self._is_learning:
-            raise UnexpectedMessage("the foundation model, on which an adapter learns,", "request to run with another")
         with self._turn.learning():
+            if self._is_learning:
+                asked = "request to run with another"
+                raise UnexpectedMessage("the foundation model, on which an adapter learns,", asked)
             activate(self._body, () if name is None else (name,))
             try:
                 yield
