@@ -377,3 +377,9 @@ class TestLoad:
         first, second = load_config(path).edges[0].devices
         assert (first.name, second.name) == ("first", "second")
         assert second.head_layers == 3
+
+
+def test_no_step_goes_beyond_an_average_of_products(raw: dict[str, Any]) -> None:
+    raw["fine_tune"] = {"average": "products", "server_learning_rate": 1.5}
+    with pytest.raises(ConfigError, match="server_learning_rate goes beyond an average of factors"):
+        parse_config(raw)

@@ -122,6 +122,13 @@ class FineTuneSettings(Settings):
         description="Of what the split cohort and local devices learned, what is averaged: the adapters' factors, or "
         "their products, cut back to the rank of one.",
     )
+    server_learning_rate: float = Field(
+        1.0,
+        gt=0.0,
+        le=2.0,
+        description="How far an edge goes from where a round began toward the average of factors, above 1 beyond it "
+        "(arXiv 2003.00295): parties learn side by side, so their average has come less far than one cohort would.",
+    )
     batch_size: int = Field(16, ge=1, description="Examples per step, drawn across the devices of a cluster.")
     learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW.")
     cycle_decay: float = Field(1.0, gt=0.0, le=1.0, description="Factor on it from every cycle to the next.")
@@ -135,6 +142,12 @@ class FineTuneSettings(Settings):
     anchor_every: int = Field(
         4, ge=1, description="One step in so many pulls, and that much harder: its rows are computed beside the step's."
     )
+
+    @model_validator(mode="after")
+    def _check_average(self) -> Self:
+        if self.average == "products" and self.server_learning_rate != 1.0:
+            raise ValueError("server_learning_rate goes beyond an average of factors; of products leave it at 1")
+        return self
 
     def in_cycle(self, cycle: int) -> Self:
         """The same with the learning rate of a cycle, counted from 0."""

@@ -545,12 +545,18 @@ def learned_alone(
     return cohort.domain.domain_adapter(), learned
 
 
+def with_rate(config: Config, rate: float) -> Config:
+    tune = config.fine_tune.model_copy(update={"server_learning_rate": rate})
+    return config.model_copy(update={"fine_tune": tune})
+
+
 @pytest.mark.parametrize("names", [("split-a", "split-b", "local-a", "local-b"), ("local-a", "split-a")])
 @pytest.mark.parametrize("edge_rounds", [1, 2])
+@pytest.mark.parametrize("rate", [1.0, 1.5])
 def test_local_devices_and_the_split_cohort_are_averaged_by_their_examples(
-    names: tuple[str, ...], edge_rounds: int
+    names: tuple[str, ...], edge_rounds: int, rate: float
 ) -> None:
-    config = hybrid_config(names, edge_rounds)
+    config = with_rate(hybrid_config(names, edge_rounds), rate)
     edge, adapter = hybrid_edge(config)
     update = fine_tuned(edge, cycle=4)
     groups = [(n,) for n in names if n.startswith("local")] + [tuple(n for n in names if n.startswith("split"))]
@@ -562,10 +568,11 @@ def test_local_devices_and_the_split_cohort_are_averaged_by_their_examples(
             for owner in [group[0] if group[0].startswith("local") else "edge"]
         ]
         num_examples = sum(one.num_examples for _, one in learned)
-        adapter = {
+        average = {
             key: sum((tensors[key] * (one.num_examples / num_examples) for tensors, one in learned), torch.tensor(0.0))
             for key in adapter
         }
+        adapter = {key: tensor + rate * (average[key] - tensor) for key, tensor in adapter.items()}
     assert_same(update.tensors, adapter, 1e-4)
     assert (update.version, update.base) == (5, 3)
     assert update.num_examples == sum(len(PRIVATE[name]) for name in names)
@@ -580,8 +587,9 @@ def test_all_steps_of_all_rounds_are_counted() -> None:
 
 
 @pytest.mark.parametrize("names", [("local-a",), ("split-a",)])
-def test_one_party_alone_is_not_averaged(names: tuple[str, ...]) -> None:
-    config = hybrid_config(names)
+@pytest.mark.parametrize("rate", [1.0, 1.5])
+def test_one_party_alone_is_not_averaged(names: tuple[str, ...], rate: float) -> None:
+    config = with_rate(hybrid_config(names), rate)
     edge, start = hybrid_edge(config)
     owner = names[0] if names[0].startswith("local") else "edge"
     expected, _ = learned_alone(config, names, start, config.seed_for("fine_tune", owner, 0, 0))

@@ -13,7 +13,7 @@ from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import GaisnetError, StaleAdapter, TooFewDevices, WireFormatError
 from gaisnet.messages import AdapterRelease, AdapterUpdate, BodyOutput, BodyOutputGrad, FineTune
 from gaisnet.progress import Progress
-from gaisnet.relay.fedavg import average_products, fedavg
+from gaisnet.relay.fedavg import average_products, fedavg, stepped
 from gaisnet.tiers.cluster import Asked, Cluster
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.holding import Rounds
@@ -60,8 +60,7 @@ class HybridLearning:
                 raise next(iter(failed.values()))
             reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
             raise TooFewDevices(self._edge, self._config.faults.min_devices, len(took_part), reasons)
-        average = fedavg if self._config.fine_tune.average == "factors" else average_products
-        domain.put_domain_adapter(average([(tensors, learned.num_examples) for learned, tensors in parts]))
+        domain.put_domain_adapter(self._averaged(parts, start))
         num_examples = sum(learned.num_examples for learned, _ in parts)
         where = f"cycle {rounds.cycle}, edge round {rounds.done}"
         return replace(
@@ -72,6 +71,12 @@ class HybridLearning:
             loss=sum(learned.loss * learned.num_examples for learned, _ in parts) / num_examples,
             faults=(*rounds.faults, *(f"{where}: without {name}: {error}" for name, error in failed.items())),
         )
+
+    def _averaged(self, parts: Sequence[Part], start: AdapterRelease) -> AdapterTensors:
+        settings = self._config.fine_tune
+        average = fedavg if settings.average == "factors" else average_products
+        found = average([(tensors, learned.num_examples) for learned, tensors in parts])
+        return stepped(start.tensors, found, settings.server_learning_rate) if len(parts) > 1 else found
 
     def _learn_split(self, domain: DomainModel, rounds: Rounds, failed: dict[str, GaisnetError]) -> list[Part]:
         """The split cohort learns in this process; those that fail are added to ``failed``."""
