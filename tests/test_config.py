@@ -10,9 +10,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gaisnet import config as config_module
-from gaisnet.config import Config, DeviceSettings, Settings
+from gaisnet.config import Config, DeviceSettings
 from gaisnet.config_file import load_config, parse_config
 from gaisnet.errors import ConfigError, GaisnetError, UnknownKey
+from gaisnet.learning_settings import Settings
 from gaisnet.overrides import with_overrides
 
 RAW: dict[str, Any] = {

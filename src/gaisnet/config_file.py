@@ -11,8 +11,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from gaisnet.config import Config, DeviceSettings, Settings
+from gaisnet.config import Config, DeviceSettings
 from gaisnet.errors import ConfigError, UnknownKey
+from gaisnet.learning_settings import Settings
 from gaisnet.overrides import found_in, load_yaml, most_telling, with_overrides
 
 

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from gaisnet.adapters.arithmetic import side_by_side
 from gaisnet.adapters.state import AdapterTensors, save_adapter
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.config import Config, DevicePrecision, FaultSettings, ModelSettings
+from gaisnet.config import Config, DevicePrecision, FaultSettings
 from gaisnet.engines.local import build_network
 from gaisnet.errors import AdapterMismatch, CutError, DataError, UnexpectedMessage
+from gaisnet.learning_settings import ModelSettings
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,

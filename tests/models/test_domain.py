@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gaisnet.config import DomainSettings
 from gaisnet.errors import CutError
+from gaisnet.learning_settings import DomainSettings
 from gaisnet.models.domain import (
     Middle,
     Recipe,

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gaisnet.config import ModelSettings
 from gaisnet.errors import MissingPackage, ModelError
+from gaisnet.learning_settings import ModelSettings
 from gaisnet.models.families import ENCODERS
 from gaisnet.models.foundation import DEFAULT_MODEL, Foundation, load_foundation
 from tests.tiny import (

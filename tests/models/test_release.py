@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaisnet.config import DevicePrecision, ModelSettings, WireSettings
+from gaisnet.config import DevicePrecision, WireSettings
 from gaisnet.errors import ModelError
+from gaisnet.learning_settings import ModelSettings
 from gaisnet.messages import ModelRelease
 from gaisnet.models.domain import Middle, Recipe, make_domain_body
 from gaisnet.models.families import LLAMA_SHAPED, Decoder

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel, ViTModel
 
-from gaisnet.config import DevicePrecision, DomainSettings, WireSettings
+from gaisnet.config import DevicePrecision, WireSettings
 from gaisnet.errors import ModelError
+from gaisnet.learning_settings import DomainSettings
 from gaisnet.messages import ModelRelease
 from gaisnet.models.domain import Middle, Recipe, choose_recipe, make_domain_body
 from gaisnet.models.encoders import EncoderBody, EncoderHead, cut_encoder, first_rows

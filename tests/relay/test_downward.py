@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
-from gaisnet.config import RelaySettings
 from gaisnet.errors import NotFinite
+from gaisnet.learning_settings import RelaySettings
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from gaisnet.models.ragged import Ragged

@@ -7,7 +7,7 @@ from torch import Tensor
 from gaisnet.adapters.arithmetic import side_by_side
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
-from gaisnet.config import MergeSettings
+from gaisnet.learning_settings import MergeSettings
 from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged
 from gaisnet.relay.merging import by_regression, filtered

@@ -10,8 +10,9 @@ from typing import Final, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from gaisnet.config import Config, DeviceSettings, EdgeSettings, Settings
+from gaisnet.config import Config, DeviceSettings, EdgeSettings
 from gaisnet.errors import KitUnreadable
+from gaisnet.learning_settings import Settings
 from gaisnet.transport.grpc import Certificates
 
 SITE_FILE = "site.yaml"

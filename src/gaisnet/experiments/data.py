@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gaisnet.config import AbsorbSettings, Config, EdgeSettings
+from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import DataError
 from gaisnet.experiments.domains import BUILT_IN, Drawn, domain_seed, draw_builtin
 from gaisnet.experiments.jsonl import read_examples, read_inputs
+from gaisnet.learning_settings import AbsorbSettings
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.examples import DeviceData, Example, Input, Labelled
 

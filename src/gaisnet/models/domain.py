@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gaisnet.config import DomainSettings
 from gaisnet.errors import CutError
+from gaisnet.learning_settings import DomainSettings
 from gaisnet.models.encoders import EncoderBody
 from gaisnet.models.families import Decoder, Encoder
 from gaisnet.models.int8 import input_peaks, to_int8

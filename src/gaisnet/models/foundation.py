@@ -27,8 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gaisnet.config import ModelSettings
 from gaisnet.errors import MissingPackage, ModelError
+from gaisnet.learning_settings import ModelSettings
 from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears
 

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
-from gaisnet.config import Settings
 from gaisnet.errors import DataError, NotFinite
+from gaisnet.learning_settings import Settings
 from gaisnet.progress import Progress, silent
 
 _BETAS, _WEIGHT_DECAY = (0.9, 0.95), 0.05  # the paper's, table 8

@@ -21,8 +21,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.config import RelaySettings
 from gaisnet.errors import NotFinite
+from gaisnet.learning_settings import RelaySettings
 from gaisnet.models.parts import Layers
 from gaisnet.models.ragged import Ragged, join
 from gaisnet.progress import Progress

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gaisnet.adapters.arithmetic import side_by_side
 from gaisnet.adapters.state import AdapterTensors
-from gaisnet.config import MergeSettings
+from gaisnet.learning_settings import MergeSettings
 from gaisnet.models.ragged import Ragged
 from gaisnet.relay.regression import moments, solved
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import AdapterSpec
-from gaisnet.config import FineTuneSettings
+from gaisnet.learning_settings import FineTuneSettings
 from gaisnet.messages import AnchorRelease, ModelRelease, SmashedData
 from gaisnet.progress import Progress
 from gaisnet.relay.downward import Distillation

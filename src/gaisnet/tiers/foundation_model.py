@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
-from gaisnet.config import RelaySettings
 from gaisnet.errors import DataError
+from gaisnet.learning_settings import RelaySettings
 from gaisnet.messages import ModelRelease
 from gaisnet.models.domain import Recipe, choose_recipe, make_domain_body, num_parameters
 from gaisnet.models.foundation import Foundation

@@ -17,8 +17,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import trainable
-from gaisnet.config import FineTuneSettings
 from gaisnet.errors import GaisnetError
+from gaisnet.learning_settings import FineTuneSettings
 from gaisnet.messages import BodyOutputGrad
 from gaisnet.models.attention import let_attention_be_replaced
 from gaisnet.models.frozen import quick_products

@@ -9,7 +9,7 @@ from torch import Tensor
 from gaisnet.adapters.arithmetic import side_by_side, sparse_sum, weakened
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.config import FineTuneSettings, MergeMethod
+from gaisnet.learning_settings import FineTuneSettings, MergeMethod
 from gaisnet.messages import AnchorRelease, SmashedData
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.pauses import pause_within
