@@ -12,6 +12,7 @@ from gaisnet.bench import baselines
 from gaisnet.bench.baselines import measure_baselines
 from gaisnet.bench.contenders.task import Task
 from gaisnet.cli.app import app
+from gaisnet.cli.baselines import Kind
 from gaisnet.config import Config
 from gaisnet.config_file import load_config
 from gaisnet.errors import ConfigError, NothingToResume
@@ -133,8 +134,8 @@ def test_asked_with_examples_it_sees_them_and_only_the_answer_counts(
     seen: list[list[str]] = []
     tokenizer = load_tokenizer(config.model)
 
-    def look(model: object, asked: list[Tokens]) -> float:
-        seen.append([str(tokenizer.decode([*tokens.input_ids, tokens.label_ids[-1]])) for tokens in asked])
+    def look(model: object, asked: list[Tokens], shown: list[int]) -> float:
+        seen.append([str(tokenizer.decode([*shown, *tokens.input_ids, tokens.label_ids[-1]])) for tokens in asked])
         assert all(tokens.input_ids[-1] != 257 for tokens in asked)
         return 0.0
 
@@ -148,6 +149,20 @@ def test_asked_with_examples_it_sees_them_and_only_the_answer_counts(
         *shots, question = text.split("\n\n")
         assert question == example.prompt + example.completion
         assert len(set(shots)) == baselines.SHOTS and train.issuperset(shots)
+
+
+@pytest.mark.integration
+def test_only_those_that_were_asked_for_are_measured(tmp_path: Path) -> None:
+    finished(tmp_path)
+    result = CliRunner().invoke(app, ["baselines", str(tmp_path / "out"), "--only", "few_shot", "--only", "zero_shot"])
+    assert result.exit_code == 0, result.output
+    found = read_summary(tmp_path / "out").baselines
+    assert found is not None
+    assert found.zero_shot.keys() == found.few_shot.keys() == DOMAINS
+    assert found.no_relay == found.pooled == found.scratch == {}
+    refused = CliRunner().invoke(app, ["baselines", str(tmp_path / "out"), "--only", "half_shot"])
+    assert refused.exit_code == 2
+    assert {kind.value for kind in Kind} == set(baselines.KINDS)
 
 
 @pytest.mark.integration
@@ -167,8 +182,8 @@ def test_a_prompt_is_asked_as_long_as_everybody_sees_it(tmp_path: Path, monkeypa
     config = config.model_copy(update={"model": config.model.model_copy(update={"context": 20})})
     lengths: list[int] = []
 
-    def look(model: object, asked: list[Tokens]) -> float:
-        lengths.extend(len(tokens.input_ids) for tokens in asked)
+    def look(model: object, asked: list[Tokens], shown: list[int]) -> float:
+        lengths.extend(len(shown) + len(tokens.input_ids) for tokens in asked)
         return 0.0
 
     monkeypatch.setattr(baselines, "accuracy", look)

@@ -1,5 +1,6 @@
 """Contenders on a tiny model: each is what it says it is, and plain split learning learns as the model in one piece."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gaisnet.models.foundation import load_foundation
 from gaisnet.models.release import ReleasedModel
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.cloud import Cloud
-from gaisnet.tiers.examples import DeviceData, Example, tokenize
+from gaisnet.tiers.examples import DeviceData, Example, Tokens, tokenize
 from tests.tiny import NUM_LAYERS, save_tiny_foundation, tiny_raw_config, tiny_tokenizer
 
 LATE = 4
@@ -122,6 +123,26 @@ def test_logits_of_answers_alone_give_the_same_losses(task: Task) -> None:
     batch = answered(task.pooled[:3])
     assert batch["labels"].shape == (3, batch["logits_to_keep"])
     assert batch["labels"].shape[1] < batch["input_ids"].shape[1]
+
+
+def test_what_stands_before_every_example_is_read_once_and_makes_no_difference(task: Task) -> None:
+    model, shown = task.foundation().model, tiny_tokenizer().encode("abab? yes\n\nab? no\n\n")
+    for parameter in model.parameters():
+        parameter.data.mul_(8.0 if parameter.ndim == 2 else 1.0)  # for it to look further back than one token
+    asked = [likely(model, shown, tokens) for tokens in task.pooled]
+    asked[3] = Tokens(asked[3].input_ids, (asked[3].label_ids[0] ^ 1, *asked[3].label_ids[1:]))
+    assert len({len(tokens.input_ids) for tokens in asked}) > 2
+    joined = [Tokens((*shown, *tokens.input_ids), tokens.label_ids) for tokens in asked]
+    assert accuracy(model, asked, shown) == accuracy(model, joined) == (len(asked) - 1) / len(asked)
+    assert accuracy(model, asked) < accuracy(model, asked, shown)
+
+
+@torch.no_grad()
+def likely(model: Any, shown: Sequence[int], tokens: Tokens) -> Tokens:
+    """The example with one label: what the model itself would write behind what is shown and the prompt."""
+    prompt = tokens.input_ids[: len(tokens.input_ids) - len(tokens.label_ids) + 1]
+    logits_V = model(torch.tensor([[*shown, *prompt]])).logits[0, -1]
+    return Tokens(prompt, (int(logits_V.argmax()),))
 
 
 def test_accuracy_counts_whole_answers(task: Task) -> None:

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from gaisnet.errors import ContextFull, SessionRefused
 from gaisnet.models.families import LLAMA_SHAPED
-from gaisnet.models.parts import _CACHE, CutLayers
+from gaisnet.models.parts import CACHE, CutLayers
 from gaisnet.serving import decoding
 from gaisnet.serving.decoding import HeadSession, TailSession, write
 from gaisnet.serving.sampling import Sampling
@@ -71,7 +71,7 @@ def test_a_long_answer_of_an_int8_model_with_adapters() -> None:
     ids = prompt(40)
     head, tail = HeadSession(parts), TailSession(parts, session(parts, service, ("relay", "domain")))
     found = tail.run(head.run(ids), want=40)
-    cache = {_CACHE: DynamicCache(config=whole.config)}
+    cache = {CACHE: DynamicCache(config=whole.config)}
     with torch.no_grad():
         torch.testing.assert_close(found, whole(torch.tensor([ids]), **cache).logits[0], rtol=0, atol=0)
         for token in prompt(60, seed=1):

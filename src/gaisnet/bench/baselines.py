@@ -39,10 +39,10 @@ One = Callable[[Config, DomainData, int, int], float]
 """Measures a baseline on one domain: settings with the whole run's passes, examples, layers of a DM, seed."""
 
 
-def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
-    """Measure what the run in ``out`` lacks of its baselines; its examples must be on this machine.
+def measure_baselines(out: Path, progress: Progress = silent, kinds: Sequence[str] = KINDS) -> Summary:
+    """Measure what the run in ``out`` lacks of some of ``KINDS``; its examples must be on this machine.
 
-    Those of another number of cycles are measured again.
+    Those of another number of cycles are dropped.
 
     Raises:
         NothingToResume: There is no run.
@@ -59,7 +59,8 @@ def measure_baselines(out: Path, progress: Progress = silent) -> Summary:
         found = summary.baselines
         if found is None or found.cycles != cycles:
             found = Baselines(cycles=cycles)
-        missing = [(kind, name) for kind in KINDS for name in learning if name not in getattr(found, kind)]
+        asked = [kind for kind in KINDS if kind in kinds]
+        missing = [(kind, name) for kind in asked for name in learning if name not in getattr(found, kind)]
         for number, (kind, name) in enumerate(missing):
             progress("baselines", number, len(missing), {})
             if name in getattr(found, kind):
@@ -159,12 +160,12 @@ def _asked(config: Config, data: DomainData, num_shots: int, seed: int) -> float
     shots = random.Random(seed).sample(task.pooled, min(num_shots, len(task.pooled)))
     gap = foundation.tokenizer.encode("\n\n", add_special_tokens=False)
     shown = [token for shot in shots for token in (*shot.input_ids, *gap)]
-    return accuracy(foundation.model, [_open_ended(tokens, shown) for tokens in task.test])
+    return accuracy(foundation.model, [_open_ended(tokens) for tokens in task.test], shown)
 
 
-def _open_ended(tokens: Tokens, shown: Sequence[int]) -> Tokens:
-    """The same example behind others; its answer need not end where the completion does."""
-    return Tokens((*shown, *tokens.input_ids[:-1]), tokens.label_ids[:-1])
+def _open_ended(tokens: Tokens) -> Tokens:
+    """The same example; its answer need not end where the completion does."""
+    return Tokens(tokens.input_ids[:-1], tokens.label_ids[:-1])
 
 
 _ONES: Mapping[str, One] = {

@@ -1,5 +1,6 @@
 """``gaisnet baselines``: what a finished run is held against."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,23 @@ if TYPE_CHECKING:
     from gaisnet.experiments.summary import Summary
 
 
-def baselines(run: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+class Kind(StrEnum):
+    """The baselines; typer takes no list of literals."""
+
+    ZERO_SHOT = "zero_shot"
+    FEW_SHOT = "few_shot"
+    NO_RELAY = "no_relay"
+    POOLED = "pooled"
+    SCRATCH = "scratch"
+
+
+def baselines(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    only: Annotated[
+        list[Kind] | None,
+        typer.Option(help="Leave out the others, such as those that take long; may be given several times."),
+    ] = None,
+) -> None:
     """Hold a finished run against what you might do instead, on the same examples with as many passes over them.
 
     pooled: LoRA on all layers of the foundation model (FM), a domain's examples in one place, which the network avoids.
@@ -25,10 +42,10 @@ def baselines(run: Annotated[Path, typer.Argument(help="Folder of a finished run
     """
     with told_errors():
         quiet_libraries()
-        from gaisnet.bench.baselines import measure_baselines
+        from gaisnet.bench.baselines import KINDS, measure_baselines
 
         with LiveProgress(console) as progress:
-            summary = measure_baselines(run, progress)
+            summary = measure_baselines(run, progress, only or KINDS)
     console.print(_table(summary))
     console.print(f"All of it is in {run / 'summary.json'} and {run / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -29,7 +29,8 @@ from gaisnet.models.few_bits import RoundedEmbedding
 from gaisnet.models.packing import Packing
 
 # transformers 5.24 renamed the argument of masks and layers together, from 'past_key_values'.
-_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""Name of the argument with keys and values of what was read before."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Layers(nn.Module):
             "position_ids": positions_BT,
             "position_embeddings": self.rotary_emb(hidden_BTD, position_ids=positions_BT),
             "use_cache": cache is not None,
-            _CACHE: cache,
+            CACHE: cache,
             **replaced,
         }
         return {kind: {"attention_mask": mask, **shared} for kind, mask in masks.items()}
@@ -179,7 +180,7 @@ class Layers(nn.Module):
             "config": self.config,
             "inputs_embeds": hidden_BTD,
             "attention_mask": attention_mask_BT,
-            _CACHE: cache,
+            CACHE: cache,
             "position_ids": positions_BT,
         }
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}

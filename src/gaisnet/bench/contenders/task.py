@@ -1,5 +1,6 @@
 """What all contenders learn, and what is asked of them: one model, the same examples, steps and settings."""
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config
 from gaisnet.experiments.data import DomainData
 from gaisnet.models.families import LLAMA
 from gaisnet.models.foundation import Foundation, load_foundation, load_tokenizer, read_config
+from gaisnet.models.parts import CACHE
 from gaisnet.models.ragged import by_length, shuffled_batches
 from gaisnet.tiers.examples import Tokens, tokenize
 
@@ -171,16 +173,37 @@ def answered(examples: Sequence[Tokens]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def accuracy(model: Any, examples: Sequence[Tokens]) -> float:
-    """Share of examples whose every label is the likeliest token, given the ones before; nan for no examples."""
+def accuracy(model: Any, examples: Sequence[Tokens], shown: Sequence[int] = ()) -> float:
+    """Share of examples whose every label is the likeliest token, given the ones before; nan for no examples.
+
+    ``shown``: tokens that stand before every example. The model reads them once.
+    """
     if not examples:
         return math.nan
     right, device = 0, next(model.parameters()).device
+    behind = _Behind(model, shown) if shown else None
     for batch in by_length([len(t.input_ids) for t in examples], _SCORED):
         inputs = answered([examples[i] for i in batch])
         labels_BK = inputs.pop("labels")[:, 1:].to(device)
         placed = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
-        logits_BKV = model(**placed).logits[:, :-1]
+        logits_BKV = model(**(behind.put(placed) if behind else placed)).logits[:, :-1]
         hits_BK = (logits_BKV.argmax(-1) == labels_BK) | (labels_BK == _IGNORED)
         right += int(hits_BK.all(1).sum())
     return right / len(examples)
+
+
+class _Behind:
+    """Puts batches behind tokens that ``model`` has read, whose keys and values it keeps."""
+
+    def __init__(self, model: Any, shown: Sequence[int]) -> None:
+        ids = torch.tensor([shown], device=next(model.parameters()).device)
+        self._read = DynamicCache()
+        model(ids, logits_to_keep=1, **{CACHE: self._read})
+        self._num_shown = len(shown)
+
+    def put(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same batch, with what was read before it."""
+        mask_BT, read = inputs["attention_mask"], copy.deepcopy(self._read)  # a model adds to what it is given
+        read.batch_repeat_interleave(len(mask_BT))
+        before = mask_BT.new_ones(len(mask_BT), self._num_shown)
+        return {**inputs, "attention_mask": torch.cat([before, mask_BT], dim=1), CACHE: read}
