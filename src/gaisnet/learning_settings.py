@@ -109,6 +109,12 @@ class FineTuneSettings(Settings):
         description="Of what the split cohort and local devices learned, what is averaged: the adapters' factors, or "
         "their products, cut back to the rank of one.",
     )
+    local_start: Literal["round", "cohort"] = Field(
+        "round",
+        description="Where local devices begin in an edge round: where it began, beside the split cohort, or where the "
+        "cohort has come, after it. The second takes longer, learns more where labels differ, and shows them what the "
+        "cohort learned by itself.",
+    )
     server_learning_rate: float = Field(
         1.0,
         gt=0.0,

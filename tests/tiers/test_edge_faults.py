@@ -662,3 +662,27 @@ def test_the_ledger_goes_on_from_what_was_reported_last(tmp_path: Path) -> None:
     assert (after.device_edge_up, after.device_edge_down) == (own.bytes_up, own.bytes_down)
     assert after.device_edge_up > before.device_edge_up and after.device_edge_down > before.device_edge_down
     assert World(config, tmp_path).traffic() == after
+
+
+@pytest.mark.parametrize("local_start", ["round", "cohort"])
+def test_a_local_device_that_restarts_is_given_what_it_was_told_to_begin_with(tmp_path: Path, local_start: str) -> None:
+    config = config_for(("split-a", "local-a"), fine_tune={"local_start": local_start})
+    world = World(config, tmp_path).installed()
+    before = world.edge.handle(FineTune(0))
+    assert isinstance(before, AdapterUpdate)
+    kits: list[AdapterRelease] = []
+
+    def look(message: Message, reply: Message) -> Message:
+        if isinstance(message, FineTune):
+            kits.extend(m for m in world.edge._kit("local-a") if isinstance(m, AdapterRelease) and m.role == "domain")
+        return reply
+
+    local = world.links["local-a"]
+    local.change = look
+    world.edge.handle(FineTune(1))
+    *_, told, order = local.asked
+    assert isinstance(told, AdapterRelease) and isinstance(order, FineTune)
+    (kit,) = kits
+    assert all(torch.equal(kit.tensors[key], tensor) for key, tensor in told.tensors.items())
+    same = all(torch.equal(before.tensors[key], tensor) for key, tensor in told.tensors.items())
+    assert same == (local_start == "round")

@@ -545,28 +545,28 @@ def learned_alone(
     return cohort.domain.domain_adapter(), learned
 
 
-def with_rate(config: Config, rate: float) -> Config:
-    tune = config.fine_tune.model_copy(update={"server_learning_rate": rate})
-    return config.model_copy(update={"fine_tune": tune})
+def with_settings(config: Config, **fine_tune: Any) -> Config:
+    return config.model_copy(update={"fine_tune": config.fine_tune.model_copy(update=fine_tune)})
 
 
 @pytest.mark.parametrize("names", [("split-a", "split-b", "local-a", "local-b"), ("local-a", "split-a")])
 @pytest.mark.parametrize("edge_rounds", [1, 2])
-@pytest.mark.parametrize("rate", [1.0, 1.5])
+@pytest.mark.parametrize(("rate", "local_start"), [(1.0, "round"), (1.5, "round"), (1.0, "cohort")])
 def test_local_devices_and_the_split_cohort_are_averaged_by_their_examples(
-    names: tuple[str, ...], edge_rounds: int, rate: float
+    names: tuple[str, ...], edge_rounds: int, rate: float, local_start: str
 ) -> None:
-    config = with_rate(hybrid_config(names, edge_rounds), rate)
+    config = with_settings(hybrid_config(names, edge_rounds), server_learning_rate=rate, local_start=local_start)
     edge, adapter = hybrid_edge(config)
     update = fine_tuned(edge, cycle=4)
-    groups = [(n,) for n in names if n.startswith("local")] + [tuple(n for n in names if n.startswith("split"))]
+    local, split = [name for name in names if name.startswith("local")], [n for n in names if n.startswith("split")]
     learned: list[tuple[AdapterTensors, Learned]] = []
     for edge_round in range(edge_rounds):
+        cohort = learned_alone(config, split, adapter, config.seed_for("fine_tune", "edge", 4, edge_round))
+        begun = cohort[0] if local_start == "cohort" else adapter
         learned = [
-            learned_alone(config, group, adapter, config.seed_for("fine_tune", owner, 4, edge_round))
-            for group in groups
-            for owner in [group[0] if group[0].startswith("local") else "edge"]
+            learned_alone(config, (name,), begun, config.seed_for("fine_tune", name, 4, edge_round)) for name in local
         ]
+        learned.append(cohort)
         num_examples = sum(one.num_examples for _, one in learned)
         average = {
             key: sum((tensors[key] * (one.num_examples / num_examples) for tensors, one in learned), torch.tensor(0.0))
@@ -587,9 +587,9 @@ def test_all_steps_of_all_rounds_are_counted() -> None:
 
 
 @pytest.mark.parametrize("names", [("local-a",), ("split-a",)])
-@pytest.mark.parametrize("rate", [1.0, 1.5])
-def test_one_party_alone_is_not_averaged(names: tuple[str, ...], rate: float) -> None:
-    config = with_rate(hybrid_config(names), rate)
+@pytest.mark.parametrize("changes", [{}, {"server_learning_rate": 1.5}, {"local_start": "cohort"}])
+def test_one_party_alone_is_not_averaged(names: tuple[str, ...], changes: dict[str, Any]) -> None:
+    config = with_settings(hybrid_config(names), **changes)
     edge, start = hybrid_edge(config)
     owner = names[0] if names[0].startswith("local") else "edge"
     expected, _ = learned_alone(config, names, start, config.seed_for("fine_tune", owner, 0, 0))

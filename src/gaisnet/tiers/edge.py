@@ -95,10 +95,9 @@ class Edge:
         self._cloud_has: dict[tuple[str, Split], str] = {}  # the life of the cloud that has a device's smashed data
         self._num_classes = len(settings.labels)
         self._holding = recall(self._shelf, config, ledger, self._outlet.turn, self._num_classes)
-        self._start: AdapterRelease | None = None
         if self._holding:
             self._smashed.begin(self._holding.hidden_size, self._holding.layout.family.is_encoder)
-            self._start = self._domain_release()
+            self._learning.start = self._domain_release()
             self._put_out_all()
 
     def handle(self, message: Message) -> Message:
@@ -150,7 +149,7 @@ class Edge:
         held.take(release)
         if release.role == "relay":
             self._smashed.forget_prefixes()
-        self._start = self._domain_release()
+        self._learning.start = self._domain_release()
         held.keep_progress(self._shelf, self._ledger)
         self._put_out(release.role, release.version)
         self._cluster.tell(self._local, release)
@@ -181,7 +180,7 @@ class Edge:
         release = held.release_for(settings)
         if settings.mode == "split":
             return [release]
-        adapters = [adapter for adapter in (held.relay, self._start) if adapter is not None]
+        adapters = [adapter for adapter in (held.relay, self._learning.start) if adapter is not None]
         return [release, held.anchor, *adapters]
 
     def _domain_release(self) -> AdapterRelease:
@@ -207,8 +206,7 @@ class Edge:
         if held.rounds is None or held.rounds.cycle != order.cycle:
             held.rounds = Rounds(order.cycle, domain.versions["domain"])
         while held.rounds.done < self._config.fine_tune.edge_rounds:
-            self._start = AdapterRelease("domain", held.rounds.base, domain.domain_adapter())
-            held.rounds = self._learning.edge_round(domain, held.rounds, self._start)
+            held.rounds = self._learning.edge_round(domain, held.rounds)
             if held.rounds.done == self._config.fine_tune.edge_rounds:
                 domain.versions["domain"] = order.cycle + 1
             self._put_out("domain", order.cycle + 1)

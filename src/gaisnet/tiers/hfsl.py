@@ -1,7 +1,8 @@
 """Edge rounds of hybrid federated split learning: with whoever can be had, averaged by examples.
 
 The split cohort learns at the edge, its labels at the devices; local devices learn the whole domain model (DM) by
-themselves, meanwhile. Federated averaging then makes one adapter of all (GaisNet, arXiv 2401.02668, section IV).
+themselves, meanwhile or after it. Federated averaging then makes one adapter of all (GaisNet, arXiv 2401.02668,
+section IV).
 """
 
 import math
@@ -33,6 +34,9 @@ class HybridLearning:
         cluster: The devices.
         smashed: Their activations.
         progress: Told after every step.
+
+    Attributes:
+        start: What a local device begins with when it learns next; a part of its kit.
     """
 
     def __init__(
@@ -43,16 +47,16 @@ class HybridLearning:
         self._cluster = cluster
         self._smashed = smashed
         self._progress = progress
+        self.start: AdapterRelease | None = None
         self._local = [device.name for device in settings.devices if device.mode == "local"]
         self._split = [device.name for device in settings.devices if device.mode == "split"]
 
-    def edge_round(self, domain: DomainModel, rounds: Rounds, start: AdapterRelease) -> Rounds:
+    def edge_round(self, domain: DomainModel, rounds: Rounds) -> Rounds:
         """One round with whoever can be had. Raises ``TooFewDevices``, or why the only ones failed."""
+        start = self.start = AdapterRelease("domain", rounds.base, domain.domain_adapter())
         names = [*self._local, *self._split]
         failed = self._cluster.gather(names)
-        alone = self._begin_alone([name for name in self._local if name not in failed], rounds, start, failed)
-        parts = self._learn_split(domain, rounds, failed)
-        parts = self._finish_alone(alone, start, failed) + parts
+        parts = self._learn(domain, rounds, start, failed)
         took_part = [name for name in names if name not in failed]
         if len(took_part) < self._config.faults.min_devices:
             domain.put_domain_adapter(start.tensors)
@@ -71,6 +75,19 @@ class HybridLearning:
             loss=sum(learned.loss * learned.num_examples for learned, _ in parts) / num_examples,
             faults=(*rounds.faults, *(f"{where}: without {name}: {error}" for name, error in failed.items())),
         )
+
+    def _learn(
+        self, domain: DomainModel, rounds: Rounds, start: AdapterRelease, failed: dict[str, GaisnetError]
+    ) -> list[Part]:
+        """Local devices beside the split cohort, or after it; those that fail are added to ``failed``."""
+        if self._config.fine_tune.local_start == "cohort":
+            split = self._learn_split(domain, rounds, failed)
+            self.start = replace(start, tensors=split[0][1]) if split else start
+            asked = self._begin_alone(rounds, self.start, failed)
+        else:
+            asked = self._begin_alone(rounds, start, failed)
+            split = self._learn_split(domain, rounds, failed)
+        return [*self._finish_alone(asked, start, failed), *split]
 
     def _averaged(self, parts: Sequence[Part], start: AdapterRelease) -> AdapterTensors:
         settings = self._config.fine_tune
@@ -95,9 +112,8 @@ class HybridLearning:
     def _labels(self, outputs: Mapping[str, BodyOutput]) -> Mapping[str, Outcome]:
         return self._cluster.ask(outputs, BodyOutputGrad, self._config.faults.step_deadline_s)
 
-    def _begin_alone(
-        self, names: Sequence[str], rounds: Rounds, start: AdapterRelease, failed: dict[str, GaisnetError]
-    ) -> Asked:
+    def _begin_alone(self, rounds: Rounds, start: AdapterRelease, failed: dict[str, GaisnetError]) -> Asked:
+        names = [name for name in self._local if name not in failed]
         failed |= self._cluster.tell(names, start)
         order = FineTune(rounds.cycle, rounds.done)
         return self._cluster.start({name: order for name in names if name not in failed})
