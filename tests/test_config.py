@@ -380,7 +380,25 @@ class TestLoad:
         assert second.head_layers == 3
 
 
-def test_no_step_goes_beyond_an_average_of_products(raw: dict[str, Any]) -> None:
-    raw["fine_tune"] = {"average": "products", "server_learning_rate": 1.5}
-    with pytest.raises(ConfigError, match="server_learning_rate goes beyond an average of factors"):
+@pytest.mark.parametrize(
+    ("epochs", "passes", "rounds"), [(1, 1, 1), (3, 3, 1), (2.0, 2, 1), (0.5, 1, 2), (0.333, 1, 3), (0.125, 1, 8)]
+)
+def test_an_edge_round_is_whole_passes_or_a_part_of_one(
+    raw: dict[str, Any], epochs: float, passes: int, rounds: int
+) -> None:
+    raw["fine_tune"] = {"local_epochs": epochs, "edge_rounds": 2 * rounds}
+    tune = parse_config(raw).fine_tune
+    assert (tune.passes_in_round, tune.rounds_in_pass) == (passes, rounds)
+
+
+@pytest.mark.parametrize("epochs", [1.5, 0.75, 0.3, 2.1])
+def test_parts_of_a_pass_are_equal(raw: dict[str, Any], epochs: float) -> None:
+    raw["fine_tune"] = {"local_epochs": epochs}
+    with pytest.raises(ConfigError, match="whole passes, or one of some equal parts of a pass"):
+        parse_config(raw)
+
+
+def test_a_cycle_has_whole_passes(raw: dict[str, Any]) -> None:
+    raw["fine_tune"] = {"local_epochs": 0.25, "edge_rounds": 6}
+    with pytest.raises(ConfigError, match="with local_epochs 0.25, edge_rounds is a multiple of 4, not 6"):
         parse_config(raw)

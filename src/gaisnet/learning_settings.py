@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Precision = Literal["float32", "int8"]
 MergeMethod = Literal["regression", "sum", "ties", "dare"]
+_SAME = 0.01  # how far a part of a pass may be from one of equal parts, counted in parts: 0.333 is a third
 
 
 class Settings(BaseModel):
@@ -103,24 +104,23 @@ class FineTuneSettings(Settings):
     """Hybrid federated split learning (HFSL), the up flow's learning."""
 
     edge_rounds: int = Field(1, ge=1, description="Averaging rounds at an edge per cycle.")
-    local_epochs: int = Field(2, ge=1, description="Passes over a cohort's examples per edge round.")
+    local_epochs: int | float = Field(
+        2,
+        gt=0.0,
+        description="Passes over a party's examples per edge round: a whole number, or a part of one such as 0.25, "
+        "where the next round goes on with the rest.",
+    )
     average: Literal["factors", "products"] = Field(
         "factors",
         description="Of what the split cohort and local devices learned, what is averaged: the adapters' factors, or "
         "their products, cut back to the rank of one.",
     )
-    local_start: Literal["round", "cohort"] = Field(
-        "round",
-        description="Where local devices begin in an edge round: where it began, beside the split cohort, or where the "
-        "cohort has come, after it. The second takes longer, learns more where labels differ, and shows them what the "
-        "cohort learned by itself.",
-    )
-    server_learning_rate: float = Field(
-        1.0,
-        gt=0.0,
-        le=2.0,
-        description="How far an edge goes from where a round began toward the average of factors, above 1 beyond it "
-        "(arXiv 2003.00295): parties learn side by side, so their average has come less far than one cohort would.",
+    local_devices: Literal["parallel", "sequential"] = Field(
+        "parallel",
+        description="'parallel': they learn beside the split cohort, from where the round began, and all are averaged. "
+        "'sequential': they go on from where the cohort has come, and only they are averaged. With short rounds, that "
+        "learns nearly as one cohort would where labels differ; it takes longer, and shows them what the cohort "
+        "learned by itself.",
     )
     batch_size: int = Field(16, ge=1, description="Examples per step, drawn across the devices of a cluster.")
     learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW.")
@@ -136,11 +136,31 @@ class FineTuneSettings(Settings):
         4, ge=1, description="One step in so many pulls, and that much harder: its rows are computed beside the step's."
     )
 
+    @field_validator("local_epochs")
+    @classmethod
+    def _check_epochs(cls, epochs: float) -> float:
+        if epochs != round(epochs) and abs(1 / epochs - round(1 / epochs)) > _SAME:
+            raise ValueError("a round has whole passes, or one of some equal parts of a pass: 0.5, 0.25, 0.125")
+        return epochs
+
     @model_validator(mode="after")
-    def _check_average(self) -> Self:
-        if self.average == "products" and self.server_learning_rate != 1.0:
-            raise ValueError("server_learning_rate goes beyond an average of factors; of products leave it at 1")
+    def _check_rounds(self) -> Self:
+        if self.edge_rounds % self.rounds_in_pass:
+            raise ValueError(
+                f"a cycle has whole passes: with local_epochs {self.local_epochs}, edge_rounds is a multiple of "
+                f"{self.rounds_in_pass}, not {self.edge_rounds}"
+            )
         return self
+
+    @property
+    def passes_in_round(self) -> int:
+        """That begin in one."""
+        return max(1, round(self.local_epochs))
+
+    @property
+    def rounds_in_pass(self) -> int:
+        """Rounds that a pass takes: 1 where a round has whole ones."""
+        return max(1, round(1 / self.local_epochs))
 
     def in_cycle(self, cycle: int) -> Self:
         """The same with the learning rate of a cycle, counted from 0."""

@@ -191,7 +191,12 @@ class Network:
         Adapters travel for it, examples do not.
         """
         learning = self.cloud.learning
-        domain, foundation = {d: {d: scores.domain[d]} for d in learning}, dict[str, dict[str, EvaluationReport]]()
+        if not self.cycle:  # nothing has learned: every model does as the domain's own
+            self._alone = {on: scores.foundation[on] for on in learning}
+            as_own = {on: scores.domain[on] for on in learning}
+            foundation = dict.fromkeys([*learning, ALONE], self._alone)
+            return Everywhere(dict.fromkeys(learning, as_own), {**foundation, MERGED: scores.merged})
+        domain, foundation = {d: {d: scores.domain[d]} for d in learning}, {}
         for whose in learning:
             others = [on for on in learning if on != whose]
             domain[whose] |= self._ask(dict.fromkeys(others, self._guest(whose)), EvaluationReport)

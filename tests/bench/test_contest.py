@@ -60,6 +60,7 @@ def test_all_have_their_turns(tmp_path: Path) -> None:
         ({"edges": "twice"}, "name one"),
         ({"mode": "local"}, "let all devices be split"),
         ({"tail_layers": 1}, "set it to 0"),
+        ({"fine_tune": {"local_epochs": 0.5, "edge_rounds": 2}}, "name whole passes"),
     ],
 )
 def test_a_network_that_not_all_can_learn_on(tmp_path: Path, change: dict[str, object], said: str) -> None:
@@ -72,8 +73,7 @@ def test_a_network_that_not_all_can_learn_on(tmp_path: Path, change: dict[str, o
         raw["edges"].append(other)
     if "mode" in change:
         raw["edges"][0]["devices"][0]["mode"] = "local"
-    if "tail_layers" in change:
-        raw["tail_layers"] = 1
+    raw |= {key: change[key] for key in ("tail_layers", "fine_tune") if key in change}
     with pytest.raises(ConfigError, match=said):
         check_contest(parse_config(raw))
 

@@ -617,6 +617,17 @@ def test_every_model_is_scored_on_every_domain(same_examples: Run) -> None:
     assert matrix.foundation[ALONE] == same_examples.scores[0].foundation
 
 
+def test_before_anything_has_learned_nobody_need_be_asked_again() -> None:
+    run = Run(quick())
+    run.network.install()
+    scores, asked = run.network.evaluate(), len(run.ledger.frames)
+    matrix = run.network.evaluate_everywhere(scores)
+    assert len(run.ledger.frames) == asked
+    run.network.cycle = 1
+    assert run.network.evaluate_everywhere(scores) == matrix
+    assert len(run.ledger.frames) > asked
+
+
 def test_also_a_model_whose_adapter_was_refused_is_scored_as_it_is() -> None:
     absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 0.0}
     fine_tune = {"local_epochs": 2, "batch_size": 4, "learning_rate": 0.02, "anchor_weight": 0.0}

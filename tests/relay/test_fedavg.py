@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gaisnet.errors import AdapterMismatch
-from gaisnet.relay.fedavg import average_products, fedavg, stepped
+from gaisnet.relay.fedavg import average_products, fedavg
 
 
 def test_weighted_by_examples() -> None:
@@ -79,13 +79,6 @@ def test_what_is_no_factor_is_averaged_beside_products() -> None:
     plain = average_products([(lora(2, 1), 3), (lora(2, 2), 1)])
     assert found.keys() == first.keys() and torch.equal(found["classifier.bias"], torch.tensor([1.25, 0.0]))
     assert all(torch.equal(found[key], tensor) for key, tensor in plain.items())
-
-
-def test_a_step_goes_toward_the_average_and_beyond() -> None:
-    start, average = {"a": torch.tensor([1.0, 0.0])}, {"a": torch.tensor([3.0, -2.0])}
-    for rate, expected in ((0.5, [2.0, -1.0]), (1.5, [4.0, -3.0])):
-        torch.testing.assert_close(stepped(start, average, rate)["a"], torch.tensor(expected))
-    assert stepped(start, average, 1.0) is average
 
 
 def test_prompts_have_no_products_and_are_averaged_as_they_are() -> None:

@@ -664,9 +664,11 @@ def test_the_ledger_goes_on_from_what_was_reported_last(tmp_path: Path) -> None:
     assert World(config, tmp_path).traffic() == after
 
 
-@pytest.mark.parametrize("local_start", ["round", "cohort"])
-def test_a_local_device_that_restarts_is_given_what_it_was_told_to_begin_with(tmp_path: Path, local_start: str) -> None:
-    config = config_for(("split-a", "local-a"), fine_tune={"local_start": local_start})
+@pytest.mark.parametrize("local_devices", ["parallel", "sequential"])
+def test_a_local_device_that_restarts_is_given_what_it_was_told_to_begin_with(
+    tmp_path: Path, local_devices: str
+) -> None:
+    config = config_for(("split-a", "local-a"), fine_tune={"local_devices": local_devices})
     world = World(config, tmp_path).installed()
     before = world.edge.handle(FineTune(0))
     assert isinstance(before, AdapterUpdate)
@@ -685,4 +687,4 @@ def test_a_local_device_that_restarts_is_given_what_it_was_told_to_begin_with(tm
     (kit,) = kits
     assert all(torch.equal(kit.tensors[key], tensor) for key, tensor in told.tensors.items())
     same = all(torch.equal(before.tensors[key], tensor) for key, tensor in told.tensors.items())
-    assert same == (local_start == "round")
+    assert same == (local_devices == "parallel")

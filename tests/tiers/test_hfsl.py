@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, cast
 
 import pytest
@@ -47,6 +48,7 @@ from gaisnet.tiers.edge import Edge
 from gaisnet.tiers.examples import DeviceData, Example
 from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.split_step import Labels, Member, Outcome
+from gaisnet.tiers.stint import Stint
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
@@ -143,7 +145,7 @@ def gradients(cohort: Cohort, members: Sequence[Member], batch: Sequence[int]) -
 
 
 def learn(cohort: Cohort, members: Sequence[Member], seed: int = 1, labels: Labels | None = None) -> Learned:
-    return cohort.domain.learn(members, labels or cohort.labels, cohort.config.fine_tune, seed, "here", silent)
+    return cohort.domain.learn(members, labels or cohort.labels, Stint(cohort.config.fine_tune, seed, "here"), silent)
 
 
 # -- (a), (d): split equals unsplit ------------------------------------------------------------------------------------
@@ -261,7 +263,7 @@ def test_learning_from_the_cache_is_learning_with_a_fresh_prefix_in_every_step()
     lengths = [n for member in fresh.members() for n in member.inputs.hidden.lengths]
     num_steps = 0
     losses: list[tuple[float, int]] = []
-    for _ in range(settings.local_epochs):
+    for _ in range(settings.passes_in_round):
         losses = []
         for batch in shuffled_batches(lengths, settings.batch_size, generator):
             optimizer.zero_grad()
@@ -535,13 +537,13 @@ def fine_tuned(edge: Edge, cycle: int = 0) -> AdapterUpdate:
 
 
 def learned_alone(
-    config: Config, names: Sequence[str], start: AdapterTensors, seed: int
+    config: Config, names: Sequence[str], start: AdapterTensors, seed: int, part: int = 0
 ) -> tuple[AdapterTensors, Learned]:
     """What devices that learn together, without an edge around them, make of an adapter."""
     examples = [example for name in names for example in PRIVATE[name]]
     cohort = Cohort(cohort_config([1], fine_tune=config.fine_tune.model_dump()), examples)
     cohort.domain.put_domain_adapter(start)
-    learned = learn(cohort, cohort.members(), seed)
+    learned = cohort.domain.learn(cohort.members(), cohort.labels, Stint(config.fine_tune, seed, "here", part), silent)
     return cohort.domain.domain_adapter(), learned
 
 
@@ -551,33 +553,49 @@ def with_settings(config: Config, **fine_tune: Any) -> Config:
 
 @pytest.mark.parametrize("names", [("split-a", "split-b", "local-a", "local-b"), ("local-a", "split-a")])
 @pytest.mark.parametrize("edge_rounds", [1, 2])
-@pytest.mark.parametrize(("rate", "local_start"), [(1.0, "round"), (1.5, "round"), (1.0, "cohort")])
-def test_local_devices_and_the_split_cohort_are_averaged_by_their_examples(
-    names: tuple[str, ...], edge_rounds: int, rate: float, local_start: str
+@pytest.mark.parametrize("local_devices", ["parallel", "sequential"])
+def test_parties_that_learn_in_parallel_are_averaged_by_their_examples(
+    names: tuple[str, ...], edge_rounds: int, local_devices: str
 ) -> None:
-    config = with_settings(hybrid_config(names, edge_rounds), server_learning_rate=rate, local_start=local_start)
+    """In sequence local devices go on from what the split cohort learned, and only they are averaged."""
+    config = with_settings(hybrid_config(names, edge_rounds), local_devices=local_devices)
     edge, adapter = hybrid_edge(config)
     update = fine_tuned(edge, cycle=4)
     local, split = [name for name in names if name.startswith("local")], [n for n in names if n.startswith("split")]
     learned: list[tuple[AdapterTensors, Learned]] = []
     for edge_round in range(edge_rounds):
         cohort = learned_alone(config, split, adapter, config.seed_for("fine_tune", "edge", 4, edge_round))
-        begun = cohort[0] if local_start == "cohort" else adapter
+        begun = adapter if local_devices == "parallel" else cohort[0]
         learned = [
             learned_alone(config, (name,), begun, config.seed_for("fine_tune", name, 4, edge_round)) for name in local
         ]
-        learned.append(cohort)
-        num_examples = sum(one.num_examples for _, one in learned)
-        average = {
-            key: sum((tensors[key] * (one.num_examples / num_examples) for tensors, one in learned), torch.tensor(0.0))
+        averaged = [*learned, cohort] if local_devices == "parallel" else learned
+        num_examples = sum(one.num_examples for _, one in averaged)
+        adapter = {
+            key: sum((tensors[key] * (one.num_examples / num_examples) for tensors, one in averaged), torch.tensor(0.0))
             for key in adapter
         }
-        adapter = {key: tensor + rate * (average[key] - tensor) for key, tensor in adapter.items()}
+        learned.append(cohort)
     assert_same(update.tensors, adapter, 1e-4)
     assert (update.version, update.base) == (5, 3)
     assert update.num_examples == sum(len(PRIVATE[name]) for name in names)
     weighted = sum(one.loss * one.num_examples for _, one in learned) / update.num_examples
     assert update.loss == pytest.approx(weighted, rel=1e-4)
+
+
+def test_parties_take_turns_in_parts_of_a_pass() -> None:
+    names, cohort = ("split-a", "split-b", "local-a"), ("split-a", "split-b")
+    turns = {"local_devices": "sequential", "local_epochs": 0.5, "edge_rounds": 4, "batch_size": 1}
+    config = with_settings(hybrid_config(names), **turns)
+    edge, adapter = hybrid_edge(config)
+    update, num_steps = fine_tuned(edge, cycle=4), 0
+    for passes, part in product(range(2), range(2)):
+        for party, members in (("edge", cohort), ("local-a", ("local-a",))):
+            seed = config.seed_for("fine_tune", party, 4, passes)
+            adapter, learned = learned_alone(config, members, adapter, seed, part)
+            num_steps += learned.num_steps
+    assert_same(update.tensors, adapter, 1e-4)
+    assert update.num_steps == num_steps == 2 * (3 + 2)
 
 
 def test_all_steps_of_all_rounds_are_counted() -> None:
@@ -587,7 +605,7 @@ def test_all_steps_of_all_rounds_are_counted() -> None:
 
 
 @pytest.mark.parametrize("names", [("local-a",), ("split-a",)])
-@pytest.mark.parametrize("changes", [{}, {"server_learning_rate": 1.5}, {"local_start": "cohort"}])
+@pytest.mark.parametrize("changes", [{}, {"local_devices": "sequential"}])
 def test_one_party_alone_is_not_averaged(names: tuple[str, ...], changes: dict[str, Any]) -> None:
     config = with_settings(hybrid_config(names), **changes)
     edge, start = hybrid_edge(config)

@@ -19,6 +19,7 @@ from gaisnet.serving.body import BodyService
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.split_step import Outcome
+from gaisnet.tiers.stint import Stint
 from gaisnet.turn import Turn
 from tests.serving.models import DOMAIN, adapter
 from tests.tiers.cohort import Cohort, cohort_config, random_adapter
@@ -63,7 +64,7 @@ def new_model(cohort: Cohort, turn: Turn) -> DomainModel:
 
 def learn(cohort: Cohort, domain: DomainModel, labels: Any = None) -> tuple[Learned, AdapterTensors]:
     settings = cohort.config.fine_tune
-    learned = domain.learn(cohort.members(), labels or cohort.labels, settings, 3, "here", silent)
+    learned = domain.learn(cohort.members(), labels or cohort.labels, Stint(settings, 3, "here"), silent)
     return learned, domain.domain_adapter()
 
 

@@ -173,6 +173,10 @@ def check_contest(config: Config) -> None:
     local = [device.name for _, device in config.each_device() if device.mode != "split"]
     if local:
         raise ConfigError(f"device '{local[0]}'", "is local", "let all devices be split, the contest is about those")
+    tune = config.fine_tune
+    if tune.rounds_in_pass > 1:
+        found = f"is {tune.local_epochs}"
+        raise ConfigError("fine_tune.local_epochs", found, "name whole passes, all contenders learn in one round")
     if config.tail_layers:
         raise ConfigError("tail_layers", f"is {config.tail_layers}", "set it to 0, as plain split learning has it")
 

@@ -41,16 +41,6 @@ def average_products(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTe
     return mean | compressed(side_by_side([weakened(adapter, share) for adapter, share in factors]), ranks[0])
 
 
-def stepped(start: AdapterTensors, average: AdapterTensors, rate: float) -> AdapterTensors:
-    """Go from where a round began toward the average, and beyond it if ``rate`` is above 1 (of one shape).
-
-    The server learning rate of Reddi et al. (arXiv 2003.00295, algorithm 1, with plain steps).
-    """
-    if rate == 1.0:
-        return average
-    return {key: start[key] + rate * (tensor - start[key]) for key, tensor in average.items()}
-
-
 def _checked(updates: Sequence[tuple[AdapterTensors, int]]) -> int:
     """Number of examples of all."""
     total = sum(num_examples for _, num_examples in updates)

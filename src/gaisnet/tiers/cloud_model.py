@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import AdapterSpec
-from gaisnet.learning_settings import FineTuneSettings
 from gaisnet.messages import AnchorRelease, ModelRelease, SmashedData
 from gaisnet.progress import Progress
 from gaisnet.relay.downward import Distillation
@@ -16,6 +15,7 @@ from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.split_step import Labels, Member
+from gaisnet.tiers.stint import Stint
 
 MERGED = "merged"
 
@@ -67,15 +67,7 @@ class CloudModel(Protocol):
     def merges(self) -> dict[str, AdapterTensors]:
         """One adapter of all in place, in each way that is to be tried, by its name; none where they cannot be one."""
 
-    def learn(
-        self,
-        members: Sequence[Member],
-        labels: Labels,
-        settings: FineTuneSettings,
-        seed: int,
-        where: str,
-        progress: Progress,
-    ) -> Learned:
+    def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
         """Train the merged adapter; see ``LearningBody``. Only where adapters can be merged."""
 
     def put_out(self, name: str, version: int) -> None:

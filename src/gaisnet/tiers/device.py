@@ -33,6 +33,7 @@ from gaisnet.tiers.completions import Completions
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.examples import DeviceData, Labelled, Tokens
 from gaisnet.tiers.split_step import Member, Outcome
+from gaisnet.tiers.stint import Stint
 from gaisnet.tiers.stock import Parts, Stock
 from gaisnet.turn import Turn
 
@@ -170,10 +171,8 @@ class Device:
             smashed = Activations.of(self._smash("train"), *domain.placement())
             self._learning_inputs = domain.prefix(smashed)
         member = Member(self.name, self._learning_inputs)
-        where = f"device '{self.name}', cycle {order.cycle}, edge round {order.edge_round}"
-        seed = self._config.seed_for("fine_tune", self.name, order.cycle, order.edge_round)
-        settings = self._config.fine_tune.in_cycle(order.cycle)
-        learned = domain.learn([member], self._own_labels, settings, seed, where, self._progress)
+        stint = Stint.of(self._config, "device", self.name, order.cycle, order.edge_round)
+        learned = domain.learn([member], self._own_labels, stint, self._progress)
         for error in learned.left.values():  # it has only itself
             raise error
         return AdapterUpdate(

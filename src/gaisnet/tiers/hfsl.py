@@ -1,8 +1,9 @@
 """Edge rounds of hybrid federated split learning: with whoever can be had, averaged by examples.
 
 The split cohort learns at the edge, its labels at the devices; local devices learn the whole domain model (DM) by
-themselves, meanwhile or after it. Federated averaging then makes one adapter of all (GaisNet, arXiv 2401.02668,
-section IV).
+themselves. Meanwhile: then federated averaging makes one adapter of all (GaisNet, arXiv 2401.02668, section IV). Or
+after it, as split learning hands a model on from client to client (Gupta and Raskar, arXiv 1810.06060): then one of
+theirs.
 """
 
 import math
@@ -14,13 +15,14 @@ from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import GaisnetError, StaleAdapter, TooFewDevices, WireFormatError
 from gaisnet.messages import AdapterRelease, AdapterUpdate, BodyOutput, BodyOutputGrad, FineTune
 from gaisnet.progress import Progress
-from gaisnet.relay.fedavg import average_products, fedavg, stepped
+from gaisnet.relay.fedavg import average_products, fedavg
 from gaisnet.tiers.cluster import Asked, Cluster
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.holding import Rounds
 from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.smashed import SmashedStore
 from gaisnet.tiers.split_step import Member, Outcome
+from gaisnet.tiers.stint import Stint
 
 Part = tuple[Learned, AdapterTensors]
 
@@ -44,6 +46,7 @@ class HybridLearning:
     ) -> None:
         self._edge = settings.name
         self._config = config
+        self._in_sequence = config.fine_tune.local_devices == "sequential"
         self._cluster = cluster
         self._smashed = smashed
         self._progress = progress
@@ -56,7 +59,7 @@ class HybridLearning:
         start = self.start = AdapterRelease("domain", rounds.base, domain.domain_adapter())
         names = [*self._local, *self._split]
         failed = self._cluster.gather(names)
-        parts = self._learn(domain, rounds, start, failed)
+        split, alone = self._learn(domain, rounds, start, failed)
         took_part = [name for name in names if name not in failed]
         if len(took_part) < self._config.faults.min_devices:
             domain.put_domain_adapter(start.tensors)
@@ -64,7 +67,8 @@ class HybridLearning:
                 raise next(iter(failed.values()))
             reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
             raise TooFewDevices(self._edge, self._config.faults.min_devices, len(took_part), reasons)
-        domain.put_domain_adapter(self._averaged(parts, start))
+        domain.put_domain_adapter(self._averaged(split, alone))
+        parts = [*alone, *split]
         num_examples = sum(learned.num_examples for learned, _ in parts)
         where = f"cycle {rounds.cycle}, edge round {rounds.done}"
         return replace(
@@ -78,22 +82,22 @@ class HybridLearning:
 
     def _learn(
         self, domain: DomainModel, rounds: Rounds, start: AdapterRelease, failed: dict[str, GaisnetError]
-    ) -> list[Part]:
-        """Local devices beside the split cohort, or after it; those that fail are added to ``failed``."""
-        if self._config.fine_tune.local_start == "cohort":
+    ) -> tuple[list[Part], list[Part]]:
+        """The split cohort, and local devices beside it or after it; those that fail are added to ``failed``."""
+        if self._in_sequence:
             split = self._learn_split(domain, rounds, failed)
             self.start = replace(start, tensors=split[0][1]) if split else start
             asked = self._begin_alone(rounds, self.start, failed)
         else:
             asked = self._begin_alone(rounds, start, failed)
             split = self._learn_split(domain, rounds, failed)
-        return [*self._finish_alone(asked, start, failed), *split]
+        return split, self._finish_alone(asked, start, failed)
 
-    def _averaged(self, parts: Sequence[Part], start: AdapterRelease) -> AdapterTensors:
-        settings = self._config.fine_tune
-        average = fedavg if settings.average == "factors" else average_products
-        found = average([(tensors, learned.num_examples) for learned, tensors in parts])
-        return stepped(start.tensors, found, settings.server_learning_rate) if len(parts) > 1 else found
+    def _averaged(self, split: Sequence[Part], alone: Sequence[Part]) -> AdapterTensors:
+        """Of all; in sequence of local devices, if there are any: what they learned goes on from the cohort's."""
+        average = fedavg if self._config.fine_tune.average == "factors" else average_products
+        parts = alone if alone and self._in_sequence else [*alone, *split]
+        return average([(tensors, learned.num_examples) for learned, tensors in parts])
 
     def _learn_split(self, domain: DomainModel, rounds: Rounds, failed: dict[str, GaisnetError]) -> list[Part]:
         """The split cohort learns in this process; those that fail are added to ``failed``."""
@@ -102,10 +106,8 @@ class HybridLearning:
         members = [Member(name, self._smashed.inputs(domain, name, "train")) for name in names if name not in failed]
         if not members:
             return []
-        where = f"edge '{self._edge}', cycle {rounds.cycle}, edge round {rounds.done}"
-        seed = self._config.seed_for("fine_tune", self._edge, rounds.cycle, rounds.done)
-        settings = self._config.fine_tune.in_cycle(rounds.cycle)
-        learned = domain.learn(members, self._labels, settings, seed, where, self._progress)
+        stint = Stint.of(self._config, "edge", self._edge, rounds.cycle, rounds.done)
+        learned = domain.learn(members, self._labels, stint, self._progress)
         failed |= learned.left
         return [(learned, domain.domain_adapter())] if learned.num_examples else []
 

@@ -18,6 +18,7 @@ from gaisnet.tiers.cloud_model import MERGED, CloudModel
 from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.reach import Reach
 from gaisnet.tiers.split_step import Member
+from gaisnet.tiers.stint import Stint
 
 _OTHERS = "but of other examples, so nothing follows"
 Reports = Mapping[str, EvaluationReport]
@@ -121,8 +122,8 @@ class Intake:
         last_mile = self._config.absorb.last_mile
         learns = {"local_epochs": last_mile.epochs, "learning_rate": last_mile.learning_rate}
         settings = self._config.fine_tune.model_copy(update=learns).in_cycle(cycle)
-        seed, where = self._config.seed_for("last mile", cycle), f"the last mile of cycle {cycle}"
-        return self._model.learn(members, reach.labels, settings, seed, where, self._note)
+        stint = Stint(settings, self._config.seed_for("last mile", cycle), f"the last mile of cycle {cycle}")
+        return self._model.learn(members, reach.labels, stint, self._note)
 
     @contextmanager
     def _or_as_before(self, *names: str) -> Iterator[Mapping[str, _InPlace]]:

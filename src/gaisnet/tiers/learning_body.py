@@ -23,11 +23,12 @@ from gaisnet.messages import BodyOutputGrad
 from gaisnet.models.attention import let_attention_be_replaced
 from gaisnet.models.frozen import quick_products
 from gaisnet.models.parts import Body
-from gaisnet.models.ragged import Ragged, shuffled_batches
+from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress
 from gaisnet.tiers.activations import Activations, Wanted, tail_rows
 from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.split_step import Batch, Labels, Member, Pull, checked, picked
+from gaisnet.tiers.stint import Stint
 from gaisnet.turn import Turn
 
 PREFIX_BATCH = 32
@@ -99,51 +100,39 @@ class LearningBody:
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def learn(
-        self,
-        members: Sequence[Member],
-        labels: Labels,
-        settings: FineTuneSettings,
-        seed: int,
-        where: str,
-        progress: Progress,
-    ) -> Learned:
-        """Train the adapter that learns for ``settings.local_epochs`` on all members together.
+    def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
+        """Train the adapter that learns, for a stint, on all members together.
 
         A member that fails is left out from that step on; when none is left the learning ends, and has no examples.
-        ``where`` and the step are named where a member's loss is not finite.
         """
+        settings, left = stint.settings, dict[str, GaisnetError]()
+        lengths = [n for member in members for n in member.inputs.hidden.lengths]
+        passes = stint.passes(lengths, len(self._anchor[0].lengths) if self._anchor else 0)
+        done, total, loss = 0, sum(map(len, passes)), 0.0
         with self._learning() as parameters:
             optimizer = torch.optim.AdamW(
                 parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
             )
-            generator = torch.Generator().manual_seed(seed)
-            lengths = [n for member in members for n in member.inputs.hidden.lengths]
-            epochs = [
-                list(shuffled_batches(lengths, settings.batch_size, generator)) for _ in range(settings.local_epochs)
-            ]
-            total, step, loss = sum(map(len, epochs)), 0, 0.0
-            left: dict[str, GaisnetError] = {}
-            for batches in epochs:
+            for steps in passes:
                 loss_sum, num_tokens = 0.0, 0
-                for batch in batches:
+                for step in steps:
                     optimizer.zero_grad()
-                    pull = self._pull(settings, generator) if (step + 1) % settings.anchor_every == 0 else None
+                    where = f"{stint.where}, step {step.number}"
                     step_loss, step_tokens, failed = self.backward(
-                        members, batch, step, labels, f"{where}, step {step}", left, pull
+                        members, step.examples, step.number, labels, where, left, self._pull(settings, step.pulled)
                     )
                     left |= failed
-                    step += 1
+                    done += 1
                     if not step_tokens:
                         continue
                     with self._turn.learning():
                         clip_grad_norm_(parameters, settings.max_grad_norm)
                         optimizer.step()
                     loss_sum, num_tokens = loss_sum + step_loss, num_tokens + step_tokens
-                    progress("fine_tune", step, total, {"loss": step_loss / step_tokens})
+                    progress("fine_tune", done, total, {"loss": step_loss / step_tokens})
                 loss = loss_sum / max(num_tokens, 1)
         stayed = sum(len(member.inputs) for member in members if member.name not in left)
-        return Learned(stayed, step, loss, left)
+        return Learned(stayed, done, loss, left)
 
     @contextmanager
     def _learning(self) -> Iterator[list[nn.Parameter]]:
@@ -158,12 +147,11 @@ class LearningBody:
             with self._turn.learning():
                 self._body.requires_grad_(False)
 
-    def _pull(self, settings: FineTuneSettings, generator: torch.Generator) -> Pull | None:
+    def _pull(self, settings: FineTuneSettings, chosen: Sequence[int]) -> Pull | None:
         """Some of the text that the FM wrote. Not for every step: a regulariser may rest (arXiv 1912.04958, B)."""
-        if self._anchor is None or not settings.anchor_weight:
+        if self._anchor is None or not chosen:
             return None
         inputs, targets = (each.sequences() for each in self._anchor)
-        chosen = torch.randint(len(inputs), (settings.anchor_batch_size,), generator=generator).tolist()
         targets_ND = torch.cat([targets[i][1:] for i in chosen])
         return Pull([inputs[i] for i in chosen], targets_ND, settings.anchor_every * settings.anchor_weight)
 

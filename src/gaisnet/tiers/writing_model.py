@@ -9,7 +9,7 @@ from torch import Tensor
 from gaisnet.adapters.arithmetic import side_by_side, sparse_sum, weakened
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.learning_settings import FineTuneSettings, MergeMethod
+from gaisnet.learning_settings import MergeMethod
 from gaisnet.messages import AnchorRelease, SmashedData
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.pauses import pause_within
@@ -24,6 +24,7 @@ from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.outlet import Outlet
 from gaisnet.tiers.split_step import Labels, Member
+from gaisnet.tiers.stint import Stint
 from gaisnet.tiers.teacher import Teacher
 from gaisnet.tiers.texts import Texts
 
@@ -133,17 +134,9 @@ class WritingModel:
         """See ``CloudModel``."""
         return {way: self._merged(way) for way in self._config.absorb.merge.ways}
 
-    def learn(
-        self,
-        members: Sequence[Member],
-        labels: Labels,
-        settings: FineTuneSettings,
-        seed: int,
-        where: str,
-        progress: Progress,
-    ) -> Learned:
+    def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
         """Pulled toward what the FM makes of its own text without adapters; see ``CloudModel``."""
-        return self._model.learn(members, labels, settings, seed, where, progress)
+        return self._model.learn(members, labels, stint, progress)
 
     def _merged(self, method: MergeMethod) -> AdapterTensors:
         settings, model = self._config.absorb.merge, self._model

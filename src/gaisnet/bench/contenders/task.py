@@ -56,7 +56,7 @@ class Task:
     @property
     def epochs(self) -> int:
         """Passes over the examples."""
-        return self.config.fine_tune.local_epochs
+        return self.config.fine_tune.passes_in_round
 
     def longest(self) -> "Task":
         """The same with some batches of the longest examples, of one device, once: what needs most memory."""
