@@ -125,6 +125,13 @@ class FineTuneSettings(Settings):
     batch_size: int = Field(16, ge=1, description="Examples per step, drawn across the devices of a cluster.")
     learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW.")
     cycle_decay: float = Field(1.0, gt=0.0, le=1.0, description="Factor on it from every cycle to the next.")
+    cooldown: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Last share of every cycle's learning in which the rate falls to nothing, linearly, so that what "
+        "goes up is not what the last batches pulled toward (arXiv 2405.18392).",
+    )
     weight_decay: float = Field(0.0, ge=0.0, description="Of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this norm.")
     anchor_weight: float = Field(
@@ -204,8 +211,8 @@ class LastMileSettings(Settings):
     learning_rate: float = Field(
         1e-4,
         gt=0.0,
-        description="Of AdamW; falls as fine_tune.cycle_decay says. Small, for a few devices pull toward their own "
-        "labels; where all take part, 5e-4 is better.",
+        description="Of AdamW; falls as fine_tune.cycle_decay and cooldown say. Small, for a few devices pull toward "
+        "their own labels; where all take part, 5e-4 is better.",
     )
 
 

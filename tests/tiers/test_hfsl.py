@@ -245,9 +245,10 @@ def relay_tensors(cohort: Cohort) -> AdapterTensors:
     return take_out(cohort.body, "relay")
 
 
-def test_learning_from_the_cache_is_learning_with_a_fresh_prefix_in_every_step() -> None:
+@pytest.mark.parametrize("cooldown", [0.0, 2 / 3])
+def test_learning_from_the_cache_is_learning_with_a_fresh_prefix_in_every_step(cooldown: float) -> None:
     changes: dict[str, Any] = {
-        "fine_tune": {"local_epochs": 3, "batch_size": 2, "learning_rate": 0.002},
+        "fine_tune": {"local_epochs": 3, "batch_size": 2, "learning_rate": 0.002, "cooldown": cooldown},
         "relay": {"enabled": True, "rank": 2},
         "domain": {"precision": "int8"},
     }
@@ -267,6 +268,8 @@ def test_learning_from_the_cache_is_learning_with_a_fresh_prefix_in_every_step()
         losses = []
         for batch in shuffled_batches(lengths, settings.batch_size, generator):
             optimizer.zero_grad()
+            if cooldown:  # nine steps, six of which cool down
+                optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (9 - num_steps) / 6)
             # Heads and prefix run again.
             loss, tokens, _ = fresh.domain.backward(fresh.members(), batch, num_steps, fresh.labels, "here")
             losses.append((loss, tokens))
@@ -537,13 +540,15 @@ def fine_tuned(edge: Edge, cycle: int = 0) -> AdapterUpdate:
 
 
 def learned_alone(
-    config: Config, names: Sequence[str], start: AdapterTensors, seed: int, part: int = 0
+    config: Config, names: Sequence[str], start: AdapterTensors, seed: int, edge_round: int = 0
 ) -> tuple[AdapterTensors, Learned]:
     """What devices that learn together, without an edge around them, make of an adapter."""
     examples = [example for name in names for example in PRIVATE[name]]
     cohort = Cohort(cohort_config([1], fine_tune=config.fine_tune.model_dump()), examples)
     cohort.domain.put_domain_adapter(start)
-    learned = cohort.domain.learn(cohort.members(), cohort.labels, Stint(config.fine_tune, seed, "here", part), silent)
+    learned = cohort.domain.learn(
+        cohort.members(), cohort.labels, Stint(config.fine_tune, seed, "here", edge_round), silent
+    )
     return cohort.domain.domain_adapter(), learned
 
 
@@ -592,7 +597,7 @@ def test_parties_take_turns_in_parts_of_a_pass() -> None:
     for passes, part in product(range(2), range(2)):
         for party, members in (("edge", cohort), ("local-a", ("local-a",))):
             seed = config.seed_for("fine_tune", party, 4, passes)
-            adapter, learned = learned_alone(config, members, adapter, seed, part)
+            adapter, learned = learned_alone(config, members, adapter, seed, 2 * passes + part)
             num_steps += learned.num_steps
     assert_same(update.tensors, adapter, 1e-4)
     assert update.num_steps == num_steps == 2 * (3 + 2)

@@ -57,6 +57,15 @@ def test_nothing_pulls_without_text_or_weight(changes: dict[str, Any]) -> None:
     assert [step.examples for step in without] == [step.examples for step in flat(steps_of(0, local_epochs=2))]
 
 
+def test_the_rate_falls_in_the_last_share_of_a_cycle() -> None:
+    assert {step.learning_rate for step in flat(steps_of(0, local_epochs=2, learning_rate=0.25))} == {0.25}
+    changes: dict[str, Any] = {"local_epochs": 0.5, "edge_rounds": 4, "cooldown": 0.5, "learning_rate": 1.0}
+    rates = [step.learning_rate for n in range(4) for step in flat(steps_of(n, **changes))]
+    assert rates[:6] == [1.0] * 6 and rates[6:] == pytest.approx([1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    whole = [step.learning_rate for step in flat(steps_of(0, **changes | {"local_epochs": 2, "edge_rounds": 1}))]
+    assert whole == pytest.approx(rates)
+
+
 def test_every_party_and_cycle_has_an_order_of_its_own() -> None:
     assert steps_of(0) == steps_of(0)
     orders = [steps_of(0), steps_of(0, cycle=1), steps_of(0, name="south"), steps_of(1)]

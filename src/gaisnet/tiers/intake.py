@@ -120,7 +120,7 @@ class Intake:
 
     def _learned(self, members: Sequence[Member], cycle: int, reach: Reach) -> Learned:
         last_mile = self._config.absorb.last_mile
-        learns = {"local_epochs": last_mile.epochs, "learning_rate": last_mile.learning_rate}
+        learns = {"edge_rounds": 1, "local_epochs": last_mile.epochs, "learning_rate": last_mile.learning_rate}
         settings = self._config.fine_tune.model_copy(update=learns).in_cycle(cycle)
         stint = Stint(settings, self._config.seed_for("last mile", cycle), f"the last mile of cycle {cycle}")
         return self._model.learn(members, reach.labels, stint, self._note)

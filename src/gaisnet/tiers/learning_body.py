@@ -117,6 +117,8 @@ class LearningBody:
                 loss_sum, num_tokens = 0.0, 0
                 for step in steps:
                     optimizer.zero_grad()
+                    for group in optimizer.param_groups:
+                        group["lr"] = step.learning_rate
                     where = f"{stint.where}, step {step.number}"
                     step_loss, step_tokens, failed = self.backward(
                         members, step.examples, step.number, labels, where, left, self._pull(settings, step.pulled)

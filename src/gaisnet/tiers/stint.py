@@ -23,11 +23,13 @@ class Step:
         number: Counted from 0, where its pass or passes begin.
         examples: Places of its examples among all.
         pulled: Places of the generated sequences that pull in it, if any do.
+        learning_rate: In it.
     """
 
     number: int
     examples: Sequence[int]
     pulled: Sequence[int]
+    learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -38,21 +40,20 @@ class Stint:
         settings: How; the learning rate is that of the cycle.
         seed: Of all that is random in its passes; parts of a pass have the same.
         where: Names it in errors.
-        part: Which part of a pass it is, counted from 0, if it has not the whole.
+        edge_round: Which of a cycle's it is, counted from 0.
     """
 
     settings: FineTuneSettings
     seed: int
     where: str
-    part: int = 0
+    edge_round: int = 0
 
     @classmethod
     def of(cls, config: Config, party: str, name: str, cycle: int, edge_round: int) -> "Stint":
         """An edge round, of the 'edge' or the 'device' of that name; the same after a restart."""
-        passes, part = divmod(edge_round, config.fine_tune.rounds_in_pass)
-        seed = config.seed_for("fine_tune", name, cycle, passes)
+        seed = config.seed_for("fine_tune", name, cycle, edge_round // config.fine_tune.rounds_in_pass)
         where = f"{party} '{name}', cycle {cycle}, edge round {edge_round}"
-        return cls(config.fine_tune.in_cycle(cycle), seed, where, part)
+        return cls(config.fine_tune.in_cycle(cycle), seed, where, edge_round)
 
     def passes(self, lengths: Sequence[int], num_sequences: int) -> list[list[Step]]:
         """The steps of every pass, or of its part of one.
@@ -65,14 +66,20 @@ class Stint:
         orders = [
             list(shuffled_batches(lengths, settings.batch_size, generator)) for _ in range(settings.passes_in_round)
         ]
-        numbers = count()
+        part, parts = self.edge_round % settings.rounds_in_pass, settings.rounds_in_pass
+        begin, end = (n * len(orders[0]) // parts for n in (part, part + 1))
+        numbers, total = count(), end - begin if parts > 1 else sum(map(len, orders))
 
         def step(examples: Sequence[int]) -> Step:
-            number, size = next(numbers), settings.anchor_batch_size
-            if not num_sequences or not settings.anchor_weight or (number + 1) % settings.anchor_every:
-                return Step(number, examples, ())
-            return Step(number, examples, torch.randint(num_sequences, (size,), generator=generator).tolist())
+            number, size, pulled = next(numbers), settings.anchor_batch_size, []
+            if num_sequences and settings.anchor_weight and not (number + 1) % settings.anchor_every:
+                pulled = torch.randint(num_sequences, (size,), generator=generator).tolist()
+            return Step(number, examples, pulled, self._learning_rate((number - begin) / max(total, 1)))
 
-        steps, parts = [[step(examples) for examples in order] for order in orders], settings.rounds_in_pass
-        begin, end = (n * len(steps[0]) // parts for n in (self.part, self.part + 1))
+        steps = [[step(examples) for examples in order] for order in orders]
         return steps if parts == 1 else [steps[0][begin:end]]
+
+    def _learning_rate(self, share: float) -> float:
+        """After a share of the stint's steps."""
+        settings, left = self.settings, 1.0 - (self.edge_round + share) / self.settings.edge_rounds
+        return settings.learning_rate * (min(1.0, left / settings.cooldown) if settings.cooldown else 1.0)
