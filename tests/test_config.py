@@ -391,7 +391,7 @@ def test_an_edge_round_is_whole_passes_or_a_part_of_one(
     assert (tune.passes_in_round, tune.rounds_in_pass) == (passes, rounds)
 
 
-@pytest.mark.parametrize("epochs", [1.5, 0.75, 0.3, 2.1])
+@pytest.mark.parametrize("epochs", [1.5, 0.75, 0.3, 2.1, 150.5])
 def test_parts_of_a_pass_are_equal(raw: dict[str, Any], epochs: float) -> None:
     raw["fine_tune"] = {"local_epochs": epochs}
     with pytest.raises(ConfigError, match="whole passes, or one of some equal parts of a pass"):

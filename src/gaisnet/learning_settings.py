@@ -146,7 +146,7 @@ class FineTuneSettings(Settings):
     @field_validator("local_epochs")
     @classmethod
     def _check_epochs(cls, epochs: float) -> float:
-        if epochs != round(epochs) and abs(1 / epochs - round(1 / epochs)) > _SAME:
+        if epochs != round(epochs) and (epochs > 1 or abs(1 / epochs - round(1 / epochs)) > _SAME):
             raise ValueError("a round has whole passes, or one of some equal parts of a pass: 0.5, 0.25, 0.125")
         return epochs
 
