@@ -22,7 +22,7 @@ demo: $(VENV)/.demo  ## run the virtuous cycle with the demo's configuration, in
 test: $(VENV)/.dev  ## run the tests on all cores, the long ones left out
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto $(ARGS)
 
-coverage:  ## the same, and say what they do not reach; counting lines and branches takes them 1.7 times as long
+coverage:  ## the same, and say what they do not reach; counting lines and branches takes much longer
 	$(MAKE) test ARGS="--cov $(ARGS)"
 
 test-slow: $(VENV)/.dev  ## run the long tests: the real model, killed processes, a million malformed frames
