@@ -20,7 +20,7 @@ demo: $(VENV)/.demo  ## run the virtuous cycle with the demo's configuration, in
 	$(BIN)/gaisnet run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests on all cores, the long ones left out
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
 
 coverage:  ## the same, and say what they do not reach; counting lines and branches takes much longer
 	$(MAKE) test ARGS="--cov $(ARGS)"
@@ -30,7 +30,7 @@ test-slow: $(VENV)/.dev  ## run the long tests: the real model, killed processes
 
 bench-quick: $(VENV)/.demo  ## let all contenders of `gaisnet bench` learn a little, once: that they run, not how fast
 	$(BIN)/gaisnet bench configs/bench.yaml --rounds 1 --out runs/bench-quick.json \
-		--set data.train_examples=48 --set data.test_examples=24 $(ARGS)
+		--set fine_tune.local_epochs=1 --set data.train_examples=48 --set data.test_examples=24 $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types and the direction of imports; changes nothing
 	$(BIN)/ruff format --check $(SOURCES)
