@@ -220,6 +220,16 @@ def merged_and_parts(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Tensor
     return products(cloud.adapter(MERGED)[1]), [products(cloud.adapter(d)[1]) for d in ("shapes", "tastes")]
 
 
+@pytest.mark.parametrize("method", ["regression", "sum", "ties", "dare"])
+def test_with_a_single_domain_the_merged_adapter_is_the_domains_own(method: str) -> None:
+    absorb = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}
+    run = Run(alone(absorb={**absorb, "merge": {"method": method, "weight": 0.5}})).go()
+    own, merged = (run.network.cloud.adapter(name) for name in ("shapes", MERGED))
+    assert own[0] == merged[0] and any(bool(t.any()) for t in products(own[1]).values())
+    assert all(torch.equal(merged[1][key], tensor) for key, tensor in own[1].items())
+    assert run.scores[-1].merged == run.scores[-1].foundation
+
+
 def test_the_merged_adapter_is_fitted_to_each_domain_on_its_own_text(finished: Run) -> None:
     cloud, foundation = finished.network.cloud, finished.foundation
     spec, merged = cloud.adapter(MERGED)

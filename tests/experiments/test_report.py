@@ -266,7 +266,9 @@ def test_closing_captions_add_up_the_cycles() -> None:
         "Bytes, device–edge: 9.0 MiB up, 3.0 MiB down; edge–cloud: 1.5 KiB up, 0 B down",
         "Wall time: 2 min 0 s",
         "The largest split device holds 26.3 % of the FM's parameters",
+        *(f"Note: {sentence}" for sentence in _summary().cycles[-1].merged_below_own()),
     ]
+    assert len(_summary().cycles[-1].merged_below_own()) == 2
 
 
 def test_closing_captions_name_the_devices_that_a_round_went_on_without() -> None:

@@ -97,6 +97,24 @@ def test_what_falls_from_one_cycle_to_the_next_is_said() -> None:
     assert new.fallen_since(before) == []  # nothing to compare with
 
 
+def test_a_merged_adapter_that_is_clearly_worse_than_a_domains_own_is_reported() -> None:
+    def scores(num_examples: int, **accuracies: float) -> dict[str, Any]:
+        return {name: {"accuracy": a, "loss": 1.0, "num_examples": num_examples} for name, a in accuracies.items()}
+
+    def cycle(own: dict[str, Any], merged: dict[str, Any]) -> Cycle:
+        return Cycle.model_validate({**_raw()["cycles"][0], "foundation": own, "merged": merged})
+
+    (said,) = cycle(scores(24, tickets=0.875, other=0.5), scores(24, tickets=1 / 6, other=0.4)).merged_below_own()
+    assert said == (
+        "the merged adapter is clearly worse on 'tickets' than the domain's own: 16.7% of the test examples, "
+        "the domain's own 87.5%; use the domain's own adapter there"
+    )
+    # With p = 0.5 and 0.4 the standard error of a difference is sqrt(0.49 / n): 2 of them are 0.1 at n = 196.
+    assert cycle(scores(195, a=0.5), scores(195, a=0.4)).merged_below_own() == []
+    assert len(cycle(scores(197, a=0.5), scores(197, a=0.4)).merged_below_own()) == 1
+    assert cycle(scores(9, a=1.0), {}).merged_below_own() == []  # no merged adapter
+
+
 def test_newcomers_are_domains_and_have_no_figures_of_the_foundation_model() -> None:
     def scores(**accuracies: float) -> dict[str, Any]:
         return {name: {"accuracy": a, "loss": 1.0, "num_examples": 210} for name, a in accuracies.items()}

@@ -230,7 +230,8 @@ class Run:
             relay={domain: _relay_loss(result) for domain, result in relays.items()},
         )
         if before is not None:
-            entry = entry.model_copy(update={"gate": [*said, *entry.fallen_since(before)]})
+            noticed = [*entry.fallen_since(before), *entry.merged_below_own()]
+            entry = entry.model_copy(update={"gate": [*said, *noticed]})
         self._folder.log_cycle(entry)
         return entry
 

@@ -142,6 +142,24 @@ class Cycle(Record):
             if name in earlier[body] and score.accuracy < earlier[body][name].accuracy - FALL
         ]
 
+    def merged_below_own(self) -> list[str]:
+        """A sentence for every domain on which the merged adapter is clearly worse than the domain's own.
+
+        Clearly: the difference in accuracy exceeds two standard errors of a difference of two independent shares. On
+        the same examples, as here, the true error is smaller.
+        """
+        return [
+            f"the merged adapter is clearly worse on '{name}' than the domain's own: {score.accuracy:.1%} of the test "
+            f"examples, the domain's own {self.foundation[name].accuracy:.1%}; use the domain's own adapter there"
+            for name, score in self.merged.items()
+            if name in self.foundation and _clearly_below(score, self.foundation[name])
+        ]
+
+
+def _clearly_below(score: Score, other: Score) -> bool:
+    variances = [s.accuracy * (1.0 - s.accuracy) / max(s.num_examples, 1) for s in (score, other)]
+    return other.accuracy - score.accuracy > 2.0 * math.sqrt(sum(variances))
+
 
 class Baselines(Record):
     """What a run is held against: accuracies on the same held-out examples, by domain. ``gaisnet baselines`` adds them.

@@ -97,7 +97,7 @@ class WritingModel:
 
         A relay that does not help on text that it did not learn from is not kept: the one before stays.
         """
-        merges = domain in self._learning and "regression" in self._config.absorb.merge.ways
+        merges = len(self._learning) > 1 and domain in self._learning and "regression" in self._config.absorb.merge.ways
         if domain in self.relays or merges:
             self._texts.write(domain, cycle)
         return self._teacher.teach(domain, self._adapter_of[domain])
@@ -131,7 +131,9 @@ class WritingModel:
         return verdict
 
     def merges(self) -> dict[str, AdapterTensors]:
-        """See ``CloudModel``."""
+        """See ``CloudModel``. A single domain's adapter needs no merging: the merged adapter is that adapter."""
+        if len(self._learning) == 1:
+            return {"the only one": self.adapter(self._learning[0])}
         return {way: self._merged(way) for way in self._config.absorb.merge.ways}
 
     def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
