@@ -410,12 +410,16 @@ def test_any_mix_of_devices(modes: tuple[str, ...]) -> None:
 
 
 def foundation_that_knows(text: str) -> Foundation:
-    """The tiny model after some steps on a text, so that it has something to lose."""
+    """The tiny model, having learned the gate's own two windows of a text almost by heart.
+
+    Their perplexity is then near 1, the least there is, so an adapter that changes the model much can only raise it:
+    no matter how a processor rounds while the adapter learns.
+    """
     foundation = tiny_foundation()
     model = foundation.model.requires_grad_(True)
-    ids_BT = torch.tensor([foundation.tokenizer.encode(text)])
+    ids_BT = torch.tensor(foundation.tokenizer.encode(text)[:32]).view(2, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(40):
+    for _ in range(120):
         optimizer.zero_grad()
         model(ids_BT, labels=ids_BT).loss.backward()
         optimizer.step()
@@ -431,6 +435,7 @@ def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays() -> None:
     before = {name: cloud.adapter(name)[1] for name in ("shapes", "tastes")}
     run.go()
     limit = alone_perplexity(run)
+    assert limit < 1.5
     for verdict in run.verdicts[0][:2]:
         assert not verdict.accepted
         assert str(verdict).startswith(f"refused '{verdict.adapter}': perplexity on public text ")
