@@ -300,7 +300,7 @@ def test_a_run_that_broke_off_before_its_first_checkpoint(site: Path, tmp_path: 
 
 def test_a_run_that_is_under_way(short: Path) -> None:
     with RunFolder.resume(short):
-        assert_refused(short, OutputInUse, rf"a run that is under way \(process {os.getpid()}\)")
+        assert_refused(short, OutputInUse, rf"is taken by process {os.getpid()} on host .*; wait until that process")
         assert (short / LOCK_NAME).exists()
     assert not (short / LOCK_NAME).exists()
 
