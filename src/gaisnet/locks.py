@@ -123,6 +123,27 @@ def locked(path: Path, wait_s: float = 0.0) -> Iterator[Lock]:
             lock.release()
 
 
+@contextmanager
+def one_at_a_time(made: Path) -> Iterator[None]:
+    """Inside, no other process makes the same file or folder; whoever comes meanwhile waits.
+
+    Where there are no locks they make it side by side, each under another name: what is made is put in place whole.
+    Raises ``OSError`` where the folder of ``made`` cannot be written.
+    """
+    flock = FileLock(made.with_name(f".{made.name}.lock"), thread_local=False, fallback_to_soft=False)
+    try:
+        flock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        if flock.is_locked:
+            Path(flock.lock_file).unlink(missing_ok=True)  # while we have it, as in ``Lock.release``
+            flock.release()
+
+
 def holder_of(path: Path) -> Holder | None:
     """The process that a lock's file names; None where it names none."""
     try:

@@ -29,6 +29,7 @@ from transformers import (
 
 from gaisnet.errors import MissingPackage, ModelError
 from gaisnet.learning_settings import ModelSettings
+from gaisnet.locks import one_at_a_time
 from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears
 
@@ -200,9 +201,12 @@ def _converted(source: str, asked: str) -> str:
     gguf = Path(source).resolve()
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{gguf.stem}-{key}"
+    folder = (cache_folder() / f"{gguf.stem}-{key}").absolute()
     if not folder.is_dir():
-        _convert(gguf, folder, asked)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder):
+            if not folder.is_dir():  # another process may have converted it meanwhile
+                _convert(gguf, folder, asked)
     return str(folder)
 
 
