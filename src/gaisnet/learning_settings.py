@@ -67,6 +67,12 @@ class AdapterSettings(Settings):
     )
     num_prompts: int = Field(10, ge=1, description="Rows of a prompt in each layer, if the adapters are prompts.")
     first_layer: int = Field(18, ge=1, description="First FM layer with a domain adapter; all before is frozen.")
+    licence: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$",
+        max_length=64,
+        description="Of the adapters, as SPDX or the hub name it, such as 'apache-2.0': for their model cards.",
+    )
 
 
 class RelaySettings(Settings):

@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gaisnet.adapters.state import save_adapter
+from gaisnet.checkpoint import write_text
 from gaisnet.config import Config
 from gaisnet.config_file import parse_config, with_absolute_paths
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ConfigError, NothingToResume
+from gaisnet.experiments.card import CARD_NAME, render_card
 from gaisnet.experiments.data import DomainData, load_domains, majority, public_inputs, public_text
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.summary import (
@@ -42,7 +44,7 @@ Build = Callable[[Foundation, str, Progress], Network]
 """Makes a network out of the foundation model and public text, and tells its progress."""
 _CHECKPOINT = "run"
 _MAY_CHANGE = ("cycles", "evaluate", "faults", "service")  # while a run goes on
-_WHERE = r"model\.(foundation|public_inputs|device)|edges\.\d+\.devices\.\d+\.data"  # and where things are
+_WHERE = r"model\.(foundation|public_inputs|device)|edges\.\d+\.devices\.\d+\.data|adapters\.licence"
 
 
 def run_experiment(
@@ -72,13 +74,14 @@ def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the run in a folder. Raises ``NothingToResume``, ``CheckpointError`` or ``ConfigError``.
 
     ``overrides`` as for ``load_config``, of ``cycles``, ``evaluate``, ``faults`` and ``service``, and of where things
-    are that the run needs: ``model.foundation``, ``model.public_inputs``, ``model.device``, a device's ``data``.
+    are that the run needs: ``model.foundation``, ``model.public_inputs``, ``model.device``, a device's ``data``; and
+    ``adapters.licence``.
     """
     raw = _checkpoint(folder)[0]["summary"]["config"]
     for override, key in zip(overrides, keys_of(overrides), strict=True):
         if key.partition(".")[0] not in _MAY_CHANGE and not re.fullmatch(_WHERE, key):
             do = f"change {', '.join(_MAY_CHANGE)} only, or where things are: model.foundation, model.public_inputs, "
-            do += "model.device, edges.N.devices.N.data"
+            do += "model.device, edges.N.devices.N.data; or adapters.licence"
             raise ConfigError(f"--set {override} on a run that goes on", "would make it another run", do)
     config = parse_config(with_overrides(raw, overrides), f"the configuration in '{folder.path}'")
     return with_absolute_paths(config, overrides)
@@ -163,7 +166,7 @@ class Run:
         kept = folder.shelf.get(_CHECKPOINT)
         self._digest = _same_model(folder, foundation, kept[0] if kept else {})
         self._base_model, self._layers_path = foundation.source, foundation.family.layers_path
-        self._writes = not foundation.family.is_encoder
+        self._writes, self._reads_text = not foundation.family.is_encoder, foundation.reader is not None
         progress("load", 1, 2, {})
         self._network = build(foundation, public_text(config.absorb), self._note)
         self._seen = self._network.traffic()
@@ -280,7 +283,10 @@ class Run:
         cloud = self._network.cloud
         for name in cloud.adapters:
             spec, tensors = cloud.adapter(name)
-            save_adapter(self._folder.adapters_dir / name, spec, tensors, self._base_model, self._layers_path)
+            folder = self._folder.adapters_dir / name
+            save_adapter(folder, spec, tensors, self._base_model, self._layers_path)
+            card = render_card(name, spec, self._base_model, self._reads_text, self._config, self.summary)
+            write_text(folder / CARD_NAME, card)
         self._folder.write_summary(self.summary)
         self._folder.write_report(self.summary)
         network, tensors = self._network.state()
