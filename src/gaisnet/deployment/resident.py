@@ -4,6 +4,7 @@ They hold models and state. What joins them is the same tier code as in one proc
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ from pydantic import JsonValue
 from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
 from gaisnet.deployment.service import SiteService
-from gaisnet.deployment.site import CLOUD, Site, certificates, read_site
+from gaisnet.deployment.site import CLOUD, Site, certificates, claimed, read_site
 from gaisnet.engines.nvflare.job import JobKeeper
 from gaisnet.engines.nvflare.kit import ORDERS
 from gaisnet.engines.services import Front
@@ -120,6 +121,7 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
     public, inputs = {edge.domain: load_public(edge, config) for edge in config.edges}, public_inputs(config)
     watched = Watched()
     with ExitStack() as opened:
+        opened.enter_context(claimed(folder))
         service = SiteService(config.service, config.faults.away_s)
         opened.callback(service.close)
         with RunFolder.claim(out or folder / "run") as run_folder, ExitStack() as ends_with_run:
@@ -189,6 +191,7 @@ def run_edge(folder: Path) -> NoReturn:
     names = [device.name for device in settings.devices]
     answers, watched = _Answers(codec, takes={site.name, *names}.__contains__), Watched()
     with ExitStack() as opened:
+        opened.enter_context(claimed(folder))
         service = SiteService(config.service, config.faults.away_s)
         opened.callback(service.close)
         to_cloud = Dialer(site.cloud_address, own, site.name, CLOUD, _nothing_to_ask, limits)
@@ -238,6 +241,8 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
         raise ConfigError(f"answers of device '{site.name}'", found, "start it without --serve")
     answers.become(lambda _: device)
     with ExitStack() as opened:
+        if os.access(folder, os.W_OK):  # it keeps nothing, so its kit may lie where nobody writes
+            opened.enter_context(claimed(folder))
         own = certificates(folder, "device")
         link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits(config))
         opened.callback(link.close)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gaisnet.deployment.launcher import FINAL, Launcher, ProcessPlan
-from gaisnet.deployment.site import CLOUD, read_site
+from gaisnet.deployment.site import CLOUD, START_LOCK, claimed, read_site
 from gaisnet.engines.nvflare.kit import client_command, server_command
 from gaisnet.errors import ConfigError
 
@@ -49,6 +49,6 @@ def start_site(folder: Path, out: Path | None = None, stay: bool = False, serve:
             option = "--stay" if role == CLOUD else "--serve"
             raise ConfigError(f"{option} at '{site.name}'", f"the kit's role is {site.role}", f"give it to a {role}")
     more = [*(["--stay"] if stay else []), *(["--serve", str(serve)] if serve is not None else [])]
-    with Launcher(plans(folder, folder / "logs", out, more)) as launcher:
+    with claimed(folder, START_LOCK), Launcher(plans(folder, folder / "logs", out, more)) as launcher:
         while not launcher.wait(site.name, _LOOK_S):
             pass
