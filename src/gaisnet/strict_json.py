@@ -1,4 +1,4 @@
-"""JSON as its standard means it: one value for a key, finite numbers, text that is Unicode, and no depth without end."""
+"""JSON as its standard means it: a key once, finite numbers, text that is Unicode, and no depth without end."""
 
 import json
 import math
