@@ -50,3 +50,21 @@ def test_draws_have_the_right_shares() -> None:
 def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(SessionRefused, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-45, 1e-38, 1e-10, 9e-6, -0.0])
+def test_a_temperature_next_to_nothing_takes_the_likeliest(temperature: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature))
+    probabilities = sampler.probabilities(1000 * LOGITS)
+    assert probabilities.tolist() == [1, 0, 0, 0]
+    assert sampler.draw(probabilities) == 0
+    assert not sampler.accepts(0.999)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3, 2.0])
+@pytest.mark.parametrize("top_p", [5e-324, 1e-320, 1e-46, 1e-8, 0.5])
+def test_the_smallest_nucleus_is_the_likeliest_token(temperature: float, top_p: float) -> None:
+    sampler = Sampler(Sampling(temperature=temperature, top_p=top_p))
+    probabilities = sampler.probabilities(20 * LOGITS)
+    assert probabilities.tolist() == [1, 0, 0, 0]
+    assert sampler.draw(probabilities) == 0

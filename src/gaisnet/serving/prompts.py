@@ -1,12 +1,11 @@
 """What a caller sends, as token ids: a chat through the tokenizer's own template, or a prompt as it stands."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
-from jinja2 import TemplateError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from gaisnet.errors import SessionRefused
+from gaisnet.models.chat_template import rendered_chat
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
@@ -17,16 +16,9 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
         messages: ``role`` and ``content`` of each.
 
     Raises:
-        SessionRefused: The tokenizer has no template, or its template refuses these messages.
+        SessionRefused, ServiceFull: See ``models.chat_template.rendered_chat``.
     """
-    if not tokenizer.chat_template:
-        found, do = "the model's tokenizer has no chat template", "use a completion, or a model made for chats"
-        raise SessionRefused("a chat", found, do)
-    try:
-        text: Any = tokenizer.apply_chat_template(list(map(dict, messages)), add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise SessionRefused("a chat", f"the model's template refuses it ({error})", "change the messages") from error
-    return prompt_ids(tokenizer, text)
+    return prompt_ids(tokenizer, rendered_chat(tokenizer, messages))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

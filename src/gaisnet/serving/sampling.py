@@ -11,12 +11,16 @@ from torch import Tensor
 from gaisnet.errors import SessionRefused
 
 
+_COLDEST = 1e-5
+"""A lower temperature takes the likeliest token, as 0 does: divided by it, logits would leave float32."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen and when to stop."""
 
     max_tokens: int = 128
-    temperature: float = 0.0  # 0 takes the likeliest token
+    temperature: float = 0.0  # 0, or almost 0, takes the likeliest token
     top_p: float = 1.0  # the smallest set of tokens with this much probability is drawn from
     seed: int = 0
     stop_ids: frozenset[int] = frozenset()  # tokens that end the answer, the last token of it
@@ -38,7 +42,7 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        self._temperature = sampling.temperature
+        self._temperature = 0.0 if sampling.temperature < _COLDEST else sampling.temperature
         self._top_p = sampling.top_p
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
@@ -67,5 +71,6 @@ def _nucleus(probabilities_V: Tensor, top_p: float) -> Tensor:
     """Only the likeliest tokens that together have at least ``top_p``; at least one."""
     sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
     dropped_V = sorted_V.cumsum(0) - sorted_V >= top_p  # those before have enough
+    dropped_V[0] = False  # also where float32 rounds top_p to 0
     kept_V = probabilities_V.index_fill(0, order_V[dropped_V], 0.0)
     return kept_V / kept_V.sum()

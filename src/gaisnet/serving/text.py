@@ -5,6 +5,8 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from gaisnet.serving.stopping import StopStrings
+
 _BROKEN = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 _LONGEST_CHARACTER = 4  # tokens that one character can take, where a token is a byte
 
@@ -17,21 +19,19 @@ def text_of(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop: Seq
         tokenizer: Decodes them; special tokens make no text.
         stop: Strings that end the answer.
     """
-    stop = [s for s in stop if s]
+    stops = StopStrings(stop)
     ids: list[int] = []
-    given = 0  # characters that are out
+    taken = 0  # characters that the stop strings have been looked for in
     try:
         for token in tokens:
             ids.append(token)
             text = _decoded(tokenizer, ids)
-            if (end := _first(text, stop)) is not None:
-                yield from _rest(text[given:end])
+            certain = max(len(text) - _unfinished(text), taken)
+            yield from _some(stops.take(text[taken:certain]))
+            if stops.found:
                 return
-            safe = len(text) - max(_unfinished(text), _could_become(text, stop))
-            if safe > given:
-                yield text[given:safe]
-                given = safe
-        yield from _rest(_decoded(tokenizer, ids)[given:])
+            taken = certain
+        yield from _some(stops.take(_decoded(tokenizer, ids)[taken:]) + stops.rest())
     finally:
         close = getattr(tokens, "close", None)
         if close is not None:
@@ -42,24 +42,12 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _rest(text: str) -> Iterator[str]:
+def _some(text: str) -> Iterator[str]:
     if text:
         yield text
-
-
-def _first(text: str, stop: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins."""
-    found = [at for at in (text.find(s) for s in stop) if at >= 0]
-    return min(found) if found else None
 
 
 def _unfinished(text: str) -> int:
     """Characters at the end that more tokens may change."""
     broken = len(text) - len(text.rstrip(_BROKEN))
     return min(broken, _LONGEST_CHARACTER)
-
-
-def _could_become(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end that may be the beginning of a stop string."""
-    lengths = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
-    return max(lengths, default=0)

@@ -1,0 +1,121 @@
+"""A chat as text, by the template that came with a model, within limits of time, memory and length.
+
+A template is a program of whoever made the model. It runs in transformers' sandbox, which keeps it from files and from
+Python's inside, and in a process of its own (``models.chat_renderer``), which is ended when it takes too long.
+"""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from gaisnet.errors import ServiceFull, SessionRefused
+
+CPU_S = 2
+"""Seconds of the processor that a template may take for one chat."""
+MEMORY_BYTES = 2**28
+"""Memory that it may take."""
+CHARACTERS = 2**22
+"""Length of the text that it may write."""
+
+_WAIT_S = 10.0  # for chats before this one
+_SCRIPT = Path(__file__).with_name("chat_renderer.py")
+_KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+
+
+def rendered_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """The text of a chat, up to where the assistant's next message begins.
+
+    Args:
+        tokenizer: Has the template.
+        messages: ``role`` and ``content`` of each.
+
+    Raises:
+        SessionRefused: The tokenizer has no template; or its template refuses these messages, fails, or takes more time,
+            memory or room than it may.
+        ServiceFull: Other chats are being rendered, and take all the time.
+    """
+    if not tokenizer.chat_template:
+        found, do = "the model's tokenizer has no chat template", "use a completion, or a model made for chats"
+        raise SessionRefused("a chat", found, do)
+    answer = _RENDERER.ask(
+        {
+            "template": tokenizer.get_chat_template(),
+            "messages": list(map(dict, messages)),
+            "special_tokens": tokenizer.special_tokens_map,
+        }
+    )
+    if "refused" in answer:
+        raise SessionRefused("a chat", f"the model's template refuses it ({answer['refused']})", "change the messages")
+    return answer["text"]
+
+
+class _Renderer:
+    """The process that renders, started when it is first needed and again when a template has cost it its life."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def ask(self, asked: Mapping[str, Any]) -> dict[str, str]:
+        """Answer a request. Raises ``ServiceFull`` or ``SessionRefused``."""
+        if not self._lock.acquire(timeout=_WAIT_S):
+            raise ServiceFull("a chat", f"chats before it have taken {_WAIT_S:.0f} s to be rendered")
+        try:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._started()
+            return self._exchanged(self._process, json.dumps(asked, default=str).encode() + b"\n")
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            _end(self._process)
+            self._process = None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        """A process that is ready. It gets none of this one's secrets."""
+        command = [sys.executable, "-P", str(_SCRIPT), str(CPU_S), str(MEMORY_BYTES), str(CHARACTERS)]
+        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        environment["OPENBLAS_NUM_THREADS"] = "1"  # each would reserve memory
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        _line_of(process)
+        return process
+
+    def _exchanged(self, process: subprocess.Popen[bytes], line: bytes) -> dict[str, str]:
+        assert process.stdin is not None
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the next line says how it ended
+        return _line_of(process)
+
+
+def _line_of(process: subprocess.Popen[bytes]) -> dict[str, str]:
+    """What the process says next, or how it ended."""
+    assert process.stdout is not None
+    line = process.stdout.readline(16 * CHARACTERS)
+    if line.endswith(b"\n"):
+        answer: dict[str, str] = json.loads(line)
+        return answer
+    _end(process)
+    return {"refused": f"it takes more than {CPU_S} s of the processor, or breaks the process that renders it"}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with process:  # closes both pipes, and waits
+        pass
+
+
+_RENDERER = _Renderer()
