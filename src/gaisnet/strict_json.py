@@ -1,0 +1,95 @@
+"""JSON as its standard means it: one value for a key, finite numbers, text that is Unicode, and no depth without end."""
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+DEEPEST = 64
+"""Levels of lists and objects inside each other."""
+
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_BRACKETS = str.maketrans("[]{}", "()()")
+_NO_BRACKETS = re.compile(r"[^\[\]{}]+")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def loads(text: str | bytes) -> Any:
+    """A value out of its JSON text, in time linear in its length.
+
+    Args:
+        text: As a string, or in UTF-8; a byte order mark is no part of JSON.
+
+    Raises:
+        ValueError: It is not JSON, a key is given twice in one object, a number is not finite, a string holds half of
+            a surrogate pair, or values nest deeper than ``DEEPEST``. Says which, in words for who wrote it.
+    """
+    if isinstance(text, bytes):
+        text = _decoded(text)
+    _check_depth(text)
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:  # brackets that are never closed
+        raise ValueError(_TOO_DEEP) from None
+    if _SURROGATE.search(text) or not text.isascii():
+        _check_unicode(value)
+    return value
+
+
+_TOO_DEEP = f"values nest deeper than {DEEPEST} levels"
+
+
+def _decoded(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def _check_depth(text: str) -> None:
+    """Raise ``ValueError`` beyond ``DEEPEST``; each round takes away the innermost brackets, all at once."""
+    if text.count("[") + text.count("{") <= DEEPEST:
+        return
+    brackets = _NO_BRACKETS.sub("", _STRING.sub("", text)).translate(_BRACKETS)
+    for _ in range(DEEPEST):
+        if "()" not in brackets:
+            return
+        brackets = brackets.replace("()", "")
+    if "()" in brackets:
+        raise ValueError(_TOO_DEEP)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {json.dumps(twice[:80])} is given twice")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+def _check_unicode(value: Any) -> None:
+    """Raise ``ValueError`` where half of a surrogate pair stands in a key or a string."""
+    left = [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            left += [*one, *one.values()]
+        elif isinstance(one, list):
+            left += one
+        elif isinstance(one, str):
+            try:
+                one.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError("a string holds half of a surrogate pair, which is no character") from None
