@@ -4,11 +4,10 @@ It is a folder that any loader of ViTs reads, in the cache, under a name that sa
 """
 
 import hashlib
-import shutil
-import tempfile
 from pathlib import Path
 
-from gaisnet.checkpoint import digest_of, writing
+from gaisnet.checkpoint import digest_of, make_room_for, replacing_folder
+from gaisnet.errors import CacheNotWritable
 from gaisnet.experiments.images import Images
 from gaisnet.models.foundation import cache_folder
 from gaisnet.models.masked import LEARNED_BY, MaskedSettings, pretrain
@@ -27,22 +26,15 @@ def pretrained(settings: MaskedSettings, images: Images, progress: Progress = si
     Raises:
         DataError: Images that the settings do not fit.
         NotFinite: The loss.
-        OutputNotWritable: The cache.
+        CacheNotWritable: The cache.
     """
     folder = cache_folder() / f"vit-{_digest(settings, images)}"
     if folder.is_dir():
         return folder
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="pretraining-"))
-    try:
-        encoder = pretrain(settings, images.pixels_NCHW(), progress)
-        with writing(folder):
-            encoder.save_pretrained(scratch)
-            if not folder.is_dir():  # another process may have made the same meanwhile
-                scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    make_room_for(folder, CacheNotWritable)
+    encoder = pretrain(settings, images.pixels_NCHW(), progress)
+    with replacing_folder(folder, CacheNotWritable) as scratch:
+        encoder.save_pretrained(scratch)
     return folder
 
 
