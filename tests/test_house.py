@@ -71,6 +71,35 @@ def unpickling(tree: ast.Module) -> Iterator[str]:
                 yield f"{name} is used"
 
 
+def unguarded_loads(tree: ast.Module) -> Iterator[str]:
+    """A pretrained model runs no foreign code, unpickles nothing, and has no say in how attention is computed."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        method, owner = node.func.attr, ast.unparse(node.func.value)
+        if method not in {"from_pretrained", "from_config", "get_config_dict"}:
+            continue
+        told = {each.arg: ast.unparse(each.value) for each in node.keywords}
+        wanted = {"trust_remote_code": "False"}
+        if method == "from_config" or not owner.endswith(("Config", "Tokenizer")):
+            wanted["attn_implementation"] = "ATTENTION"
+        if method == "from_pretrained" and "attn_implementation" in wanted:
+            wanted["use_safetensors"] = "True"
+        if wanted.items() - told.items():
+            yield f"line {node.lineno}: {owner}.{method} lacks {sorted(wanted.items() - told.items())}"
+
+
+def loads(tree: ast.Module) -> Iterator[str]:
+    """Reads a pretrained model, under whatever name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in {"from_pretrained", "get_config_dict"}:
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [alias.name for alias in node.names]
+            if "pipeline" in names and isinstance(node, ast.ImportFrom) and node.module == "transformers":
+                yield f"line {node.lineno}: a pipeline loads by itself"
+
+
 def tensorboard_imports(tree: ast.Module) -> Iterator[str]:
     """What import-linter cannot see: torch brings tensorboard in by a module of its own."""
     for node in ast.walk(tree):
@@ -92,7 +121,9 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("rule", [long_functions, undocumented, unpickling], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize(
+    "rule", [long_functions, undocumented, unpickling, unguarded_loads], ids=lambda rule: rule.__name__
+)
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_module(path: Path, rule: Rule) -> None:
     assert list(rule(parse(path))) == []
@@ -107,6 +138,11 @@ def test_no_module_is_a_drawer() -> None:
     assert MODULES
     drawers = [relative(path) for path in MODULES if DRAWERS & set(path.relative_to(PACKAGE).with_suffix("").parts)]
     assert drawers == []
+
+
+def test_pretrained_models_have_one_way_in() -> None:
+    way_in = PACKAGE / "models" / "pretrained.py"
+    assert [relative(path) for path in MODULES if list(loads(parse(path)))] == [relative(way_in)]
 
 
 def test_tensorboard_lives_in_experiments() -> None:
@@ -132,6 +168,14 @@ def test_tensorboard_lives_in_experiments() -> None:
         (unpickling, "torch.serialization.load(path)"),
         (unpickling, "from torch import load"),
         (unpickling, "numpy.load(path, allow_pickle=True)"),
+        (unguarded_loads, "AutoTokenizer.from_pretrained(path)"),
+        (unguarded_loads, "AutoConfig.from_pretrained(path, trust_remote_code=True)"),
+        (unguarded_loads, "kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True)"),
+        (unguarded_loads, "kind.from_pretrained(path, trust_remote_code=False, attn_implementation=ATTENTION)"),
+        (unguarded_loads, "AutoModel.from_config(config)"),
+        (unguarded_loads, "AutoModel.from_config(config, trust_remote_code=False, attn_implementation=asked)"),
+        (loads, "read = AutoModel.from_pretrained"),
+        (loads, "from transformers import pipeline"),
         (tensorboard_imports, "import torch.utils.tensorboard"),
         (tensorboard_imports, "from torch.utils.tensorboard import SummaryWriter"),
         (tensorboard_imports, "from torch.utils import tensorboard"),
@@ -150,6 +194,8 @@ def test_a_rule_finds_what_breaks_it(rule: Rule, code: str) -> None:
         (undocumented, '"""Doc."""\nclass A:\n    """Doc."""\n    def __init__(self):\n        pass'),
         (unpickling, '"""No pickle, no torch.load(path)."""\n# pickle'),
         (unpickling, "from safetensors.torch import load\nload(data)\njson.load(file)\nfile.load()"),
+        (unguarded_loads, "AutoTokenizer.from_pretrained(path, trust_remote_code=False)"),
+        (loads, "'from_pretrained'\nfrom transformers import AutoModel"),
         (tensorboard_imports, "import torch\nfrom torch import Tensor, nn"),
     ],
 )

@@ -7,9 +7,10 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gaisnet.errors import CheckpointError, OutputNotWritable
+from gaisnet.errors import CheckpointError, GaisnetError, OutputNotWritable
 
 _STATE = "state"
 
@@ -90,20 +91,22 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` inside the block into ``OutputNotWritable`` for ``path``."""
+def writing(path: Path, refusal: Callable[[Path, str], GaisnetError] = OutputNotWritable) -> Iterator[None]:
+    """Turn an error of the disk inside the block into ``refusal`` for ``path``."""
     try:
         yield
+    except SafetensorError as error:  # its I/O errors are no OSError
+        raise refusal(path, str(error)) from error
     except OSError as error:
-        raise OutputNotWritable(path, error.strerror or str(error)) from error
+        raise refusal(path, error.strerror or str(error)) from error
 
 
-def make_room_for(path: Path) -> None:
+def make_room_for(path: Path, refusal: Callable[[Path, str], GaisnetError] = OutputNotWritable) -> None:
     """Before long work whose result goes to ``path``: make its folder, and see that a file can be written there.
 
-    Raises ``OutputNotWritable``.
+    Raises ``refusal``.
     """
-    with writing(path):
+    with writing(path, refusal):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder")
@@ -118,19 +121,54 @@ def replacing(path: Path) -> Iterator[Path]:
     A reader, or a crash at any moment, sees the old file or the new one whole. Raises ``OutputNotWritable``; the old
     file then stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     with writing(path):
         try:
-            try:
-                yield temporary
-            except SafetensorError as error:  # its I/O errors are no OSError
-                raise OSError(str(error)) from error
+            yield temporary
             _sync(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _sync(path.parent)  # the rename itself is an entry of the folder, not of the file
+
+
+@contextmanager
+def replacing_folder(folder: Path, refusal: Callable[[Path, str], GaisnetError] = OutputNotWritable) -> Iterator[Path]:
+    """A new folder to write files to; after the block they are synced and stand in ``folder``.
+
+    Nothing is moved before all of them are whole on the disk: a full disk leaves ``folder`` as it was, or absent. Each
+    file replaces the one of its name, others stay. Raises ``refusal``.
+    """
+    scratch = _beside(folder)
+    with writing(folder, refusal):
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that had our number, and died
+        scratch.mkdir(parents=True)
+        try:
+            yield scratch
+            files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+            for path in files:
+                _sync(path)
+            _move(scratch, files, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        _sync(folder.parent)
+
+
+def _move(scratch: Path, files: Sequence[Path], folder: Path) -> None:
+    """In one step where ``folder`` is not there, or empty; otherwise file by file."""
+    with suppress(OSError):
+        scratch.replace(folder)
+        return
+    for path in files:
+        target = folder / path.relative_to(scratch)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
+    _sync(folder)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -96,6 +96,23 @@ class OutputNotWritable(GaisnetError):
         super().__init__(f"writing '{path}': {found}; free some space or choose a writable folder with --out")
 
 
+class CacheNotWritable(GaisnetError):
+    """A model that this machine has made cannot be kept: a full disk, missing rights, no such folder."""
+
+    def __init__(self, path: Path, found: str) -> None:
+        super().__init__(
+            f"keeping a model in '{path}': {found}; free some space, or let GAISNET_CACHE name a folder of a disk that "
+            "can be written"
+        )
+
+
+class NoCache(GaisnetError):
+    """There is no folder for models that this machine makes."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"keeping a model in '~/.cache/gaisnet': {found}; let GAISNET_CACHE name a folder")
+
+
 class ActivationsNotKept(GaisnetError):
     """Activations beyond the limit in memory cannot be written to a file. What was kept before is as it was."""
 

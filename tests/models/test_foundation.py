@@ -157,7 +157,7 @@ def break_file(path: Path, how: str) -> None:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_broken_folder_is_refused(tmp_path: Path, name: str, how: str) -> None:
     break_file(save_tiny_foundation(tmp_path) / name, how)
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be loaded|no weights|damaged or not whole"):
         load(tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_a_gguf_file_that_is_not_there_is_refused(tmp_path: Path, cache: Path) -
 def test_a_broken_gguf_file_is_refused_and_leaves_nothing(tmp_path: Path, cache: Path, how: str) -> None:
     path = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_model())
     break_file(path, how)
-    with pytest.raises(ModelError, match=r"the GGUF file cannot be converted .*; check the file and disk"):
+    with pytest.raises(ModelError, match=r"the GGUF file cannot be converted .*; check the file"):
         load(path)
     assert list(cache.iterdir()) == []
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gaisnet.adapters.full import FullSpec
 from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.tuning import AdapterSpec, LoraSpec, parameters_of
+from gaisnet.checkpoint import replacing_folder
 from gaisnet.errors import AdapterMismatch
 
 AdapterTensors = dict[str, Tensor]
@@ -54,13 +55,17 @@ def check_same_shapes(name: str, expected: Mapping[str, Tensor], found: Mapping[
 def save_adapter(
     folder: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor], base_model: str, layers_path: str
 ) -> None:
-    """Write an adapter of any kind; arguments as for ``save_for_peft``."""
-    if isinstance(spec, PromptSpec):
-        save_prompts(folder, spec, tensors, base_model)
-    elif isinstance(spec, FullSpec):
-        save_full(folder, tensors, base_model, layers_path)
-    else:
-        save_for_peft(folder, spec, tensors, base_model, layers_path)
+    """Write an adapter of any kind, whole or not at all; arguments as for ``save_for_peft``.
+
+    Raises ``OutputNotWritable``; the adapter that was in ``folder`` then stays.
+    """
+    with replacing_folder(folder) as scratch:
+        if isinstance(spec, PromptSpec):
+            save_prompts(scratch, spec, tensors, base_model)
+        elif isinstance(spec, FullSpec):
+            save_full(scratch, tensors, base_model, layers_path)
+        else:
+            save_for_peft(scratch, spec, tensors, base_model, layers_path)
 
 
 def save_for_peft(

@@ -22,6 +22,7 @@ from gaisnet.experiments.data import DomainData, load_domains, public_text
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import hold_against, kept_config, kept_summary
 from gaisnet.experiments.summary import Baselines, Summary
+from gaisnet.models.families import ATTENTION
 from gaisnet.models.foundation import load_foundation, read_config
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
@@ -126,7 +127,10 @@ def from_scratch(config: Config, data: DomainData, num_layers: int, seed: int) -
     if getattr(shape, "layer_types", None):
         shape.layer_types = shape.layer_types[:num_layers]
     torch.manual_seed(seed)
-    return _learned(AutoModelForCausalLM.from_config(shape, dtype=torch.float32), task, seed)
+    model = AutoModelForCausalLM.from_config(
+        shape, trust_remote_code=False, attn_implementation=ATTENTION, dtype=torch.float32
+    )
+    return _learned(model, task, seed)
 
 
 def _learned(model: Any, task: Task, seed: int) -> float:

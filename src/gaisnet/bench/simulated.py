@@ -8,6 +8,7 @@ from gaisnet.config import Config
 from gaisnet.config_file import parse_config
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
 from gaisnet.experiments.data import retention_text
+from gaisnet.models.families import ATTENTION
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.frozen import freeze_linears
 from gaisnet.progress import silent
@@ -85,7 +86,7 @@ def _foundation(seed: int) -> Foundation:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=ATTENTION)
     model.requires_grad_(False).eval()
     freeze_linears(model)
     return Foundation("random", model, _tokenizer())

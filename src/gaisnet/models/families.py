@@ -11,7 +11,7 @@ are shown to an attention.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,9 @@ BERT = EncoderFamily(
     keys_and_values=_bert_keys_and_values,
 )
 
+ATTENTION = "sdpa"
+"""The implementation of attention that every model is made with; packed and mixed rows replace it by their own."""
+
 LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ENCODERS = {"bert": BERT, "vit": VIT}
 FAMILIES: Mapping[str, Family] = {**dict.fromkeys(LLAMA_SHAPED, LLAMA), **ENCODERS}
@@ -166,6 +169,12 @@ def family_of(config: PretrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
+def refuse_family(model_type: str, asked: str) -> None:
+    """Raise ``ModelError`` unless models of this type can be cut."""
+    if model_type not in FAMILIES:
+        _refuse_decoder(model_type, asked)
+
+
 def check_supported(config: PretrainedConfig, asked: str) -> None:
     """Raise ``ModelError`` unless ``config`` is of a family that can be cut."""
     (check_encoder if config.model_type in ENCODERS else check_family)(config, asked)
@@ -174,11 +183,12 @@ def check_supported(config: PretrainedConfig, asked: str) -> None:
 def check_family(config: PretrainedConfig, asked: str) -> None:
     """Raise ``ModelError`` unless ``config`` is a decoder's, of a family that can be cut."""
     if config.model_type not in LLAMA_SHAPED:
-        raise ModelError(
-            asked,
-            f"its family '{config.model_type}' is not supported",
-            f"use a decoder of one of: {', '.join(sorted(LLAMA_SHAPED))}",
-        )
+        _refuse_decoder(config.model_type, asked)
+
+
+def _refuse_decoder(model_type: str, asked: str) -> NoReturn:
+    do = f"use a decoder of one of: {', '.join(sorted(LLAMA_SHAPED))}"
+    raise ModelError(asked, f"its family '{model_type}' is not supported", do)
 
 
 def check_encoder(config: PretrainedConfig, asked: str) -> None:
@@ -201,16 +211,18 @@ def layer_types(config: PretrainedConfig) -> list[str]:
 
 def empty_decoder(config: PretrainedConfig) -> Decoder:
     """The modules of a model of ``config`` without memory for weights (meta device), to load tensors into."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return Decoder(model.eval())
+    return Decoder(_empty(AutoModelForCausalLM, config))
 
 
 def empty_encoder(config: PretrainedConfig) -> Encoder:
     """The same of an encoder, without a classifier."""
+    return Encoder(_empty(AutoModel, config))
+
+
+def _empty(kind: Any, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    return Encoder(model.eval())
+        model: PreTrainedModel = kind.from_config(config, trust_remote_code=False, attn_implementation=ATTENTION)
+    return model.eval()
 
 
 def _name(model: PreTrainedModel) -> str:

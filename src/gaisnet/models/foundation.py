@@ -8,30 +8,29 @@ import hashlib
 import importlib.util
 import logging
 import os
-import shutil
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gaisnet.errors import MissingPackage, ModelError
+from gaisnet.checkpoint import make_room_for, replacing_folder
+from gaisnet.errors import CacheNotWritable, MissingPackage, ModelError, NoCache
 from gaisnet.learning_settings import ModelSettings
 from gaisnet.locks import one_at_a_time
-from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
+from gaisnet.models.families import Decoder, Encoder, Family, check_family, family_of
 from gaisnet.models.frozen import freeze_linears
+from gaisnet.models.pretrained import (
+    check_context,
+    check_tokens,
+    from_gguf,
+    pretrained_config,
+    pretrained_model,
+    pretrained_tokenizer,
+)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _MOVED = "; a run whose model was moved goes on with --set model.foundation=PATH"
@@ -83,41 +82,31 @@ class Foundation:
 def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
     """Load the FM in ``settings.dtype`` on ``settings.device``. Raises ``ModelError`` or ``MissingPackage``.
 
-    Of an encoder what it was made for is left out, for every domain has a classifier of its own.
+    An encoder is loaded without the task that it was made for: every domain has a classifier of its own.
 
     Args:
         settings: Which model, and how it is held.
         plain: Leave its modules as transformers has them, to compare with.
     """
-    source = _converted(_locate(settings.foundation), settings.foundation)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        check_supported(config, settings.foundation)
-        loaded: Any = _class_of(config).from_pretrained(
-            source, dtype=getattr(torch, settings.dtype), output_loading_info=True, **_without(config)
-        )
-        model, report = loaded
-        reader = AutoTokenizer.from_pretrained(source) if _reads_text(config) else None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            settings.foundation, f"cannot be loaded ({error})", "give a hub id, a model folder or a .gguf file"
-        ) from error
-    if any(key.startswith("pooler.") for key in report["missing_keys"]):
-        found = "it was saved without its pooler, which stands before the classifier"
-        raise ModelError(settings.foundation, found, "use a checkpoint that has one")
-    if report["missing_keys"]:  # transformers has filled them with random numbers
-        found = f"its files lack weights, the first is '{sorted(report['missing_keys'])[0]}'"
-        raise ModelError(settings.foundation, found, "download the model again")
-    if reader is not None and reader.eos_token_id is None and not family_of(config).is_encoder:
-        raise ModelError(
-            settings.foundation, "its tokenizer has no end-of-sequence token", "set eos_token in its files"
-        )
+    asked = settings.foundation
+    source = _source_of(settings)
+    config = pretrained_config(source, asked)
+    reader = None
+    if _reads_text(config):
+        check_context(config, settings.context, asked)
+        reader = pretrained_tokenizer(source, asked)
+    model, missing = pretrained_model(
+        _class_of(config), source, asked, getattr(torch, settings.dtype), **_without(config)
+    )
+    _check_complete(missing, asked)
+    if reader is not None:
+        _check_reader(reader, model, asked)
     model.requires_grad_(False).eval()
     digest = digest_of_weights(model)
     if not plain:
         freeze_linears(model)
     nn.Module.to(model, _device(settings))
-    return Foundation(settings.foundation, model, reader, _anywhere(source), digest)
+    return Foundation(asked, model, reader, _anywhere(source), digest)
 
 
 def _anywhere(source: str) -> str:
@@ -139,6 +128,22 @@ def digest_of_weights(model: nn.Module) -> str:
     return hashlib.sha256("".join(sorted(seen)).encode()).hexdigest()
 
 
+def _check_complete(missing: Sequence[str], asked: str) -> None:
+    """Raise ``ModelError`` for weights that transformers has filled with random numbers."""
+    if any(key.startswith("pooler.") for key in missing):
+        found = "it was saved without its pooler, which stands before the classifier"
+        raise ModelError(asked, found, "use a checkpoint that has one")
+    if missing:
+        raise ModelError(asked, f"its files lack weights, the first is '{missing[0]}'", "download the model again")
+
+
+def _check_reader(reader: PreTrainedTokenizerBase, model: PreTrainedModel, asked: str) -> None:
+    if reader.eos_token_id is None and not family_of(model.config).is_encoder:
+        raise ModelError(asked, "its tokenizer has no end-of-sequence token", "set eos_token in its files")
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    check_tokens(reader, embedding.num_embeddings, asked)
+
+
 def _class_of(config: PretrainedConfig) -> Any:
     return AutoModel if family_of(config).is_encoder else AutoModelForCausalLM
 
@@ -154,37 +159,24 @@ def _reads_text(config: PretrainedConfig) -> bool:
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The FM's tokenizer alone. Raises ``ModelError`` or ``MissingPackage``."""
-    return read_tokenizer(Path(_converted(_locate(settings.foundation), settings.foundation)), settings.foundation)
+    return pretrained_tokenizer(_source_of(settings), settings.foundation)
 
 
 def reads_text(settings: ModelSettings) -> bool:
     """Whether the FM takes text, and so has a tokenizer. Raises ``ModelError`` or ``MissingPackage``."""
-    return _reads_text(_config_of(settings))
+    return _reads_text(pretrained_config(_source_of(settings), settings.foundation))
 
 
 def read_config(settings: ModelSettings) -> PretrainedConfig:
     """A decoder's shape, without its weights. Raises ``ModelError`` or ``MissingPackage``."""
-    config = _config_of(settings)
+    config = pretrained_config(_source_of(settings), settings.foundation)
     check_family(config, settings.foundation)
     return config
 
 
-def _config_of(settings: ModelSettings) -> PretrainedConfig:
-    source = _converted(_locate(settings.foundation), settings.foundation)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(settings.foundation, f"has no configuration ({error})", "give a model folder") from error
-    return config
-
-
-def read_tokenizer(source: Path, asked: str = "of a kit") -> PreTrainedTokenizerBase:
-    """A tokenizer that was saved in a folder. Raises ``ModelError``."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(asked, f"its tokenizer cannot be loaded ({error})", "prepare the kit again") from error
-    return tokenizer
+def read_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer that was saved in a kit's folder. Raises ``ModelError``."""
+    return pretrained_tokenizer(str(source), "of a kit", "prepare the kit again")
 
 
 def _device(settings: ModelSettings) -> torch.device:
@@ -222,43 +214,40 @@ def _default_gguf() -> Path:
     return files[0]
 
 
-def _converted(source: str, asked: str) -> str:
-    """``source`` itself, or for a GGUF file the folder of its converted copy."""
-    if not source.endswith(".gguf"):
-        return source
-    gguf = Path(source).resolve()
+def _source_of(settings: ModelSettings) -> str:
+    """A folder or a hub id; for a GGUF file the folder of its converted copy."""
+    source = _locate(settings.foundation)
+    return str(_converted(Path(source), settings.foundation)) if source.endswith(".gguf") else source
+
+
+def _converted(gguf: Path, asked: str) -> Path:
+    gguf = gguf.resolve()
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = (cache_folder() / f"{gguf.stem}-{key}").absolute()
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        _logger.info("converting %s once; the copy goes to %s", gguf.name, folder)
+        make_room_for(folder, CacheNotWritable)
         with one_at_a_time(folder):
             if not folder.is_dir():  # another process may have converted it meanwhile
                 _convert(gguf, folder, asked)
-    return str(folder)
+    return folder
 
 
 def _convert(gguf: Path, folder: Path, asked: str) -> None:
-    _logger.info("converting %s once; the copy goes to %s", gguf.name, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="converting-"))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        del model.config.quantization_config  # it is no longer quantised, and save_pretrained would refuse
-        del model.hf_quantizer
+    model, tokenizer = from_gguf(gguf, asked)
+    with replacing_folder(folder, CacheNotWritable) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        scratch.rename(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if not folder.is_dir():  # another process may have converted it meanwhile
-            raise ModelError(
-                asked, f"the GGUF file cannot be converted ({error})", "check the file and disk"
-            ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def cache_folder() -> Path:
-    """Where models are kept that this machine has made: ``$GAISNET_CACHE`` or ``~/.cache/gaisnet``. May not exist."""
-    return Path(os.environ.get("GAISNET_CACHE") or Path.home() / ".cache" / "gaisnet")
+    """The folder of models that this machine has made: ``$GAISNET_CACHE`` or ``~/.cache/gaisnet``. May not exist.
+
+    Raises ``NoCache`` where there is neither.
+    """
+    named = os.environ.get("GAISNET_CACHE")
+    try:
+        return Path(named) if named else Path.home() / ".cache" / "gaisnet"
+    except RuntimeError as error:
+        raise NoCache(str(error)) from error

@@ -6,7 +6,6 @@ Tensors are named as in the FM's decoder: ``embed_tokens.weight``, ``layers.3.ml
 their scales beside them. What a device holds in few bits has ``weight.codes`` and its scales in place of a ``weight``.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol, TypeVar
@@ -34,6 +33,7 @@ from gaisnet.models.few_bits import RoundedEmbedding, RoundedMatrix, empty_linea
 from gaisnet.models.frozen import freeze_linears
 from gaisnet.models.int8 import to_empty_int8
 from gaisnet.models.parts import Body, CutLayers, Head, Layers, Tail
+from gaisnet.strict_json import loads
 
 _EMBEDDINGS = "embed_tokens."
 _HEAD = "lm_head."
@@ -262,7 +262,7 @@ class ReleasedEncoder(_Released):
 
 def _read_config(config_json: str, check: Callable[[PretrainedConfig, str], None]) -> PretrainedConfig:
     try:
-        raw = json.loads(config_json)
+        raw = loads(config_json)
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError("of a release", f"its configuration cannot be read ({error})", "update both ends") from error

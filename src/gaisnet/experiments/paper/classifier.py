@@ -4,6 +4,7 @@ Shape legend: B images of a step, C channels, H and W pixels.
 """
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from gaisnet.errors import NotFinite
 from gaisnet.experiments.images import Images
+from gaisnet.models.pretrained import pretrained_config, pretrained_model
 
 _BATCH, _SCORED_AT_ONCE = 50, 500
 _WEIGHT_DECAY, _MAX_NORM, _WARMUP = 0.05, 1.0, 0.1
@@ -18,13 +20,15 @@ _WEIGHT_DECAY, _MAX_NORM, _WARMUP = 0.05, 1.0, 0.1
 
 def pretrained_classifier(folder: Path, num_labels: int) -> ViTForImageClassification:
     """The encoder in ``folder`` and a classifier of torch's present seed."""
-    model: ViTForImageClassification = ViTForImageClassification.from_pretrained(folder, num_labels=num_labels)
-    return model
+    model, _ = pretrained_model(ViTForImageClassification, str(folder), str(folder), num_labels=num_labels)
+    return cast(ViTForImageClassification, model)
 
 
 def random_classifier(folder: Path, num_labels: int) -> ViTForImageClassification:
     """One of the same shape; all of its weights are of torch's present seed."""
-    return ViTForImageClassification(ViTConfig.from_pretrained(folder, num_labels=num_labels))
+    config = pretrained_config(str(folder), str(folder))
+    config.num_labels = num_labels
+    return ViTForImageClassification(cast(ViTConfig, config))
 
 
 def fine_tune(model: nn.Module, images: Images, steps: int, learning_rate: float) -> None:

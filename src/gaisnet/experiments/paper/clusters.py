@@ -21,6 +21,7 @@ from gaisnet.experiments.table import percent
 from gaisnet.models.encoders import cut_encoder
 from gaisnet.models.families import Encoder
 from gaisnet.models.parts import CutLayers
+from gaisnet.models.pretrained import pretrained_model
 
 _ALPHAS, _NUMBERS = (0.1, 1.0), (1, 2, 4, NUM_DEVICES)
 _ACROSS = "clusters"
@@ -38,8 +39,8 @@ def clusters_of(folder: Path, devices: Sequence[ImageData], number: int, seed: i
 @torch.no_grad()
 def _mean_smashed(folder: Path, data: ImageData) -> Tensor:
     """Over a device's images and their positions, [D]."""
-    model = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
-    head, _ = cut_encoder(Encoder(model), CutLayers(HEAD_LAYERS))
+    model, _ = pretrained_model(ViTModel, str(folder), str(folder), add_pooling_layer=False)
+    head, _ = cut_encoder(Encoder(model.eval()), CutLayers(HEAD_LAYERS))
     hidden_BTD: Tensor = head(data.train.pixels_NCHW())
     return hidden_BTD.mean((0, 1))
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from transformers import ViTModel
 
@@ -31,6 +30,7 @@ from gaisnet.experiments.paper.flops import Work, flops_per_example
 from gaisnet.experiments.table import human_bytes, percent
 from gaisnet.messages import Evaluate, EvaluationReport, TrafficReport, TrafficRequest
 from gaisnet.models.foundation import Foundation
+from gaisnet.models.pretrained import pretrained_model
 from gaisnet.progress import silent
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.examples import DeviceData, Labelled
@@ -123,7 +123,7 @@ def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_roun
 
 
 def _tiers(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, seed: int) -> Tiers:
-    model: Any = ViTModel.from_pretrained(folder, add_pooling_layer=False)
+    model, _ = pretrained_model(ViTModel, str(folder), str(folder), add_pooling_layer=False)
     foundation = Foundation("vit", model.requires_grad_(False).eval(), None)
     config = _config(clusters, kind, num_rounds, seed)
     shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}

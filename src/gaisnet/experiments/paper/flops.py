@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import ViTConfig
+from gaisnet.models.pretrained import pretrained_config
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Work:
 
 def flops_per_example(folder: Path, work: Work) -> float:
     """Of the ViT in ``folder``."""
-    config: Any = ViTConfig.from_pretrained(folder)
+    config: Any = pretrained_config(str(folder), str(folder))
     width, num_patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     positions = num_patches + 1
     products = 2 * positions * (4 * width**2 + 2 * width * config.intermediate_size)

@@ -4,12 +4,10 @@ It is a folder that any loader of ViTs reads, in the cache, under a name that sa
 """
 
 import hashlib
-import shutil
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 
-from gaisnet.checkpoint import digest_of, writing
+from gaisnet.checkpoint import digest_of, make_room_for, replacing_folder
+from gaisnet.errors import CacheNotWritable
 from gaisnet.experiments.images import Images
 from gaisnet.locks import one_at_a_time
 from gaisnet.models.foundation import cache_folder
@@ -29,31 +27,18 @@ def pretrained(settings: MaskedSettings, images: Images, progress: Progress = si
     Raises:
         DataError: Images that the settings do not fit.
         NotFinite: The loss.
-        OutputNotWritable: The cache.
+        CacheNotWritable: The cache.
     """
     folder = (cache_folder() / f"vit-{_digest(settings, images)}").absolute()
     if folder.is_dir():
         return folder
-    with ExitStack() as alone:
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            alone.enter_context(one_at_a_time(folder))
+    make_room_for(folder, CacheNotWritable)
+    with one_at_a_time(folder):
         if not folder.is_dir():  # another process may have made the same meanwhile
-            _make(folder, settings, images, progress)
+            encoder = pretrain(settings, images.pixels_NCHW(), progress)
+            with replacing_folder(folder, CacheNotWritable) as scratch:
+                encoder.save_pretrained(scratch)
     return folder
-
-
-def _make(folder: Path, settings: MaskedSettings, images: Images, progress: Progress) -> None:
-    with writing(folder):
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="pretraining-"))
-    try:
-        encoder = pretrain(settings, images.pixels_NCHW(), progress)
-        with writing(folder):
-            encoder.save_pretrained(scratch)
-            if not folder.is_dir():
-                scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _digest(settings: MaskedSettings, images: Images) -> str:
