@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
+from gaisnet.hosts import Host, is_ipv6
 from gaisnet.learning_settings import (
     AbsorbSettings,
     AdapterSettings,
@@ -140,9 +141,18 @@ class FrontSettings(Settings):
 class CloudSettings(Settings):
     """Where the cloud's site is reached; read by ``gaisnet deploy`` only."""
 
-    host: str = Field("localhost", description="DNS name or IP address by which edges reach it.")
+    host: Host = Field("localhost", description="DNS name or IPv4 address by which edges reach it.")
     nvflare_port: int = Field(0, ge=0, le=65535, description="TCP port of NVFlare's server; 0 takes a free one.")
     link_port: int = Field(0, ge=0, le=65535, description="TCP port for the edges' own streams; 0 takes a free one.")
+
+    @field_validator("host")
+    @classmethod
+    def _check_host(cls, host: str) -> str:
+        if is_ipv6(host):
+            raise ValueError(f"'{host}' is an IPv6 address, to which NVFlare cannot connect; write a DNS name or IPv4")
+        if "_" in host or host.endswith("."):
+            raise ValueError(f"'{host}' is a name that NVFlare refuses; write one of letters, digits, '-' and '.' between")
+        return host
 
 
 class DataSettings(Settings):
@@ -195,7 +205,7 @@ class EdgeSettings(Settings):
         "order of the classifier's rows.",
     )
     devices: tuple[DeviceSettings, ...] = Field(min_length=1, description="The devices of this edge's cluster.")
-    host: str = Field("localhost", description="Deployed: DNS name or IP address by which its devices reach it.")
+    host: Host = Field("localhost", description="Deployed: DNS name or IP address by which its devices reach it.")
     link_port: int = Field(0, ge=0, le=65535, description="Deployed: TCP port for its devices; 0 takes a free one.")
 
     @property
@@ -256,6 +266,18 @@ class Config(Settings):
             raise ValueError(f"a domain cannot be named {' or '.join(sorted(RESERVED_DOMAINS))}")
         if len(set(domains)) < len(domains):
             raise ValueError("each edge serves one domain of its own, but a domain is named twice")
+        return self
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        cloud = self.cloud
+        ports = [(cloud.host, cloud.nvflare_port, "cloud.nvflare_port"), (cloud.host, cloud.link_port, "cloud.link_port")]
+        ports += [(edge.host, edge.link_port, f"link_port of edge '{edge.name}'") for edge in self.edges]
+        taken: dict[tuple[str, int], str] = {}
+        for host, port, setting in ports:
+            first = taken.setdefault((host.lower(), port), setting) if port else setting
+            if first != setting:
+                raise ValueError(f"{first} and {setting} are both {port} on host '{host}'; give each a port of its own")
         return self
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ from gaisnet.experiments.data import load_device, load_public, public_inputs
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import carry_out
 from gaisnet.experiments.summary import Summary
+from gaisnet.hosts import every_address
 from gaisnet.later import then
 from gaisnet.messages import BodyRequest, Message, SmashedData
 from gaisnet.models.foundation import Foundation, read_tokenizer
@@ -161,7 +162,7 @@ def _cloud_network(
 
     answers = _Answers(codec, takes=owners.__contains__, about=own)
     listener = Listener(
-        f"0.0.0.0:{config.cloud.link_port}",
+        every_address(config.cloud.host, config.cloud.link_port),
         certificates(folder, "cloud"),
         CLOUD,
         [*names, *(ORDERS + name for name in names)],
@@ -197,7 +198,7 @@ def run_edge(folder: Path) -> NoReturn:
         to_cloud = Dialer(site.cloud_address, own, site.name, CLOUD, _nothing_to_ask, limits)
         opened.callback(to_cloud.close)
         listener = Listener(
-            f"0.0.0.0:{settings.link_port}",
+            every_address(settings.host, settings.link_port),
             own,
             site.name,
             [*names, site.name],

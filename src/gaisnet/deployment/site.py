@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from gaisnet.checkpoint import writing
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
 from gaisnet.errors import KitInUse, KitUnreadable, LockTaken
+from gaisnet.hosts import address
 from gaisnet.learning_settings import Settings
 from gaisnet.locks import locked
 from gaisnet.transport.grpc import Certificates
@@ -51,12 +52,12 @@ class Site(Settings):
     @property
     def cloud_address(self) -> str:
         """Where edges reach the cloud, ``host:port``."""
-        return f"{self.config.cloud.host}:{self.config.cloud.link_port}"
+        return address(self.config.cloud.host, self.config.cloud.link_port)
 
     @property
     def edge_address(self) -> str:
         """Where devices reach their edge, ``host:port``."""
-        return f"{self.edge.host}:{self.edge.link_port}"
+        return address(self.edge.host, self.edge.link_port)
 
 
 def write_site(folder: Path, site: Site) -> None:
