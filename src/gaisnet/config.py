@@ -85,6 +85,13 @@ class ServiceSettings(Settings):
         1024, ge=1, description="Of keys and values of all sessions; above it a session is refused."
     )
     max_sessions: int = Field(64, ge=1, description="Open at once.")
+    max_share_per_peer: float = Field(
+        0.5,
+        gt=0.0,
+        le=1.0,
+        description="Of these sessions and of their memory, the share that one peer may hold at once: a device at its "
+        "edge, an edge at the cloud. The only peer of a site may hold all of it.",
+    )
     chunk: int = Field(64, ge=1, description="Positions of one session that a step takes at most; splits long prompts.")
     step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")
     max_activations_mib: int | None = Field(
@@ -100,6 +107,15 @@ class ServiceSettings(Settings):
         description="Of a machine's cores, what learning gets while there are answers; both compute at the same time. "
         "On a single core: of its time, where answers would take it all.",
     )
+
+    def share_of_one(self, num_peers: int) -> float:
+        """Of a site's sessions and their memory, the share that one of its peers may hold."""
+        return self.max_share_per_peer if num_peers > 1 else 1.0
+
+    @property
+    def max_sessions_per_peer(self) -> int:
+        """Sessions that one of several peers may have."""
+        return max(1, int(self.max_share_per_peer * self.max_sessions))
 
 
 class RoutingSettings(Settings):

@@ -196,6 +196,13 @@ class ServiceFull(ServingError):
         super().__init__(f"{asked}: {found}; try again when other sessions have ended, or raise the service's limits")
 
 
+class QuotaReached(ServiceFull):
+    """A peer holds as much of a service as one peer may. Nothing was changed, and the others are served."""
+
+    def __init__(self, peer: str, asked: str, found: str) -> None:
+        super().__init__(f"{asked} of '{peer}'", f"{found} (service.max_share_per_peer)")
+
+
 class ContextFull(ServingError):
     """More positions than the model was made for."""
 

@@ -1,14 +1,25 @@
 """What stands between a tier, its body's service and the peers of both."""
 
 from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
 import pytest
 import torch
 
 from gaisnet.config import ServiceSettings
 from gaisnet.engines.services import BodyOutlet, Front
-from gaisnet.errors import SessionClosed, SessionRefused, UnexpectedMessage
-from gaisnet.messages import Done, ExtendSession, Message, OpenSession, SessionOpened, SessionRows, SmashRequest
+from gaisnet.errors import QuotaReached, SessionClosed, SessionRefused, UnexpectedMessage
+from gaisnet.messages import (
+    CloseSession,
+    Done,
+    ExtendSession,
+    Message,
+    OpenSession,
+    SessionOpened,
+    SessionRows,
+    SmashRequest,
+)
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from gaisnet.serving.endpoint import SessionEndpoint
@@ -46,14 +57,12 @@ class Tier:
 class Peer:
     """Has a front of its own."""
 
-    def __init__(self, outlet: BodyOutlet, tier: Tier | None = None) -> None:
+    def __init__(self, outlet: BodyOutlet, tier: Tier | None = None, name: str = "clinic", share: float = 1.0) -> None:
         self.life = "first"
-        self.front = Front(
-            tier, outlet, lambda service: SessionEndpoint(service, "clinic"), "clinic", lambda: self.life
-        )
+        self.front = Front(tier, outlet, lambda service: SessionEndpoint(service, name, share), name, lambda: self.life)
 
-    def open(self) -> str:
-        opened = self.front.handle(OPEN)
+    def open(self, asked: OpenSession = OPEN) -> str:
+        opened = self.front.handle(asked)
         assert isinstance(opened, SessionOpened)
         return opened.session
 
@@ -151,4 +160,53 @@ def test_the_end_of_a_front_ends_its_sessions(outlet: BodyOutlet) -> None:
     peer.open()
     peer.front.close()
     peer.front.close()
+    assert outlet.service.num_sessions == 0
+
+
+def limited(**settings: int) -> BodyOutlet:
+    outlet = BodyOutlet(ServiceSettings.model_validate(settings), Turn())
+    outlet.put_body(new_body(), range(NUM_LAYERS))
+    return outlet
+
+
+def test_one_peer_cannot_have_all_sessions() -> None:
+    with closing(limited(max_sessions=5)) as outlet:
+        greedy, ward = (Peer(outlet, name=name, share=0.5) for name in ("clinic", "ward"))
+        for _ in range(2):
+            greedy.open()
+        with pytest.raises(QuotaReached, match="a new session of 'clinic': it has 2 open, and one peer may have 2"):
+            greedy.open()
+        assert isinstance(ward.extend(ward.open()), SessionRows)
+        greedy.life = "second"
+        greedy.front.look(60.0)
+        assert [greedy.open() for _ in range(2)]  # what it left counts no more
+
+
+def test_one_peer_cannot_have_all_memory() -> None:
+    wanted = OpenSession(0, NUM_LAYERS, (), 100)
+    with closing(limited(max_cache_mib=1, max_sessions=64)) as outlet:
+        greedy, ward = (Peer(outlet, name=name, share=0.5) for name in ("clinic", "ward"))
+        first = greedy.open(wanted)
+        while outlet.service.used_bytes + outlet.service.used_bytes // outlet.service.num_sessions <= 2**19:
+            greedy.open(wanted)
+        for _ in range(2):
+            with pytest.raises(QuotaReached, match="memory for a session of 'clinic': it holds .* one peer may hold"):
+                greedy.open(wanted)
+        assert isinstance(ward.extend(ward.open(wanted)), SessionRows)
+        greedy.front.handle(CloseSession(first))
+        assert isinstance(greedy.extend(greedy.open(wanted)), SessionRows)
+
+
+def test_a_peer_that_has_gone_leaves_no_session_that_was_being_opened(outlet: BodyOutlet) -> None:
+    endpoint = SessionEndpoint(outlet.service, "clinic")
+    take = outlet.service.open
+
+    def leave_meanwhile(*args: Any, **more: Any) -> str:
+        name = take(*args, **more)
+        endpoint.close()
+        return name
+
+    outlet.service.open = leave_meanwhile  # type: ignore[method-assign]
+    with pytest.raises(SessionClosed):
+        endpoint.handle(OPEN)
     assert outlet.service.num_sessions == 0

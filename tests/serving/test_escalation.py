@@ -13,6 +13,7 @@ from gaisnet.errors import (
     BodyUnreachable,
     ContextFull,
     PeerError,
+    QuotaReached,
     ServiceFull,
     SessionClosed,
     SessionRefused,
@@ -234,6 +235,50 @@ def test_what_a_device_does_while_its_session_is_on_the_way(place: Place) -> Non
     assert place.held == (0, 0, 0, 0)
 
 
+def test_a_session_that_opens_at_the_cloud_after_its_device_has_gone_is_ended(place: Place) -> None:
+    place.cloud = Held(place.large)
+    place.edge = EdgeSessions(place.small, place.cloud, "clinic")
+    answer = as_future(place.edge.handle(OpenSession(1, 6, (), 8, "foundation")))
+    place.edge.close()
+    place.cloud.gates[0].set_result(None)
+    with pytest.raises(SessionClosed):
+        answer.result(timeout=60)
+    assert place.large.num_sessions == 1  # until the cloud hears of it
+    place.cloud.gates[1].set_result(None)
+    assert place.held == (0, 0, 0, 0)
+
+
+def test_a_session_that_ends_while_the_cloud_is_away_ends_there_as_well(place: Place) -> None:
+    place.cloud = Held(place.large)
+    place.edge = EdgeSessions(place.small, place.cloud, "clinic")
+    answer = as_future(place.edge.handle(OpenSession(1, 6, (), 8, "foundation")))
+    place.cloud.gates[0].set_result(None)
+    name = answer.result(timeout=60).session  # type: ignore[attr-defined]
+    place.cloud.peer = ""
+    with pytest.raises(BodyUnreachable):
+        as_future(place.edge.handle(CloseSession(name))).result(timeout=60)
+    place.cloud.gates[1].set_result(None)  # it is back
+    assert place.held == (0, 0, 0, 0)
+
+
+def test_one_device_cannot_have_all_that_its_edge_may_have_at_the_cloud(place: Place) -> None:
+    greedy = EdgeSessions(place.small, place.cloud, "clinic", share=0.5, max_at_cloud=4)
+    there = OpenSession(1, 6, (), 8, "foundation")
+    session = RemoteSession(greedy.handle, 1, 6, (), 8, may_escalate=True)
+    session.extend(rows(3), 1)
+    session.escalate((), 1)
+    as_future(greedy.handle(there)).result(timeout=60)
+    with pytest.raises(QuotaReached, match="'clinic': it has 2 open, and one peer may have 2"):
+        greedy.handle(there)
+    other = EdgeSessions(place.small, place.cloud, "ward", share=0.5, max_at_cloud=4)
+    as_future(other.handle(there)).result(timeout=60)
+    session.close()
+    as_future(greedy.handle(there)).result(timeout=60)
+    greedy.close()
+    other.close()
+    assert place.held == (0, 0, 0, 0)
+
+
 def test_the_edge_serves_nothing_else(place: Place) -> None:
     with pytest.raises(UnexpectedMessage):
         place.ask(Done())
@@ -246,7 +291,9 @@ def raises(error: Exception) -> Callable[[Message], Message]:
     return ask
 
 
-@pytest.mark.parametrize("kind", [ServiceFull, SessionClosed, ContextFull, SessionRefused, UnknownAdapter])
+@pytest.mark.parametrize(
+    "kind", [ServiceFull, QuotaReached, SessionClosed, ContextFull, SessionRefused, UnknownAdapter]
+)
 def test_what_another_process_raised_is_raised_again(kind: type[Exception]) -> None:
     with pytest.raises(kind, match="no room, says the other"):
         RemoteSession(raises(PeerError("edge", kind.__name__, "no room, says the other")), 1, 2)

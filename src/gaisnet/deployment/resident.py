@@ -171,7 +171,8 @@ def _cloud_network(
         lambda: {**watched.state(), "job": keeper.state(), "links": links_status(listener.states())},
     )
     opened.callback(listener.close)
-    fronts = {name: _front_of_edge(service, cloud, name, listener.link(name)) for name in names}
+    share = config.service.share_of_one(len(names))
+    fronts = {name: _front_of_edge(service, cloud, name, listener.link(name), share) for name in names}
     answers.become(fronts.__getitem__)
     links = {
         edge.domain: CodedLink(listener.link(ORDERS + edge.name), codec, ledger, "edge_cloud", "down")
@@ -180,8 +181,8 @@ def _cloud_network(
     return Network(cloud, links, ledger, config.faults)
 
 
-def _front_of_edge(service: SiteService, cloud: Cloud, name: str, link: ByteLink) -> Front:
-    return service.front(cloud, name, lambda: link.peer, lambda body: SessionEndpoint(body, name))
+def _front_of_edge(service: SiteService, cloud: Cloud, name: str, link: ByteLink, share: float) -> Front:
+    return service.front(cloud, name, lambda: link.peer, lambda body: SessionEndpoint(body, name, share))
 
 
 def run_edge(folder: Path) -> NoReturn:
@@ -214,13 +215,14 @@ def run_edge(folder: Path) -> NoReturn:
         edge = Edge(settings, config, cloud, devices, ledger, shelf, watched, service.outlet)
         # Orders come from the cloud, by way of this host's own NVFlare process; devices may ask for answers only.
         asked = CodedLink(to_cloud, codec, Ledger(), "edge_cloud", "up")  # the bytes of answers are not those of a run
-        fronts = {name: _front_of_device(service, asked, name, listener.link(name)) for name in names}
+        quota = config.service.share_of_one(len(names)), config.service.max_sessions_per_peer
+        fronts = {name: _front_of_device(service, asked, name, listener.link(name), quota) for name in names}
         answers.become(lambda asker: fronts.get(asker, edge))
         _until_ended()
 
 
-def _front_of_device(service: SiteService, cloud: Link, name: str, link: ByteLink) -> Front:
-    return service.front(None, name, lambda: link.peer, lambda body: EdgeSessions(body, cloud, name))
+def _front_of_device(service: SiteService, cloud: Link, name: str, link: ByteLink, quota: tuple[float, int]) -> Front:
+    return service.front(None, name, lambda: link.peer, lambda body: EdgeSessions(body, cloud, name, *quota))
 
 
 def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:

@@ -8,6 +8,7 @@ Shape legend: T rows (new positions) of one session, W rows that are wanted back
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from gaisnet.errors import ContextFull, CutError, ServiceFull, SessionClosed, Se
 from gaisnet.models.parts import Body
 from gaisnet.serving.cache import bytes_per_position, in_blocks
 from gaisnet.serving.plan import Piece, ServedSession, Waiting, plan
+from gaisnet.serving.quota import NO_QUOTA, Quota
 from gaisnet.serving.rows import SessionLayers
 from gaisnet.turn import Turn
 
@@ -54,6 +56,7 @@ class BodyService:
         self._sessions: dict[str, ServedSession] = {}
         self._left: list[Stack] = []  # adapters of sessions that have ended, to give back between two steps
         self._used_bytes = 0
+        self._used_by: Counter[str] = Counter()  # the same, by peer
         self._arrivals = 0
         self._answered: Sequence[ServedSession] = ()  # by the last step; those that go on come back soon
         self._lingers_until = 0.0
@@ -65,7 +68,13 @@ class BodyService:
     # -- what sessions ask -------------------------------------------------------------------------------------------
 
     def open(
-        self, first: int, stop: int, adapters: Sequence[str] = (), num_positions: int = 0, keep_rows: bool = False
+        self,
+        first: int,
+        stop: int,
+        adapters: Sequence[str] = (),
+        num_positions: int = 0,
+        keep_rows: bool = False,
+        quota: Quota = NO_QUOTA,
     ) -> str:
         """Begin a session of layers [first, stop); returns its name, which nobody can guess.
 
@@ -75,9 +84,11 @@ class BodyService:
             adapters: What acts, besides nothing else, in the versions that are in place now.
             num_positions: Memory to hold from the beginning, so that the session is refused now or not at all.
             keep_rows: Keep what it is sent, for ``rows``; counts as memory that is held.
+            quota: Names the peer whose session it is, and bounds what that one holds.
 
         Raises:
             ServiceFull: No room.
+            QuotaReached: The peer holds as much as it may.
             ContextFull: The model takes fewer positions.
             CutError: Layers that are not the body's.
             UnknownAdapter, AdapterMismatch: See ``ServedAdapters.take``.
@@ -89,16 +100,16 @@ class BodyService:
         position_bytes += self._width * _ROW_DTYPE.itemsize if keep_rows else 0
         with self.turn.serving(), self._state:
             self._settle()
-            if len(self._sessions) >= self._settings.max_sessions:
-                raise ServiceFull("a new session", f"{len(self._sessions)} are open and no more are allowed")
+            self._check_room(quota)
             reserved = in_blocks(num_positions)
-            self._hold(reserved * position_bytes)
+            self._hold(reserved * position_bytes, quota)
             try:
                 stack = self._adapters.take(adapters)
             except Exception:
-                self._used_bytes -= reserved * position_bytes
+                self._let_go(reserved * position_bytes, quota.peer)
                 raise
-            session = ServedSession(secrets.token_hex(8), first, stop, stack, position_bytes, reserved)
+            name = secrets.token_hex(8)
+            session = ServedSession(name, quota, first, stop, stack, position_bytes, reserved)
             session.kept = [] if keep_rows else None
             self._sessions[session.name] = session
             return session.name
@@ -115,7 +126,7 @@ class BodyService:
             position: Where the rows must stand, for a sender that may have lost count; None for where it is.
 
         Raises:
-            ServiceFull, ContextFull, SessionClosed, SessionRefused, WireFormatError: Nothing was changed.
+            ServiceFull, QuotaReached, ContextFull, SessionClosed, SessionRefused, WireFormatError: Nothing was changed.
             SessionClosed: Out of the answer, if the session is closed before it is there.
         """
         want = len(rows_TD) if want is None else want
@@ -131,7 +142,7 @@ class BodyService:
             length = session.length + len(rows_TD)
             self._check_context(length)
             more = max(0, in_blocks(length) - session.reserved)
-            self._hold(more * session.position_bytes)
+            self._hold(more * session.position_bytes, session.quota)
             session.reserved += more
             self._arrivals += 1
             waiting = Waiting(rows_TD.detach().to(*self._placement), want, self._arrivals)
@@ -321,15 +332,28 @@ class BodyService:
             raise SessionRefused(f"{asked} session '{name}'", "rows of it wait", "take their answer first")
         return session
 
-    def _hold(self, size_bytes: int) -> None:
+    def _check_room(self, quota: Quota) -> None:
+        """Raise where there may be no other session, or none of this peer."""
+        limit = self._settings.max_sessions
+        quota.check_sessions(sum(s.quota.peer == quota.peer for s in self._sessions.values()), limit)
+        if len(self._sessions) >= limit:
+            raise ServiceFull("a new session", f"{len(self._sessions)} are open and no more are allowed")
+
+    def _hold(self, size_bytes: int, quota: Quota) -> None:
         limit = self._settings.max_cache_mib * _MIB
+        quota.check_bytes(self._used_by[quota.peer], size_bytes, limit)
         if self._used_bytes + size_bytes > limit:
             found = f"{self._used_bytes} of {limit} bytes are held, and {size_bytes} more are needed"
             raise ServiceFull("memory for a session", found)
         self._used_bytes += size_bytes
+        self._used_by[quota.peer] += size_bytes
+
+    def _let_go(self, size_bytes: int, peer: str) -> None:
+        self._used_bytes -= size_bytes
+        self._used_by[peer] -= size_bytes
 
     def _free(self, session: ServedSession) -> None:
-        self._used_bytes -= session.held_bytes
+        self._let_go(session.held_bytes, session.quota.peer)
         session.forget()
         self._left.append(session.adapters)
 

@@ -1,5 +1,6 @@
 """Sessions as messages: the end that has the body answers them, the end that writes sends them."""
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -15,6 +16,7 @@ from gaisnet.errors import (
     GaisnetError,
     LinkTimeout,
     PeerError,
+    QuotaReached,
     ServiceFull,
     SessionClosed,
     SessionRefused,
@@ -36,6 +38,7 @@ from gaisnet.messages import (
     Whose,
 )
 from gaisnet.serving.body import BodyService
+from gaisnet.serving.quota import Quota
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -49,6 +52,7 @@ _REFUSALS: dict[str, type[GaisnetError]] = {
         BodyUnreachable,
         ContextFull,
         CutError,
+        QuotaReached,
         ServiceFull,
         SessionClosed,
         SessionRefused,
@@ -65,13 +69,17 @@ class SessionEndpoint:
 
     Args:
         service: The body's.
-        peer: For errors.
+        peer: Its name, by its certificate.
+        share: Of the service's sessions and their memory that the peer may hold.
     """
 
-    def __init__(self, service: BodyService, peer: str) -> None:
+    def __init__(self, service: BodyService, peer: str, share: float = 1.0) -> None:
         self._service = service
         self._peer = peer
+        self._quota = Quota(peer, share)
         self._own: set[str] = set()
+        self._closed = False
+        self._lock = threading.Lock()
 
     def handle(self, message: Message) -> Message | Future[Message]:
         """Answer ``message``. Raises ``UnexpectedMessage``, or what the service raises."""
@@ -93,9 +101,11 @@ class SessionEndpoint:
         raise UnexpectedMessage(f"the body service for '{self._peer}'", type(message).__name__)
 
     def close(self) -> None:
-        """The peer is gone: end all its sessions."""
-        while self._own:
-            self._service.close(self._own.pop())
+        """The peer is gone: end all its sessions, one that is being opened as well."""
+        with self._lock:
+            self._closed, own, self._own = True, self._own, set()
+        for name in own:
+            self._service.close(name)
 
     def own(self, name: str) -> str:
         """The same name. Raises ``SessionClosed`` if it is not one of the peer's."""
@@ -105,9 +115,14 @@ class SessionEndpoint:
 
     def _open(self, message: OpenSession) -> SessionOpened:
         asked = message.first, message.stop, message.adapters, message.num_positions
-        name = self._service.open(*asked, keep_rows=message.may_escalate)
-        self._own.add(name)
-        return SessionOpened(name, self._service.versions(name))
+        name = self._service.open(*asked, keep_rows=message.may_escalate, quota=self._quota)
+        opened = SessionOpened(name, self._service.versions(name))
+        with self._lock:
+            if not self._closed:
+                self._own.add(name)
+                return opened
+        self._service.close(name)
+        raise SessionClosed(name)
 
 
 class RemoteSession:

@@ -4,13 +4,15 @@ The device's rows fit both bodies. The edge keeps those of a session that may es
 over without a second uplink; a session that the FM's body has is only passed on.
 """
 
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from gaisnet.errors import BodyUnreachable, SessionRefused, UnexpectedMessage
+from gaisnet.errors import BodyUnreachable, SessionClosed, SessionRefused, UnexpectedMessage
 from gaisnet.later import failed, then, then_ask
 from gaisnet.messages import (
     CloseSession,
@@ -24,6 +26,7 @@ from gaisnet.messages import (
 )
 from gaisnet.serving.body import BodyService
 from gaisnet.serving.endpoint import SessionEndpoint
+from gaisnet.serving.quota import Quota
 
 M = TypeVar("M", bound=Message)
 _FM = "the foundation model"
@@ -46,21 +49,32 @@ class EdgeSessions:
     Args:
         service: The edge's own body.
         cloud: Where the FM's body is.
-        device: For errors.
+        device: Its name, by its certificate.
+        share: Of the edge's sessions and their memory, and of those that the edge may have at the cloud, what the
+            device may hold.
+        max_at_cloud: Sessions that the edge may have there; None where the cloud alone counts.
     """
 
-    def __init__(self, service: BodyService, cloud: Peer, device: str) -> None:
+    def __init__(
+        self, service: BodyService, cloud: Peer, device: str, share: float = 1.0, max_at_cloud: int | None = None
+    ) -> None:
         self._service = service
-        self._own = SessionEndpoint(service, device)
+        self._own = SessionEndpoint(service, device, share)
         self._cloud = cloud
+        self._quota = Quota(device, share)
+        self._max_at_cloud = max_at_cloud
         self._there: dict[str, str] = {}  # names of sessions that the FM's body has: here, and at the cloud
         self._moving: set[str] = set()  # between the two
+        self._opening = 0  # at the cloud
+        self._closed = False
+        self._lock = threading.Lock()
 
     def handle(self, message: Message) -> Message | Future[Message]:
         """Answer ``message``. Raises ``UnexpectedMessage``, or what keeps it from being answered."""
         match message:
             case OpenSession(body="foundation"):
-                return then(self._ask(replace(message, may_escalate=False)), self._opened)
+                there = replace(message, may_escalate=False)
+                return self._counted(lambda: then(self._ask(there), self._opened))
             case EscalateSession():
                 return self._escalate(message)
             case CloseSession():
@@ -72,21 +86,32 @@ class EdgeSessions:
         return self._own.handle(message)
 
     def close(self) -> None:
-        """The device is gone: end all its sessions."""
+        """The device is gone: end all its sessions, those that are being opened as well."""
+        with self._lock:
+            self._closed, there, self._there = True, list(self._there.values()), {}
         self._moving.clear()
         self._own.close()
-        while self._there:
-            self._end(self._there.popitem()[1])
+        for name in there:
+            self._end(name)
 
     def _opened(self, answer: Message) -> Message:
         opened = _expect(SessionOpened, answer)
-        self._there[opened.session] = opened.session
+        self._keep(opened.session, opened.session)
         return opened
+
+    def _keep(self, name: str, there: str) -> None:
+        """Take note of a session at the cloud. Raises ``SessionClosed`` where the device has gone meanwhile."""
+        with self._lock:
+            if not self._closed:
+                self._there[name] = there
+                return
+        self._end(there)
+        raise SessionClosed(name)
 
     def _close(self, message: CloseSession) -> Message | Future[Message]:
         self._moving.discard(message.session)
         there = self._there.pop(message.session, None)
-        return self._own.handle(message) if there is None else self._ask(CloseSession(there))
+        return self._own.handle(message) if there is None else self._end(there)
 
     # -- from one body to the other
 
@@ -100,6 +125,10 @@ class EdgeSessions:
         if not 0 < len(rows_TD) >= message.want:
             found = f"it has {len(rows_TD)}, {message.want} are wanted back"
             raise SessionRefused(f"the rows of session '{name}'", found, "send some first, and want no more")
+        return self._counted(lambda: self._open_and_move(message, rows_TD))
+
+    def _open_and_move(self, message: EscalateSession, rows_TD: Tensor) -> Future[Message]:
+        name = message.session
         first, stop, reserved = self._service.place(name)
         self._moving.add(name)
         opened = self._ask(OpenSession(first, stop, message.adapters, reserved, "foundation"))
@@ -118,11 +147,30 @@ class EdgeSessions:
         if name not in self._moving:  # it was closed meanwhile
             self._end(there)
             return rows
-        self._there[name] = there
+        self._keep(name, there)
         self._own.handle(CloseSession(name))
         return rows
 
     # -- the cloud
+
+    def _counted(self, open_there: Callable[[], Future[Message]]) -> Future[Message]:
+        """Open a session at the cloud. Raises ``QuotaReached`` where the device has its part of the edge's there."""
+        with self._lock:
+            if self._max_at_cloud is not None:
+                self._quota.check_sessions(len(self._there) + self._opening, self._max_at_cloud)
+            self._opening += 1
+        try:
+            opened = open_there()
+        except BaseException:
+            self._is_open()
+            raise
+        opened.add_done_callback(lambda _: self._is_open())
+        return opened
+
+    def _is_open(self) -> None:
+        """It is open, and among those that are there, or it never will be."""
+        with self._lock:
+            self._opening -= 1
 
     def _ask(self, message: Message) -> Future[Message]:
         """Nobody waits here for a cloud that is away."""
@@ -130,9 +178,10 @@ class EdgeSessions:
             return failed(BodyUnreachable(_FM, "the cloud is away"))
         return self._cloud.send(message)
 
-    def _end(self, there: str) -> None:
-        """Whether the cloud hears of it or has forgotten it with all else, it ends."""
-        self._ask(CloseSession(there))
+    def _end(self, there: str) -> Future[Message]:
+        """End a session at the cloud, now or when that is back: else it would count against the edge for good."""
+        ended = self._cloud.send(CloseSession(there))
+        return ended if self._cloud.peer else failed(BodyUnreachable(_FM, "the cloud is away"))
 
 
 def _on_its_way(name: str) -> SessionRefused:

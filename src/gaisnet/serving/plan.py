@@ -14,6 +14,7 @@ from torch import Tensor
 from gaisnet.adapters.mixing import Stack
 from gaisnet.config import ServiceSettings
 from gaisnet.serving.cache import SessionCache
+from gaisnet.serving.quota import Quota
 from gaisnet.serving.rows import Share
 
 
@@ -54,6 +55,7 @@ class ServedSession:
     """One sequence, on some layers."""
 
     name: str
+    quota: Quota
     first: int
     stop: int
     adapters: Stack
