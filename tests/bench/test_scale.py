@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gaisnet.bench.scale import measure_scale, write_scale
+from gaisnet.bench.scale import measure_scale
 from gaisnet.bench.simulated import DEVICES_PER_EDGE, equip, num_edges, simulate
 from gaisnet.cli.app import app
 from gaisnet.errors import ConfigError
 
 
 @pytest.mark.integration
-def test_sizes_take_turns(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    figures = measure_scale((12, 3), 1, lambda stage, done, total, _: told.append((done, total)))
-    write_scale(figures, tmp_path / "scale.json")
-    written = json.loads((tmp_path / "scale.json").read_text(encoding="utf-8"))
-    assert told == [(done, 2) for done in range(3)]
+def test_the_command_lets_sizes_take_turns_and_writes_what_it_shows(tmp_path: Path) -> None:
+    path = tmp_path / "scale.json"
+    result = CliRunner().invoke(app, ["bench", "--scale", "--sizes", "12,3", "--rounds", "1", "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "70B" in result.output
+    written = json.loads(path.read_text(encoding="utf-8"))
     assert written["schema"] == "gaisnet.scale/1"
     assert written["reference"] == 100
     few, many = written["sizes"]
@@ -69,13 +69,3 @@ def test_what_the_command_refuses(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 1
     assert said in " ".join(result.output.split())
-
-
-@pytest.mark.integration
-def test_the_command_shows_and_writes(tmp_path: Path) -> None:
-    path = tmp_path / "scale.json"
-    result = CliRunner().invoke(app, ["bench", "--scale", "--sizes", "2", "--rounds", "1", "--out", str(path)])
-    assert result.exit_code == 0, result.output
-    assert "70B" in result.output
-    (own,) = json.loads(path.read_text(encoding="utf-8"))["sizes"]
-    assert (own["devices"], own["edges"]) == (2, 1)

@@ -54,6 +54,11 @@ def arrived(release: ModelRelease) -> ModelRelease:
     return received
 
 
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Equal but for rounding: where a tensor begins in memory decides in which order some processors add."""
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
 def layers_named(tensors: Iterable[str]) -> set[int]:
     return {int(name.split(".")[1]) for name in tensors if name.startswith("layers.")}
 
@@ -71,9 +76,9 @@ def test_rebuilt_parts_give_the_same(recipe: Recipe, tied: bool, family: str) ->
     found_tail = model.tail(CUT, found_head)
     hidden_BTD = head(ids())
     assert model.num_layers == 6 and found_body.indices == body.indices
-    assert torch.equal(found_head(ids()), hidden_BTD)
-    assert torch.equal(found_body(hidden_BTD), body(hidden_BTD))
-    assert torch.equal(found_tail(body(hidden_BTD)), tail(body(hidden_BTD)))
+    assert_same(found_head(ids()), hidden_BTD)
+    assert_same(found_body(hidden_BTD), body(hidden_BTD))
+    assert_same(found_tail(body(hidden_BTD)), tail(body(hidden_BTD)))
 
 
 def test_rebuilt_parts_in_half_precision_give_the_same_and_stay_in_it(tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def test_a_local_device_gets_the_middle_as_it_is(precision: DevicePrecision) -> 
     mine = arrived(rounded(release, (0, 5), precision))
     assert mine.layers == release.layers and mine.int8_layers == release.int8_layers
     hidden_BTD = head(ids())
-    assert torch.equal(ReleasedModel(mine).body(CUT.head, 5)(hidden_BTD), body(hidden_BTD))
+    assert_same(ReleasedModel(mine).body(CUT.head, 5)(hidden_BTD), body(hidden_BTD))
 
 
 def test_in_float32_nothing_is_rounded() -> None:
