@@ -1,7 +1,7 @@
 """Locks on folders: the kernel holds them for a process, and frees them when it dies, however it dies.
 
-A lock is an ``flock`` on a file. The file also says who has it, for others to read: process, host, and since when. It is
-removed when the lock is released, so that a file without a lock is what a process left that died.
+A lock is an ``flock`` on a file. The file also says who has it, for others to read: process, host, and since when. It
+is removed when the lock is released, so that a file without a lock is what a process left that died.
 """
 
 import errno
@@ -69,7 +69,9 @@ class Lock:
         if not self._flock.is_locked:
             return
         try:
-            if not keep_file and holder_of(self._path) == self._holder:  # somebody may have put another file there by hand
+            if (
+                not keep_file and holder_of(self._path) == self._holder
+            ):  # somebody may have put another file there by hand
                 self._path.unlink()  # while we have it: whoever waits for it looks whether the file is still there
         finally:
             self._flock.release()

@@ -90,7 +90,10 @@ def test_saved_adapters_load_in_plain_peft_on_a_model_with_as_many_classes(site:
         found = PeftModel.from_pretrained(base, str(folder))(torch.tensor([[256, 1, 2, 257]])).logits
         torch.testing.assert_close(found, model(torch.tensor([[256, 1, 2, 257]])).logits)
         card = (folder / "README.md").read_text(encoding="utf-8")
-        assert f"AutoModelForSequenceClassification.from_pretrained({json.dumps(config['base_model_name_or_path'])}, " in card
+        assert (
+            f"AutoModelForSequenceClassification.from_pretrained({json.dumps(config['base_model_name_or_path'])}, "
+            in card
+        )
 
 
 def test_a_run_goes_on_after_a_cycle_to_the_same_end(site: Path) -> None:

@@ -252,7 +252,9 @@ def test_a_run_whose_site_was_moved_goes_on_from_anywhere_to_the_same_end(
     run_experiment(load_config(Path("old/run.yaml"), ["cycles=1"]), Path("old/out"))
     old.rename(new)
     monkeypatch.chdir(new)
-    data = [f"edges.{i}.devices.{j}.data=data/{d['name']}" for i, e in enumerate(EDGES) for j, d in enumerate(e["devices"])]
+    data = [
+        f"edges.{i}.devices.{j}.data=data/{d['name']}" for i, e in enumerate(EDGES) for j, d in enumerate(e["devices"])
+    ]
     assert_refused(Path("out"), DataError, "no such file.*name it anew")
     assert_refused(Path("out"), ModelError, "old/foundation': there is no such folder.*--set model.foundation=", *data)
     resume_experiment(Path("out"), ["cycles=2", "model.foundation=foundation", *data])
