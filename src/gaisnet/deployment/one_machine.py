@@ -7,7 +7,7 @@ from gaisnet.config import Config
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.site import CLOUD, certificates, read_site
-from gaisnet.deployment.start import plans
+from gaisnet.deployment.start import failure_recorded, plans
 from gaisnet.errors import KitUnreadable, LinkError
 from gaisnet.experiments.run import read_summary
 from gaisnet.experiments.summary import Summary
@@ -55,7 +55,7 @@ def run_kits(kits: Mapping[str, Path], out: Path, progress: Progress) -> Summary
     """Run all sites until the cloud has finished."""
     logs = kits[CLOUD].parent / "logs"
     every = [plan for folder in kits.values() for plan in plans(folder, logs, out)]
-    with Launcher(every) as launcher:
+    with failure_recorded(kits[CLOUD]), Launcher(every) as launcher:
         while not launcher.wait(CLOUD, _LOOK_S):
             _pass_on(kits[CLOUD], progress)
     return read_summary(out)
