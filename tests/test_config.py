@@ -13,7 +13,7 @@ from gaisnet import config as config_module
 from gaisnet.config import Config, DeviceSettings
 from gaisnet.config_file import load_config, parse_config
 from gaisnet.errors import ConfigError, GaisnetError, UnknownKey
-from gaisnet.learning_settings import Settings
+from gaisnet.learning_settings import ModelSettings, Settings
 from gaisnet.overrides import with_overrides
 
 RAW: dict[str, Any] = {
@@ -311,9 +311,61 @@ class TestLoad:
         assert desk.data == tmp_path / "data" / "desk"
         assert load_config(path).edges[0].devices[0].data is None
 
-    def test_a_data_folder_in_an_override_too(self, tmp_path: Path, raw: dict[str, Any]) -> None:
-        config = load_config(write(tmp_path / "run.yaml", raw), ["edges.0.devices.0.data=../shared"])
-        assert config.edges[0].devices[0].data == tmp_path / ".." / "shared"
+    def test_a_relative_path_in_an_override_is_taken_from_the_current_directory(
+        self, tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "here" / "model").mkdir(parents=True)
+        (tmp_path / "model").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        file = write(tmp_path / "run.yaml", raw)
+        for override in ("edges.1.devices.0.data=mine", "edges.01.devices.0.data=mine"):
+            assert load_config(file, [override]).edges[1].devices[0].data == tmp_path / "here" / "mine"
+        devices = "edges.1.devices=[{name: desk, data: mine}]"
+        assert load_config(file, [devices]).edges[1].devices[0].data == tmp_path / "here" / "mine"
+        elsewhere = load_config(file, ["edges.1.name=sud", "model.context=32"]).edges[1].devices[0].data
+        assert elsewhere == tmp_path / "data" / "desk"
+        for given, found in (("model", "here/model"), ("../model", "model"), ("./model", "here/model")):
+            assert load_config(file, [f"model.foundation={given}"]).model.foundation == str(tmp_path / found)
+
+    @pytest.mark.parametrize("written", ["models/tiny", "./models/tiny", "~/site/models/tiny", "models/tiny.gguf"])
+    def test_a_models_folder_is_taken_from_the_folder_of_the_file(
+        self, tmp_path: Path, raw: dict[str, Any], written: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        site = tmp_path / "site"
+        (site / "models" / "tiny").mkdir(parents=True)
+        (site / "models" / "tiny.gguf").touch()
+        raw["model"] = {"foundation": written, "public_inputs": "public.jsonl"}
+        monkeypatch.chdir(tmp_path)
+        model = load_config(write(site / "run.yaml", raw)).model
+        assert model.foundation == str(site / "models" / Path(written).name)
+        assert model.public_inputs == site / "public.jsonl"
+        monkeypatch.chdir(site)
+        assert load_config(Path("run.yaml")).model == model
+
+    def test_a_hub_id_and_the_default_stay(
+        self, tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / ModelSettings().foundation).mkdir()  # an output folder, say
+        (tmp_path / "elsewhere" / "org" / "model").mkdir(parents=True)
+        for asked in (ModelSettings().foundation, "org/model", ""):
+            raw["model"] = {"foundation": asked}
+            assert load_config(write(tmp_path / "run.yaml", raw)).model.foundation == asked
+        raw["model"] = {"foundation": "org/model"}
+        monkeypatch.chdir(tmp_path / "elsewhere")  # where transformers would take a folder for the hub id
+        with pytest.raises(ConfigError, match=r"'org/model'.*current directory.*; write the path from.*--set"):
+            load_config(write(tmp_path / "run.yaml", raw))
+        given = ["model.foundation=org/model"]
+        assert load_config(tmp_path / "run.yaml", given).model.foundation == str(Path("org/model").resolve())
+
+    @pytest.mark.parametrize("written", ["./model", "../model", "/nowhere/model", "~/model", "weights.gguf"])
+    def test_a_models_path_that_leads_nowhere_is_refused_before_anything_is_loaded(
+        self, tmp_path: Path, raw: dict[str, Any], written: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        raw["model"] = {"foundation": written}
+        with pytest.raises(ConfigError, match=rf"model\.foundation '{written}': there is no '/.*; correct it"):
+            load_config(write(tmp_path / "run.yaml", raw))
 
     def test_an_absolute_data_folder_stays(self, tmp_path: Path, raw: dict[str, Any]) -> None:
         raw["edges"][1]["devices"][0]["data"] = str(tmp_path / "elsewhere")

@@ -182,8 +182,8 @@ class DeviceSettings(Settings):
     )
     data: Path | None = Field(
         None,
-        description="A folder with train.jsonl and test.jsonl, lines of prompt and completion; for an encoder of text "
-        "and label, or of image (a file beside them) and label.",
+        description="A folder, from that of this file if it is relative, with train.jsonl and test.jsonl, lines of "
+        "prompt and completion; for an encoder of text and label, or of image (a file beside them) and label.",
     )
 
 

@@ -11,16 +11,17 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from gaisnet.config import Config, DeviceSettings
+from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import ConfigError, UnknownKey
-from gaisnet.learning_settings import Settings
-from gaisnet.overrides import found_in, load_yaml, most_telling, with_overrides
+from gaisnet.learning_settings import ModelSettings, Settings
+from gaisnet.overrides import found_in, is_set_by, load_yaml, most_telling, with_overrides
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read ``path`` (YAML), apply ``key.sub=value`` overrides and check everything.
 
-    Paths of data folders are taken from the folder of the file. Raises ``ConfigError``.
+    Paths become absolute: those in the file are taken from the folder of the file, those in an override from the
+    current directory. Raises ``ConfigError``.
     """
     asked = f"configuration '{path}'"
     try:
@@ -32,7 +33,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise ConfigError(asked, "is not a mapping of keys", "see configs/demo.yaml")
     config = parse_config(with_overrides(raw, overrides), asked)
-    return _resolve_data_folders(config, path.parent.resolve())
+    return with_absolute_paths(config, overrides, path.parent.resolve())
 
 
 def parse_config(raw: dict[str, Any], asked: str = "configuration") -> Config:
@@ -73,11 +74,59 @@ def _settings_in(annotation: Any) -> type[Settings] | None:
     return next((kind for kind in held if isinstance(kind, type) and issubclass(kind, Settings)), None)
 
 
-def _resolve_data_folders(config: Config, base: Path) -> Config:
-    def resolved(device: DeviceSettings) -> DeviceSettings:
-        return device if device.data is None else device.model_copy(update={"data": base / device.data})
+def with_absolute_paths(config: Config, overrides: Sequence[str], base: Path | None = None) -> Config:
+    """The same with every path absolute, ``~`` expanded.
 
-    edges = tuple(edge.model_copy(update={"devices": tuple(map(resolved, edge.devices))}) for edge in config.edges)
-    public = config.model.public_inputs
-    model = config.model.model_copy(update={"public_inputs": None if public is None else base / public})
-    return config.model_copy(update={"edges": edges, "model": model})
+    Args:
+        config: After the overrides.
+        overrides: ``key=value``; a path that one of them gives is taken from the current directory.
+        base: Where the others are taken from; None where they are absolute already.
+
+    Raises:
+        ConfigError: ``model.foundation`` is written as a path, and there is nothing; or it is none, and a folder of the
+            current directory would be taken for it.
+    """
+
+    def base_of(key: str) -> Path | None:
+        return Path.cwd() if is_set_by(overrides, key) else base
+
+    def resolved(path: Path | None, key: str) -> Path | None:
+        folder = base_of(key)
+        return path if path is None or folder is None else folder / path.expanduser()
+
+    def edge(number: int, settings: EdgeSettings) -> EdgeSettings:
+        devices = (
+            device.model_copy(update={"data": resolved(device.data, f"edges.{number}.devices.{i}.data")})
+            for i, device in enumerate(settings.devices)
+        )
+        return settings.model_copy(update={"devices": tuple(devices)})
+
+    model = {
+        "foundation": _foundation(config.model.foundation, base_of("model.foundation")),
+        "public_inputs": resolved(config.model.public_inputs, "model.public_inputs"),
+    }
+    edges = tuple(edge(number, settings) for number, settings in enumerate(config.edges))
+    return config.model_copy(update={"model": config.model.model_copy(update=model), "edges": edges})
+
+
+def _foundation(asked: str, base: Path | None) -> str:
+    """A model's folder or file as an absolute path; a hub id, or the default, as it is."""
+    if asked in ("", ModelSettings.model_fields["foundation"].default):
+        return asked
+    path = Path(asked).expanduser()
+    if base is not None and (_is_path(asked) or (base / path).is_dir()):
+        found = base / path
+        if not found.exists():
+            do = f"correct it: it is taken from '{base}'; a hub id is written without a dot or slash in front"
+            raise ConfigError(f"model.foundation '{asked}'", f"there is no '{found}'", do)
+        return str(found.resolve())
+    if not path.is_absolute() and path.is_dir():  # transformers would load it, and later another or none
+        found_here = f"is not in the folder of the configuration, but in the current directory, '{Path.cwd()}'"
+        do = f"write the path from the configuration's folder, or --set model.foundation={asked}"
+        raise ConfigError(f"model.foundation '{asked}'", found_here, do)
+    return asked
+
+
+def _is_path(text: str) -> bool:
+    """Whether this is written as a path, and cannot be a hub id."""
+    return text.startswith((".", "/", "~")) or text.endswith(".gguf")

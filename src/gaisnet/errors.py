@@ -46,11 +46,41 @@ class MissingPackage(DataError):
         super().__init__(wanted, f"the package '{package}' is not installed", f"run: {pip_line}")
 
 
+class LockTaken(GaisnetError):
+    """Another process has a lock, or may have it.
+
+    Attributes:
+        holder: That process in words, as far as it is known.
+        lost: Whether it ran on another host, and nobody here can tell whether it still does.
+    """
+
+    def __init__(self, lock: Path, holder: object | None, lost: bool = False) -> None:
+        self.holder = str(holder or "a process that has not said its name yet")
+        self.lost = lost
+        self.do = f"if that process has ended, remove '{lock}'" if lost else "wait until that process ends, or end it"
+        super().__init__(f"lock '{lock}': {self.found}; {self.do}")
+
+    @property
+    def found(self) -> str:
+        """Who has it."""
+        if self.lost:
+            return f"was taken by {self.holder}; on a network file system nobody here can tell whether it has ended"
+        return f"is taken by {self.holder}"
+
+
+class NoLocks(ConfigError):
+    """A file system has no locks that are freed when a process dies."""
+
+    def __init__(self, lock: Path, found: str) -> None:
+        do = "use a folder on a local disk, or mount the file system with locks (for NFS, without nolock)"
+        super().__init__(f"lock '{lock}'", f"its file system has no locks ({found})", do)
+
+
 class OutputInUse(ConfigError):
     """The output folder belongs to a run that is under way or to one that has finished."""
 
-    def __init__(self, folder: Path, found: str) -> None:
-        super().__init__(f"output folder '{folder}'", found, "choose another with --out, or remove it")
+    def __init__(self, folder: Path, found: str, do: str = "choose another with --out, or remove it") -> None:
+        super().__init__(f"output folder '{folder}'", found, do)
 
 
 class NothingToResume(ConfigError):
@@ -255,6 +285,13 @@ class CertificateInvalid(DeploymentError):
         renew = "make new kits with 'deploy prepare' into a new folder, and give every site its own"
         do = renew if expired else "set this host's clock"
         super().__init__(f"certificate '{file}': {found}, and it is {now:%Y-%m-%d %H:%M} UTC on this host; {do}")
+
+
+class KitInUse(DeploymentError):
+    """Another process runs the site of a kit."""
+
+    def __init__(self, folder: Path, found: str, do: str) -> None:
+        super().__init__(f"site kit '{folder}': {found}; {do}")
 
 
 class ProcessFailed(DeploymentError):

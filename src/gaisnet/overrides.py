@@ -30,6 +30,19 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     return merged
 
 
+def keys_of(overrides: Sequence[str]) -> list[str]:
+    """The dotted key of each, list items by their plain index."""
+    return [
+        ".".join(str(int(part)) if part.isdecimal() else part for part in override.partition("=")[0].split("."))
+        for override in overrides
+    ]
+
+
+def is_set_by(overrides: Sequence[str], key: str) -> bool:
+    """Whether one of them gives ``key`` its value, by itself or with a group that it is in."""
+    return any(f"{key}.".startswith(f"{given}.") for given in keys_of(overrides))
+
+
 def _put(target: Any, parts: list[str], value: Any, override: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1

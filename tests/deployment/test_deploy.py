@@ -25,14 +25,22 @@ from gaisnet.config_file import load_config
 from gaisnet.deployment.front_door import Door
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
-from gaisnet.deployment.one_machine import kits_in, run_network, sites_of
+from gaisnet.deployment.one_machine import kits_in, run_kits, run_network, sites_of
 from gaisnet.deployment.outcome import OUTCOME_FILE, read_outcome, recorded
-from gaisnet.deployment.resident import Watched, links_status, run_device, run_edge
-from gaisnet.deployment.site import CLOUD, Role, certificates, read_site
+from gaisnet.deployment.resident import Watched, links_status, run_cloud, run_device, run_edge
+from gaisnet.deployment.site import CLOUD, START_LOCK, Role, certificates, claimed, read_site
 from gaisnet.deployment.start import plans, start_site
 from gaisnet.deployment.status import exit_code, network_status
 from gaisnet.deployment.validity import check_validity
-from gaisnet.errors import CertificateInvalid, ConfigError, DataError, KitUnreadable, OutputInUse, ProcessFailed
+from gaisnet.errors import (
+    CertificateInvalid,
+    ConfigError,
+    DataError,
+    KitInUse,
+    KitUnreadable,
+    OutputInUse,
+    ProcessFailed,
+)
 from gaisnet.experiments.output import LOCK_NAME
 from gaisnet.experiments.run import run_experiment
 from gaisnet.experiments.summary import Summary
@@ -103,6 +111,24 @@ def test_a_device_has_a_tokenizer_and_nothing_of_nvflare(kits: Mapping[str, Path
     assert names == {"site.yaml", "start.sh", "rootCA.pem", "client.crt", "client.key", "tokenizer"}
     assert [plan.name for plan in plans(kits["north-a"], Path("logs"))] == ["north-a"]
     assert [plan.name for plan in plans(kits["north"], Path("logs"))] == ["north-nvflare", "north"]
+
+
+@pytest.mark.parametrize("name", ["cloud", "north", "north-a"])
+def test_two_processes_of_one_site_never_share_its_kit(
+    kits: Mapping[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {"cloud": run_cloud, "north": run_edge, "north-a": run_device}[name]
+    kept = sorted(kits[name].iterdir())
+    with claimed(kits[name]), pytest.raises(KitInUse, match=rf"site kit '.*{name}': is taken by process {os.getpid()}"):
+        run(kits[name])
+    monkeypatch.setattr("gaisnet.deployment.start.Launcher", None)  # nothing is started
+    monkeypatch.setattr("gaisnet.deployment.one_machine.Launcher", None)
+    with claimed(kits[name], START_LOCK):
+        with pytest.raises(KitInUse, match="wait until that process ends"):
+            start_site(kits[name])
+        with pytest.raises(KitInUse, match="wait until that process ends"):
+            run_kits(kits, kits[name].parent / "out", Watch())
+    assert sorted(kits[name].iterdir()) == kept
 
 
 def test_a_device_of_a_model_of_images_has_no_tokenizer(tmp_path: Path) -> None:

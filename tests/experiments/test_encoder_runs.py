@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification
 
 from gaisnet.bench.baselines import measure_baselines
 from gaisnet.config_file import load_config
@@ -81,7 +82,18 @@ def test_saved_adapters_load_in_plain_peft_on_a_model_with_as_many_classes(site:
         folder = site / "out" / "adapters" / domain
         model = PeftModel.from_pretrained(tiny_encoder("bert", num_classes=len(labels)), str(folder))
         assert model(torch.tensor([[256, 1, 2, 257]])).logits.shape == (1, len(labels))
-        assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["modules_to_save"] == ["classifier"]
+        base = AutoModelForSequenceClassification.from_pretrained(
+            config["base_model_name_or_path"], num_labels=len(labels), ignore_mismatched_sizes=True
+        )
+        found = PeftModel.from_pretrained(base, str(folder))(torch.tensor([[256, 1, 2, 257]])).logits
+        torch.testing.assert_close(found, model(torch.tensor([[256, 1, 2, 257]])).logits)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert (
+            f"AutoModelForSequenceClassification.from_pretrained({json.dumps(config['base_model_name_or_path'])}, "
+            in card
+        )
 
 
 def test_a_run_goes_on_after_a_cycle_to_the_same_end(site: Path) -> None:

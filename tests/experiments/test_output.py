@@ -4,8 +4,7 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import pytest
 from gaisnet.errors import NotFinite, OutputInUse, OutputNotWritable
 from gaisnet.experiments.output import LOCK_NAME, RunFolder, cycle_scalars
 from gaisnet.experiments.summary import Cycle, Summary
+from gaisnet.locks import Lock
 
 
 def _cycle(number: int = 1) -> Cycle:
@@ -44,18 +44,11 @@ def _summary() -> Summary:
     return Summary.model_validate(raw)
 
 
-def _dead_pid() -> int:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
-
-
 def test_create_makes_parents_and_holds_a_lock_until_closed(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "one"
     with RunFolder.create(path) as folder:
         assert folder.path == path
-        assert (path / LOCK_NAME).read_text(encoding="ascii").strip() == str(os.getpid())
-        with pytest.raises(OutputInUse, match=f"under way \\(process {os.getpid()}\\); choose another with --out"):
+        with pytest.raises(OutputInUse, match=f"is taken by process {os.getpid()} on host '{socket.gethostname()}'"):
             RunFolder.create(path)
     assert list(path.iterdir()) == []
     folder.close()  # twice is harmless
@@ -83,30 +76,38 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         RunFolder.create(tmp_path / "out" / "deeper")
 
 
-@pytest.mark.parametrize("content", ["", "0", "99999999999999999999", "not a number"])
-def test_a_strange_lock_is_respected(tmp_path: Path, content: str) -> None:
-    (tmp_path / LOCK_NAME).write_text(content, encoding="ascii")
-    with pytest.raises(OutputInUse, match="did not finish"):
+@pytest.mark.parametrize("content", ["", "0", "1", "99999999999999999999", "not a number", "\udce9"])
+def test_a_lock_file_that_no_process_has_locked_keeps_nobody_out(tmp_path: Path, content: str) -> None:
+    """Process 1 is always alive, and another one than the one that wrote the file."""
+    (tmp_path / LOCK_NAME).write_text(content, encoding="utf-8", errors="surrogateescape")
+    RunFolder.create(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK_NAME).symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(OutputNotWritable):
+        RunFolder.create(tmp_path / "out")
+    assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_remains_of_a_run_that_died_are_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / LOCK_NAME).write_text("4194305\n", encoding="ascii")
+    (tmp_path / "metrics.jsonl").write_text("{}", encoding="ascii")
+    with pytest.raises(OutputInUse, match=r"is not empty, it holds 'metrics\.jsonl'"):
         RunFolder.create(tmp_path)
-    assert (tmp_path / LOCK_NAME).read_text(encoding="ascii") == content
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [LOCK_NAME, "metrics.jsonl"]
+    RunFolder.claim(tmp_path).close()  # for a process that is started again they are its own
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_lock_of_a_dead_process_means_a_run_that_did_not_finish(tmp_path: Path) -> None:
-    pid = _dead_pid()
-    (tmp_path / LOCK_NAME).write_text(f"{pid}\n", encoding="ascii")
-    with pytest.raises(OutputInUse, match=f"a run that did not finish \\(its process {pid} is gone\\)"):
-        RunFolder.create(tmp_path)
-
-
-def test_of_two_runs_that_passed_the_first_look_one_gets_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = RunFolder.create(tmp_path)
-    monkeypatch.setattr("gaisnet.experiments.output._refuse_lock", lambda folder: None)  # the second looked too early
-    with pytest.raises(OutputInUse, match="another run at this moment"):
-        RunFolder.create(tmp_path)
-    assert (tmp_path / LOCK_NAME).exists()
-    first.close()
+def test_what_is_not_of_a_run_that_died_is_refused_by_a_process_that_is_started_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}", encoding="ascii")
+    with pytest.raises(OutputInUse, match="is not empty"):
+        RunFolder.claim(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_run_that_came_and_went_before_our_lock_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +115,9 @@ def test_a_run_that_came_and_went_before_our_lock_is_noticed(tmp_path: Path, mon
 
     take_lock = output._take_lock
 
-    def late(folder: Path) -> None:
+    def late(folder: Path) -> Lock:
         (folder / "summary.json").write_text("{}", encoding="utf-8")
-        take_lock(folder)
+        return take_lock(folder)
 
     monkeypatch.setattr(output, "_take_lock", late)
     with pytest.raises(OutputInUse, match="not empty"):
@@ -139,12 +140,14 @@ def test_a_nearly_full_disk_is_refused_before_work(tmp_path: Path, monkeypatch: 
 def test_a_folder_that_cannot_be_written_is_refused_before_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(descriptor: int, data: bytes) -> int:
+    def fail(path: Path, *_: object, **__: object) -> int:
         raise OSError(122, "Disk quota exceeded")
 
-    monkeypatch.setattr(os, "write", fail)
-    with pytest.raises(OutputNotWritable, match="Disk quota exceeded"):
-        RunFolder.create(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        with pytest.raises(OutputNotWritable, match="Disk quota exceeded"):
+            RunFolder.create(tmp_path)
+    RunFolder.create(tmp_path).close()  # nothing is left that would keep anybody out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,16 +10,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from gaisnet.checkpoint import FolderShelf, write_text
 from gaisnet.config import Config
 from gaisnet.config_file import load_config
-from gaisnet.errors import CheckpointError, ConfigError, DataError, NothingToResume, OutputInUse, OutputNotWritable
+from gaisnet.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NothingToResume,
+    OutputInUse,
+    OutputNotWritable,
+)
 from gaisnet.experiments.output import LOCK_NAME, RunFolder
 from gaisnet.experiments.run import resume_experiment, run_experiment
 from gaisnet.experiments.summary import Summary
-from tests.tiny import tiny_edge, tiny_newcomer, write_tiny_run
+from tests.tiny import save_tiny_foundation, tiny_edge, tiny_newcomer, write_tiny_run
 
 pytestmark = pytest.mark.integration
 
@@ -231,6 +240,39 @@ def test_a_run_goes_on_from_another_working_directory(
     assert_same_end(tmp_path / "out", whole)
 
 
+def test_a_run_whose_site_was_moved_goes_on_from_anywhere_to_the_same_end(
+    site: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(site, old, ignore=shutil.ignore_patterns("whole", "short"))
+    raw = yaml.safe_load((old / "run.yaml").read_text(encoding="utf-8"))
+    raw["model"]["foundation"] = "foundation"
+    (old / "run.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    run_experiment(load_config(Path("old/run.yaml"), ["cycles=1"]), Path("old/out"))
+    old.rename(new)
+    monkeypatch.chdir(new)
+    data = [
+        f"edges.{i}.devices.{j}.data=data/{d['name']}" for i, e in enumerate(EDGES) for j, d in enumerate(e["devices"])
+    ]
+    assert_refused(Path("out"), DataError, "no such file.*name it anew")
+    assert_refused(Path("out"), ModelError, "old/foundation': there is no such folder.*--set model.foundation=", *data)
+    resume_experiment(Path("out"), ["cycles=2", "model.foundation=foundation", *data])
+    assert outcome(read_summary(new / "out"))["cycles"] == outcome(read_summary(whole))["cycles"]
+    learned = {name: content for name, content in files(whole / "adapters").items() if name.endswith(".safetensors")}
+    assert learned.items() <= files(new / "out" / "adapters").items()
+    monkeypatch.chdir(tmp_path)
+    resume_experiment(new / "out")  # it knows by now where all is
+
+
+def test_a_run_goes_on_with_the_model_that_it_began_with_and_no_other(short: Path, site: Path, tmp_path: Path) -> None:
+    other = save_tiny_foundation(tmp_path / "other", seed=1, initializer_range=0.1)
+    refused = r"'.*other' of the run in '.*out': has other weights than the model that the run began with"
+    assert_refused(short, ConfigError, refused, f"model.foundation={other}")
+    same = Path(shutil.copytree(site / "foundation", tmp_path / "same"))
+    assert resume_experiment(short, [f"model.foundation={same}"]).config["model"]["foundation"] == str(same)  # type: ignore[index,call-overload]
+
+
 def test_a_run_whose_newcomers_had_the_foundation_model_scored_goes_on_without(short: Path, whole: Path) -> None:
     shelf = FolderShelf(short / "checkpoint")
     kept = shelf.get("run")
@@ -300,7 +342,7 @@ def test_a_run_that_broke_off_before_its_first_checkpoint(site: Path, tmp_path: 
 
 def test_a_run_that_is_under_way(short: Path) -> None:
     with RunFolder.resume(short):
-        assert_refused(short, OutputInUse, rf"a run that is under way \(process {os.getpid()}\)")
+        assert_refused(short, OutputInUse, rf"is taken by process {os.getpid()} on host .*; wait until that process")
         assert (short / LOCK_NAME).exists()
     assert not (short / LOCK_NAME).exists()
 
@@ -311,10 +353,14 @@ def test_a_run_that_is_under_way(short: Path) -> None:
         (
             "seed=1",
             "--set seed=1 on a run that goes on: would make it another run; "
-            "change cycles or evaluate or faults or service only",
+            "change cycles, evaluate, faults, service only, or where things are: model.foundation, ",
         ),
         ("fine_tune.learning_rate=1", "would make it another run"),
         ("edges.0.devices.0.mode=local", "would make it another run"),
+        ("edges.0.devices=[]", "would make it another run"),
+        ("model.foundationn=x", "would make it another run"),
+        ("model={foundation: x}", "would make it another run"),
+        ("model.foundation=../nowhere", r"model.foundation '../nowhere': there is no '/.*; correct it"),
         ("cycles_=3", "would make it another run"),
         ("faults.away=3", "'faults.away': is not known; did you mean 'away_s'"),
         ("cycles=0", "greater than or equal to 1"),

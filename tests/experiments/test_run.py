@@ -2,19 +2,23 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch.nn import functional as F
 
+from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config
 from gaisnet.config_file import load_config
 from gaisnet.errors import CutError, DataError, ModelError, NotFinite
+from gaisnet.experiments.card import render_card
 from gaisnet.experiments.data import load_domains
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import Run, local_build, run_experiment
@@ -89,7 +93,8 @@ def test_all_files_are_there_and_no_other(finished: Finished) -> None:
     assert names == {"summary.json", "metrics.jsonl", "report.html", "tensorboard", "adapters", "checkpoint"}
     adapters = {path.name: {file.name for file in path.iterdir()} for path in (finished.out / "adapters").iterdir()}
     assert adapters.keys() == {"shapes", "tastes", "merged"}
-    assert all(files == {"adapter_config.json", "adapter_model.safetensors"} for files in adapters.values())
+    expected = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert all(files == expected for files in adapters.values())
 
 
 def test_the_summary_has_every_key_that_was_promised(finished: Finished) -> None:
@@ -234,6 +239,43 @@ def test_the_adapters_load_in_plain_peft_and_give_the_scores_of_the_summary(fini
     last = finished.summary["cycles"][-1]
     assert unsplit_loss(finished, domain, domain) == pytest.approx(last["foundation"][domain]["loss"], rel=1e-5)
     assert unsplit_loss(finished, domain, MERGED) == pytest.approx(last["merged"][domain]["loss"], rel=1e-5)
+
+
+def code_in(card: str) -> str:
+    """The first lines of Python in a model card."""
+    return card.partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.mark.parametrize("adapter", ["shapes", MERGED])
+def test_the_card_of_an_adapter_says_how_to_load_it_and_that_loads_it_from_anywhere(
+    finished: Finished, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = Path(shutil.copytree(finished.out / "adapters" / adapter, tmp_path / "moved"))
+    card = (moved / "README.md").read_text(encoding="utf-8")
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {"library_name": "peft", "license": "unknown", "tags": ["gaisnet", "lora"]}
+    score = finished.returned.cycles[-1].bodies()["merged" if adapter == MERGED else "foundation"]["shapes"]
+    assert f"{score.accuracy:.1%} of {score.num_examples}, loss {score.loss:.3f}" in text
+    assert f"Base model: `{finished.config.model.foundation}`" in text and "base_model_name_or_path" in text
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code_in(card).replace("path/of/this/folder", str(moved)), found)  # noqa: S102
+    foundation = load_foundation(finished.config.model, plain=True)
+    expected: Any = PeftModel.from_pretrained(foundation.model, str(moved))
+    ids = found["tokenizer"]("Is it so?", return_tensors="pt")["input_ids"]
+    assert torch.equal(found["model"](ids).logits, expected(ids).logits)
+
+
+def test_a_card_has_the_licence_that_is_given_and_words_of_others_as_they_are(finished: Finished) -> None:
+    spec = LoraSpec(2, 4, ("q_proj",), (3, 4))
+    edge = finished.config.edges[0].model_copy(update={"labels": ("```\n# no", "yes"), "template": "# {text}\n---"})
+    adapters = finished.config.adapters.model_copy(update={"licence": "mit"})
+    config = finished.config.model_copy(update={"edges": (edge, *finished.config.edges[1:]), "adapters": adapters})
+    card = render_card("shapes", spec, "org/model", True, config, finished.returned)
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header)["base_model"] == "org/model" and yaml.safe_load(header)["license"] == "mit"
+    assert not any(line.startswith(("# no", "---")) for line in text.splitlines())
+    assert "base_model_name_or_path" not in text  # a hub id is found everywhere
 
 
 # -- the same again ----------------------------------------------------------------------------------------------------

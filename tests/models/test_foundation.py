@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from gaisnet.errors import MissingPackage, ModelError
 from gaisnet.learning_settings import ModelSettings
+from gaisnet.models import foundation as loading
 from gaisnet.models.families import ENCODERS
 from gaisnet.models.foundation import DEFAULT_MODEL, Foundation, load_foundation
 from tests.tiny import (
@@ -225,6 +228,30 @@ def test_a_second_load_uses_the_cached_copy(tmp_path: Path, cache: Path) -> None
     save_file(weights, converted / "model.safetensors", {"format": "pt"})
     assert torch.equal(load(path).model.state_dict()["model.norm.weight"], torch.full((32,), 2.0))
     assert list(cache.iterdir()) == [converted]
+
+
+def test_of_two_first_loads_at_once_one_converts_and_the_other_waits(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, converting, go_on = tmp_path / "tiny.gguf", threading.Event(), threading.Event()
+    path.touch()
+    made: list[Path] = []
+
+    def slowly(gguf: Path, folder: Path, asked: str) -> None:
+        made.append(folder)
+        converting.set()
+        assert go_on.wait(60)
+        folder.mkdir()
+
+    monkeypatch.setattr(loading, "_convert", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(loading._converted, str(path), "tiny")
+        assert converting.wait(60)
+        second = pool.submit(loading._converted, str(path), "tiny")
+        wait([second], timeout=0.5)  # time to begin, as it does where nobody makes it wait
+        go_on.set()
+        assert [first.result(), second.result()] == [str(folder) for folder in made * 2]
+    assert list(cache.iterdir()) == made
 
 
 def test_a_changed_file_is_converted_again(tmp_path: Path, cache: Path) -> None:

@@ -72,7 +72,7 @@ def save_for_peft(
         folder: Is made if it is not there.
         spec: Shape of the adapter.
         tensors: Of the adapter. A classifier is loaded into an FM that was made with as many classes.
-        base_model: What the FM is called.
+        base_model: A hub id or an absolute path from which transformers loads the FM; peft looks for it there.
         layers_path: Where it has its layers, see ``models.families``.
     """
     folder.mkdir(parents=True, exist_ok=True)

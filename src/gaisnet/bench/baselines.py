@@ -39,10 +39,12 @@ One = Callable[[Config, DomainData, int, int], float]
 """Measures a baseline on one domain: settings with the whole run's passes, examples, layers of a DM, seed."""
 
 
-def measure_baselines(out: Path, progress: Progress = silent, kinds: Sequence[str] = KINDS) -> Summary:
+def measure_baselines(
+    out: Path, progress: Progress = silent, kinds: Sequence[str] = KINDS, overrides: Sequence[str] = ()
+) -> Summary:
     """Measure what the run in ``out`` lacks of some of ``KINDS``; its examples must be on this machine.
 
-    Those of another number of cycles are dropped.
+    Those of another number of cycles are dropped. ``overrides`` as for ``kept_config``.
 
     Raises:
         NothingToResume: There is no run.
@@ -50,7 +52,7 @@ def measure_baselines(out: Path, progress: Progress = silent, kinds: Sequence[st
         GaisnetError: What keeps a model or the examples from being loaded, or the model is an encoder.
     """
     with RunFolder.resume(out) as folder:
-        config, summary = kept_config(folder), kept_summary(folder)
+        config, summary = kept_config(folder, overrides), kept_summary(folder)
         cycles, domains = len(summary.cycles) - 1, load_domains(config)
         learning = [edge.domain for edge in config.learning_edges()]
         if not cycles:

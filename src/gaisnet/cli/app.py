@@ -44,7 +44,8 @@ def run(
     folder. An evaluation before anything is trained comes first.
 
     A run that was stopped goes on after its last finished cycle with --resume DIR; --resume DIR --set cycles=4 gives a
-    finished one more cycles.
+    finished one more cycles. DIR may be moved; where the model or the data were moved, say so: --resume DIR
+    --set model.foundation=FOLDER --set edges.0.devices.1.data=FOLDER.
     """
     folder = output_folder(config, out, resume)
     with told_errors():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
+from gaisnet.cli.options import ServiceOverrides
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +31,7 @@ def baselines(
         list[Kind] | None,
         typer.Option(help="Leave out the others, such as those that take long; may be given several times."),
     ] = None,
+    overrides: ServiceOverrides = None,
 ) -> None:
     """Hold a finished run against what you might do instead, on the same examples with as many passes over them.
 
@@ -45,7 +47,7 @@ def baselines(
         from gaisnet.bench.baselines import KINDS, measure_baselines
 
         with LiveProgress(console) as progress:
-            summary = measure_baselines(run, progress, only or KINDS)
+            summary = measure_baselines(run, progress, only or KINDS, overrides or ())
     console.print(_table(summary))
     console.print(f"All of it is in {run / 'summary.json'} and {run / 'report.html'}", highlight=False, soft_wrap=True)
 

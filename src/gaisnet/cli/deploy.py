@@ -10,6 +10,7 @@ from rich.table import Table
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
 from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, ServeOn, Stay, output_folder
 from gaisnet.config_file import load_config
+from gaisnet.errors import ConfigError
 
 deploy = typer.Typer(no_args_is_help=True, help="Cloud, edges and devices as separate sites.")
 
@@ -46,6 +47,9 @@ def deploy_run(
     """
     folder = output_folder(config, out, resume)
     with told_errors():
+        if overrides and config is None:
+            found = "its sites take their settings from site.yaml in their kits"
+            raise ConfigError(f"--set {overrides[0]} on a network that goes on", found, "change it there")
         settings = load_config(config, overrides or []) if config else None
         quiet_libraries()
         from gaisnet.deployment.one_machine import resume_network, run_network

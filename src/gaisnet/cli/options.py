@@ -8,7 +8,19 @@ import typer
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one setting: key=value, e.g. --set relay.enabled=false --set seed=1."),
+    typer.Option(
+        "--set",
+        help="Change one setting: key=value, e.g. --set relay.enabled=false --set seed=1. A relative path in it is "
+        "taken from the current directory, one in CONFIG from the folder of CONFIG.",
+    ),
+]
+ServiceOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Change a setting of the service or of faults, e.g. --set service.max_sessions=16, or say where things are "
+        "that were moved: --set model.foundation=FOLDER --set edges.0.devices.1.data=FOLDER.",
+    ),
 ]
 ConfigFile = Annotated[Path | None, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.")]
 Out = Annotated[Path | None, typer.Option(show_default="runs/<time>", help="Output folder; must be new or empty.")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
-from gaisnet.cli.options import ApiKeysFile, Escalate, EscalateTo, Host, Speculate, Threshold
+from gaisnet.cli.options import ApiKeysFile, Escalate, EscalateTo, Host, ServiceOverrides, Speculate, Threshold
 from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.progress import Progress, silent
 from gaisnet.serving.address import announced
@@ -48,10 +48,7 @@ def serve(
     ] = 0.2,
     threshold: Threshold = None,
     speculate: Speculate = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change a setting of the service or of faults, e.g. --set service.max_sessions=16."),
-    ] = None,
+    overrides: ServiceOverrides = None,
 ) -> None:
     """Serve a run's models on a device: text and token ids stay on it.
 

@@ -1,12 +1,13 @@
 """A whole network on this machine, every site a process of its own: to try it out, and to test it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from gaisnet.config import Config
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
-from gaisnet.deployment.site import CLOUD, certificates, read_site
+from gaisnet.deployment.site import CLOUD, START_LOCK, certificates, claimed, read_site
 from gaisnet.deployment.start import failure_recorded, plans
 from gaisnet.errors import KitUnreadable, LinkError
 from gaisnet.experiments.run import read_summary
@@ -52,10 +53,14 @@ def kits_in(sites: Path) -> dict[str, Path]:
 
 
 def run_kits(kits: Mapping[str, Path], out: Path, progress: Progress) -> Summary:
-    """Run all sites until the cloud has finished."""
+    """Run all sites until the cloud has finished. Raises ``KitInUse`` before any is started."""
     logs = kits[CLOUD].parent / "logs"
     every = [plan for folder in kits.values() for plan in plans(folder, logs, out)]
-    with failure_recorded(kits[CLOUD]), Launcher(every) as launcher:
+    with ExitStack() as held:
+        for folder in kits.values():
+            held.enter_context(claimed(folder, START_LOCK))
+        held.enter_context(failure_recorded(kits[CLOUD]))
+        launcher = held.enter_context(Launcher(every))
         while not launcher.wait(CLOUD, _LOOK_S):
             _pass_on(kits[CLOUD], progress)
     return read_summary(out)

@@ -4,6 +4,7 @@ They hold models and state. What joins them is the same tier code as in one proc
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
 from gaisnet.deployment.outcome import recorded
 from gaisnet.deployment.service import SiteService
-from gaisnet.deployment.site import CLOUD, Site, certificates, read_site
+from gaisnet.deployment.site import CLOUD, Site, certificates, claimed, read_site
 from gaisnet.deployment.validity import check_validity
 from gaisnet.engines.nvflare.job import JobKeeper
 from gaisnet.engines.nvflare.kit import ORDERS
@@ -138,6 +139,7 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
     public, inputs = {edge.domain: load_public(edge, config) for edge in config.edges}, public_inputs(config)
     watched = Watched()
     with ExitStack() as opened:
+        opened.enter_context(claimed(folder))
         service = SiteService(config.service, config.faults.away_s)
         opened.callback(service.close)
         output = out or folder / "run"
@@ -211,7 +213,7 @@ def run_edge(folder: Path) -> NoReturn:
     own, limits = certificates(folder, "edge"), _limits(config)
     names = [device.name for device in settings.devices]
     answers, watched = _Answers(codec, takes={site.name, *names}.__contains__), Watched()
-    with recorded(folder), ExitStack() as opened:
+    with claimed(folder), recorded(folder), ExitStack() as opened:
         _check_certificate(folder, site, watched)
         service = SiteService(config.service, config.faults.away_s)
         opened.callback(service.close)
@@ -251,7 +253,10 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
         door: Lets callers on the device ask the network; None for a device that only learns.
     """
     site = read_site(folder, "device")
-    with recorded(folder):
+    with ExitStack() as held:
+        if os.access(folder, os.W_OK):  # it keeps nothing, so its kit may lie where nobody writes
+            held.enter_context(claimed(folder))
+        held.enter_context(recorded(folder))
         _serve_device(folder, site, door)
 
 

@@ -4,19 +4,27 @@ Layout: ``site.yaml`` (this module), ``start.sh``; certificates, for cloud and e
 (``startup``, ``local``, ``transfer``); the cloud's also ``admin``, a device's also ``tokenizer``.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
+from gaisnet.checkpoint import writing
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
-from gaisnet.errors import KitUnreadable
+from gaisnet.errors import KitInUse, KitUnreadable, LockTaken
 from gaisnet.hosts import address
 from gaisnet.learning_settings import Settings
+from gaisnet.locks import locked
 from gaisnet.transport.grpc import Certificates
 
 SITE_FILE = "site.yaml"
+SITE_LOCK = ".lock"
+"""Held by the process around the site's tier."""
+START_LOCK = ".start.lock"
+"""Held by the process that starts that one, and starts it again."""
 CLOUD: Final = "cloud"
 
 Role = Literal["cloud", "edge", "device"]
@@ -82,3 +90,21 @@ def certificates(folder: Path, role: Role) -> Certificates:
     kind = "server" if role == "cloud" else "client"
     startup = folder / "startup"
     return Certificates(startup / "rootCA.pem", startup / f"{kind}.crt", startup / f"{kind}.key")
+
+
+@contextmanager
+def claimed(folder: Path, name: str = SITE_LOCK) -> Iterator[None]:
+    """Inside, no other process has the kit: two of one site would share its shelf, and its name on every link.
+
+    Raises:
+        KitInUse: Another process has it.
+        OutputNotWritable: The lock's file cannot be written.
+        NoLocks: The file system has none.
+    """
+    with ExitStack() as held:
+        with writing(folder / name):
+            try:
+                held.enter_context(locked(folder / name))
+            except LockTaken as error:
+                raise KitInUse(folder, error.found, error.do) from error
+        yield

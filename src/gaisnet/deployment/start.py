@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gaisnet.deployment.launcher import FINAL, Launcher, ProcessPlan, ProcessState
 from gaisnet.deployment.outcome import read_outcome, record_failure
-from gaisnet.deployment.site import CLOUD, Role, read_site
+from gaisnet.deployment.site import CLOUD, START_LOCK, Role, claimed, read_site
 from gaisnet.deployment.validity import check_validity
 from gaisnet.engines.nvflare.kit import AUDIT_FILE, ENVIRONMENT, client_command, server_command
 from gaisnet.errors import ConfigError, GaisnetError
@@ -68,7 +68,7 @@ def start_site(
             option = "--stay" if role == CLOUD else "--serve"
             raise ConfigError(f"{option} at '{site.name}'", f"the kit's role is {site.role}", f"give it to a {role}")
     more = [*(["--stay"] if stay else []), *(["--serve", str(serve)] if serve is not None else [])]
-    with failure_recorded(folder):
+    with claimed(folder, START_LOCK), failure_recorded(folder):
         certificate = _Certificate(folder, site.role, tell)
         certificate.look()
         every = plans(folder, folder.resolve() / "logs", out, more)

@@ -81,7 +81,8 @@ def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
     asked = f"domain '{edge.domain}' of edge '{edge.name}'"
     if not _is_dealt(edge, config):
         found = "its devices have data of their own, which this site's configuration says nothing of"
-        raise DataError(asked, found, "go on with the network's sites themselves: see 'gaisnet deploy --help'")
+        do = "start the network's sites instead, or say where they are, with --set edges.N.devices.N.data=FOLDER"
+        raise DataError(asked, found, do)
     if folders:
         found = f"some of its devices name 'data', but not {', '.join(without)}"
         raise DataError(asked, found, "give every device of the edge a data folder, or none")

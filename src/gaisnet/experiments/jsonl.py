@@ -33,7 +33,7 @@ _INPUTS = {"text": ("text",), "image": ("image",)}
 def read_examples(path: Path, owner: str) -> tuple[Example | Labelled, ...]:
     """Of a device, at least one. Raises ``DataError``."""
     asked = f"examples '{path}' of device '{owner}'"
-    lines = _lines(path, asked, "put train.jsonl and test.jsonl in the data folder")
+    lines = _lines(path, asked, "put train.jsonl and test.jsonl in the data folder, or name it anew")
     if not lines:
         raise DataError(asked, "device without examples", "write at least one line of prompt and completion")
     return tuple(_example(line, where, path.parent) for where, line in lines)

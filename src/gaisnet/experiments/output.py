@@ -1,27 +1,27 @@
 """A run's output folder: claimed by one run, written as the run goes, left readable whenever the run stops.
 
 Layout: ``summary.json``, ``metrics.jsonl``, ``report.html``, ``tensorboard/``, ``adapters/<name>/``, ``checkpoint/`` to
-go on from; and ``.lock`` with the process id while the run is under way. Nothing but the lock exists before the first
-result, so that a run which fails at once leaves an empty folder that the next one may take.
+go on from; and ``.lock`` while a process has the folder (``gaisnet.locks``). Nothing but the lock exists before the
+first result, so that a run which fails at once leaves an empty folder that the next one may take.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from gaisnet.checkpoint import FolderShelf, write_text, writing
-from gaisnet.errors import GaisnetError, NothingToResume, OutputInUse, OutputNotWritable
+from gaisnet.errors import GaisnetError, LockTaken, NothingToResume, OutputInUse, OutputNotWritable
 from gaisnet.experiments.summary import Cycle, Summary, strict_json, write_json
+from gaisnet.locks import Lock, take
 
 LOCK_NAME = ".lock"
 CHECKPOINT_NAME = "checkpoint"
 _FILES = ("summary.json", "metrics.jsonl", "report.html")
 _FOLDERS = ("tensorboard", "adapters")
-_held: set[Path] = set()  # folders that this process has claimed
 MIN_FREE_BYTES = 64 * 2**20
 """Adapters, events and the report of a small run; with less, a run is refused before it starts."""
 
@@ -29,9 +29,10 @@ MIN_FREE_BYTES = 64 * 2**20
 class RunFolder:
     """The output folder of one run. Get one from ``create``, use it in a ``with`` block."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lock: Lock) -> None:
         """A folder that is already claimed."""
         self.path = path
+        self._lock = lock
         self._events: Any = None  # the TensorBoard writer, opened with the first scalar
         self._purge_step: int | None = None
 
@@ -39,53 +40,56 @@ class RunFolder:
     def create(cls, path: Path) -> Self:
         """Claim ``path``, with its parents.
 
-        Raises ``OutputInUse`` if it contains anything, ``OutputNotWritable`` if nothing can be written to it.
+        Raises:
+            OutputInUse: It contains anything, or another process has it.
+            OutputNotWritable: Nothing can be written to it.
+            NoLocks: Its file system has no locks.
         """
         with writing(path):
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except FileExistsError:
                 raise OutputInUse(path, "is a file, not a folder") from None
-            _refuse_lock(path)
-            _refuse_contents(path)  # first without a lock of our own: the folder may be someone else's
-            _take_lock(path)
-            try:
+            if not (path / LOCK_NAME).exists():
+                _refuse_contents(path)  # first without a lock of our own: the folder may be someone else's
+            lock = _take_lock(path)
+            with _released_on_error(lock):
                 _refuse_contents(path)  # again: another run may have come and gone before our lock
                 _refuse_full_disk(path)
-            except BaseException:
-                _held.discard(path.resolve())
-                (path / LOCK_NAME).unlink(missing_ok=True)
-                raise
-        return cls(path)
+            return cls(path, lock)
 
     @classmethod
     def resume(cls, path: Path) -> Self:
         """Claim a folder whose run was stopped, or has finished.
 
-        Raises ``OutputInUse`` if a run is under way in it, ``NothingToResume`` if no part of one was finished.
+        Raises:
+            OutputInUse: Another process has it.
+            NothingToResume: No part of a run was finished in it.
+            OutputNotWritable: Nothing can be written to it.
+            NoLocks: Its file system has no locks.
         """
         with writing(path):
             if not (path / CHECKPOINT_NAME).is_dir():
                 raise NothingToResume(path)
-            _remove_dead_lock(path)
-            _take_lock(path)
-        return cls(path)
+            return cls(path, _take_lock(path))
 
     @classmethod
     def claim(cls, path: Path) -> Self:
         """For a process that is started again until it has finished: go on if there is a checkpoint, or begin anew.
 
-        What a run left that died before its first checkpoint is removed. Raises ``OutputInUse`` if a run is under way
-        in it, or it holds something else.
+        The remains of a run that died before its first checkpoint are removed. Raises as ``create``.
         """
-        if (path / CHECKPOINT_NAME).is_dir():
-            return cls.resume(path)
+        if not ((path / LOCK_NAME).exists() or (path / CHECKPOINT_NAME).is_dir()):
+            return cls.create(path)
         with writing(path):
-            if (path / LOCK_NAME).exists():
-                _remove_dead_lock(path)
-                for name in (*_FILES, *_FOLDERS):
-                    (path / name).unlink(missing_ok=True) if name in _FILES else shutil.rmtree(path / name, True)
-        return cls.create(path)
+            lock = _take_lock(path)
+            with _released_on_error(lock):
+                if not (path / CHECKPOINT_NAME).is_dir():
+                    if lock.was_left:
+                        _remove_remains(path)
+                    _refuse_contents(path)
+                    _refuse_full_disk(path)
+            return cls(path, lock)
 
     @property
     def shelf(self) -> FolderShelf:
@@ -166,8 +170,7 @@ class RunFolder:
                 if events is not None:
                     events.close()
             finally:
-                _held.discard(self.path.resolve())
-                (self.path / LOCK_NAME).unlink(missing_ok=True)
+                self._lock.release()
 
     def __enter__(self) -> Self:
         """The folder itself."""
@@ -210,43 +213,29 @@ def cycle_scalars(cycle: Cycle) -> dict[str, float]:
     return scalars
 
 
-def _refuse_lock(folder: Path) -> None:
-    """Raise ``OutputInUse`` if a run holds the lock, or died with it."""
+def _take_lock(folder: Path) -> Lock:
+    """Of several processes exactly one gets it; the others see ``OutputInUse``. Also proves that we may write."""
     try:
-        text = (folder / LOCK_NAME).read_text(encoding="ascii", errors="replace").strip()
-    except FileNotFoundError:
-        return
-    if not text.isdecimal():  # a run writes its number right after it made the file
-        raise OutputInUse(folder, "is locked by a run that is just starting, or that did not finish")
-    if _is_alive(int(text), folder):
-        raise OutputInUse(folder, f"is being written by a run that is under way (process {text})")
-    raise OutputInUse(folder, f"belongs to a run that did not finish (its process {text} is gone)")
+        return take(folder / LOCK_NAME)
+    except LockTaken as error:
+        raise OutputInUse(folder, error.found, error.do) from error
 
 
-def _remove_dead_lock(folder: Path) -> None:
-    """Raise ``OutputInUse`` if a run is under way; a lock whose process is gone is removed."""
-    lock = folder / LOCK_NAME
+@contextmanager
+def _released_on_error(lock: Lock) -> Iterator[None]:
     try:
-        text = lock.read_text(encoding="ascii", errors="replace").strip()
-    except FileNotFoundError:
-        return
-    if text.isdecimal() and _is_alive(int(text), folder):
-        raise OutputInUse(folder, f"is being written by a run that is under way (process {text})")
-    lock.unlink(missing_ok=True)
+        yield
+    except BaseException:
+        lock.release(keep_file=lock.was_left)  # the sign that a run died here stays
+        raise
 
 
-def _is_alive(pid: int, folder: Path) -> bool:
-    if pid == 0:  # no run has it, and to kill it means our own process group
-        return False
-    if pid == os.getpid():  # in a container a process often has its predecessor's number
-        return folder.resolve() in _held
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True  # someone else's process
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
+def _remove_remains(folder: Path) -> None:
+    """Remove all that a run writes before its first checkpoint."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in _FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _refuse_contents(folder: Path) -> None:
@@ -255,25 +244,6 @@ def _refuse_contents(folder: Path) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise OutputInUse(folder, f"is not empty, it holds '{names[0]}'{more}")
-
-
-def _take_lock(folder: Path) -> None:
-    """Create the lock file; of two runs exactly one succeeds (O_EXCL). The first bytes also prove that we may write."""
-    lock = folder / LOCK_NAME
-    try:
-        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        _refuse_lock(folder)
-        raise OutputInUse(folder, "was taken by another run at this moment") from None
-    try:
-        os.write(descriptor, f"{os.getpid()}\n".encode("ascii"))
-        os.fsync(descriptor)
-    except BaseException:
-        lock.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
-    _held.add(folder.resolve())
 
 
 def _refuse_full_disk(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """One run: the three verbs over and over, everything measured, everything written as soon as it is known."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from gaisnet.adapters.state import save_adapter
+from gaisnet.checkpoint import write_text
 from gaisnet.config import Config
-from gaisnet.config_file import parse_config
+from gaisnet.config_file import parse_config, with_absolute_paths
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ConfigError, NothingToResume
+from gaisnet.experiments.card import CARD_NAME, render_card
 from gaisnet.experiments.data import DomainData, load_domains, majority, public_inputs, public_text
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.summary import (
@@ -31,7 +34,7 @@ from gaisnet.experiments.summary import (
 from gaisnet.messages import AdapterUpdate, EvaluationReport
 from gaisnet.models.foundation import Foundation, load_foundation
 from gaisnet.network import Network, Scores
-from gaisnet.overrides import with_overrides
+from gaisnet.overrides import keys_of, with_overrides
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
 from gaisnet.transport.ledger import Ledger, LinkKind
@@ -41,6 +44,7 @@ Build = Callable[[Foundation, str, Progress], Network]
 """Makes a network out of the foundation model and public text, and tells its progress."""
 _CHECKPOINT = "run"
 _MAY_CHANGE = ("cycles", "evaluate", "faults", "service")  # while a run goes on
+_WHERE = r"model\.(foundation|public_inputs|device)|edges\.\d+\.devices\.\d+\.data|adapters\.licence"
 
 
 def run_experiment(
@@ -58,8 +62,7 @@ def run_experiment(
 def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Summary:
     """Go on with the run in ``out`` after its last finished cycle, with the configuration that it was started with.
 
-    ``overrides`` as for ``load_config``, of ``cycles``, ``evaluate``, ``faults`` and ``service`` only. Raises
-    ``GaisnetError``.
+    ``overrides`` as for ``kept_config``. Raises ``GaisnetError``.
     """
     with RunFolder.resume(out) as folder:
         config = kept_config(folder, overrides)
@@ -68,15 +71,20 @@ def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progre
 
 
 def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of the run in a folder. Raises ``NothingToResume``, ``CheckpointError`` or ``ConfigError``."""
+    """The configuration of the run in a folder. Raises ``NothingToResume``, ``CheckpointError`` or ``ConfigError``.
+
+    ``overrides`` as for ``load_config``, of ``cycles``, ``evaluate``, ``faults`` and ``service``, and of where things
+    are that the run needs: ``model.foundation``, ``model.public_inputs``, ``model.device``, a device's ``data``; and
+    ``adapters.licence``.
+    """
     raw = _checkpoint(folder)[0]["summary"]["config"]
-    for override in overrides:
-        if override.partition("=")[0].partition(".")[0] not in _MAY_CHANGE:
-            found = "would make it another run"
-            raise ConfigError(
-                f"--set {override} on a run that goes on", found, f"change {' or '.join(_MAY_CHANGE)} only"
-            )
-    return parse_config(with_overrides(raw, overrides), f"the configuration in '{folder.path}'")
+    for override, key in zip(overrides, keys_of(overrides), strict=True):
+        if key.partition(".")[0] not in _MAY_CHANGE and not re.fullmatch(_WHERE, key):
+            do = f"change {', '.join(_MAY_CHANGE)} only, or where things are: model.foundation, model.public_inputs, "
+            do += "model.device, edges.N.devices.N.data; or adapters.licence"
+            raise ConfigError(f"--set {override} on a run that goes on", "would make it another run", do)
+    config = parse_config(with_overrides(raw, overrides), f"the configuration in '{folder.path}'")
+    return with_absolute_paths(config, overrides)
 
 
 def hold_against(folder: RunFolder, baselines: Baselines) -> Summary:
@@ -155,12 +163,13 @@ class Run:
         self._seconds: dict[str, float] = {}
         progress("load", 0, 2, {})
         foundation = load_foundation(config.model)
-        self._base_model, self._layers_path = foundation.name, foundation.family.layers_path
-        self._writes = not foundation.family.is_encoder
+        kept = folder.shelf.get(_CHECKPOINT)
+        self._digest = _same_model(folder, foundation, kept[0] if kept else {})
+        self._base_model, self._layers_path = foundation.source, foundation.family.layers_path
+        self._writes, self._reads_text = not foundation.family.is_encoder, foundation.reader is not None
         progress("load", 1, 2, {})
         self._network = build(foundation, public_text(config.absorb), self._note)
         self._seen = self._network.traffic()
-        kept = folder.shelf.get(_CHECKPOINT)
         if kept is not None:
             state, tensors = kept
             self._network.restore(state["network"], tensors)
@@ -274,13 +283,17 @@ class Run:
         cloud = self._network.cloud
         for name in cloud.adapters:
             spec, tensors = cloud.adapter(name)
-            save_adapter(self._folder.adapters_dir / name, spec, tensors, self._base_model, self._layers_path)
+            folder = self._folder.adapters_dir / name
+            save_adapter(folder, spec, tensors, self._base_model, self._layers_path)
+            card = render_card(name, spec, self._base_model, self._reads_text, self._config, self.summary)
+            write_text(folder / CARD_NAME, card)
         self._folder.write_summary(self.summary)
         self._folder.write_report(self.summary)
         network, tensors = self._network.state()
         state = {
             "network": network,
             "steps": self._steps,
+            "foundation": self._digest,
             "metrics_bytes": self._folder.metrics_bytes(),
             "summary": self.summary.to_json(),
         }
@@ -300,6 +313,14 @@ class Run:
             self._folder.scalar(f"steps/{tag}", value, self._steps)
             self._steps += 1
         self._progress(stage, done, total, figures)
+
+
+def _same_model(folder: RunFolder, foundation: Foundation, state: Mapping[str, Any]) -> str:
+    """The digest of the foundation model. Raises ``ConfigError`` where the run has begun with another."""
+    if state.get("foundation", foundation.digest) != foundation.digest:  # earlier versions kept none
+        asked = f"model.foundation '{foundation.name}' of the run in '{folder.path}'"
+        raise ConfigError(asked, "has other weights than the model that the run began with", "name that one's folder")
+    return foundation.digest
 
 
 def _relay_loss(result: Distillation) -> RelayLoss:

@@ -29,10 +29,13 @@ from transformers import (
 
 from gaisnet.errors import MissingPackage, ModelError
 from gaisnet.learning_settings import ModelSettings
+from gaisnet.locks import one_at_a_time
 from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+_MOVED = "; a run whose model was moved goes on with --set model.foundation=PATH"
+_SEEN = 1000  # numbers of a parameter that its digest is of
 _logger = logging.getLogger(__name__)
 
 
@@ -41,14 +44,18 @@ class Foundation:
     """The FM with what makes token ids of text; weights frozen, in eval mode.
 
     Attributes:
-        name: What it is called.
+        name: As the configuration calls it.
         model: As transformers has it.
         reader: Its tokenizer; None where it takes images.
+        source: A hub id or an absolute path, from which ``from_pretrained`` loads it anywhere on this machine.
+        digest: Of its weights, see ``digest_of_weights``.
     """
 
     name: str
     model: PreTrainedModel
     reader: PreTrainedTokenizerBase | None
+    source: str = ""
+    digest: str = ""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -106,10 +113,30 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
             settings.foundation, "its tokenizer has no end-of-sequence token", "set eos_token in its files"
         )
     model.requires_grad_(False).eval()
+    digest = digest_of_weights(model)
     if not plain:
         freeze_linears(model)
     nn.Module.to(model, _device(settings))
-    return Foundation(settings.foundation, model, reader)
+    return Foundation(settings.foundation, model, reader, _anywhere(source), digest)
+
+
+def _anywhere(source: str) -> str:
+    """A folder's absolute path; a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+
+@torch.no_grad()
+def digest_of_weights(model: nn.Module) -> str:
+    """SHA-256, in hex, over shapes and a thousand numbers of each parameter, whatever they are called.
+
+    It tells models apart at once, also where all numbers would take minutes to read.
+    """
+    seen = []
+    for parameter in model.parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SEEN)].float().cpu().contiguous()
+        seen.append(hashlib.sha256(f"{tuple(parameter.shape)}".encode() + some.numpy().tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(seen)).encode()).hexdigest()
 
 
 def _class_of(config: PretrainedConfig) -> Any:
@@ -176,7 +203,9 @@ def _locate(asked: str) -> str:
     if asked == DEFAULT_MODEL:
         return str(_default_gguf())
     if asked.endswith(".gguf") and not Path(asked).is_file():
-        raise ModelError(asked, "there is no such file", "give the path of a .gguf file")
+        raise ModelError(asked, "there is no such file", f"give the path of a .gguf file{_MOVED}")
+    if Path(asked).is_absolute() and not Path(asked).exists():
+        raise ModelError(asked, "there is no such folder", f"give the path of a model folder{_MOVED}")
     return asked
 
 
@@ -200,9 +229,12 @@ def _converted(source: str, asked: str) -> str:
     gguf = Path(source).resolve()
     stat = gguf.stat()
     key = hashlib.sha256(f"{gguf} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{gguf.stem}-{key}"
+    folder = (cache_folder() / f"{gguf.stem}-{key}").absolute()
     if not folder.is_dir():
-        _convert(gguf, folder, asked)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder):
+            if not folder.is_dir():  # another process may have converted it meanwhile
+                _convert(gguf, folder, asked)
     return str(folder)
 
 

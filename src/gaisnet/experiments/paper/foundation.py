@@ -6,10 +6,12 @@ It is a folder that any loader of ViTs reads, in the cache, under a name that sa
 import hashlib
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from gaisnet.checkpoint import digest_of, writing
 from gaisnet.experiments.images import Images
+from gaisnet.locks import one_at_a_time
 from gaisnet.models.foundation import cache_folder
 from gaisnet.models.masked import LEARNED_BY, MaskedSettings, pretrain
 from gaisnet.progress import Progress, silent
@@ -29,21 +31,29 @@ def pretrained(settings: MaskedSettings, images: Images, progress: Progress = si
         NotFinite: The loss.
         OutputNotWritable: The cache.
     """
-    folder = cache_folder() / f"vit-{_digest(settings, images)}"
+    folder = (cache_folder() / f"vit-{_digest(settings, images)}").absolute()
     if folder.is_dir():
         return folder
+    with ExitStack() as alone:
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            alone.enter_context(one_at_a_time(folder))
+        if not folder.is_dir():  # another process may have made the same meanwhile
+            _make(folder, settings, images, progress)
+    return folder
+
+
+def _make(folder: Path, settings: MaskedSettings, images: Images, progress: Progress) -> None:
     with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix="pretraining-"))
     try:
         encoder = pretrain(settings, images.pixels_NCHW(), progress)
         with writing(folder):
             encoder.save_pretrained(scratch)
-            if not folder.is_dir():  # another process may have made the same meanwhile
+            if not folder.is_dir():
                 scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return folder
 
 
 def _digest(settings: MaskedSettings, images: Images) -> str:

@@ -1,0 +1,169 @@
+"""Locks on folders: the kernel holds them for a process, and frees them when it dies, however it dies.
+
+A lock is an ``flock`` on a file. The file also says who has it, for others to read: process, host, and since when. It is
+removed when the lock is released, so that a file without a lock is what a process left that died.
+"""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gaisnet.errors import LockTaken, NoLocks
+
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+_MOUNTS = Path("/proc/self/mountinfo")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs", "fuse.")
+
+
+class Holder(BaseModel):
+    """The process that has a lock, or had it when it died."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int
+    host: str = Field(max_length=255)
+    boot: str = Field(max_length=64, description="Of the kernel, which several containers share; '' where unknown.")
+    since: datetime
+
+    @classmethod
+    def this(cls) -> Self:
+        """This process, now."""
+        boot = _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else ""
+        return cls(pid=os.getpid(), host=socket.gethostname(), boot=boot, since=datetime.now(UTC))
+
+    @property
+    def is_near(self) -> bool:
+        """Whether its locks and ours are the same kernel's, or it ran on this host."""
+        this = Holder.this()
+        return self.host == this.host or bool(self.boot) and self.boot == this.boot
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host!r}, since {self.since.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+class Lock:
+    """A lock that this process has. Get one from ``take``; ``release`` it in the end.
+
+    Attributes:
+        was_left: Whether a process had the lock before, and died with it.
+    """
+
+    def __init__(self, path: Path, flock: FileLock, was_left: bool) -> None:
+        self._path = path
+        self._flock = flock
+        self._holder = Holder.this()
+        self.was_left = was_left
+        path.write_text(self._holder.model_dump_json() + "\n", encoding="utf-8")
+
+    def release(self, keep_file: bool = False) -> None:
+        """Free the lock, and remove its file unless it is to stay; a second call does nothing. Raises ``OSError``."""
+        if not self._flock.is_locked:
+            return
+        try:
+            if (
+                not keep_file and holder_of(self._path) == self._holder
+            ):  # somebody may have put another file there by hand
+                self._path.unlink()  # while we have it: whoever waits for it looks whether the file is still there
+        finally:
+            self._flock.release()
+
+
+def take(path: Path, wait_s: float = 0.0) -> Lock:
+    """Take the lock whose file is ``path``; its folder must be there.
+
+    Args:
+        path: The file; its content is replaced.
+        wait_s: How long to wait for a process that has the lock; -1 waits without end.
+
+    Raises:
+        LockTaken: Another process has it, or another thread of this one; or one had it on another host, and the file
+            system cannot tell whether that process is alive.
+        NoLocks: The file system has no locks.
+        OSError: The file cannot be written.
+    """
+    flock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        flock.acquire(timeout=wait_s)
+    except Timeout:
+        raise LockTaken(path, holder_of(path)) from None
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise NoLocks(path, error.strerror or str(error)) from error
+        raise
+    try:
+        _refuse_lost(path)
+        return Lock(path, flock, path.stat().st_size > 0)
+    except BaseException:
+        flock.release()
+        raise
+
+
+def _refuse_lost(path: Path) -> None:
+    """Raise ``LockTaken`` where the last holder is of another host that may not see our locks, nor we its."""
+    left = holder_of(path)
+    if left is not None and not left.is_near and is_remote(path):
+        raise LockTaken(path, left, lost=True)
+
+
+@contextmanager
+def locked(path: Path, wait_s: float = 0.0) -> Iterator[Lock]:
+    """Inside, this process has the lock; arguments and errors as of ``take``."""
+    lock = take(path, wait_s)
+    try:
+        yield lock
+    finally:
+        with suppress(OSError):  # the folder may have gone meanwhile; the kernel frees the lock all the same
+            lock.release()
+
+
+@contextmanager
+def one_at_a_time(made: Path) -> Iterator[None]:
+    """Inside, no other process makes the same file or folder; whoever comes meanwhile waits.
+
+    Where there are no locks they make it side by side, each under another name: what is made is put in place whole.
+    Raises ``OSError`` where the folder of ``made`` cannot be written.
+    """
+    flock = FileLock(made.with_name(f".{made.name}.lock"), thread_local=False, fallback_to_soft=False)
+    try:
+        flock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        if flock.is_locked:
+            Path(flock.lock_file).unlink(missing_ok=True)  # while we have it, as in ``Lock.release``
+            flock.release()
+
+
+def holder_of(path: Path) -> Holder | None:
+    """The process that a lock's file names; None where it names none."""
+    try:
+        return Holder.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        return None
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is on a file system of the network, whose locks other hosts may not see."""
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    kinds: dict[str, str] = {}
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        kinds[before.split()[4].replace("\\040", " ")] = after.split()[0]
+    real = path.resolve()
+    mount = next((str(folder) for folder in (real, *real.parents) if str(folder) in kinds), "")
+    return kinds.get(mount, "").startswith(_NETWORK)
