@@ -79,13 +79,13 @@ def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
         devices = {name: _read_device(folder, name, edge) for name, folder in folders.items()}
         return DomainData(edge.template or followed.template, edge.labels or followed.labels, devices)
     asked = f"domain '{edge.domain}' of edge '{edge.name}'"
+    if folders:
+        found = f"some of its devices name 'data', but not {', '.join(without)}"
+        raise DataError(asked, found, "give every device of the edge a data folder, or none")
     if not _is_dealt(edge, config):
         found = "its devices have data of their own, which this site's configuration says nothing of"
         do = "start the network's sites instead, or say where they are, with --set edges.N.devices.N.data=FOLDER"
         raise DataError(asked, found, do)
-    if folders:
-        found = f"some of its devices name 'data', but not {', '.join(without)}"
-        raise DataError(asked, found, "give every device of the edge a data folder, or none")
     if edge.adapter not in BUILT_IN or (edge.follows and not _is_dealt(followed, config)):
         found = "is not built in, and its devices name no 'data'"
         raise DataError(asked, found, f"give every device a data folder, or use one of: {', '.join(BUILT_IN)}")
