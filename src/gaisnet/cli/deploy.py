@@ -86,7 +86,7 @@ def start(
 
 
 @deploy.command()
-def status(kit: Annotated[Path, typer.Argument(help="The kit of the cloud or of an edge.")]) -> None:
+def status(kit: Annotated[Path, typer.Argument(help="A site's kit.")]) -> None:
     """Ask every site what it is doing, and the kit how its own site has ended.
 
     Leaves with 0 if all are up or the run has finished, with 3 if it has failed, with 1 if a site is away.

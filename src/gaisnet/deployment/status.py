@@ -64,10 +64,11 @@ class SiteState:
 
 
 def network_status(kit: Path) -> list[SiteState]:
-    """The state of every site that a kit of cloud or edge knows. Raises ``KitUnreadable``."""
+    """The state of every site that a kit knows; a device knows its edge and itself. Raises ``KitUnreadable``."""
     site = read_site(kit)
     config, own = site.config, certificates(kit, site.role)
-    listeners = {CLOUD: site.cloud_address} | {e.name: address(e.host, e.link_port) for e in config.edges}
+    listeners = {} if site.role == "device" else {CLOUD: site.cloud_address}
+    listeners |= {edge.name: address(edge.host, edge.link_port) for edge in config.edges}
     answers = _ask_all(kit, site, listeners, own)
     outcome = read_outcome(kit)
     states = [
