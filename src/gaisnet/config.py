@@ -167,7 +167,9 @@ class CloudSettings(Settings):
         if is_ipv6(host):
             raise ValueError(f"'{host}' is an IPv6 address, to which NVFlare cannot connect; write a DNS name or IPv4")
         if "_" in host or host.endswith("."):
-            raise ValueError(f"'{host}' is a name that NVFlare refuses; write one of letters, digits, '-' and '.' between")
+            raise ValueError(
+                f"'{host}' is a name that NVFlare refuses; write one of letters, digits, '-' and '.' between"
+            )
         return host
 
 
@@ -241,6 +243,25 @@ class EdgeSettings(Settings):
         return self
 
 
+class DealtShare(Settings):
+    """Which part of a built-in data set is a device's, by numbers: it is drawn as for the whole network."""
+
+    num_devices: int = Field(ge=1, description="Devices of the edge.")
+    device: int = Field(ge=0, description="Place of this one among them.")
+    num_newcomers: int = Field(ge=0, description="Edges that follow the domain and are dealt examples.")
+    newcomer: int = Field(0, ge=0, description="Place of this one's edge among them, if it is one of them.")
+
+
+class Elsewhere(Settings):
+    """What a site must know of sites that its configuration leaves out; see ``deployment.own_part``."""
+
+    first_cut: int = Field(ge=0, description="head_layers of the network's shallowest device.")
+    last_cut: int = Field(ge=0, description="The same of its deepest one.")
+    num_learning: int = Field(ge=1, description="Domains that learn.")
+    own_data: tuple[Name, ...] = Field((), description="Edges whose devices have data of their own: no paths are here.")
+    share: DealtShare | None = Field(None, description="Of a device that is dealt its examples.")
+
+
 class Config(Settings):
     """Everything that defines a run."""
 
@@ -268,6 +289,9 @@ class Config(Settings):
     data: DataSettings = DataSettings()
     cloud: CloudSettings = CloudSettings()
     edges: tuple[EdgeSettings, ...] = Field(min_length=1)
+    elsewhere: Elsewhere | None = Field(
+        None, description="In kits of 'deploy prepare', which leave other sites out; not to be written by hand."
+    )
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -287,7 +311,10 @@ class Config(Settings):
     @model_validator(mode="after")
     def _check_ports(self) -> Self:
         cloud = self.cloud
-        ports = [(cloud.host, cloud.nvflare_port, "cloud.nvflare_port"), (cloud.host, cloud.link_port, "cloud.link_port")]
+        ports = [
+            (cloud.host, cloud.nvflare_port, "cloud.nvflare_port"),
+            (cloud.host, cloud.link_port, "cloud.link_port"),
+        ]
         ports += [(edge.host, edge.link_port, f"link_port of edge '{edge.name}'") for edge in self.edges]
         taken: dict[tuple[str, int], str] = {}
         for host, port, setting in ports:
@@ -298,6 +325,8 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check_followers(self) -> Self:
+        if self.elsewhere is not None:  # the domains that learn may be of edges that are not named here
+            return self
         learning = [edge.domain for edge in self.learning_edges()]
         for edge in self.edges:
             if edge.adapter not in learning:
@@ -313,7 +342,8 @@ class Config(Settings):
         ways = self.absorb.merge.ways
         if not ways or len(set(ways)) < len(ways):
             raise ValueError("absorb.merge.method must name one method, or several different ones")
-        if self.absorb.last_mile.epochs and not any(edge.travelling for edge in self.learning_edges()):
+        travelling = any(edge.travelling for edge in self.learning_edges())
+        if self.absorb.last_mile.epochs and not travelling and self.elsewhere is None:
             raise ValueError("absorb.last_mile needs a device with activations_to: cloud, at an edge that learns")
         if len(ways) > 1 and not self.absorb.validation_share:
             raise ValueError("of several in absorb.merge.method devices say which, so set absorb.validation_share")
@@ -322,6 +352,19 @@ class Config(Settings):
     def learning_edges(self) -> list[EdgeSettings]:
         """Those whose devices have examples to learn from."""
         return [edge for edge in self.edges if edge.follows is None]
+
+    @property
+    def num_learning(self) -> int:
+        """Domains of the network that learn."""
+        return self.elsewhere.num_learning if self.elsewhere else len(self.learning_edges())
+
+    @property
+    def cuts(self) -> tuple[int, int]:
+        """Layers of the network's shallowest device head and of its deepest."""
+        if self.elsewhere:
+            return self.elsewhere.first_cut, self.elsewhere.last_cut
+        layers = [device.head_layers for _, device in self.each_device()]
+        return min(layers), max(layers)
 
     def each_device(self) -> Iterator[tuple[EdgeSettings, DeviceSettings]]:
         """Every device with its edge, in the order of the file."""

@@ -4,6 +4,7 @@ Each class owns its message and takes values. A message has three parts: what wa
 """
 
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Self
 
@@ -299,6 +300,15 @@ class KitUnreadable(DeploymentError):
 
     def __init__(self, folder: Path, found: str) -> None:
         super().__init__(f"site kit '{folder}': {found}; copy the kit again, or make new ones with 'deploy prepare'")
+
+
+class CertificateInvalid(DeploymentError):
+    """A site's certificate, or its authority's, is not valid at this moment: no other site would let it in."""
+
+    def __init__(self, file: Path, found: str, now: datetime, expired: bool) -> None:
+        renew = "make new kits with 'deploy prepare' into a new folder, and give every site its own"
+        do = renew if expired else "set this host's clock"
+        super().__init__(f"certificate '{file}': {found}, and it is {now:%Y-%m-%d %H:%M} UTC on this host; {do}")
 
 
 class KitInUse(DeploymentError):

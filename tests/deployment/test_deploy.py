@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -24,11 +26,21 @@ from gaisnet.deployment.front_door import Door
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.one_machine import kits_in, run_kits, run_network, sites_of
+from gaisnet.deployment.outcome import OUTCOME_FILE, read_outcome, recorded
 from gaisnet.deployment.resident import Watched, links_status, run_cloud, run_device, run_edge
-from gaisnet.deployment.site import CLOUD, START_LOCK, certificates, claimed, read_site
+from gaisnet.deployment.site import CLOUD, START_LOCK, Role, certificates, claimed, read_site
 from gaisnet.deployment.start import plans, start_site
-from gaisnet.deployment.status import network_status
-from gaisnet.errors import ConfigError, DataError, KitInUse, KitUnreadable, OutputInUse
+from gaisnet.deployment.status import exit_code, network_status
+from gaisnet.deployment.validity import check_validity
+from gaisnet.errors import (
+    CertificateInvalid,
+    ConfigError,
+    DataError,
+    KitInUse,
+    KitUnreadable,
+    OutputInUse,
+    ProcessFailed,
+)
 from gaisnet.experiments.output import LOCK_NAME
 from gaisnet.experiments.run import run_experiment
 from gaisnet.experiments.summary import Summary
@@ -62,19 +74,23 @@ def test_there_is_a_kit_for_every_site_and_it_says_whose_it_is(config: Config, k
     for name, folder in kits.items():
         site = read_site(folder)
         assert site.name == folder.name == name
-        assert site.config.model_dump(exclude={"cloud", "edges"}) == config.model_dump(exclude={"cloud", "edges"})
+        others = {"cloud", "edges", "elsewhere", "model"}
+        assert site.config.model_dump(exclude=others) == config.model_dump(exclude=others)
         assert os.access(folder / "start.sh", os.X_OK)
         certificates(folder, site.role).read()
     assert kits_in(kits[CLOUD].parent).keys() == SITES
 
 
 def test_every_port_is_another_and_all_kits_agree(kits: Mapping[str, Path]) -> None:
-    found = set()
+    found: dict[str, set[int]] = {}
     for folder in kits.values():
         config = read_site(folder).config
-        found.add((config.cloud.nvflare_port, config.cloud.link_port, *(edge.link_port for edge in config.edges)))
-    (ports,) = found
-    assert len(set(ports)) == 4 and all(1024 <= port <= 65535 for port in ports)
+        for edge in config.edges:
+            found.setdefault(edge.name, set()).add(edge.link_port)
+        for name in ("nvflare_port", "link_port") if config.cloud.link_port else ():
+            found.setdefault(name, set()).add(getattr(config.cloud, name))
+    ports = {port for every in found.values() for port in every}
+    assert len(ports) == len(found) == 4 and all(1024 <= port <= 65535 for port in ports)
 
 
 def test_private_keys_are_for_their_owner_only_and_each_kit_has_just_its_own(kits: Mapping[str, Path]) -> None:
@@ -208,6 +224,9 @@ def test_the_state_of_a_device_is_what_its_edge_sees_now(kits: Mapping[str, Path
             "unknown",
         )
         assert found["north"].detail == "fine_tune 3/7; no link to north-b, north-c"
+        ours = network_status(kits["north"])
+        assert [one.name for one in ours] == ["cloud", "north", *names] and ours[1] == found["north"]
+        assert [one.name for one in network_status(kits["north-a"])] == ["north", "north-a"]
         assert (found["north-a"].health, found["north-b"].health) == ("up", "away")
         assert found["north-b"].detail == "has not come yet"
         device.close()
@@ -221,9 +240,102 @@ def test_the_state_of_a_device_is_what_its_edge_sees_now(kits: Mapping[str, Path
         listener.close()
 
 
+@pytest.mark.parametrize(
+    ("stage", "health", "code", "told"),
+    [
+        ("finished", "finished", 0, r"its output is in /.*/run"),
+        ("failed", "failed", 3, "cycles: is 0; use 1 or more"),
+        ("stopped", "unreachable", 1, "was stopped at .* UTC; .*cannot be reached|was stopped at"),
+        ("killed", "unreachable", 1, "was started at .* UTC and did not end in order"),
+    ],
+)
+def test_a_status_tells_how_a_cloud_ended_when_nobody_is_left_to_ask(
+    kits: Mapping[str, Path], tmp_path: Path, stage: str, health: str, code: int, told: str
+) -> None:
+    kit = tmp_path / "cloud"
+    shutil.copytree(kits[CLOUD], kit)
+    ended: dict[str, BaseException] = {
+        "failed": ConfigError("cycles", "is 0", "use 1 or more"),
+        "stopped": SystemExit(143),
+    }
+    before = time.time()
+    with suppress(ConfigError, SystemExit), recorded(kit, tmp_path / "run"):
+        during = read_outcome(kit)
+        if stage in ended:
+            raise ended[stage]
+    assert during is not None and during.stage == "running" and during.since >= before
+    if stage == "killed":
+        (kit / OUTCOME_FILE).write_text(during.model_dump_json(), encoding="utf-8")
+    states = network_status(kit)
+    assert (states[0].health, exit_code(states)) == (health, code)
+    assert re.search(told, states[0].detail)
+
+
+def test_a_site_that_is_given_up_says_why_in_its_kit(kits: Mapping[str, Path], tmp_path: Path) -> None:
+    kit = tmp_path / "north-a"
+    shutil.copytree(kits["north-a"], kit)
+    raw = yaml.safe_load((kit / "site.yaml").read_text(encoding="utf-8"))
+    raw["config"]["edges"][0]["devices"][0]["data"] = str(tmp_path / "nowhere")
+    (kit / "site.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    lines: list[str] = []
+    with pytest.raises(ProcessFailed):
+        start_site(kit, tell=lines.append)
+    outcome = read_outcome(kit)
+    assert outcome is not None and outcome.stage == "failed" and "there is no such file" in outcome.reason
+    assert re.fullmatch(rf"north-a: started as process \d+; its log is {kit}/logs/north-a\.log", lines[0])
+
+
+def in_days(kit: Path, role: Role, days: float) -> datetime:
+    """So long before the certificates of a kit expire."""
+    return check_validity(kit, role).end - timedelta(days=days)
+
+
+def test_certificates_that_expire_soon_are_told_and_expired_ones_explained(kits: Mapping[str, Path]) -> None:
+    for name, role in (("cloud", "cloud"), ("north", "edge"), ("north-a", "device")):
+        kit = kits[name]
+        assert check_validity(kit, role).warning(datetime.now(UTC)) == ""
+        assert check_validity(kit, role).warning(in_days(kit, role, 30.5)) == ""
+        warning = check_validity(kit, role).warning(in_days(kit, role, 29.5))
+        assert warning.startswith("certificate expires in 29 days, on 20") and "deploy prepare" in warning
+        with pytest.raises(CertificateInvalid, match=r"expired on .* UTC, and it is .*; make new kits with 'deploy"):
+            check_validity(kit, role, in_days(kit, role, -1))
+        with pytest.raises(CertificateInvalid, match=r"valid from .* UTC on, and it is .*; set this host's clock"):
+            check_validity(kit, role, datetime.now(UTC) - timedelta(days=2))
+        check_validity(kit, role, datetime.now(UTC) - timedelta(hours=23))  # a clock that is behind
+
+
+@pytest.mark.parametrize("where", ["GAISNET", "kit", "beside", "home", "nowhere"])
+def test_a_start_script_finds_the_command_on_a_short_path_and_says_what_it_does(
+    kits: Mapping[str, Path], tmp_path: Path, where: str
+) -> None:
+    kit, home = tmp_path / "kits" / "north-a", tmp_path / "home"
+    kit.mkdir(parents=True)
+    shutil.copy(kits["north-a"] / "start.sh", kit)
+    places = {
+        "GAISNET": tmp_path / "tool",
+        "kit": kit / ".venv/bin/gaisnet",
+        "beside": tmp_path / "kits/.venv/bin/gaisnet",
+        "home": home / ".local/bin/gaisnet",
+    }
+    environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+    environment |= {"GAISNET": str(places[where])} if where == "GAISNET" else {}
+    environment |= {"HOME": str(home)} if where == "home" else {}
+    if where in places:
+        places[where].parent.mkdir(parents=True, exist_ok=True)
+        places[where].write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+        places[where].chmod(0o755)
+    ran = subprocess.run([kit / "start.sh", "--serve", "1"], env=environment, capture_output=True, text=True, cwd="/")
+    if where == "nowhere":
+        assert (ran.returncode, ran.stdout) == (127, "") and "set GAISNET to its full path" in ran.stderr
+        return
+    first, second = ran.stdout.splitlines()
+    assert first.endswith(f"runs the site in {kit}; logs are in {kit}/logs")
+    assert second == f"deploy start {kit} --serve 1"
+
+
 def test_a_device_needs_no_nvflare() -> None:
     code = "import sys; sys.modules['nvflare'] = None; import gaisnet.deployment.resident, gaisnet.deployment.start"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 # -- a whole network ---------------------------------------------------------------------------------------------------
@@ -276,6 +388,9 @@ def test_a_network_of_processes_has_the_figures_of_one_process(
     assert [one.bytes for one in summary.cycles] == [one.bytes for one in in_one_process.cycles]
     assert left_behind(tmp_path / "out") == []
     assert "prepare" in watch.stages
+    states = network_status(sites_of(tmp_path / "out") / CLOUD)
+    assert (states[0].health, exit_code(states)) == ("finished", 0)
+    assert states[0].detail.endswith(f"its output is in {tmp_path / 'out'}")
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"summary.json", "metrics.jsonl", "report.html", "tensorboard", "adapters", "checkpoint"}
 

@@ -80,19 +80,24 @@ def start(
         from gaisnet.deployment.start import start_site
 
         end_in_order()
-        start_site(kit, out, stay, serve)
+        start_site(
+            kit, out, stay, serve, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+        )
 
 
 @deploy.command()
-def status(kit: Annotated[Path, typer.Argument(help="The kit of the cloud or of an edge.")]) -> None:
-    """Ask every site what it is doing. Leaves with 1 unless all are up."""
+def status(kit: Annotated[Path, typer.Argument(help="A site's kit.")]) -> None:
+    """Ask every site what it is doing, and the kit how its own site has ended.
+
+    Leaves with 0 if all are up or the run has finished, with 3 if it has failed, with 1 if a site is away.
+    """
     with told_errors():
-        from gaisnet.deployment.status import network_status
+        from gaisnet.deployment.status import exit_code, network_status
 
         states = network_status(kit)
     table = Table("site", "role", "state", "what it says")
     for state in states:
         table.add_row(state.name, state.role, state.health, escape(state.detail))
     console.print(table)
-    if any(state.health != "up" for state in states):
-        raise typer.Exit(1)
+    if code := exit_code(states):
+        raise typer.Exit(code)

@@ -81,7 +81,7 @@ class FrontDoor:
         self._adapter = site.edge.adapter
         self._bodies = LinkedBodies({self._domain: link}, site.config.faults.step_deadline_s)
         self._relay = site.config.relay.enabled
-        self._merged = len(site.config.learning_edges()) > 1
+        self._merged = site.config.num_learning > 1
         self._folder = folder
         self._door = door
         self._turn = turn

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gaisnet.config import Config
+from gaisnet.deployment.own_part import own_part
 from gaisnet.deployment.site import CLOUD, Role, Site, write_site
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
 from gaisnet.errors import OutputInUse
@@ -14,8 +15,22 @@ from gaisnet.models.foundation import load_tokenizer, reads_text
 _NETWORK = "gaisnet"
 _START = """#!/usr/bin/env bash
 # Runs this site in the foreground and starts it again when it dies; stop it with Ctrl-C or SIGTERM.
+# The command 'gaisnet' is the one that GAISNET names, or the first of these: on the PATH, in .venv in this folder or
+# beside it, in ~/.local/bin. A service manager's PATH is short: give it GAISNET=/path/to/.venv/bin/gaisnet.
 set -euo pipefail
-exec gaisnet deploy start "$(dirname "${BASH_SOURCE[0]}")" "$@"
+kit="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+if [ -z "${GAISNET:-}" ]; then
+  for found in "$(command -v gaisnet || true)" "$kit/.venv/bin/gaisnet" "$kit/../.venv/bin/gaisnet" \\
+      "${HOME:-}/.local/bin/gaisnet"; do
+    if [ -n "$found" ] && [ -x "$found" ]; then GAISNET="$found"; break; fi
+  done
+fi
+if [ -z "${GAISNET:-}" ] || [ ! -x "$GAISNET" ]; then
+  echo "start.sh: no command 'gaisnet' (GAISNET is '${GAISNET:-}', PATH is '$PATH'); set GAISNET to its full path" >&2
+  exit 127
+fi
+echo "start.sh: $GAISNET runs the site in $kit; logs are in $kit/logs"
+exec "$GAISNET" deploy start "$kit" "$@"
 """
 
 
@@ -39,7 +54,7 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
     made = provision(_addresses(config), out)
     made.pop(ADMIN).rename(made[CLOUD] / ADMIN)
     for name, folder in made.items():
-        _finish(folder, Site(role=_role(config, name), name=name, config=config))
+        _finish(folder, Site(role=_role(config, name), name=name, config=own_part(config, name)))
     if tokenizer is not None:
         for _, device in config.each_device():
             tokenizer.save_pretrained(made[device.name] / "tokenizer")

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from gaisnet.deployment import processes
+from gaisnet.deployment.logs import rotate
 from gaisnet.errors import ProcessesLeft, ProcessFailed
 
 FINAL = 3
@@ -29,6 +30,7 @@ FINAL = 3
 _TICK_S = 0.1
 _KILL_DEADLINE_S = 5.0
 _START_DEADLINE_S = 60.0
+_LOOK_AT_LOGS_S = 1.0
 _FIRST_BACKOFF_S = 0.5
 _LONGEST_BACKOFF_S = 8.0
 _TAIL_LINES = 12
@@ -42,7 +44,8 @@ class ProcessPlan:
     Attributes:
         name: Unique in the launch, without slashes.
         command: Program and arguments; run without a shell.
-        log: Where standard output and error go; appended to.
+        log: Where standard output and error go; appended to, and kept small.
+        more_logs: Files that the process appends to by itself, kept small too.
         environment: Added to the launcher's own.
         final: Exit codes with which it says that another start would end the same way.
         may_finish: Whether exit code 0 means that the work is done. Otherwise every exit is unexpected.
@@ -56,6 +59,7 @@ class ProcessPlan:
     final: tuple[int, ...] = ()
     may_finish: bool = False
     grace_s: float = 5.0
+    more_logs: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,13 +153,22 @@ class Launcher:
         for process in self._running:
             process.start()
         self._started.set()
+        next_look = 0.0
         while not self._stopping.wait(_TICK_S):
             for process in self._running:
                 process.tick()
+            if time.monotonic() >= next_look:
+                self._keep_logs_small()
+                next_look = time.monotonic() + _LOOK_AT_LOGS_S
         for process in self._running:
             process.ask_to_end()
         for process in self._running:
             process.end()
+
+    def _keep_logs_small(self) -> None:
+        for process in self._running:
+            for log in (process.plan.log, *process.plan.more_logs):
+                rotate(log)
 
 
 class _Process:

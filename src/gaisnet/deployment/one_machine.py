@@ -8,7 +8,7 @@ from gaisnet.config import Config
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.site import CLOUD, START_LOCK, certificates, claimed, read_site
-from gaisnet.deployment.start import plans
+from gaisnet.deployment.start import failure_recorded, plans
 from gaisnet.errors import KitUnreadable, LinkError
 from gaisnet.experiments.run import read_summary
 from gaisnet.experiments.summary import Summary
@@ -59,6 +59,7 @@ def run_kits(kits: Mapping[str, Path], out: Path, progress: Progress) -> Summary
     with ExitStack() as held:
         for folder in kits.values():
             held.enter_context(claimed(folder, START_LOCK))
+        held.enter_context(failure_recorded(kits[CLOUD]))
         launcher = held.enter_context(Launcher(every))
         while not launcher.wait(CLOUD, _LOOK_S):
             _pass_on(kits[CLOUD], progress)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,8 +20,10 @@ from pydantic import JsonValue
 
 from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
+from gaisnet.deployment.outcome import recorded
 from gaisnet.deployment.service import SiteService
 from gaisnet.deployment.site import CLOUD, Site, certificates, claimed, read_site
+from gaisnet.deployment.validity import check_validity
 from gaisnet.engines.nvflare.job import JobKeeper
 from gaisnet.engines.nvflare.kit import ORDERS
 from gaisnet.engines.services import Front
@@ -58,10 +61,16 @@ _log = logging.getLogger(__name__)
 
 
 class Watched:
-    """A progress that can be asked how far it is, and logs every stage."""
+    """A progress that can be asked how far it is, and logs every stage.
+
+    Attributes:
+        notice: A sentence for the operator, such as that a certificate expires; "" for none.
+    """
 
     def __init__(self) -> None:
         self._last: dict[str, JsonValue] = {"stage": "ready", "done": 1, "total": 1, "figures": {}}
+        self._cycle: tuple[Callable[[], int], int] | None = None
+        self.notice = ""
 
     def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         """See ``gaisnet.progress.Progress``."""
@@ -69,9 +78,17 @@ class Watched:
             _log.info("%s %d/%d %s", stage, done, total, "  ".join(f"{k} {v:.3f}" for k, v in figures.items()))
         self._last = {"stage": stage, "done": done, "total": total, "figures": dict(figures)}
 
+    def count(self, finished: Callable[[], int], cycles: int) -> None:
+        """From now on the state has the cycle that is under way: ``finished`` and one more, of ``cycles``."""
+        self._cycle = finished, cycles
+
     def state(self) -> dict[str, JsonValue]:
-        """The last that was told."""
-        return self._last
+        """The last that was told, and the site's notice to whom it concerns."""
+        told: dict[str, JsonValue] = {**self._last, "notice": self.notice}
+        if self._cycle is None:
+            return told
+        finished, cycles = self._cycle
+        return {**told, "cycle": min(finished() + 1, cycles), "cycles": cycles}
 
 
 class _Answers:
@@ -125,7 +142,9 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
         opened.enter_context(claimed(folder))
         service = SiteService(config.service, config.faults.away_s)
         opened.callback(service.close)
-        with RunFolder.claim(out or folder / "run") as run_folder, ExitStack() as ends_with_run:
+        output = out or folder / "run"
+        with recorded(folder, output), RunFolder.claim(output) as run_folder, ExitStack() as ends_with_run:
+            _check_certificate(folder, site, watched)
             keeper = JobKeeper(folder / "admin", [edge.name for edge in config.edges])
             ends_with_run.callback(keeper.close)
             keeper.start()
@@ -138,6 +157,7 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
             majorities = {name: one.majority for name, one in public.items()}
             summary = carry_out(config, run_folder, watched, build, majorities)
         if stay:
+            watched("finished", config.cycles, config.cycles, {})
             _log.info("the run has finished; answering until this process is ended")
             _until_ended()
         return summary
@@ -178,7 +198,9 @@ def _cloud_network(
         edge.domain: CodedLink(listener.link(ORDERS + edge.name), codec, ledger, "edge_cloud", "down")
         for edge in config.edges
     }
-    return Network(cloud, links, ledger, config.faults)
+    network = Network(cloud, links, ledger, config.faults)
+    watched.count(lambda: network.cycle, config.cycles)
+    return network
 
 
 def _front_of_edge(service: SiteService, cloud: Cloud, name: str, link: ByteLink, share: float) -> Front:
@@ -192,8 +214,8 @@ def run_edge(folder: Path) -> NoReturn:
     own, limits = certificates(folder, "edge"), _limits(config)
     names = [device.name for device in settings.devices]
     answers, watched = _Answers(codec, takes={site.name, *names}.__contains__), Watched()
-    with ExitStack() as opened:
-        opened.enter_context(claimed(folder))
+    with claimed(folder), recorded(folder), ExitStack() as opened:
+        _check_certificate(folder, site, watched)
         service = SiteService(config.service, config.faults.away_s)
         opened.callback(service.close)
         to_cloud = Dialer(site.cloud_address, own, site.name, CLOUD, _nothing_to_ask, limits)
@@ -233,6 +255,14 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
         door: Lets callers on the device ask the network; None for a device that only learns.
     """
     site = read_site(folder, "device")
+    with ExitStack() as held:
+        if os.access(folder, os.W_OK):  # it keeps nothing, so its kit may lie where nobody writes
+            held.enter_context(claimed(folder))
+        held.enter_context(recorded(folder))
+        _serve_device(folder, site, door)
+
+
+def _serve_device(folder: Path, site: Site, door: "Door | None") -> NoReturn:
     config, codec, watched = site.config, Codec(site.config.wire), Watched()
     answers = _Answers(codec)
     turn = machine_turn(config.service)
@@ -244,8 +274,7 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
         raise ConfigError(f"answers of device '{site.name}'", found, "start it without --serve")
     answers.become(lambda _: device)
     with ExitStack() as opened:
-        if os.access(folder, os.W_OK):  # it keeps nothing, so its kit may lie where nobody writes
-            opened.enter_context(claimed(folder))
+        _check_certificate(folder, site, watched)
         own = certificates(folder, "device")
         link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits(config))
         opened.callback(link.close)
@@ -255,6 +284,13 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
             to_edge = CodedLink(link, codec, Ledger(), "device_edge", "up")
             opened.callback(FrontDoor(device, to_edge, site, folder, door, turn).close)
         _until_ended()
+
+
+def _check_certificate(folder: Path, site: Site, watched: Watched) -> None:
+    """Note where it expires soon. Raises ``CertificateInvalid``."""
+    watched.notice = check_validity(folder, site.role).warning(datetime.now(UTC))
+    if watched.notice:
+        _log.warning("%s", watched.notice)
 
 
 def end_in_order() -> None:

@@ -1,19 +1,28 @@
 """What every site of a network is doing, asked of those that listen: cloud and edges; they know of their devices."""
 
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gaisnet.config import Config
-from gaisnet.deployment.site import CLOUD, certificates, read_site
-from gaisnet.errors import GaisnetError, WireFormatError
+from gaisnet.deployment.outcome import Outcome, read_outcome
+from gaisnet.deployment.site import CLOUD, Site, certificates, read_site
+from gaisnet.deployment.validity import check_validity
+from gaisnet.errors import CertificateInvalid, GaisnetError, WireFormatError
+from gaisnet.hosts import address
 from gaisnet.transport.grpc import Certificates, ask_status
 
 _ASK_S = 5.0
-Health = Literal["up", "away", "unreachable", "unknown"]
+_LONGEST_NOTICE = 200
+FAILED = 3
+"""The exit code for a run that has failed."""
+
+Health = Literal["up", "away", "unreachable", "unknown", "finished", "failed"]
 
 
 class _Link(BaseModel):
@@ -34,6 +43,9 @@ class _Answer(BaseModel):
     total: int
     links: dict[str, _Link]
     job: str = ""
+    cycle: int = 0
+    cycles: int = 0
+    notice: str = Field("", max_length=_LONGEST_NOTICE)
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,8 @@ class SiteState:
     """One site as it was found just now.
 
     ``up`` and ``unreachable`` are of sites that were asked, ``up`` and ``away`` of devices, by their edge; ``unknown``
-    is a device whose edge could not be asked.
+    is a device whose edge could not be asked. The kit's own site may also have ``finished`` or ``failed``: then no
+    process of it is left, and its kit says so.
     """
 
     name: str
@@ -51,14 +64,40 @@ class SiteState:
 
 
 def network_status(kit: Path) -> list[SiteState]:
-    """The state of every site of the network that a kit of cloud or edge belongs to. Raises ``KitUnreadable``."""
+    """The state of every site that a kit knows; a device knows its edge and itself. Raises ``KitUnreadable``."""
     site = read_site(kit)
     config, own = site.config, certificates(kit, site.role)
-    listeners = {CLOUD: site.cloud_address} | {e.name: f"{e.host}:{e.link_port}" for e in config.edges}
-    with ThreadPoolExecutor(len(listeners)) as pool:
-        answers = dict(zip(listeners, pool.map(lambda name: _ask(listeners[name], own, name), listeners), strict=True))
-    states = [_listener(name, answer) for name, answer in answers.items()]
+    listeners = {} if site.role == "device" else {CLOUD: site.cloud_address}
+    listeners |= {edge.name: address(edge.host, edge.link_port) for edge in config.edges}
+    answers = _ask_all(kit, site, listeners, own)
+    outcome = read_outcome(kit)
+    states = [
+        _ended(name, answer, outcome)
+        if name == site.name and outcome and isinstance(answer, GaisnetError)
+        else _listener(name, answer)
+        for name, answer in answers.items()
+    ]
     return states + [state for edge in config.edges for state in _devices(config, edge.name, answers[edge.name])]
+
+
+def _ask_all(
+    kit: Path, site: Site, listeners: Mapping[str, str], own: Certificates
+) -> dict[str, _Answer | GaisnetError]:
+    try:
+        check_validity(kit, site.role)
+    except CertificateInvalid as error:  # nobody would answer, and their refusals would not say why
+        return dict.fromkeys(listeners, error)
+    with ThreadPoolExecutor(len(listeners)) as pool:
+        asked = pool.map(lambda name: _ask(listeners[name], own, name), listeners)
+        return dict(zip(listeners, asked, strict=True))
+
+
+def exit_code(states: Sequence[SiteState]) -> int:
+    """0 where all sites are up or the cloud has finished, ``FAILED`` where the run has failed, 1 otherwise."""
+    found = {state.health for state in states}
+    if "failed" in found:
+        return FAILED
+    return 0 if found <= {"up"} or "finished" in found else 1
 
 
 def _ask(address: str, own: Certificates, name: str) -> _Answer | GaisnetError:
@@ -70,13 +109,28 @@ def _ask(address: str, own: Certificates, name: str) -> _Answer | GaisnetError:
         return error
 
 
+def _ended(name: str, answer: GaisnetError, outcome: Outcome) -> SiteState:
+    """A site that does not answer, by what it left in its kit."""
+    role = "cloud" if name == CLOUD else "edge"
+    since = f"{datetime.fromtimestamp(outcome.since, UTC):%Y-%m-%d %H:%M} UTC"
+    if outcome.stage == "finished":
+        return SiteState(name, role, "finished", f"at {since}; its output is in {outcome.output}")
+    if outcome.stage == "failed":
+        return SiteState(name, role, "failed", f"at {since}: {outcome.reason}")
+    how = "was stopped" if outcome.stage == "stopped" else "was started"
+    ended = "" if outcome.stage == "stopped" else " and did not end in order"
+    return SiteState(name, role, "unreachable", f"{how} at {since}{ended}; {answer}")
+
+
 def _listener(name: str, answer: _Answer | GaisnetError) -> SiteState:
     role = "cloud" if name == CLOUD else "edge"
     if isinstance(answer, GaisnetError):
         return SiteState(name, role, "unreachable", str(answer))
     links = {other: link for other, link in answer.links.items() if other != name}
     away = [other for other, link in links.items() if not link.connected]
-    told = [f"{answer.stage} {answer.done}/{answer.total}", *([f"NVFlare: {answer.job}"] if answer.job else [])]
+    cycle = f"cycle {answer.cycle} of {answer.cycles}, " if answer.cycles else ""
+    told = [f"{cycle}{answer.stage} {answer.done}/{answer.total}"]
+    told += [said for said in (f"NVFlare: {answer.job}" if answer.job else "", answer.notice) if said]
     told += [f"no link to {', '.join(away)}"] if away else [f"all {len(links)} links stand"]
     return SiteState(name, role, "up", "; ".join(told))
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gaisnet.config import Config, EdgeSettings
+from gaisnet.config import Config, DealtShare, EdgeSettings
 from gaisnet.errors import DataError
 from gaisnet.experiments.domains import BUILT_IN, Drawn, domain_seed, draw_builtin
 from gaisnet.experiments.jsonl import read_examples, read_inputs
@@ -83,8 +83,8 @@ class Public:
 
 def load_public(edge: EdgeSettings, config: Config) -> Public:
     """What is public about an edge's domain: all of it where the data set is built in. Raises ``DataError``."""
-    if not _is_dealt(edge):
-        followed = next(each for each in config.edges if each.domain == edge.adapter)
+    if not _is_dealt(edge, config):
+        followed = _followed(edge, config)
         return Public(TaskShape(edge.template or followed.template, edge.labels or followed.labels), None)
     domain = _load_edge(edge, config)
     return Public(TaskShape(domain.template, domain.labels), majority(domain))
@@ -107,7 +107,7 @@ def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
     """Before anything is held back."""
     folders = {device.name: device.data for device in edge.devices if device.data is not None}
     without = [device.name for device in edge.devices if device.name not in folders]
-    followed = next(each for each in config.edges if each.domain == edge.adapter)
+    followed = _followed(edge, config)
     if not without:
         devices = {name: _read_device(folder, name, edge) for name, folder in folders.items()}
         return DomainData(edge.template or followed.template, edge.labels or followed.labels, devices)
@@ -115,32 +115,59 @@ def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
     if folders:
         found = f"some of its devices name 'data', but not {', '.join(without)}"
         raise DataError(asked, found, "give every device of the edge a data folder, or none")
-    if edge.adapter not in BUILT_IN or (edge.follows and not _is_dealt(followed)):
+    if not _is_dealt(edge, config):
+        found = "its devices have data of their own, which this site's configuration says nothing of"
+        do = "start the network's sites instead, or say where they are, with --set edges.N.devices.N.data=FOLDER"
+        raise DataError(asked, found, do)
+    if edge.adapter not in BUILT_IN or (edge.follows and not _is_dealt(followed, config)):
         found = "is not built in, and its devices name no 'data'"
         raise DataError(asked, found, f"give every device a data folder, or use one of: {', '.join(BUILT_IN)}")
     if edge.template is not None or edge.labels:
         found = "is built in, so its template and labels are fixed"
         raise DataError(asked, found, "remove 'template' and 'labels', or give every device a data folder")
-    return _deal(_drawn(edge, config), edge, config)
+    share = dealt_share(edge, edge.devices[0].name, config)
+    if share is None:
+        raise DataError(asked, "it is dealt no built-in data", "give every device a data folder")
+    return _deal(_drawn(edge, share, config), edge, share, config)
 
 
-def _is_dealt(edge: EdgeSettings) -> bool:
+def _is_dealt(edge: EdgeSettings, config: Config) -> bool:
     """Whether an edge's examples are drawn, not read."""
-    return all(device.data is None for device in edge.devices)
+    elsewhere = config.elsewhere is not None and edge.name in config.elsewhere.own_data
+    return not elsewhere and all(device.data is None for device in edge.devices)
 
 
-def _drawn(edge: EdgeSettings, config: Config) -> Drawn:
+def _followed(edge: EdgeSettings, config: Config) -> EdgeSettings:
+    """The edge whose domain's adapter acts at one; itself in a newcomer's kit, which has what the two share."""
+    return next((each for each in config.edges if each.domain == edge.adapter), edge)
+
+
+def dealt_share(edge: EdgeSettings, device: str, config: Config) -> DealtShare | None:
+    """Which part of a built-in data set is a device's; None where it reads its own."""
+    if not _is_dealt(edge, config):
+        return None
+    if config.elsewhere is not None and config.elsewhere.share is not None:
+        return config.elsewhere.share
+    newcomers = [each.domain for each in config.edges if each.follows == edge.adapter and _is_dealt(each, config)]
+    return DealtShare(
+        num_devices=len(edge.devices),
+        device=[each.name for each in edge.devices].index(device),
+        num_newcomers=len(newcomers),
+        newcomer=0 if edge.follows is None else newcomers.index(edge.domain),
+    )
+
+
+def _drawn(edge: EdgeSettings, share: DealtShare, config: Config) -> Drawn:
     """An edge's share of a built-in data set."""
-    newcomers = [each.domain for each in config.edges if each.follows == edge.adapter and _is_dealt(each)]
-    drawn = draw_builtin(edge.adapter, config.data, config.seed, len(newcomers))
+    drawn = draw_builtin(edge.adapter, config.data, config.seed, share.num_newcomers)
     if edge.follows is None:
         return drawn
-    return replace(drawn, train=(), test=drawn.more[newcomers.index(edge.domain)])
+    return replace(drawn, train=(), test=drawn.more[share.newcomer])
 
 
-def _deal(drawn: Drawn, edge: EdgeSettings, config: Config) -> DomainData:
+def _deal(drawn: Drawn, edge: EdgeSettings, share: DealtShare, config: Config) -> DomainData:
     """Give each device its part, with the same proportions of each label for learning and for holding out."""
-    names = [device.name for device in edge.devices]
+    names = _owners(edge, share)
     alpha, seed = config.data.dirichlet_alpha, domain_seed(edge.domain, config.seed)
 
     def parts(examples: Sequence[Example], draw: int) -> list[list[Example]]:
@@ -161,6 +188,14 @@ def _deal(drawn: Drawn, edge: EdgeSettings, config: Config) -> DomainData:
         )
     devices = {name: DeviceData(tuple(train[i]), tuple(test[i])) for i, name in enumerate(names)}
     return DomainData(drawn.template, drawn.labels, devices)
+
+
+def _owners(edge: EdgeSettings, share: DealtShare) -> list[str]:
+    """Names of an edge's devices in their order; numbers for those that a device's kit does not name."""
+    names = [device.name for device in edge.devices]
+    if len(names) == share.num_devices:
+        return names
+    return [names[0] if place == share.device else f"#{place}" for place in range(share.num_devices)]
 
 
 def _completion(example: Example) -> str:

@@ -91,17 +91,19 @@ class Layout:
 
     def labels(self, domain: str) -> tuple[str, ...]:
         """Names of a domain's classes, if it has a closed set of them."""
-        return next(edge.labels for edge in self.config.edges if edge.domain == domain)
+        own = next((edge.labels for edge in self.config.edges if edge.domain == domain), None)
+        # At a newcomer, which follows an edge that is not named there: its labels are the same.
+        return own if own is not None else next(edge.labels for edge in self.config.edges if edge.adapter == domain)
 
     @property
     def first_cut(self) -> int:
         """Layers of the shallowest device head: where bodies begin."""
-        return min(device.head_layers for _, device in self.config.each_device())
+        return self.config.cuts[0]
 
     @property
     def last_cut(self) -> int:
         """Layers of the deepest device head: where recipes may begin."""
-        return max(device.head_layers for _, device in self.config.each_device())
+        return self.config.cuts[1]
 
     @property
     def first_adapted(self) -> int:

@@ -1,5 +1,6 @@
 """A small network for the tests: NVFlare's real processes, and listeners in this process for the residents."""
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from gaisnet.deployment.launcher import Launcher, ProcessPlan, Restarts
 from gaisnet.engines.nvflare.job import JobKeeper
-from gaisnet.engines.nvflare.kit import ORDERS, client_command, read_kit, server_command
+from gaisnet.engines.nvflare.kit import ENVIRONMENT, ORDERS, client_command, read_kit, server_command
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
 from gaisnet.transport.grpc import Certificates, Listener
 from gaisnet.transport.stream import ByteLink
@@ -77,13 +78,25 @@ class Sites:
 def plans(kits: dict[str, Path]) -> list[ProcessPlan]:
     commands = {"server": server_command(kits["cloud"]), **{name: client_command(kits[name], name) for name in EDGES}}
     folder = kits["cloud"].parent
-    return [ProcessPlan(name, tuple(command), folder / f"{name}.log") for name, command in commands.items()]
+    here = os.pathsep.join(
+        [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+    )  # a thief's server is there
+    return [
+        ProcessPlan(name, tuple(command), folder / f"{name}.log", environment={**ENVIRONMENT, "PYTHONPATH": here})
+        for name, command in commands.items()
+    ]
 
 
 @contextmanager
-def running(folder: Path, handles: dict[str, Handle], start: Sequence[str] = ("server", *EDGES)) -> Iterator[Sites]:
-    """Residents that answer by ``handles`` and NVFlare's processes, without a job."""
+def running(
+    folder: Path,
+    handles: dict[str, Handle],
+    start: Sequence[str] = ("server", *EDGES),
+    change: Callable[[dict[str, Path]], None] = lambda kits: None,
+) -> Iterator[Sites]:
+    """Residents that answer by ``handles`` and NVFlare's processes, without a job; ``change`` may alter the kits."""
     kits = provision(addresses(), folder)
+    change(kits)
     with ExitStack() as stack:
         cloud = listen(kits["cloud"], [ORDERS + name for name in EDGES], lambda name, payload: b"")
         stack.callback(cloud.close)

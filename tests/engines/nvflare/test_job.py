@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gaisnet.engines.nvflare.job import JobKeeper
-from gaisnet.engines.nvflare.job_session import JobWatch, write_job
+from gaisnet.engines.nvflare.job_files import write_job
+from gaisnet.engines.nvflare.job_session import JobWatch
 from gaisnet.errors import KitUnreadable
 from tests.engines.nvflare.sites import free_ports, until
 

@@ -1,19 +1,28 @@
 """NVFlare's own processes, with mutual TLS on loopback; the residents are listeners of this process."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nvflare.fuel.flare_api.api_spec import TargetType
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from gaisnet.deployment.launcher import Launcher
+from gaisnet.engines.nvflare.job_files import write_job
 from gaisnet.engines.nvflare.kit import ORDERS, read_seal
+from gaisnet.engines.nvflare.provision import ADMIN
 from gaisnet.errors import ConfigError, LinkLost, PeerError
 from gaisnet.transport.stream import ByteLink
-from tests.engines.nvflare.sites import EDGES, plans, running, until
+from tests.engines.nvflare.sites import EDGES, Handle, Sites, plans, running, until
+from tests.engines.nvflare.thief import ANSWERS as ANSWERS_FILE
+from tests.engines.nvflare.thief import ORDERS as ORDERS_FILE
+from tests.engines.nvflare.thief import open_the_server, write_evil_job
 
 START_S = 60
 
@@ -45,11 +54,9 @@ def shows(file: Path, secret: bytes) -> bool:
 
 
 @pytest.mark.integration
-def test_requests_of_the_cloud_reach_the_edges(tmp_path: Path) -> None:
-    with (
-        running(tmp_path, {"edge1": answer, "edge2": lambda name, payload: payload}) as sites,
-        sites.keeper() as keeper,
-    ):
+def test_requests_of_the_cloud_reach_the_edges_and_a_thief_of_its_kit_runs_nothing_there(tmp_path: Path) -> None:
+    handles: dict[str, Handle] = {"edge1": answer, "edge2": lambda name, payload: payload}
+    with running(tmp_path, handles, change=open_the_server) as sites, sites.keeper() as keeper:
         links = {edge: sites.link(edge) for edge in EDGES}
         assert links["edge1"].send(b"abc").result(START_S) == b"cba"
         assert links["edge2"].send(b"abc").result(START_S) == b"abc"
@@ -66,6 +73,11 @@ def test_requests_of_the_cloud_reach_the_edges(tmp_path: Path) -> None:
         assert caught.value.text == "cycles: is 0; use 1 or more"
 
         assert until(lambda: keeper.state().endswith("is running"), 10)
+        job = keeper.state().split()[1]
+        _rob(sites, tmp_path, job)
+        assert keeper.state() == f"job {job} is running"
+        assert links["edge1"].send(b"still here").result(30) == b"ereh llits"
+
         began = time.monotonic()
         keeper.close()
         assert time.monotonic() - began < 15
@@ -78,6 +90,50 @@ def test_requests_of_the_cloud_reach_the_edges(tmp_path: Path) -> None:
         held = {file for file in tmp_path.rglob("*") if file.is_file() and shows(file, secret)}
         assert all(file.parent.name in ("seals", ".seals") for file in held)
         assert len(held) == 3
+
+
+def _rob(sites: Sites, folder: Path, job: str) -> None:
+    """All that a thief of the cloud's kit can send to edges: by a server of his own, as administrator, and by jobs."""
+    cloud = sites.kits["cloud"]
+    orders = [
+        {"topic": "sys.shell", "body": "cat local/gaisnet.json"},
+        {"topic": "sys.configure_site_log", "body": "debug"},
+        {"topic": "sys.report_env", "body": ""},
+        {"topic": "train.restart", "body": ""},
+        {"topic": "train.shutdown", "body": ""},
+        {"topic": "train.delete_run", "body": "", "headers": {"job_id": job}},
+        {"topic": "configure_job_log", "body": "debug", "job": job},
+    ]
+    (cloud / "part").write_text(json.dumps(orders), encoding="utf-8")
+    (cloud / "part").rename(cloud / ORDERS_FILE)
+    with admin_session(sites.kits[ADMIN]) as session:
+        for steal in (
+            lambda: session.get_working_directory("edge1"),
+            lambda: session.ls_target("edge1", "-la", "startup"),
+            lambda: session.cat_target("edge1", "", "local/gaisnet.json"),
+            lambda: session.get_client_env(["edge1"]),
+            lambda: session.report_resources(TargetType.CLIENT, ["edge1"]),
+        ):
+            assert "invalid_request" in str(steal())
+        marker, honest = folder / "ran-on-the-edge", write_job(folder / "honest", EDGES)
+        for module in ("evil", "gaisnet.evil"):
+            evil = session.submit_job(str(write_evil_job(folder / module, module, marker, honest)))
+            assert until(lambda evil=evil: "runs GaisNet's own job only" in str(session.get_job_meta(evil)), START_S)
+    assert not marker.exists()
+    assert until((cloud / ANSWERS_FILE).exists, START_S)
+    answers = json.loads((cloud / ANSWERS_FILE).read_text(encoding="utf-8"))
+    assert len(answers) == len(orders)
+    assert all(len(told) == len(EDGES) and all("invalid_request" in one for one in told) for told in answers)
+
+
+@contextlib.contextmanager
+def admin_session(kit: Path) -> Iterator[Session]:
+    user = json.loads((kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]["username"]
+    session = new_secure_session(user, str(kit), timeout=10)
+    try:
+        yield session
+    finally:
+        session.close()
 
 
 @pytest.mark.slow

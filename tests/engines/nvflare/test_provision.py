@@ -4,10 +4,13 @@ import stat
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from nvflare.fuel.sec.authz import AuthzContext, Person
+from nvflare.security.security import COMMAND_CATEGORIES, FLAuthorizer
 
 from gaisnet.engines.nvflare.kit import SEALS, client_command, read_kit, read_seal, server_command
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
@@ -113,12 +116,43 @@ def test_nvflare_keeps_to_the_kit_and_runs_our_classes(kits: dict[str, Path]) ->
     server = json.loads((kits["cloud"] / "local" / "resources.json").read_text())
     client = json.loads((kits["edge_1"] / "local" / "resources.json").read_text())
     assert "/tmp" not in json.dumps(server) + json.dumps(client)
-    assert "gaisnet." in server["class_allow_list"]
-    assert "gaisnet." in client["class_allow_list"]
+    assert server["class_allow_list"] == ["gaisnet.engines.nvflare.bridge.CloudBridge"]
+    assert client["class_allow_list"] == ["gaisnet.engines.nvflare.bridge.EdgeBridge"]
     assert server["servers"][0]["heart_beat_timeout"] == 30
     assert {component["id"] for component in server["components"]} >= {"job_store", "job_manager", "rejoin"}
     (rejoin,) = (component for component in server["components"] if component["id"] == "rejoin")
     assert rejoin["args"] == {"edges": ["edge_1", "edge-2"]}
+
+
+USED = {"check_status", "list_jobs", "get_job_meta", "submit_job", "abort_job"}
+"""Rights that the administrator's session needs, the submission at edges among them."""
+
+
+@pytest.mark.parametrize("site", ["cloud", "edge_1", "edge-2"])
+def test_a_policy_grants_what_the_job_needs_and_nothing_else(kits: dict[str, Path], site: str) -> None:
+    policy = json.loads((kits[site] / "local" / "authorization.json").read_text())
+    authorizer = FLAuthorizer("gaisnet", policy)
+    rights = {*COMMAND_CATEGORIES, *COMMAND_CATEGORIES.values(), *USED, "byoc", "clone_job", "server-predeployed-flwr"}
+    for role in ("project_admin", "org_admin", "lead", "member", ""):
+        asked = {right: AuthzContext(right, Person("admin", "gaisnet", role)) for right in rights}
+        granted = {right for right, context in asked.items() if authorizer.authorize(context)[0]}
+        assert granted == (USED if role == "project_admin" else set())
+
+
+def test_logs_of_nvflare_go_where_they_are_kept_small(kits: dict[str, Path]) -> None:
+    for site in ("cloud", "edge_1"):
+        settings = json.loads((kits[site] / "local" / "log_config.json").read_text())
+        assert "filename" not in json.dumps(settings)
+        components = json.loads((kits[site] / "local" / "resources.json").read_text())["components"]
+        assert "site_log_streamer" not in {component["id"] for component in components}
+
+
+def test_certificates_are_valid_from_a_day_before_since_clocks_lag(kits: dict[str, Path]) -> None:
+    now = datetime.now(UTC)
+    for file in [*kits["cloud"].rglob("*.crt"), *kits["device11"].rglob("*.crt"), kits["device11"] / "rootCA.pem"]:
+        read = x509.load_pem_x509_certificate(file.read_bytes())
+        assert timedelta(hours=23) < now - read.not_valid_before_utc < timedelta(hours=25)
+        assert read.not_valid_after_utc - now > timedelta(days=358)
 
 
 def test_edges_dial_the_cloud_with_mutual_tls(kits: dict[str, Path]) -> None:
@@ -132,6 +166,7 @@ def test_commands(kits: dict[str, Path]) -> None:
     assert server[0] == client[0] == sys.executable
     assert str(kits["cloud"].resolve()) in server
     assert "uid=edge_1" in client
+    assert client[3:5] == ["gaisnet.engines.nvflare.narrowed", "nvflare.private.fed.app.client.client_train"]
 
 
 def test_a_path_that_nvflare_would_split(tmp_path: Path) -> None:
@@ -195,7 +230,9 @@ def test_a_folder_that_is_no_kit(tmp_path: Path) -> None:
         read_kit(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["bridge", "server_parts", "job_session", "job", "kit", "seal"])
+@pytest.mark.parametrize(
+    "module", ["bridge", "server_parts", "edge_parts", "narrowed", "job_session", "job", "kit", "seal"]
+)
 def test_what_runs_beside_nvflare_imports_no_torch(module: str) -> None:
     code = f"import gaisnet.engines.nvflare.{module}, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

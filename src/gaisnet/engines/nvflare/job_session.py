@@ -18,7 +18,7 @@ from typing import Any
 
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
-JOB_NAME = "gaisnet"
+from gaisnet.engines.nvflare.job_files import JOB_NAME, write_job
 
 _WATCH_S = 2.0
 _CONNECT_S = 5.0
@@ -27,7 +27,6 @@ _LONGEST_PAUSE_S = 30.0
 _STEADY_S = 60.0
 _LEAVE_S = 13.0
 _ON_ITS_WAY = ("SUBMITTED", "APPROVED", "DISPATCHED")
-_BRIDGES = "gaisnet.engines.nvflare.bridge"
 
 
 class JobWatch:
@@ -107,27 +106,6 @@ class JobWatch:
                 self.tell(f"aborting job {number} of an earlier life")
                 with suppress(Exception):
                     self._session.abort_job(number)
-
-
-def write_job(folder: Path, edges: Sequence[str]) -> Path:
-    """NVFlare's form of the job, in ``folder/gaisnet``."""
-    job = folder / JOB_NAME
-    # By name: a device's certificate opens NVFlare's door too, and whoever is in a job can end it for all.
-    sites = ["server", *edges]
-    # min_clients 1: with more, an edge that is away for a minute would end the job for all.
-    meta = {"name": JOB_NAME, "min_clients": 1, "deploy_map": {"app": sites}, "resource_spec": {}}
-    filters: dict[str, Any] = {"components": [], "task_data_filters": [], "task_result_filters": []}
-    cloud = {"id": "bridge", "path": f"{_BRIDGES}.CloudBridge", "args": {"edges": list(edges)}}
-    edge = {"tasks": ["*"], "executor": {"path": f"{_BRIDGES}.EdgeBridge", "args": {}}}
-    files = {
-        "meta.json": meta,
-        "app/config/config_fed_server.json": {"format_version": 2, "workflows": [cloud], **filters},
-        "app/config/config_fed_client.json": {"format_version": 2, "executors": [edge], **filters},
-    }
-    for name, content in files.items():
-        (job / name).parent.mkdir(parents=True, exist_ok=True)
-        (job / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    return job
 
 
 def _set_at_end_of_input(closing: threading.Event) -> None:

@@ -18,7 +18,16 @@ from gaisnet.errors import ConfigError, KitUnreadable
 LINK_FILE = Path("local", "gaisnet.json")
 SEALS = Path("local", "seals")
 SEAL_BYTES = 32
+AUDIT_FILE = "audit.log"
+"""In a kit: NVFlare's own list of the commands that came."""
+
 ORGANIZATION = "gaisnet"
+ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
+"""Of NVFlare's processes: they and their job processes work in the kit, from where nothing may be imported."""
+
+NARROWED = "gaisnet.engines.nvflare.narrowed"
+"""Module that runs NVFlare's client with few commands: see there."""
+
 ORDERS = "orders/"
 """On the cloud's listener, ``orders/EDGE`` carries what the cloud asks an edge; the edge itself dials as ``EDGE``."""
 
@@ -75,18 +84,19 @@ def read_seal(folder: Path, edge: str) -> bytes:
 
 def server_command(kit: Path) -> list[str]:
     """Program and arguments that run NVFlare's server in the foreground. Raises ``ConfigError`` for a spaced path."""
-    return [*_command("server"), "-m", _workspace(kit), "-s", "fed_server.json", *_set()]
+    module = "nvflare.private.fed.app.server.server_train"
+    return [*_python(module), "-m", _workspace(kit), "-s", "fed_server.json", *_set()]
 
 
 def client_command(kit: Path, site: str) -> list[str]:
     """The same for NVFlare's client of ``site``."""
-    return [*_command("client"), "-m", _workspace(kit), "-s", "fed_client.json", *_set(f"uid={site}")]
+    modules = (NARROWED, "nvflare.private.fed.app.client.client_train")
+    return [*_python(*modules), "-m", _workspace(kit), "-s", "fed_client.json", *_set(f"uid={site}")]
 
 
-def _command(role: str) -> list[str]:
+def _python(*modules: str) -> list[str]:
     """With the interpreter's own path, as NVFlare starts its job processes with the same one."""
-    train = {"server": "server_train", "client": "client_train"}[role]
-    return [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{role}.{train}"]
+    return [sys.executable, "-u", "-m", *modules]
 
 
 def _workspace(kit: Path) -> str:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nvflare.lighter.impl.static_file import StaticFileBuilder
 from nvflare.lighter.impl.workspace import WorkspaceBuilder
 from nvflare.lighter.provisioner import Provisioner
 
+from gaisnet.engines.nvflare.job_files import CLOUD_CLASS, EDGE_CLASS
 from gaisnet.engines.nvflare.kit import LINK_FILE, ORGANIZATION, SEAL_BYTES, SEALS
 from gaisnet.errors import OutputInUse, ProvisionFailed
 
@@ -26,12 +28,40 @@ ADMIN = "admin"
 """Key of the admin's kit in what ``provision`` returns."""
 
 _ROOT_VALID_DAYS = 3650
+_CLOCKS_DIFFER = timedelta(days=1)
 _HEART_BEAT_TIMEOUT_S = 30
 _DEVICE_FILES = ("client.crt", "client.key", "rootCA.pem")
 _AUTHORITY = "authority"
 _RESERVED = (ADMIN, _AUTHORITY, "server")  # NVFlare calls its server so, whatever the site's name
 _KEPT_SEALS = ".seals"  # no name that a network could have, whose folder is beside it
 _SERVER_PARTS = "gaisnet.engines.nvflare.server_parts"
+_EDGE_PARTS = "gaisnet.engines.nvflare.edge_parts"
+_POLICY = {
+    "format_version": "1.0",
+    "permissions": {
+        # A right that is not here is nobody's; those that are "none" are named for the reader. No category of rights is
+        # granted whole: NVFlare counts the deletion of a job's folder at a site as managing a job.
+        "project_admin": {
+            **dict.fromkeys(("check_status", "list_jobs", "get_job_meta", "submit_job", "abort_job"), "any"),
+            **dict.fromkeys(("byoc", "shell_commands", "download_job", "clone_job", "operate"), "none"),
+        }
+    },
+}
+
+
+_LOGGING = {
+    # To the standard output alone, whose log the launcher keeps small: NVFlare's own files would take 880 MB per job.
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "line": {
+            "()": "nvflare.fuel.utils.log_utils.BaseFormatter",
+            "fmt": "%(asctime)s - %(name)s - %(levelname)s - %(fl_ctx)s - %(message)s",
+        }
+    },
+    "handlers": {"output": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stdout"}},
+    "root": {"level": "INFO", "handlers": ["output"]},
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +153,7 @@ def _build(network: NetworkAddresses, authority: Path) -> Path:
     builders = [
         WorkspaceBuilder(["master_template.yml"]),
         StaticFileBuilder(config_folder="config", scheme="tcp"),
-        CertBuilder(root_valid_days=_ROOT_VALID_DAYS),
+        _CertificatesOfYesterday(root_valid_days=_ROOT_VALID_DAYS),
         SignatureBuilder(),
     ]
     notes = _Notes()
@@ -160,6 +190,15 @@ def _project(network: NetworkAddresses) -> Project:
     return project
 
 
+class _CertificatesOfYesterday(CertBuilder):  # type: ignore[misc]
+    """Certificates that are valid from a day ago, since the clocks of other hosts may be behind this one's."""
+
+    @staticmethod
+    def _generate_cert(*args: Any, not_valid_before: datetime | None = None, **more: Any) -> Any:
+        begin = (not_valid_before or datetime.now(UTC)) - _CLOCKS_DIFFER
+        return CertBuilder._generate_cert(*args, not_valid_before=begin, **more)
+
+
 class _Notes:
     """Takes NVFlare's messages, which it would print."""
 
@@ -180,7 +219,7 @@ class _Notes:
 
 
 def _settle_server(kit: Path, network: NetworkAddresses) -> None:
-    resources = _default_resources(kit)
+    resources = _default_resources(kit, CLOUD_CLASS)
     resources["servers"][0]["heart_beat_timeout"] = _HEART_BEAT_TIMEOUT_S
     # By default every network of a host keeps its jobs in one folder under /tmp.
     resources["snapshot_persistor"]["args"]["storage"] = _storage("snapshots")
@@ -199,20 +238,31 @@ def _storage(folder: str) -> dict[str, Any]:
 
 
 def _settle_client(kit: Path, site: str, link_port: int) -> None:
-    _settle(kit, _default_resources(kit), site, link_port)
+    resources = _default_resources(kit, EDGE_CLASS)
+    resources["app_validator"] = {"path": f"{_EDGE_PARTS}.OwnJobOnly", "args": {}}
+    kept = [part for part in resources["components"] if part["id"] != "site_log_streamer"]  # a log stays on its host
+    for component in kept:
+        if component["id"] == "process_launcher":
+            component["path"] = f"{_EDGE_PARTS}.NarrowedJobLauncher"
+    _settle(kit, {**resources, "components": kept}, site, link_port)
 
 
-def _default_resources(kit: Path) -> dict[str, Any]:
+def _default_resources(kit: Path, job_class: str) -> dict[str, Any]:
+    """NVFlare's defaults, with one class that a job may name: it is installed, so that a job carries no code."""
     resources: dict[str, Any] = json.loads((kit / "local" / "resources.json.default").read_text(encoding="utf-8"))
-    # Lets a job name classes of the installed package; it then needs to carry no code.
-    resources["class_allow_list"].append("gaisnet.")
-    return resources
+    return {**resources, "class_allow_list": [job_class]}
 
 
 def _settle(kit: Path, resources: dict[str, Any], site: str, link_port: int) -> None:
-    (kit / "local" / "resources.json").write_text(json.dumps(resources, indent=2) + "\n", encoding="utf-8")
     link = {"site": site, "link_port": link_port}
-    (kit / LINK_FILE).write_text(json.dumps(link, indent=2) + "\n", encoding="utf-8")
+    local = {
+        "resources.json": resources,
+        "authorization.json": _POLICY,
+        "log_config.json": _LOGGING,
+        LINK_FILE.name: link,
+    }
+    for name, content in local.items():
+        (kit / "local" / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (kit / "transfer").mkdir(exist_ok=True)
 
 
