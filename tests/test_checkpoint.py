@@ -13,8 +13,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gaisnet import checkpoint
-from gaisnet.checkpoint import FolderShelf, NoShelf, digest_of, make_room_for, replacing, under, write_text
+from gaisnet.checkpoint import (
+    FolderShelf,
+    NoShelf,
+    append_text,
+    digest_of,
+    make_room_for,
+    replacing,
+    replacing_folder,
+    under,
+    write_text,
+)
 from gaisnet.errors import CheckpointError, OutputNotWritable
+from tests.disk import largest_file
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -333,3 +344,51 @@ def test_a_digest_tells_apart_numbers_of_the_same_bits() -> None:
     same_bits = [ones, ones.view(torch.int32), ones[None], ones.view(2, 2)]
     assert len({digest_of({"w": tensor}) for tensor in same_bits}) == len(same_bits)
     assert digest_of({"a": ones, "b": ones * 2}) != digest_of({"a": ones * 2, "b": ones})
+
+
+# -- folders, and lines at the end of a file ---------------------------------------------------------------------------
+
+
+def put_two(folder: Path, size: int = 3000) -> None:
+    with replacing_folder(folder) as scratch:
+        (scratch / "a.txt").write_bytes(b"a" * 10)
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "b.bin").write_bytes(b"b" * size)
+
+
+def test_a_folder_stands_with_all_of_its_files(tmp_path: Path) -> None:
+    put_two(tmp_path / "parent" / "it")
+    assert [path.name for path in sorted((tmp_path / "parent").rglob("*"))] == ["it", "a.txt", "deep", "b.bin"]
+    (tmp_path / "parent" / "it" / "kept.txt").write_text("of somebody else")
+    put_two(tmp_path / "parent" / "it", size=7)
+    assert (tmp_path / "parent" / "it" / "deep" / "b.bin").read_bytes() == b"b" * 7
+    assert (tmp_path / "parent" / "it" / "kept.txt").is_file()
+    assert names_in(tmp_path / "parent") == ["it"]
+
+
+@pytest.mark.parametrize("room", [0, 5, 2000])
+def test_a_full_disk_leaves_a_folder_absent_or_as_it_was(tmp_path: Path, room: int) -> None:
+    with largest_file(room), pytest.raises(OutputNotWritable, match="it': File too large; free some space"):
+        put_two(tmp_path / "it")
+    assert names_in(tmp_path) == []
+    put_two(tmp_path / "it", size=7)
+    with largest_file(room), pytest.raises(OutputNotWritable):
+        put_two(tmp_path / "it")
+    assert (tmp_path / "it" / "deep" / "b.bin").read_bytes() == b"b" * 7
+    assert names_in(tmp_path) == ["it"]
+
+
+def test_an_error_of_the_writer_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replacing_folder(tmp_path / "it") as scratch:
+        (scratch / "half").touch()
+        raise ZeroDivisionError
+    assert names_in(tmp_path) == []
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_text(path, "first\n")
+    with largest_file(20), pytest.raises(OutputNotWritable, match=r"metrics\.jsonl"):
+        append_text(path, "x" * 100 + "\n")
+    append_text(path, "last\n")
+    assert path.read_text(encoding="utf-8") == "first\nlast\n"

@@ -141,7 +141,6 @@ class TestWrongValues:
             ("cycles=0", "cycles", "0"),
             ("cycles=1.5", "cycles", "1.5"),
             ("relay=3", "relay", "3"),
-            ("relay=null", "relay", "None"),
             ("relay.enabled=perhaps", "relay.enabled", "'perhaps'"),
             ("relay.template_share=1.5", "relay.template_share", "1.5"),
             ("model.dtype=float8", "model.dtype", "'float8'"),
@@ -415,7 +414,7 @@ class TestLoad:
     def test_a_key_given_twice_is_refused_with_its_line(self, tmp_path: Path) -> None:
         path = tmp_path / "run.yaml"
         path.write_text("relay:\n  rank: 4\n  enabled: false\n  rank: 8\n", encoding="utf-8")
-        with pytest.raises(ConfigError, match=r"the key 'rank' is given twice\s+in .*line 4"):
+        with pytest.raises(ConfigError, match=r"the key 'rank' is given twice \(line 4, "):
             load_config(path)
 
     def test_a_merged_key_may_be_overridden(self, tmp_path: Path) -> None:

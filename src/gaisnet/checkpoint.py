@@ -177,6 +177,20 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Put ``text`` behind what is in a file, all of it or nothing. Raises ``OutputNotWritable``."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        before = file.tell()
+        content = text.encode("utf-8")
+        try:
+            if file.write(content) < len(content):  # the last block of a disk can be smaller than a line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path`` atomically, as ``replacing`` says."""
     with replacing(path) as temporary:

@@ -5,7 +5,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -242,6 +242,27 @@ class EdgeSettings(Settings):
             raise ValueError("template must contain {text} exactly once")
         return self
 
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if not all(label.strip() for label in self.labels):
+            raise ValueError("a label is empty")
+        repeated = _repeated(self.labels)
+        if repeated:
+            raise ValueError(f"labels must differ, but these are given twice: {', '.join(repeated)}")
+        return self
+
+
+def _refuse_alike(names: Sequence[str]) -> None:
+    """Raise ``ValueError`` for names that are one folder, or one host, wherever case does not count."""
+    alike = _repeated(map(str.lower, names))
+    if alike:
+        both = [name for name in names if name.lower() == alike[0]]
+        raise ValueError(f"names must differ in more than upper and lower case, but there are {' and '.join(both)}")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
 
 class DealtShare(Settings):
     """Which part of a built-in data set is a device's, by numbers: it is drawn as for the whole network."""
@@ -296,16 +317,18 @@ class Config(Settings):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         names = [edge.name for edge in self.edges] + [device.name for _, device in self.each_device()]
-        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+        repeated = _repeated(names)
         if repeated:
             raise ValueError(f"names must be unique, but these are used twice: {', '.join(repeated)}")
-        if RESERVED_SITES.intersection(names):
+        _refuse_alike(names)
+        if RESERVED_SITES.intersection(map(str.lower, names)):
             raise ValueError(f"an edge or a device cannot be named {' or '.join(sorted(RESERVED_SITES))}")
         domains = [edge.domain for edge in self.edges]
-        if RESERVED_DOMAINS.intersection(domains):
+        if RESERVED_DOMAINS.intersection(map(str.lower, domains)):
             raise ValueError(f"a domain cannot be named {' or '.join(sorted(RESERVED_DOMAINS))}")
         if len(set(domains)) < len(domains):
             raise ValueError("each edge serves one domain of its own, but a domain is named twice")
+        _refuse_alike(domains)
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """From a YAML file, or a plain dictionary, to a checked configuration; errors name the key, and the nearest known one.
 
-``load_config`` is the only way in for files; ``overrides`` has what is known of a file before its settings are.
+``load_config`` is the only way in for files.
 """
 
 import difflib
@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import ConfigError, UnknownKey
 from gaisnet.learning_settings import ModelSettings, Settings
-from gaisnet.overrides import found_in, is_set_by, load_yaml, most_telling, with_overrides
+from gaisnet.overrides import found_in, is_set_by, most_telling, spelled_at, what_to_do, with_overrides
+from gaisnet.yaml_text import load_yaml, problem, way_out
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -24,20 +25,40 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     current directory. Raises ``ConfigError``.
     """
     asked = f"configuration '{path}'"
+    text = _text_of(path, asked)
     try:
-        raw = load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(asked, "there is no such file", "name a YAML file; see configs/demo.yaml") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(asked, f"cannot be read ({error})", "name a readable YAML file") from error
+        raw = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(asked, f"cannot be read ({problem(error)})", way_out(error)) from error
     if not isinstance(raw, dict):
         raise ConfigError(asked, "is not a mapping of keys", "see configs/demo.yaml")
-    config = parse_config(with_overrides(raw, overrides), asked)
+    config = parse_config(with_overrides(raw, overrides), asked, text, overrides)
     return with_absolute_paths(config, overrides, path.parent.resolve())
 
 
-def parse_config(raw: dict[str, Any], asked: str = "configuration") -> Config:
-    """Check a plain dictionary. Raises ``UnknownKey`` or ``ConfigError`` with the field named."""
+def _text_of(path: Path, asked: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(asked, "there is no such file", "name a YAML file; see configs/demo.yaml") from error
+    except OSError as error:
+        raise ConfigError(asked, f"cannot be read ({error})", "name a readable YAML file") from error
+    except UnicodeDecodeError as error:
+        found = f"cannot be read (byte {error.start} is not UTF-8)"
+        raise ConfigError(asked, found, "save it as UTF-8") from error
+
+
+def parse_config(
+    raw: dict[str, Any], asked: str = "configuration", text: str = "", overrides: Sequence[str] = ()
+) -> Config:
+    """Check a plain dictionary. Raises ``UnknownKey`` or ``ConfigError`` with the field named.
+
+    Args:
+        raw: Names of settings to values.
+        asked: Name of the whole in errors.
+        text: YAML that it was read from, if any, so that errors show a value as it was written.
+        overrides: As for ``load_config``; already in ``raw``.
+    """
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -47,7 +68,9 @@ def parse_config(raw: dict[str, Any], asked: str = "configuration") -> Config:
             known = list(group.model_fields)
             matches = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
             raise UnknownKey(where, matches[0] if matches else None, known) from error
-        raise ConfigError(f"{asked}, {where or 'as a whole'}", found_in(first), "correct it and run again") from error
+        spelled = spelled_at(first["loc"], text, overrides)
+        found, do = found_in(first, spelled), what_to_do(first, spelled)
+        raise ConfigError(f"{asked}, {where or 'as a whole'}", found, do) from error
 
 
 def _locate(location: Sequence[str | int]) -> tuple[str, type[Settings]]:

@@ -1,9 +1,9 @@
 """What learns, and how: groups of settings of a run's configuration. ``config`` has the whole of it."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Precision = Literal["float32", "int8"]
 MergeMethod = Literal["regression", "sum", "ties", "dare"]
@@ -14,6 +14,16 @@ class Settings(BaseModel):
     """A frozen group of settings that refuses unknown keys, and numbers that strict JSON cannot hold."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_for_number(cls, value: Any, about: ValidationInfo) -> Any:
+        """Pydantic would take true for 1, and YAML reads yes and on as true."""
+        if isinstance(value, bool) and about.field_name is not None:
+            kind = cls.model_fields[about.field_name].annotation
+            if {int, float}.intersection((kind, *get_args(kind))) and bool not in (kind, *get_args(kind)):
+                raise ValueError(f"a number is needed, and this is read as {str(value).lower()}")
+        return value
 
 
 class ModelSettings(Settings):

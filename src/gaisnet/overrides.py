@@ -1,11 +1,9 @@
-"""A file of settings as plain values: YAML in which no key is given twice, and ``--set key=value`` on top of it.
-
-And what is said of values that settings do not take.
-"""
+"""Settings as plain values with ``--set key=value`` on top of them, and what is said of values that do not fit."""
 
 import copy
 import reprlib
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 import yaml
@@ -13,6 +11,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gaisnet.errors import ConfigError
+from gaisnet.yaml_text import load_yaml, problem, spelling
+
+_MOST_DIGITS = 9  # of an index
+_LONGEST = 200  # characters of somebody's input in a message
 
 
 def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -21,11 +23,14 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {override}", "is not of the form key=value", "as in --set relay.enabled=false")
+            raise ConfigError(
+                f"--set {shortened(override)}", "is not of the form key=value", "as in --set relay.enabled=false"
+            )
         try:
             value = load_yaml(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}", f"'{text}' is not YAML", "quote it or close its brackets") from error
+            found = f"'{shortened(text)}' is not YAML ({problem(error)})"
+            raise ConfigError(f"--set {shortened(override)}", found, "quote it, or close its brackets") from error
         _put(merged, key.split("."), value, override)
     return merged
 
@@ -43,39 +48,43 @@ def is_set_by(overrides: Sequence[str], key: str) -> bool:
     return any(f"{key}.".startswith(f"{given}.") for given in keys_of(overrides))
 
 
+def spelled_at(location: Sequence[str | int], text: str, overrides: Sequence[str]) -> str | None:
+    """A scalar of settings as somebody wrote it, in an override or in the text of the file; None if it is neither."""
+    for override in reversed(overrides):
+        key, _, value = override.partition("=")
+        parts = key.split(".")
+        if parts == [str(part) for part in location[: len(parts)]]:
+            return spelling(value, location[len(parts) :])
+    return spelling(text, location)
+
+
+def shortened(text: str) -> str:
+    """Its beginning, for a message."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
 def _put(target: Any, parts: list[str], value: Any, override: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(target, list):
-            if not part.isdecimal() or int(part) >= len(target):
+            if not part.isdecimal() or len(part) > _MOST_DIGITS or int(part) >= len(target):
                 found = f"'{part}' is no item of a list of {len(target)}"
-                raise ConfigError(f"--set {override}", found, "use an index, counted from 0")
+                raise ConfigError(f"--set {shortened(override)}", found, "use an index, counted from 0")
             key: Any = int(part)
         elif isinstance(target, dict):
             key = part
         else:
-            raise ConfigError(f"--set {override}", f"'{parts[depth - 1]}' holds a value, not keys", "shorten the key")
+            raise ConfigError(
+                f"--set {shortened(override)}", f"'{parts[depth - 1]}' holds a value, not keys", "shorten the key"
+            )
         if last:
             target[key] = value
+        elif isinstance(target, list):
+            target = target[key]
         else:
-            target = target[key] if isinstance(target, list) else target.setdefault(key, {})
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key that is given twice is an error: the first value would be lost in silence."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for i, key in enumerate(keys):
-            if key.value in [earlier.value for earlier in keys[:i]]:
-                raise yaml.composer.ComposerError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
-        return node
-
-
-def load_yaml(text: str) -> Any:
-    """YAML by its safe loader. Raises ``yaml.YAMLError``, also where a key is given twice."""
-    return yaml.load(text, Loader=_UniqueKeyLoader)
+            if target.get(key) is None:  # not there, or without anything under it
+                target[key] = {}
+            target = target[key]
 
 
 def most_telling(error: ValidationError) -> ErrorDetails:
@@ -86,9 +95,49 @@ def most_telling(error: ValidationError) -> ErrorDetails:
     return min(error.errors(), key=lambda each: (each["type"] != "extra_forbidden", -len(each["loc"])))
 
 
-def found_in(error: ErrorDetails) -> str:
-    """What is wrong with a value, and the value, shortened."""
-    message = error["msg"].removeprefix("Value error, ")
+def found_in(error: ErrorDetails, spelled: str | None = None) -> str:
+    """What is wrong with a value, and the value, shortened; ``spelled``: as it was written, if that is known."""
+    message, value = error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"] in ("missing", "value_error"):  # here the input is all that stands around it
         return message
-    return f"{message} (found {reprlib.repr(error['input'])})"
+    if value is None and error["type"] in _GROUPS:
+        return "nothing stands under it"
+    shown = reprlib.repr(value) if spelled is None or isinstance(value, str) else spelled
+    if _is_unquoted(error) and (spelled or value is not None):
+        return f"text is needed, and YAML reads {shown} as {_kind(value)}"
+    return f"{message} (found {shown})"
+
+
+def what_to_do(error: ErrorDetails, spelled: str | None = None) -> str:
+    """Advice on what ``found_in`` says."""
+    if error["input"] is None and error["type"] in _GROUPS:
+        return "write settings below it, indented, or remove the key"
+    if error["type"] == "tuple_type" and isinstance(error["input"], str):
+        return "write a list, as in [one, two]"
+    if str(error.get("ctx", {}).get("pattern", "")).startswith("^[A-Za-z0-9]["):
+        return "begin with a letter or a digit, and use letters from A to Z, digits, '-' and '_'"
+    if not _is_unquoted(error):
+        return "correct it and run again"
+    if isinstance(error["input"], dict | list):
+        return "quote it, for outside of quotes brackets have a meaning of their own"
+    if error["input"] is None and not spelled:
+        return "write some text, or remove it"
+    return f"quote it: '{spelled or error['input']}'"
+
+
+_GROUPS = ("model_type", "dict_type", "model_attributes_type")
+
+
+def _is_unquoted(error: ErrorDetails) -> bool:
+    return error["type"] == "string_type"
+
+
+def _kind(value: Any) -> str:
+    """A value that is not text, in words for who wrote it."""
+    if isinstance(value, bool):
+        return f"{value}".lower()
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, date):
+        return f"the date {value}"
+    return {type(None): "nothing", dict: "a mapping", list: "a list"}.get(type(value), f"a {type(value).__name__}")

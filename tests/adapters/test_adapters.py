@@ -9,12 +9,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from gaisnet.adapters.state import AdapterTensors, check_same_shapes, put_in, save_for_peft, take_out
+from gaisnet.adapters.state import AdapterTensors, check_same_shapes, put_in, save_adapter, save_for_peft, take_out
 from gaisnet.adapters.tuning import LoraSpec, activate, active_adapters, add_adapter, has_adapter, trainable
-from gaisnet.errors import AdapterMismatch
+from gaisnet.errors import AdapterMismatch, OutputNotWritable
 from gaisnet.models.families import Decoder
 from gaisnet.models.int8 import to_int8
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
+from tests.disk import largest_file
 from tests.tiny import VOCAB, tiny_model
 
 CUT = CutLayers(1, 1)
@@ -381,6 +382,22 @@ def test_what_is_written_for_peft(tmp_path: Path) -> None:
     assert expected.items() <= config.items()
     assert config["base_model_name_or_path"] == "org/model" and config["inference_mode"] is True
     assert sorted(config["target_modules"]) == sorted(TARGETS) and config["layers_to_transform"] == [3, 4]
+
+
+@pytest.mark.parametrize("room", [0, 300, 1500], ids="{} bytes".format)
+def test_a_full_disk_leaves_an_adapter_absent_or_as_it_was(tmp_path: Path, room: int) -> None:
+    """Its configuration alone, or half of its tensors, would be loaded by nobody and looked for by all."""
+    body, folder = body_of(), tmp_path / "adapters" / "medical"
+    tensors = with_adapter(body, "medical", seed=4)
+    with largest_file(room), pytest.raises(OutputNotWritable, match="medical': .*; free some space"):
+        save_adapter(folder, SPEC, tensors, "tiny", "model.layers")
+    assert list(folder.parent.iterdir()) == []
+    save_adapter(folder, SPEC, tensors, "tiny", "model.layers")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with largest_file(room), pytest.raises(OutputNotWritable):
+        save_adapter(folder, SPEC, random_like(tensors, seed=5), "tiny", "model.layers")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["medical"]
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:

@@ -608,11 +608,19 @@ def test_folders_take_the_place_of_a_built_in_domain(tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": "b", "label": "c"}', "has unknown keys: 'label'"),
         ('{"prompt": "a", "completion": "b", "text": "c"}', "has unknown keys: 'text'; write {\"prompt\""),
         ('{"image": "a", "completion": "b", "prompt": "c"}', "has unknown keys: 'image'; write {\"prompt\""),
-        ('{"prompt": "a", "completion": 4}', "'completion' is a int; write a string"),
-        ('{"prompt": null, "completion": "b"}', "'prompt' is a NoneType; write a string"),
+        ('{"prompt": "a", "completion": 4}', "'completion' is 4, not text; quote it: \"4\""),
+        ('{"prompt": "a", "completion": true}', "'completion' is true, not text; quote it: \"true\""),
+        ('{"prompt": "a", "completion": ["b"]}', "'completion' is [\"b\"], not text; write a string"),
+        ('{"prompt": null, "completion": "b"}', "'prompt' is null, not text; write a string"),
         ('{"prompt": "", "completion": "b"}', "'prompt' is empty; write some text"),
         ('{"prompt": "a", "completion": " \\n"}', "'completion' is empty; write some text"),
-        ('{"prompt": "\\ud800", "completion": "b"}', "'prompt' holds half of a surrogate pair"),
+        ('{"prompt": "\\ud800", "completion": "b"}', "is not valid JSON (a string holds half of a surrogate pair"),
+        ('{"prompt": "a", "completion": "b", "prompt": "c"}', 'is not valid JSON (the key "prompt" is given twice)'),
+        ('{"prompt": "a", "completion": "b", "\\u0070rompt": "c"}', 'is not valid JSON (the key "prompt" is given'),
+        ('{"prompt": "a", "completion": NaN}', "is not valid JSON (NaN is not a number of JSON)"),
+        ('{"prompt": "a", "completion": -Infinity}', "is not valid JSON (-Infinity is not a number of JSON)"),
+        ('{"prompt": "a", "completion": 1e999}', "is not valid JSON (the number 1e999 is too large)"),
+        ('{"prompt": "a", "completion": ' + "9" * 5000 + "}", "is not valid JSON (Exceeds the limit"),
     ],
 )
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -621,6 +629,22 @@ def test_a_bad_line_is_named_with_file_and_number(tmp_path: Path, part: str, lin
     with pytest.raises(DataError) as caught:
         load_domains(folder_config(folder))
     assert str(caught.value).startswith(f"{folder / part}.jsonl, line 3: {message}")
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_a_byte_order_mark_and_any_line_ends_are_read(tmp_path: Path, newline: str) -> None:
+    folder = write_folder(tmp_path / "a")
+    plain = load_domains(folder_config(folder))
+    for part in ("train", "test"):
+        (folder / f"{part}.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{GOOD_LINE}{newline}{newline}".encode())
+    assert load_domains(folder_config(folder)) == plain
+
+
+def test_another_encoding_is_named_with_its_line(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a")
+    (folder / "train.jsonl").write_bytes(GOOD_LINE.encode() + b'\n{"prompt": "caf\xe9", "completion": "b"}\n')
+    with pytest.raises(DataError, match=r"line 2 is not UTF-8: .*; save it as UTF-8"):
+        load_domains(folder_config(folder))
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -645,7 +669,9 @@ def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a")
     (folder / "train.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(DataError, match=r"train\.jsonl' of device 'device-0': cannot be read \('utf-8' codec"):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl' of device 'device-0': cannot be read .line 1 is not UTF-8: inv"
+    ):
         load_domains(folder_config(folder))
     (folder / "train.jsonl").unlink()
     (folder / "train.jsonl").mkdir()

@@ -160,7 +160,7 @@ def test_pixels_are_what_vits_own_processor_makes_of_a_picture(tmp_path: Path) -
         ('{"image": "\\u0000", "label": "a"}', "'image' is "),
         ('{"image": "%s", "label": "a"}' % ("a" * 5000), "'image' is "),
         ('{"image": "x.jsonl", "label": "a"}', "'image' cannot be read (UnidentifiedImageError: cannot"),
-        ('{"text": "a", "label": 4}', "'label' is a int; write a string"),
+        ('{"text": "a", "label": 4}', "'label' is 4, not text; quote it: \"4\""),
         ('{"text": "a", "image": "b", "label": "c"}', "has unknown keys: 'image'"),
         ('{"text": "a", "completion": "b", "label": "c"}', "has unknown keys: 'completion'"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gaisnet.errors import MissingPackage, ModelError
+from gaisnet.errors import CacheNotWritable, MissingPackage, ModelError, NoCache
 from gaisnet.learning_settings import ModelSettings
 from gaisnet.models import foundation as loading
 from gaisnet.models.families import ENCODERS
 from gaisnet.models.foundation import DEFAULT_MODEL, Foundation, load_foundation
+from tests.disk import largest_file
 from tests.tiny import (
     NUM_LAYERS,
     VOCAB,
@@ -301,6 +303,37 @@ def test_a_gguf_file_with_half_a_tokenizer_is_refused(tmp_path: Path, cache: Pat
     with pytest.raises(ModelError, match="the GGUF file cannot be converted"):
         load(write_tiny_gguf(tmp_path / "tiny.gguf", tiny_model(), merges=()))
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [10_000, 40_000], ids="{} bytes".format)
+def test_a_conversion_on_a_full_disk_leaves_nothing_and_names_the_cache(tmp_path: Path, cache: Path, room: int) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_model())
+    with largest_file(room), pytest.raises(CacheNotWritable, match=f"keeping a model in '{cache}/tiny-.*GAISNET_CACHE"):
+        _ = load(path)
+    assert list(cache.iterdir()) == []
+    assert load(path).model.dtype == torch.float32
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_model())
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GAISNET_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(loading, "from_gguf", None)
+    with pytest.raises(CacheNotWritable, match="Not a directory; free some space, or let GAISNET_CACHE name a folder"):
+        load(path)
+
+
+def test_a_user_without_a_home_is_told_which_variable_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", tiny_model())
+    monkeypatch.delenv("GAISNET_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    with pytest.raises(NoCache, match="let GAISNET_CACHE name a folder"):
+        load(path)
+    monkeypatch.setenv("GAISNET_CACHE", str(tmp_path / "cache"))
+    assert load(path).model.dtype == torch.float32
 
 
 # -- the default -------------------------------------------------------------------------------------------------------

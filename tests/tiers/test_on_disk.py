@@ -1,11 +1,8 @@
 """Activations in files: to the bit what they are in memory, and nothing of them is left behind."""
 
 import gc
-import resource
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from gaisnet.errors import ActivationsNotKept
 from gaisnet.network import Network
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.on_disk import kept_within
+from tests.disk import largest_file
 from tests.tiny import tiny_config, tiny_data, tiny_foundation
 
 MIB = 2**20
@@ -38,17 +36,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where temporary files are put."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Inside, a longer file cannot be written, as if the disk were full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -141,3 +128,11 @@ def test_a_full_disk_ends_an_order_and_the_next_goes_on(folder: Path) -> None:
     with largest_file(64), pytest.raises(ActivationsNotKept):
         network.fine_tune()
     assert {name for name in network.fine_tune()} == {"shapes", "tastes"}
+
+
+def test_a_machine_without_a_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", "/dev/null/none")
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/dev/null/none"])
+    with pytest.raises(ActivationsNotKept, match="in a file of '/dev/null/none': .*No usable temporary directory"):
+        kept_within(rows(), [], 0)

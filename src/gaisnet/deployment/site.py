@@ -19,6 +19,7 @@ from gaisnet.hosts import address
 from gaisnet.learning_settings import Settings
 from gaisnet.locks import locked
 from gaisnet.transport.grpc import Certificates
+from gaisnet.yaml_text import load_yaml
 
 SITE_FILE = "site.yaml"
 SITE_LOCK = ".lock"
@@ -69,7 +70,7 @@ def write_site(folder: Path, site: Site) -> None:
 def read_site(folder: Path, role: Role | None = None) -> Site:
     """What a kit says. Raises ``KitUnreadable``, also where it is the kit of another role."""
     try:
-        site = Site.model_validate(yaml.safe_load((folder / SITE_FILE).read_text(encoding="utf-8")))
+        site = Site.model_validate(load_yaml((folder / SITE_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise KitUnreadable(folder, f"it has no {SITE_FILE}") from error
     except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:

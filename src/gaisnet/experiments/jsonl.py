@@ -20,18 +20,20 @@ from PIL import Image
 from torch import Tensor
 
 from gaisnet.errors import DataError
+from gaisnet.strict_json import loads
 from gaisnet.tiers.examples import Example, Input, Labelled
 
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")  # Pillow runs a program for some others
 _GREY = ("1", "L", "LA")  # modes of Pillow's, 8 bits a channel or fewer
 _COLOUR = ("P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _MOST_PIXELS = 4096 * 4096
+_LONGEST = 60  # characters of a value in a message
 _EXAMPLES = {"prompt": ("prompt", "completion"), "text": ("text", "label"), "image": ("image", "label")}
 _INPUTS = {"text": ("text",), "image": ("image",)}
 
 
 def read_examples(path: Path, owner: str) -> tuple[Example | Labelled, ...]:
-    """Of a device, at least one. Raises ``DataError``."""
+    """Examples of a device, at least one. Raises ``DataError``, with the line where one is wrong."""
     asked = f"examples '{path}' of device '{owner}'"
     lines = _lines(path, asked, "put train.jsonl and test.jsonl in the data folder, or name it anew")
     if not lines:
@@ -49,13 +51,17 @@ def read_inputs(path: Path) -> tuple[Input, ...]:
 
 
 def _lines(path: Path, asked: str, do: str) -> list[tuple[str, str]]:
-    """Those that are not blank, each behind where it is."""
+    """Lines of a file that are not blank, each behind its place."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
     except FileNotFoundError as error:
         raise DataError(asked, "there is no such file", do) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(asked, f"cannot be read ({error})", "write it as UTF-8 text that this user can read") from error
+    except OSError as error:
+        raise DataError(asked, f"cannot be read ({error})", "let this user read it") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        found = f"cannot be read (line {line} is not UTF-8: {error.reason})"
+        raise DataError(asked, found, "save it as UTF-8") from error
     # Not splitlines, which also splits at characters that JSON allows within a string.
     return [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
@@ -72,12 +78,12 @@ def _input_of(raw: dict[str, str], where: str, folder: Path) -> Input:
 
 
 def _fields(line: str, where: str, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """What a line says, all of it text. The kind is that of the first key that is there, or the first of all."""
+    """Keys and values of a line, all of them text. The kind is that of the first key that is there, or of all."""
     kind = next(iter(kinds.values()))
     do = _how_to_write(kind)
     try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        raw = loads(line)
+    except ValueError as error:
         raise DataError(where, f"is not valid JSON ({error})", do) from error
     if not isinstance(raw, dict):
         raise DataError(where, f"is a {type(raw).__name__}, not an object", do)
@@ -98,12 +104,18 @@ def _how_to_write(kind: tuple[str, ...]) -> str:
 
 
 def _check_text(key: str, value: Any, where: str) -> None:
+    if isinstance(value, dict | list) or value is None:
+        raise DataError(where, f"'{key}' is {_said(value)}, not text", "write a string")
     if not isinstance(value, str):
-        raise DataError(where, f"'{key}' is a {type(value).__name__}", "write a string")
+        raise DataError(where, f"'{key}' is {_said(value)}, not text", f'quote it: "{_said(value)}"')
     if not value.strip():
         raise DataError(where, f"'{key}' is empty", "write some text, or remove the line")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(where, f"'{key}' holds half of a surrogate pair", "write the whole character")
+
+
+def _said(value: Any) -> str:
+    """A value of JSON, shortened."""
+    said = json.dumps(value)
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
 
 
 def _quoted(names: set[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gaisnet.checkpoint import FolderShelf, write_text, writing
+from gaisnet.checkpoint import FolderShelf, append_text, write_text, writing
 from gaisnet.errors import GaisnetError, LockTaken, NothingToResume, OutputInUse, OutputNotWritable
 from gaisnet.experiments.summary import Cycle, Summary, strict_json, write_json
 from gaisnet.locks import Lock, take
@@ -136,8 +136,7 @@ class RunFolder:
         """Append one line of strict JSON to ``metrics.jsonl``. Raises ``NotFinite`` or ``OutputNotWritable``."""
         line = strict_json(event, self.metrics_path.name)
         # Opened for each line: nothing stays in a buffer, and a full disk is met here and not at the end.
-        with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_text(self.metrics_path, line + "\n")
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """Add a point to the TensorBoard curve ``tag``. Raises ``OutputNotWritable``."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from gaisnet.adapters.state import save_adapter
@@ -13,7 +14,7 @@ from gaisnet.checkpoint import write_text
 from gaisnet.config import Config
 from gaisnet.config_file import parse_config, with_absolute_paths
 from gaisnet.engines.local import build_network
-from gaisnet.errors import ConfigError, NothingToResume
+from gaisnet.errors import CheckpointError, ConfigError, NothingToResume
 from gaisnet.experiments.card import CARD_NAME, render_card
 from gaisnet.experiments.data import DomainData, load_domains, majority, public_inputs, public_text
 from gaisnet.experiments.output import RunFolder
@@ -123,11 +124,14 @@ def _checkpoint(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_summary(out: Path) -> Summary:
-    """What a run wrote. Raises ``NothingToResume`` if there is no summary."""
+    """Summary of a run in its folder. Raises ``NothingToResume`` without one, ``CheckpointError`` if it is damaged."""
     path = out / "summary.json"
     if not path.is_file():
         raise NothingToResume(out)
-    return Summary.model_validate_json(path.read_text(encoding="utf-8"))
+    try:
+        return Summary.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(path, str(error)) from error
 
 
 def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: Callable[[], Ledger]) -> Build:

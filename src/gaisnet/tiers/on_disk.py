@@ -1,5 +1,6 @@
 """Activations beyond what an edge may keep in memory: in files that are mapped, and gone with the last use of them."""
 
+import os
 import tempfile
 from collections.abc import Iterable
 
@@ -35,7 +36,8 @@ def kept_within(rows: Tensor, others: Iterable[Tensor], max_mib: int | None) -> 
             file.flush()
             mapped = torch.from_file(file.name, shared=True, size=rows.numel(), dtype=rows.dtype)
     except (OSError, RuntimeError) as error:  # torch's own mapping raises the latter
-        raise ActivationsNotKept(rows.nbytes, tempfile.gettempdir(), str(error)) from error
+        folder = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")  # gettempdir fails where none can be written
+        raise ActivationsNotKept(rows.nbytes, str(folder), str(error)) from error
     return mapped.view(rows.shape)
 
 
