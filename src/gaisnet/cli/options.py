@@ -50,6 +50,12 @@ EscalateTo = Annotated[
         help="The adapter on the foundation model then: that of all domains, or of the DM's own.",
     ),
 ]
+MostEscalated = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, rich_help_panel=_ANSWERS, help="To calibrate: share of answers that may be escalated."
+    ),
+]
 Threshold = Annotated[
     float | None,
     typer.Option(

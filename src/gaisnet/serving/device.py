@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from gaisnet.config import RoutingSettings
+from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.progress import Progress, silent
 from gaisnet.serving.answering import MERGED, Answering, Domain
 from gaisnet.serving.bodies import Bodies, Target
@@ -47,6 +47,7 @@ class ServedDevice:
     domains: Mapping[str, ServedDomain]
     merged: bool = False  # whether the FM has an adapter of several domains
     gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # figures for /metrics, by name
+    front: FrontSettings = FrontSettings()  # limits of the endpoint
 
     def answering(
         self, settings: RoutingSettings, calibrations: Mapping[str, Calibration], speculate: bool
@@ -103,9 +104,9 @@ class ServedDevice:
         return Target("cloud", (MERGED,) if merged else self.domains[name].foundation_adapters, name)
 
     def fits(self, name: str, settings: RoutingSettings, calibration: Calibration) -> bool:
-        """Whether a threshold is for what a domain escalates to, and from the mix that is expected."""
-        asked = self.escalation(name, settings).adapters, len(self.others(name, settings))
-        return (calibration.adapters, calibration.num_others) == asked
+        """Whether a threshold is for a domain's escalation and its limit, and from the mix that is expected."""
+        asked = self.escalation(name, settings).adapters, len(self.others(name, settings)), settings.most_escalated
+        return (calibration.adapters, calibration.num_others, calibration.most_escalated) == asked
 
     def routing(self, name: str, settings: RoutingSettings, calibrations: Mapping[str, Calibration]) -> Routing:
         """When the FM is asked in a domain."""

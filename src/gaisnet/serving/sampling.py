@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gaisnet.errors import SessionRefused
 
-
 _COLDEST = 1e-5
 """A lower temperature takes the likeliest token, as 0 does: divided by it, logits would leave float32."""
 
