@@ -38,8 +38,8 @@ def rendered_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
         messages: ``role`` and ``content`` of each.
 
     Raises:
-        SessionRefused: The tokenizer has no template; or its template refuses these messages, fails, or takes more time,
-            memory or room than it may.
+        SessionRefused: The tokenizer has no template; or its template refuses these messages, fails, or takes more
+            time, memory or room than it may.
         ServiceFull: Other chats are being rendered, and take all the time.
     """
     if not tokenizer.chat_template:
