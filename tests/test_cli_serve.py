@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from typer.testing import CliRunner, Result
 
 from gaisnet.cli import serve as serving
 from gaisnet.cli.app import app
-from gaisnet.serving.address import ADDRESS_NAME
+from gaisnet.config import FrontSettings, RoutingSettings
+from gaisnet.serving.address import ADDRESS_NAME, announced
 from gaisnet.serving.calibration import FILE_NAME, HeldOut
 from gaisnet.serving.device import ServedDevice, ServedDomain
+from gaisnet.serving.keys import ApiKeys
 from gaisnet.serving.server import Server
 from tests.serving.fronts import Front, chat_tokenizer, front, tiny_bodies, until
 from tests.serving.models import prompt
@@ -40,7 +43,7 @@ def tiny_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> I
     with ExitStack() as stack:
         for service in bodies.services:
             stack.enter_context(service.serving())
-        yield ServedDevice("shapes", parts, chat_tokenizer(), bodies, domains)
+        yield ServedDevice("shapes", parts, chat_tokenizer(), bodies, domains, front=FrontSettings(max_prompts=1))
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_serve_calibrates_once_and_says_where_it_is(tmp_path: Path, monkeypatch:
     seen: list[str] = []
 
     def run(server: Server) -> None:
-        url = (tmp_path / ADDRESS_NAME).read_text(encoding="utf-8").strip()
+        url = (tmp_path / ADDRESS_NAME).read_text(encoding="utf-8").splitlines()[0]
         seen.append(url)
         with server.in_thread():
             seen.append(httpx.get(f"{url}/v1/models").json()["data"][0]["id"])
@@ -129,8 +132,8 @@ def test_a_run_that_nobody_serves_is_opened_here(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_served_is_asked_there(tmp_path: Path, up: Front) -> None:
-    (tmp_path / ADDRESS_NAME).write_text(f"{up.url}\n", encoding="utf-8")
-    result = gaisnet("chat", tmp_path, "--model", "merged", "--max-tokens", 4, said="hello\n")
+    with announced(tmp_path, up.url):
+        result = gaisnet("chat", tmp_path, "--model", "merged", "--max-tokens", 4, said="hello\n")
     assert "by the foundation model" in words(result.output)
 
 
@@ -150,3 +153,72 @@ def test_an_answer_that_breaks_off_is_told_and_the_talk_goes_on(up: Front) -> No
     assert "cannot be had now" in text
     assert "auto, foundation" in text
     until(lambda: not up.bodies.num_sessions)
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """Lists one model, sends every other request elsewhere, and keeps what it was sent."""
+
+    seen: list[tuple[str, str | None]]
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.seen.append((self.path, self.headers.get("Authorization")))
+        body = b'{"data": [{"id": "auto"}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.seen.append((self.path, self.headers.get("Authorization")))
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(307)
+        self.send_header("Location", "/elsewhere")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@pytest.fixture
+def recorder() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    seen: list[tuple[str, str | None]] = []
+    handler = type("Recorder", (Recorder,), {"seen": seen})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", seen
+        server.shutdown()
+
+
+def test_a_key_goes_to_an_address_that_the_user_names_and_never_to_one_of_a_file(
+    tmp_path: Path, recorder: tuple[str, list[tuple[str, str | None]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, seen = recorder
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there, and nobody in between is to see it
+    keys = tmp_path / "keys"
+    keys.write_text("sk-of-the-tests-0123456789\n", encoding="utf-8")
+    with announced(tmp_path, url):
+        gaisnet("chat", tmp_path, "--api-keys", keys, said="hello\n")
+    assert {key for _, key in seen} == {None}
+    del seen[:]
+    result = gaisnet("chat", url, "--api-keys", keys, said="hello\n")
+    assert {key for _, key in seen} == {"Bearer sk-of-the-tests-0123456789"}
+    assert [path for path, _ in seen] == ["/v1/models", "/v1/chat/completions"]  # a redirect is not followed
+    assert "it answers 307" in words(result.output)
+
+
+@pytest.mark.usefixtures("opens")
+def test_a_run_s_own_limits_hold_where_it_is_served(tmp_path: Path) -> None:
+    routing = RoutingSettings(escalate="never")
+    with serving.opened(tmp_path, None, routing, False, ApiKeys(), ("127.0.0.1", 0)) as (_, server):
+        with server.in_thread() as url:
+            answer = httpx.post(f"{url}/v1/completions", json={"model": "auto", "prompt": ["a", "b"]})
+    assert answer.status_code == 400
+    assert "prompt holds 2 prompts, send 1 to 1" in answer.json()["error"]["message"]
+
+
+def test_a_folder_that_names_a_foreign_address_is_not_believed(tmp_path: Path) -> None:
+    with announced(tmp_path, "http://192.0.2.1:8000"):
+        result = gaisnet("chat", tmp_path, said="hello\n")
+    assert result.exit_code == 1
+    assert "is no address of this machine" in words(result.output)

@@ -453,3 +453,15 @@ def test_a_cycle_has_whole_passes(raw: dict[str, Any]) -> None:
     raw["fine_tune"] = {"local_epochs": 0.25, "edge_rounds": 6}
     with pytest.raises(ConfigError, match="with local_epochs 0.25, edge_rounds is a multiple of 4, not 6"):
         parse_config(raw)
+
+
+class TestFront:
+    def test_the_endpoint_s_limits_are_settings_of_a_run(self, raw: dict[str, Any]) -> None:
+        config = parse(raw, "front.max_answers=3", "front.cors_origins=[https://chat.example:8443, '*']")
+        assert config.front.max_answers == 3
+        assert config.front.cors_origins == ("https://chat.example:8443", "*")
+
+    @pytest.mark.parametrize("origin", ["chat.example", "https://chat.example/path", "https://a b", "null", "ftp://a"])
+    def test_what_is_no_origin_is_refused(self, raw: dict[str, Any], origin: str) -> None:
+        with pytest.raises(ConfigError, match="front.cors_origins"):
+            parse({**raw, "front": {"cors_origins": [origin]}})

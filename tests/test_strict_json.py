@@ -69,6 +69,13 @@ def test_brackets_in_strings_are_no_depth() -> None:
     assert loads(deep) == json.loads(deep)
 
 
+def test_more_lists_and_objects_than_there_may_be() -> None:
+    text = json.dumps([{"a": "[" * 200}] * 99)
+    assert loads(text, most=100) == json.loads(text)
+    with pytest.raises(ValueError, match="more than 99 lists and objects"):
+        loads(text, most=99)
+
+
 @pytest.mark.parametrize(
     "text",
     ['"' + '\\"' * 2**19, "[" * 2**20, "[]" * 2**19, '"' * 2**20, "[" + "[]," * 2**18 + "[]]", '{"a' * 2**18],

@@ -26,6 +26,7 @@ from gaisnet.learning_settings import (
 TensorCode = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 DevicePrecision = Literal["float32", "int8", "int4"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[A-Za-z0-9.\[\]:-]+)$", max_length=300)]
 RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged", "none"})  # names of adapters in the cloud, and of models
 RESERVED_SITES = frozenset(
     {"cloud", "admin", "authority", "logs"}
@@ -143,15 +144,34 @@ class RoutingSettings(Settings):
 
 
 class FrontSettings(Settings):
-    """What callers of the HTTP endpoint may ask for at once."""
+    """The HTTP endpoint: how much callers may ask for at once, how long they may take, and whose web pages may ask."""
 
     max_body_bytes: int = Field(2**20, ge=2**10, description="A larger request is refused with 413.")
     max_prompt_tokens: int = Field(4096, ge=1, description="A longer prompt is refused with 400.")
     max_answer_tokens: int = Field(1024, ge=1, description="An answer that asks for more is refused with 400.")
+    max_messages: int = Field(4096, ge=1, description="Messages of a chat, and parts of them; more are refused.")
+    max_prompts: int = Field(32, ge=1, description="Prompts of one request for completions; more are refused.")
     default_chat_tokens: int = Field(
         512, ge=1, description="Tokens of a chat's answer that names no number; completions take 16, as OpenAI's do."
     )
-    max_answers: int = Field(32, ge=1, description="Answers under way at once; one more is refused with 429.")
+    max_answers: int = Field(
+        32,
+        ge=1,
+        description="Answers under way at once; one more is refused with 429, except that of several prompts of one "
+        "request those without room wait for the first of them.",
+    )
+    max_connections: int = Field(
+        256, ge=1, description="Open at once. One more ends the one that has owed a request for the longest time."
+    )
+    head_timeout_s: float = Field(10.0, gt=0.0, description="Of a request, from its first byte to its last header.")
+    body_timeout_s: float = Field(30.0, gt=0.0, description="Of a request, from there to the end of its body.")
+    idle_timeout_s: int = Field(5, ge=1, description="How long a connection may be silent between two requests.")
+    send_timeout_s: float = Field(60.0, gt=0.0, description="How long a caller may take nothing of an answer.")
+    cors_origins: tuple[Origin, ...] = Field(
+        (),
+        description="Origins of web pages whose scripts may ask, such as https://chat.example; '*' for all. Requests "
+        "of other pages are refused.",
+    )
 
 
 class CloudSettings(Settings):
@@ -307,6 +327,7 @@ class Config(Settings):
     wire: WireSettings = WireSettings()
     faults: FaultSettings = FaultSettings()
     service: ServiceSettings = ServiceSettings()
+    front: FrontSettings = FrontSettings()
     data: DataSettings = DataSettings()
     cloud: CloudSettings = CloudSettings()
     edges: tuple[EdgeSettings, ...] = Field(min_length=1)

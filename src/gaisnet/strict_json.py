@@ -14,19 +14,22 @@ _NO_BRACKETS = re.compile(r"[^\[\]{}]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str | bytes, most: int | None = None) -> Any:
     """A value out of its JSON text, in time linear in its length.
 
     Args:
         text: As a string, or in UTF-8; a byte order mark is no part of JSON.
+        most: Lists and objects that it may hold; each costs many times the memory of its two characters. None for any
+            number.
 
     Raises:
         ValueError: It is not JSON, a key is given twice in one object, a number is not finite, a string holds half of
-            a surrogate pair, or values nest deeper than ``DEEPEST``. Says which, in words for who wrote it.
+            a surrogate pair, values nest deeper than ``DEEPEST``, or there are more of them than ``most``. The message
+            says which, in words for who wrote it.
     """
     if isinstance(text, bytes):
         text = _decoded(text)
-    _check_depth(text)
+    _check_brackets(text, most)
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:  # brackets that are never closed
@@ -46,11 +49,13 @@ def _decoded(text: bytes) -> str:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
 
 
-def _check_depth(text: str) -> None:
-    """Raise ``ValueError`` beyond ``DEEPEST``; each round takes away the innermost brackets, all at once."""
+def _check_brackets(text: str, most: int | None) -> None:
+    """Raise ``ValueError`` for too many, or too deep; each round takes away the innermost pairs, all at once."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return
     brackets = _NO_BRACKETS.sub("", _STRING.sub("", text)).translate(_BRACKETS)
+    if most is not None and brackets.count("(") > most:
+        raise ValueError(f"it holds more than {most} lists and objects")
     for _ in range(DEEPEST):
         if "()" not in brackets:
             return

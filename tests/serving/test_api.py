@@ -63,7 +63,8 @@ def test_models(up: Front) -> None:
     asked = client(up)
     names = ["auto", "foundation", "merged", "shapes", "tastes"]
     assert [model.id for model in asked.models.list()] == names
-    assert asked.models.retrieve("merged").id == "merged"
+    merged: Any = asked.models.retrieve("merged")
+    assert (merged.id, merged.max_model_len) == ("merged", up.answering.context)
     assert httpx.get(f"{up.url}/health").json() == {"status": "ok"}
 
 
@@ -100,6 +101,56 @@ def test_a_completion_streaming_or_not(up: Front) -> None:
     short = client(up).completions.create(model="tastes", prompt="sweet", temperature=0)
     assert short.usage is not None
     assert short.usage.completion_tokens == 16
+
+
+def test_prompts_of_one_request_have_a_choice_each(up: Front) -> None:
+    prompts = ["sweet", "sour", "salt"]
+    alone = [client(up).completions.create(model="tastes", prompt=p, **GREEDY) for p in prompts]
+    whole = client(up).completions.create(model="tastes", prompt=prompts, **GREEDY)
+    assert [(c.index, c.text) for c in whole.choices] == [(i, a.choices[0].text) for i, a in enumerate(alone)]
+    assert [c.finish_reason for c in whole.choices] == ["length"] * 3
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == sum(map(len, prompts))
+    assert (whole.usage.completion_tokens, whole.usage.total_tokens) == (36, 36 + sum(map(len, prompts)))
+    assert [ours(choice)["body"] for choice in whole.choices] == ["edge"] * 3
+    options: Any = {"include_usage": True}
+    chunks = list(
+        client(up).completions.create(model="tastes", prompt=prompts, stream=True, stream_options=options, **GREEDY)
+    )
+    texts, ends = ["", "", ""], [0, 0, 0]
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        texts[choice.index] += choice.text
+        ends[choice.index] += choice.finish_reason == "length"
+    assert (texts, ends) == ([c.text for c in whole.choices], [1, 1, 1])
+    assert chunks[-1].usage == whole.usage
+
+
+def test_prompts_of_one_request_wait_for_room_and_fail_together() -> None:
+    with front(settings=FrontSettings(max_answers=2, max_prompts=5)) as at:
+        whole = client(at).completions.create(model="tastes", prompt=["a", "b", "c", "d", "e"], **GREEDY)
+        assert [choice.index for choice in whole.choices] == [0, 1, 2, 3, 4]
+        assert all(choice.text for choice in whole.choices)
+        error = refused(post(at, json={"model": "auto", "prompt": ["a", "", "c"]}), 400)
+        assert "it has no tokens" in error["message"]
+        at.bodies.wait_until_free()
+
+
+def test_a_second_turn_of_a_chat(up: Front) -> None:
+    first = client(up).chat.completions.create(model="shapes", **HELLO).choices[0].message
+    turns: Any = [*HELLO["messages"], first.model_dump(), *HELLO["messages"]]
+    plain: Any = [*HELLO["messages"], {"role": "assistant", "content": first.content}, *HELLO["messages"]]
+    second = [
+        client(up).chat.completions.create(model="shapes", messages=each, max_tokens=4, temperature=0)
+        for each in (turns, plain)
+    ]
+    assert second[0].choices[0].message.content == second[1].choices[0].message.content
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/auto"])
+def test_head_says_what_get_would(up: Front, path: str) -> None:
+    head, whole = httpx.head(up.url + path), httpx.get(up.url + path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
 
 
 def test_stop_strings_and_seeds(up: Front) -> None:
@@ -174,11 +225,11 @@ def refused(response: httpx.Response, status: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "param", "said"),
     [
-        ({"n": 2}, "n", "not supported"),
-        ({"logprobs": 0}, "logprobs", "not supported"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-        ({"echo": True}, "echo", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"n": 2}, "n", "does not support"),
+        ({"logprobs": 0}, "logprobs", "does not support"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "does not support"),
+        ({"echo": True}, "echo", "does not support"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "does not support"),
         ({"temprature": 1}, "temprature", "is not a field"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
@@ -191,7 +242,6 @@ def refused(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"stop": ""}, "stop", "at least 1"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"model": 5}, "model", "valid string"),
-        ({"prompt": ["a", "b"]}, "prompt", "holds 2 prompts"),
         ({"prompt": []}, "prompt", "holds 0 prompts"),
         ({"prompt": 7}, "prompt", "valid"),
         ({"prompt": ""}, None, "it has no tokens"),
@@ -384,6 +434,42 @@ def test_keys() -> None:
         refused(post(at, json={"model": "auto", "prompt": "a"}, headers={"Authorization": f"Basic {KEY}"}), 401)
         refused(post(at, content=b"{", headers={"Authorization": "Bearer wrong"}), 401)  # before anything is read
         assert httpx.get(f"{at.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:3000"}, 403),  # another server of this machine is another origin, too
+        ({"Origin": "https://evil.example", "Content-Type": "text/plain"}, 403),  # sent without asking before
+        ({}, 200),
+    ],
+    ids=str,
+)
+def test_web_pages_of_other_origins_are_refused(up: Front, headers: dict[str, str], status: int) -> None:
+    sent = json.dumps({"model": "auto", "prompt": "a", "max_tokens": 1})
+    response = post(up, content=sent, headers=headers)
+    assert response.status_code == status
+    assert "access-control-allow-origin" not in response.headers
+    if status == 403:
+        assert refused(response, 403)["code"] == "wrong_origin"
+    own = post(up, content=sent, headers={"Origin": up.url})
+    assert own.status_code == 200
+
+
+def test_origins_that_the_settings_name_may_ask() -> None:
+    page = "https://chat.example"
+    with front(settings=FrontSettings(cors_origins=(page,))) as at:
+        before = {"Origin": page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-a"}
+        asked = httpx.options(f"{at.url}/v1/completions", headers=before)
+        assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, page)
+        assert asked.headers["access-control-allow-headers"] == "x-a"
+        answer = post(at, json={"model": "auto", "prompt": "a", "max_tokens": 1}, headers={"Origin": page})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, page)
+        other = {"Origin": "https://evil.example"}
+        assert httpx.options(f"{at.url}/v1/completions", headers={**before, **other}).status_code == 400
+        refused(post(at, json={"model": "auto", "prompt": "a"}, headers=other), 403)
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "[", "127.0.0.1.evil.example"])

@@ -90,7 +90,13 @@ def test_a_question_of_another_domain_is_what_the_threshold_comes_from() -> None
 
 
 @pytest.mark.parametrize(
-    "changes", [{"escalate_to": "domain"}, {"other_domains": 0.0}, {"escalate_to": "domain", "other_domains": 0.0}]
+    "changes",
+    [
+        {"escalate_to": "domain"},
+        {"other_domains": 0.0},
+        {"most_escalated": 0.1},
+        {"escalate_to": "domain", "other_domains": 0.0},
+    ],
 )
 def test_a_threshold_for_something_else_is_not_taken(changes: dict[str, object], tmp_path: Path) -> None:
     device, _ = tiny_device({"shapes": BOTH["shapes"][:4], "tastes": BOTH["tastes"][:4]})

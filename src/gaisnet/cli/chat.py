@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from gaisnet.cli.conversation import Conversation
 from gaisnet.cli.display import console, quiet_libraries, told_errors
@@ -14,7 +14,8 @@ from gaisnet.cli.options import ServiceOverrides
 from gaisnet.cli.serve import opened
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import ServerRefused
-from gaisnet.serving.address import ADDRESS_NAME
+from gaisnet.serving.address import found
+from gaisnet.terminal import safe_line
 
 _COLOURS = {"edge": "green", "cloud": "magenta"}
 _NAMES = {"edge": "domain model", "cloud": "foundation model"}
@@ -43,7 +44,7 @@ def chat(
 ) -> None:
     r"""Talk to a run's models; green is what the domain model wrote, magenta what the foundation model wrote.
 
-    RUN is asked where it is served; if nobody serves it, it is opened here.
+    RUN is asked where it is served on this machine; if nobody serves it, it is opened here. API keys go to a URL only.
 
     With the demo: gaisnet chat runs/demo-... --model auto --plain, then
     Diagnosis: Acute myocarditis, unspecified\nChapter:
@@ -55,7 +56,9 @@ def chat(
         if speculate:
             options["speculate"] = True
         with _address(place, overrides or ()) as url:
-            talk = Conversation(url, model, first_key(api_keys), options, plain)
+            # A folder may come from anybody, and so may the address in it: a key is for addresses that a user names.
+            key = first_key(api_keys) if url == place else None
+            talk = Conversation(url, model, key, options, plain)
             known = talk.models()
             if model not in known:
                 raise ServerRefused(url, f"it has no model '{model}', but {', '.join(known)}")
@@ -70,22 +73,21 @@ def _address(place: str, overrides: Sequence[str]) -> Iterator[str]:
         yield place
         return
     run = Path(place)
-    told = run / ADDRESS_NAME
-    if told.is_file():
-        yield told.read_text(encoding="utf-8").strip()
+    if (url := found(run)) is not None:
+        yield url
         return
     quiet_libraries()
     from gaisnet.serving.keys import ApiKeys
 
     with opened(run, None, RoutingSettings(), False, ApiKeys(), ("127.0.0.1", 0), overrides) as (_, server):
-        with server.in_thread() as url:
-            yield url
+        with server.in_thread() as here:
+            yield here
 
 
 def _converse(talk: Conversation) -> None:
     while True:
         try:
-            line = console.input(f"[bold]{escape(talk.model)}>[/] ").strip()
+            line = console.input(Text(f"{safe_line(talk.model)}> ", "bold")).strip()
         except (EOFError, KeyboardInterrupt):
             return
         if line in ("/quit", "/exit"):
@@ -102,7 +104,7 @@ def _turn(talk: Conversation, line: str) -> None:
         else:
             _answer(talk, line.replace("\\n", "\n") if talk.plain else line)
     except ServerRefused as error:
-        console.print(str(error), style="bold red", markup=False, highlight=False)
+        console.print(str(error), style="bold red", highlight=False)
 
 
 def _command(talk: Conversation, name: str, *values: str) -> None:
@@ -125,9 +127,7 @@ def _answer(talk: Conversation, text: str) -> None:
     try:
         for chunk in talk.say(text):
             last = chunk["gaisnet"] or last
-            console.print(
-                chunk["text"], style=_COLOURS.get(last.get("body", "")), end="", markup=False, highlight=False
-            )
+            console.print(chunk["text"], style=_COLOURS.get(str(last.get("body"))), end="", highlight=False)
     except KeyboardInterrupt:
         console.print(" broken off", style="dim", end="")
     console.print()
@@ -137,14 +137,14 @@ def _answer(talk: Conversation, text: str) -> None:
 
 def _who(course: dict[str, Any]) -> str:
     """Which body wrote, in words."""
-    at, body = course.get("escalated_at"), course.get("body", "")
+    at, body = course.get("escalated_at"), str(course.get("body"))
     said = f"by the {_NAMES.get(body, 'server')}"
-    if at:
+    if isinstance(at, int) and at:
         said = f"by the domain model, and from token {at + 1} on by the foundation model"
     elif at == 0:
         said = "by the foundation model: the domain model was not sure"
     if course.get("cloud_refused"):
         said += ", which was not sure; the foundation model could not be had"
-    if "drafted" in course:
+    if {"drafted", "accepted", "checks"} <= course.keys():
         said += f", {course['accepted']} of {course['drafted']} drafted tokens taken in {course['checks']} calls"
     return said

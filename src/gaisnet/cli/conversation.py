@@ -6,11 +6,27 @@ from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import Any, cast
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 from gaisnet.errors import ServerRefused
+from gaisnet.serving.keys import is_loopback
 
 _TIMEOUT_S = 600.0  # a long prompt on a small machine
+_LONGEST = 2**20  # bytes of a line of an answer, or of all of one that does not stream
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """Another address would get the API key and the prompt."""
+
+    def redirect_request(self, *args: Any, **named: Any) -> None:
+        """Take no other request's place: the redirect is told as the error that it is."""
+
+
+def _opener(url: str) -> OpenerDirector:
+    """Asks a server itself: this machine's own past any proxy, which would get to see all."""
+    host = urlsplit(url).hostname or ""
+    return build_opener(_NoRedirects, *([ProxyHandler({})] if is_loopback(host) else []))
 
 
 @dataclass
@@ -26,7 +42,11 @@ class Conversation:
 
     def models(self) -> list[str]:
         """What the server has. Raises ``ServerRefused``."""
-        return [model["id"] for model in json.load(self._open("models", None))["data"]]
+        try:
+            with self._open("models", None) as response:
+                return [str(model["id"]) for model in json.loads(response.read(_LONGEST))["data"]]
+        except (OSError, HTTPException, ValueError, TypeError, KeyError) as error:
+            raise ServerRefused(self.url, f"it does not list its models ({type(error).__name__})") from error
 
     def say(self, text: str) -> Iterator[dict[str, Any]]:
         """Chunks of the answer, each with ``text`` and what ``gaisnet`` says of it. Raises ``ServerRefused``."""
@@ -42,13 +62,13 @@ class Conversation:
     def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         with self._open(path, body) as response:
             try:
-                for line in response:
+                while line := response.readline(_LONGEST):
                     data = line.decode("utf-8").strip().removeprefix("data: ")
                     if data == "[DONE]":
                         return
                     if data:
                         yield _read(json.loads(data))
-            except (OSError, HTTPException, ValueError) as error:
+            except (OSError, HTTPException, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
                 raise ServerRefused(self.url, f"its answer broke off ({error})") from error
         raise ServerRefused(self.url, "its answer broke off")
 
@@ -59,7 +79,7 @@ class Conversation:
             headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode()
         try:
-            return cast(HTTPResponse, urlopen(Request(url, data, headers), timeout=_TIMEOUT_S))
+            return cast(HTTPResponse, _opener(url).open(Request(url, data, headers), timeout=_TIMEOUT_S))
         except HTTPError as error:
             raise ServerRefused(self.url, _said(error)) from error
         except (URLError, OSError, HTTPException, ValueError) as error:
@@ -69,15 +89,16 @@ class Conversation:
 def _read(chunk: dict[str, Any]) -> dict[str, Any]:
     """Text of a chunk, of a chat or a completion, and our own field. Raises ``ServerRefused`` for an error."""
     if "error" in chunk:
-        raise ServerRefused("the server", chunk["error"].get("message", "it failed"))
+        raise ServerRefused("the server", str(chunk["error"].get("message", "it failed")))
     choice = chunk["choices"][0] if chunk.get("choices") else {}
     text = choice.get("text") or choice.get("delta", {}).get("content") or ""
-    return {"text": text, "gaisnet": chunk.get("gaisnet", {})}
+    course = chunk.get("gaisnet")
+    return {"text": str(text), "gaisnet": course if isinstance(course, dict) else {}}
 
 
 def _said(error: HTTPError) -> str:
     """The server's own words, if it has any."""
     try:
-        return f"{json.load(error)['error']['message']} ({error.code})"
+        return f"{json.loads(error.read(_LONGEST))['error']['message']} ({error.code})"
     except (ValueError, KeyError, TypeError, OSError):
         return f"it answers {error.code} {error.reason}"

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
@@ -97,7 +96,7 @@ def status(kit: Annotated[Path, typer.Argument(help="A site's kit.")]) -> None:
         states = network_status(kit)
     table = Table("site", "role", "state", "what it says")
     for state in states:
-        table.add_row(state.name, state.role, state.health, escape(state.detail))
+        table.add_row(state.name, state.role, state.health, state.detail)
     console.print(table)
     if code := exit_code(states):
         raise typer.Exit(code)

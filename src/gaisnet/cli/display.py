@@ -10,16 +10,45 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
+from rich.control import Control
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
+from rich.text import Text
 
 from gaisnet.errors import GaisnetError, MissingPackage
+from gaisnet.terminal import safe, safe_line
 
 if TYPE_CHECKING:
     from gaisnet.experiments.summary import Summary
 
-console = Console()
-_errors = Console(stderr=True)
+
+class _Safe:
+    """Anything that is shown, without what a terminal would obey in its text."""
+
+    def __init__(self, shown: RenderableType) -> None:
+        self._shown = shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._shown, options):
+            yield segment if segment.control else Segment(safe(segment.text), segment.style)
+
+
+class _SafeHook(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """See ``RenderHook``."""
+        return [each if isinstance(each, Control) else _Safe(each) for each in renderables]
+
+
+def safe_console(stderr: bool = False) -> Console:
+    """A console on which text of others is only text: no brackets are markup, no escapes are obeyed."""
+    made = Console(stderr=stderr, markup=False, emoji=False)
+    made.push_render_hook(_SafeHook())
+    return made
+
+
+console = safe_console()
+_errors = safe_console(stderr=True)
 
 _EXTRAS = {
     "nvflare": ("a network of several sites", "nvflare"),
@@ -63,8 +92,8 @@ def told_errors(exit_code: int = 1) -> Iterator[None]:
             wanted, extra = _EXTRAS[package]
             raise MissingPackage(wanted, package, f"pip install 'gaisnet[{extra}]'") from error
     except GaisnetError as error:
-        _errors.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)  # a path can be copied
+        told = Text.assemble((type(error).__name__, "bold red"), f": {error}")
+        _errors.print(told, highlight=False, soft_wrap=True)  # a path can be copied
         raise typer.Exit(exit_code) from error
 
 
@@ -84,11 +113,11 @@ class LiveProgress:
         self._console = console
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=console,
         )
         self._task = self._bars.add_task("starting", total=None, figures="")
@@ -110,10 +139,11 @@ class LiveProgress:
         """See ``gaisnet.progress.Progress``."""
         if stage != self._stage or done < self._done:
             self._stage, self._done = stage, -1
-            self._bars.reset(self._task, description=_STAGES.get(stage, stage), total=total)
+            said = safe_line(_STAGES.get(stage, stage))
+            self._bars.reset(self._task, description=said, total=total)
             if not self._console.is_terminal and done == 0:
-                self._console.print(_STAGES.get(stage, stage))
-        text = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                self._console.print(said)
+        text = safe_line("  ".join(f"{name} {value:.3f}" for name, value in figures.items()))
         if not self._console.is_terminal and self._done < done == total and text:
             self._console.print(f"  {text}", highlight=False)
         self._done = done

@@ -18,7 +18,7 @@ ServiceOverrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Change a setting of the service or of faults, e.g. --set service.max_sessions=16, or say where things "
+        help="Change a setting of the service, the front or of faults, e.g. --set front.max_answers=16, or say where things "
         "are that were moved: --set model.foundation=FOLDER --set edges.0.devices.1.data=FOLDER.",
     ),
 ]
@@ -60,6 +60,12 @@ EscalateTo = Annotated[
     typer.Option(
         rich_help_panel=_ANSWERS,
         help="The adapter on the foundation model then: that of all domains, or of the DM's own.",
+    ),
+]
+MostEscalated = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, rich_help_panel=_ANSWERS, help="To calibrate: share of answers that may be escalated."
     ),
 ]
 Threshold = Annotated[

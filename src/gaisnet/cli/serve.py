@@ -1,5 +1,8 @@
 """``gaisnet serve``: a run's models behind OpenAI's endpoints."""
 
+import logging
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -8,10 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_errors
-from gaisnet.cli.options import ApiKeysFile, Escalate, EscalateTo, Host, ServiceOverrides, Speculate, Threshold
-from gaisnet.config import FrontSettings, RoutingSettings
+from gaisnet.cli.options import (
+    ApiKeysFile,
+    Escalate,
+    EscalateTo,
+    Host,
+    MostEscalated,
+    ServiceOverrides,
+    Speculate,
+    Threshold,
+)
+from gaisnet.config import RoutingSettings
 from gaisnet.progress import Progress, silent
 from gaisnet.serving.address import announced
+from gaisnet.terminal import log_to_stderr
 
 if TYPE_CHECKING:
     from gaisnet.serving.answering import Answering
@@ -46,6 +59,7 @@ def serve(
     other_domains: Annotated[
         float, typer.Option(min=0.0, max=0.5, help="To calibrate: share of requests of other domains.")
     ] = 0.2,
+    most_escalated: MostEscalated = 0.3,
     threshold: Threshold = None,
     speculate: Speculate = False,
     overrides: ServiceOverrides = None,
@@ -67,9 +81,15 @@ def serve(
     """
     with told_errors():
         routing = RoutingSettings(
-            escalate=escalate, escalate_to=escalate_to, other_domains=other_domains, threshold=threshold
+            escalate=escalate,
+            escalate_to=escalate_to,
+            other_domains=other_domains,
+            most_escalated=most_escalated,
+            threshold=threshold,
         )
         quiet_libraries()
+        log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
+        end_on_signals()
         from gaisnet.serving.keys import check_bind, read_keys
 
         keys = read_keys(api_keys)
@@ -82,6 +102,12 @@ def serve(
                     server.run()
                 except KeyboardInterrupt:
                     console.print("ended")
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: what is open is closed, and files are taken away."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @contextmanager
@@ -107,8 +133,8 @@ def opened(
         with shown as progress:
             calibrations = calibrated(served, routing, run, progress)
         answering = served.answering(routing, calibrations, speculate)
-        app = make_app(answering, FrontSettings(), keys, served.gauges)
-        yield answering, Server(app, *address, keys)
+        app = make_app(answering, served.front, keys, served.gauges)
+        yield answering, Server(app, *address, keys, settings=served.front)
 
 
 def _tell_absent(device: "ServedDevice") -> None:

@@ -9,9 +9,20 @@ from typing import Annotated
 import typer
 
 from gaisnet.cli.display import quiet_libraries, told_errors
-from gaisnet.cli.options import ApiKeysFile, Escalate, EscalateTo, Host, ServeOn, Speculate, Stay, Threshold
+from gaisnet.cli.options import (
+    ApiKeysFile,
+    Escalate,
+    EscalateTo,
+    Host,
+    MostEscalated,
+    ServeOn,
+    Speculate,
+    Stay,
+    Threshold,
+)
 from gaisnet.config import RoutingSettings
 from gaisnet.deployment.launcher import FINAL
+from gaisnet.terminal import log_to_stderr
 
 
 def cloud(
@@ -43,6 +54,7 @@ def device(
     api_keys: ApiKeysFile = None,
     escalate: Escalate = "auto",
     escalate_to: EscalateTo = "merged",
+    most_escalated: MostEscalated = 0.3,
     threshold: Threshold = None,
     speculate: Speculate = False,
 ) -> None:
@@ -63,7 +75,9 @@ def device(
 
         keys = read_keys(api_keys)
         check_bind(host, keys)
-        routing = RoutingSettings(escalate=escalate, escalate_to=escalate_to, threshold=threshold)
+        routing = RoutingSettings(
+            escalate=escalate, escalate_to=escalate_to, most_escalated=most_escalated, threshold=threshold
+        )
         run_device(kit, Door((host, serve), keys, routing, speculate))
 
 
@@ -72,7 +86,7 @@ def _site_process() -> Iterator[None]:
     """What is the same for every process that stays: a log on standard error, an end in order."""
     from gaisnet.deployment.resident import end_in_order
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     end_in_order()
     quiet_libraries()
     with told_errors(FINAL):

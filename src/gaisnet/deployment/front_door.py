@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaisnet.config import FrontSettings, RoutingSettings
+from gaisnet.config import RoutingSettings
 from gaisnet.deployment.site import Site
 from gaisnet.engines.services import LinkedBodies
 from gaisnet.errors import GaisnetError, OutputNotWritable, UnexpectedMessage
@@ -81,6 +81,7 @@ class FrontDoor:
         self._adapter = site.edge.adapter
         self._bodies = LinkedBodies({self._domain: link}, site.config.faults.step_deadline_s)
         self._relay = site.config.relay.enabled
+        self._settings = site.config.front
         self._merged = site.config.num_learning > 1
         self._folder = folder
         self._door = door
@@ -107,8 +108,8 @@ class FrontDoor:
                 return
             answering = device.answering(self._door.routing, read_calibrations(self._folder), self._door.speculate)
             with ExitStack() as opened:
-                app = make_app(answering, FrontSettings(), self._door.keys, {})
-                server = Server(app, *self._door.address, self._door.keys, self._socket)
+                app = make_app(answering, self._settings, self._door.keys, {})
+                server = Server(app, *self._door.address, self._door.keys, self._socket, self._settings)
                 url = opened.enter_context(server.in_thread())
                 opened.enter_context(announced(self._folder, url))
                 _log.info("serving %s at %s/v1", ", ".join(answering.models), url)

@@ -40,6 +40,7 @@ def device_of(served: ServedRun, name: str | None) -> ServedDevice:
         domains={each.domain: _domain(served, each) for each in served.config.edges},
         merged=len(served.config.learning_edges()) > 1,
         absent=served.absent,
+        front=served.config.front,
         gauges={
             "sessions": lambda: float(served.bodies.num_sessions),
             "cache_bytes": lambda: float(served.bodies.used_bytes),

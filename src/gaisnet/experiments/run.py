@@ -44,7 +44,7 @@ T = TypeVar("T")
 Build = Callable[[Foundation, str, Progress], Network]
 """Makes a network out of the foundation model and public text, and tells its progress."""
 _CHECKPOINT = "run"
-_MAY_CHANGE = ("cycles", "evaluate", "faults", "service")  # while a run goes on
+_MAY_CHANGE = ("cycles", "evaluate", "faults", "front", "service")  # while a run goes on
 _WHERE = r"model\.(foundation|public_inputs|device)|edges\.\d+\.devices\.\d+\.data|adapters\.licence"
 
 

@@ -56,6 +56,7 @@ class Calibration(BaseModel):
     adapters: tuple[str, ...] = Field(description="What acts on the FM.")
     num_trials: int = Field(ge=0, description="Held-out examples.")
     num_others: int = Field(ge=0, description="So many of them are of other domains.")
+    most_escalated: float = Field(0.3, description="Share of the answers that might be escalated.")
     domain_accuracy: float = Field(description="Of the DM alone.")
     foundation_accuracy: float = Field(description="Of the FM with these adapters, always asked.")
     accuracy: float = Field(description="With this threshold.")
@@ -105,6 +106,7 @@ def calibrate(
         adapters=adapters,
         num_trials=len(trials),
         num_others=num_others,
+        most_escalated=settings.most_escalated,
         domain_accuracy=alone / total,
         foundation_accuracy=always / total,
         accuracy=num_right / total,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from gaisnet.config import RoutingSettings
+from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.errors import ConfigError
 from gaisnet.progress import Progress, silent
 from gaisnet.serving.answering import MERGED, Answering, Domain
@@ -49,6 +49,7 @@ class ServedDevice:
     merged: bool = False  # whether the FM has an adapter of several domains
     absent: Mapping[str, str] = field(default_factory=dict)  # devices whose held-out examples are not there, and why
     gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # figures for /metrics, by name
+    front: FrontSettings = FrontSettings()  # limits of the endpoint
 
     def answering(
         self, settings: RoutingSettings, calibrations: Mapping[str, Calibration], speculate: bool
@@ -105,11 +106,12 @@ class ServedDevice:
         return Target("cloud", (MERGED,) if merged else self.domains[name].foundation_adapters, name)
 
     def fits(self, name: str, settings: RoutingSettings, calibration: Calibration) -> bool:
-        """Whether a threshold is for what a domain escalates to, and from the mix that is expected.
+        """Whether a threshold is for a domain's escalation and its limit, and from the mix that is expected.
 
         Where examples are not there any more, the mix is that of earlier.
         """
-        if calibration.adapters != self.escalation(name, settings).adapters:
+        asked = self.escalation(name, settings).adapters, settings.most_escalated
+        if (calibration.adapters, calibration.most_escalated) != asked:
             return False
         return bool(self.absent) or calibration.num_others == len(self.others(name, settings))
 

@@ -1,56 +1,59 @@
-"""Requests and responses in OpenAI's words, and the few of our own.
+"""Requests in OpenAI's words, and the few of our own.
 
-What a request asks for and we cannot do is refused, never ignored; fields that only tell who asks are let be.
+What a request asks for and we cannot do is refused, never ignored; fields that only tell who asks are let be. Whatever
+a request holds, it costs time linear in its length, and nothing after the first thing that is wrong with it.
 """
 
 import secrets
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from pydantic_core import from_json
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 from transformers import PreTrainedTokenizerBase
 
+from gaisnet import strict_json
 from gaisnet.config import FrontSettings
-from gaisnet.serving.answering import Ask, Course
+from gaisnet.serving.answering import Ask
+from gaisnet.serving.fields import (
+    FOREIGN_PARTS,
+    FOREIGN_ROLES,
+    NEUTRAL,
+    NEUTRAL_OF_MESSAGE,
+    BadRequest,
+    asked_for,
+    unsupported,
+)
 from gaisnet.serving.prompts import chat_ids, prompt_ids
 from gaisnet.serving.sampling import Sampling
 
+LONGEST_STOP = 1024
+"""Characters of a stop string; OpenAI takes four strings, and so do we."""
+_MOST_METADATA = 16  # pairs, as OpenAI has it
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _SEEDS = 2**63
-_NEUTRAL: Mapping[str, Sequence[Any]] = {
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0, 0.0),
-    "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "modalities": (["text"],),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
-    "presence_penalty": (0, 0.0),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-}
-"""Fields of OpenAI's that are taken only with values that ask for nothing."""
+_CHARACTERS_PER_TOKEN = 16  # more than of any text: what is longer is tokenized in part first
+_SLACK = 64  # tokens that the end of a part may change
 
 R = TypeVar("R", bound="Request")
-_Stop = Annotated[str, StringConstraints(min_length=1)]
+Prompt = str | list[int]
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 
 
-class BadRequest(Exception):
-    """A request that cannot be meant. ``param`` names the field, ``code`` says it to programs."""
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MOST_METADATA:
+        raise ValueError(f"has {len(value)} pairs, the limit is {_MOST_METADATA}")
+    return value
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code
+
+_Metadata = Annotated[dict[str, Annotated[str, StringConstraints(max_length=512)]], BeforeValidator(_few)]
 
 
 class _Strict(BaseModel):
@@ -58,14 +61,14 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """What a stream has besides text."""
+    """Extras of a stream, beside its text."""
 
     include_usage: bool = False
     include_obfuscation: bool = False  # taken, and nothing is padded
 
 
 class Request(_Strict):
-    """What chats and completions have in common."""
+    """Fields that chats and completions have in common."""
 
     model: str
     temperature: float | None = Field(None, ge=0.0, le=2.0)
@@ -77,17 +80,40 @@ class Request(_Strict):
     domain: str | None = Field(None, description="Ours: the domain that 'auto' writes for, if not the device's own.")
     speculate: bool | None = Field(None, description="Ours: the DM drafts, the FM checks; the text is the FM's.")
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: _Metadata | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, str] | None = None
+
+    @classmethod
+    def checked(cls, raw: dict[str, Any], limits: FrontSettings) -> dict[str, Any]:
+        """Fields as they are to be validated. Raises ``BadRequest`` where one cannot be had, or holds too much."""
+        found = asked_for(raw, cls.model_fields, NEUTRAL)
+        options = found.get("stream_options")
+        if isinstance(options, dict):
+            found["stream_options"] = asked_for(options, StreamOptions.model_fields, {}, "stream_options.")
+        return found
+
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+        """Answers that are to be written, one or several.
+
+        Args:
+            tokenizer: The FM's.
+            limits: Of prompt and answer.
+            room: Tokens that prompt and answer may have together.
+
+        Raises:
+            BadRequest: It asks for more than the limits let it.
+            SessionRefused, ServiceFull: The prompt is a chat, see ``models.chat_template.rendered_chat``.
+        """
+        raise NotImplementedError
 
     def ask(self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings) -> Ask:
-        """The same for ``Answering``. Raises ``BadRequest`` where it asks for more than the limits let it."""
-        if len(prompt) > limits.max_prompt_tokens:
-            found = f"the prompt has {len(prompt)} tokens, the limit is {limits.max_prompt_tokens}"
-            raise BadRequest(found, self.prompt_field(), "context_length_exceeded")
+        """One of them. Raises ``BadRequest`` where it asks for more than the limits let it."""
+        check_num_tokens(len(prompt), limits, self.prompt_field())
         if max_tokens > limits.max_answer_tokens:
             raise BadRequest(f"max_tokens is {max_tokens}, the limit is {limits.max_answer_tokens}", "max_tokens")
         sampling = Sampling(
@@ -101,17 +127,7 @@ class Request(_Strict):
 
     @classmethod
     def prompt_field(cls) -> str:
-        """Where the prompt stands."""
-        raise NotImplementedError
-
-    def to_ask(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> Ask:
-        """What to write. Raises ``BadRequest`` or ``SessionRefused``.
-
-        Args:
-            tokenizer: The FM's.
-            limits: Of prompt and answer.
-            room: Tokens that prompt and answer may have together.
-        """
+        """Name of the field that holds the prompt."""
         raise NotImplementedError
 
 
@@ -128,59 +144,138 @@ class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
-    refusal: None = None
+
+    @classmethod
+    def checked(cls, raw: Any, where: str) -> Any:
+        """A message as it is to be validated. Raises ``BadRequest`` where it asks for something that cannot be had."""
+        if not isinstance(raw, dict):
+            return raw
+        if raw.get("role") in FOREIGN_ROLES:
+            raise unsupported(f"'{raw['role']}' is an OpenAI role", f"{where}.role")
+        found = asked_for(raw, cls.model_fields, NEUTRAL_OF_MESSAGE, f"{where}.")
+        parts = found.get("content")
+        if isinstance(parts, list):
+            found["content"] = [_part(part, f"{where}.content.{number}") for number, part in enumerate(parts)]
+        return found
 
     def plain(self) -> dict[str, str]:
-        """For a chat template."""
+        """The same for a chat template."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+def _part(raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        return raw
+    if raw.get("type") in FOREIGN_PARTS:
+        raise unsupported(f"'{raw['type']}' is an OpenAI kind of content", f"{where}.type")
+    return asked_for(raw, TextPart.model_fields, {}, f"{where}.")
 
 
 class ChatRequest(Request):
     """``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @classmethod
     def prompt_field(cls) -> str:
-        """Where the prompt stands."""
+        """See ``Request.prompt_field``."""
         return "messages"
 
-    def to_ask(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> Ask:
-        """See ``Request.to_ask``."""
-        prompt = chat_ids(tokenizer, [message.plain() for message in self.messages])
+    @classmethod
+    def checked(cls, raw: dict[str, Any], limits: FrontSettings) -> dict[str, Any]:
+        """See ``Request.checked``."""
+        found = super().checked(raw, limits)
+        messages = found.get("messages")
+        if isinstance(messages, list):
+            parts = [m["content"] for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list)]
+            num = max(len(messages), sum(map(len, parts)))
+            if num > limits.max_messages:
+                found_here = f"messages holds {num} messages or parts of them, the limit is {limits.max_messages}"
+                raise BadRequest(found_here, "messages")
+            found["messages"] = [ChatMessage.checked(each, f"messages.{i}") for i, each in enumerate(messages)]
+        return found
+
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+        """See ``Request.to_asks``."""
+        messages = [message.plain() for message in self.messages]
+        for message in messages:
+            check_text(tokenizer, message["content"], limits, "messages")
+        prompt = chat_ids(tokenizer, messages)
         asked = self.max_completion_tokens or self.max_tokens
         default = max(1, min(limits.default_chat_tokens, limits.max_answer_tokens, room - len(prompt)))
-        return self.ask(prompt, asked or default, limits)
+        return [self.ask(prompt, asked or default, limits)]
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """A string, token ids, or a list of either."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("should be a valid string, a list of token ids, or a list of either")
+    if value and type(value[0]) is int:
+        return [_ids(value)]
+    return [each if isinstance(each, str) else _ids(each) for each in value]
+
+
+def _ids(value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise ValueError("should be a valid string, a list of token ids, or a list of either")
+    return value
 
 
 class CompletionRequest(Request):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[Any, AfterValidator(_prompts)]
     max_tokens: int | None = Field(None, ge=1)
 
     @classmethod
     def prompt_field(cls) -> str:
-        """Where the prompt stands."""
+        """See ``Request.prompt_field``."""
         return "prompt"
 
-    def to_ask(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> Ask:
-        """See ``Request.to_ask``."""
-        prompt = self._only()
-        ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
-        return self.ask(ids, self.max_tokens or _COMPLETION_TOKENS, limits)
+    @classmethod
+    def checked(cls, raw: dict[str, Any], limits: FrontSettings) -> dict[str, Any]:
+        """See ``Request.checked``."""
+        found = super().checked(raw, limits)
+        prompt = found.get("prompt")
+        if not isinstance(prompt, list):
+            return found
+        if prompt and type(prompt[0]) is int:
+            check_num_tokens(len(prompt), limits, "prompt")
+        elif not 0 < len(prompt) <= limits.max_prompts:
+            raise BadRequest(f"prompt holds {len(prompt)} prompts, send 1 to {limits.max_prompts}", "prompt")
+        return found
 
-    def _only(self) -> str | list[int]:
-        if isinstance(self.prompt, str):
-            return self.prompt
-        if self.prompt and all(isinstance(part, int) for part in self.prompt):
-            return [part for part in self.prompt if isinstance(part, int)]
-        if len(self.prompt) != 1 or isinstance(only := self.prompt[0], int):
-            raise BadRequest(f"prompt holds {len(self.prompt)} prompts; send one in a request", "prompt")
-        return only
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+        """See ``Request.to_asks``."""
+        return [
+            self.ask(self._tokens(prompt, tokenizer, limits), self.max_tokens or _COMPLETION_TOKENS, limits)
+            for prompt in self.prompt
+        ]
+
+    def _tokens(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        check_text(tokenizer, prompt, limits, "prompt")
+        return prompt_ids(tokenizer, prompt)
+
+
+def check_num_tokens(num: int, limits: FrontSettings, param: str, more: str = "") -> None:
+    """Raise ``BadRequest`` where a prompt has more tokens than it may."""
+    if num > limits.max_prompt_tokens:
+        found = f"the prompt has {more}{num} tokens, the limit is {limits.max_prompt_tokens}"
+        raise BadRequest(found, param, "context_length_exceeded")
+
+
+def check_text(tokenizer: PreTrainedTokenizerBase, text: str, limits: FrontSettings, param: str) -> None:
+    """Raise ``BadRequest`` where a text is far too long, before all of it is tokenized: that could take seconds."""
+    length = limits.max_prompt_tokens * _CHARACTERS_PER_TOKEN
+    if len(text) > length:
+        check_num_tokens(len(prompt_ids(tokenizer, text[:length])) - _SLACK, limits, param, "more than ")
 
 
 _KNOWN = {
@@ -190,99 +285,24 @@ _KNOWN = {
 }
 
 
-def read_request(kind: type[R], body: bytes) -> R:
-    """A request out of JSON. Raises ``BadRequest``."""
-    raw = _object(body)
-    for name in [name for name in _NEUTRAL if name in raw and name not in kind.model_fields]:
-        value = raw.pop(name)
-        neutral = any(type(value) is type(known) and value == known for known in _NEUTRAL[name])
-        if value is not None and not neutral:
-            raise BadRequest(f"{name} is not supported here; leave it out", name, "unsupported_parameter")
+def read_request(kind: type[R], body: bytes, limits: FrontSettings) -> R:
+    """A request out of JSON. Raises ``BadRequest`` for the first thing that is wrong."""
+    raw = kind.checked(_object(body, limits), limits)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         # Of the errors of a union's members, that which is not about the type is about the member that was meant.
         first = min(error.errors(include_url=False, include_context=False), key=lambda e: e["type"].endswith("_type"))
         where = ".".join(str(part) for part in first["loc"] if part in _KNOWN or isinstance(part, int))
-        if first["type"] == "extra_forbidden":
-            where = ".".join(map(str, first["loc"]))
-            raise BadRequest(f"{where} is not a field of this request", where, "unknown_parameter") from None
-        raise BadRequest(f"{where}: {first['msg']}", where) from None
+        raise BadRequest(f"{where}: {first['msg'].removeprefix('Value error, ')}", where) from None
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes, limits: FrontSettings) -> dict[str, Any]:
+    most = 3 * limits.max_messages + limits.max_prompts + strict_json.DEEPEST  # a message, its list and the part in it
     try:
-        raw = from_json(body, allow_inf_nan=False)
+        raw = strict_json.loads(body, most)
     except ValueError as error:
         raise BadRequest(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(raw, dict):
         raise BadRequest("the body is not a JSON object", code="invalid_json")
     return raw
-
-
-def usage_of(course: Course) -> dict[str, int]:
-    """Tokens of prompt and answer."""
-    prompt, written = course.num_prompt_tokens, course.num_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-
-
-def course_of(course: Course) -> dict[str, Any]:
-    """Our own field: which body wrote."""
-    said: dict[str, Any] = {"body": course.now, "domain": course.domain, "escalated_at": course.escalated_at}
-    if course.cloud_refused:
-        said["cloud_refused"] = True
-    if course.tally is not None:
-        tally = course.tally
-        said |= {"drafted": tally.num_drafted, "accepted": tally.num_accepted, "checks": tally.num_checks}
-    return said
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What responses to one request have in common. ``kind`` is 'chat' or 'text'."""
-
-    kind: Literal["chat", "text"]
-    model: str
-    id: str
-    created: int
-
-    @classmethod
-    def new(cls, kind: Literal["chat", "text"], model: str) -> "Envelope":
-        """With a name that nobody can guess."""
-        prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        return cls(kind, model, f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
-
-    def whole(self, text: str, course: Course) -> dict[str, Any]:
-        """The response to a request that does not stream."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": course.finish_reason, "logprobs": None}
-        if self.kind == "chat":
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return {**self._top(name), "choices": [choice], "usage": usage_of(course), "gaisnet": course_of(course)}
-
-    def first(self) -> Iterator[dict[str, Any]]:
-        """Chunks before all text."""
-        if self.kind == "chat":
-            yield self._chunk({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
-
-    def piece(self, text: str, course: Course) -> dict[str, Any]:
-        """A chunk of text, and which body writes."""
-        choice = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
-        return {**self._chunk({**choice, "finish_reason": None}), "gaisnet": {"body": course.now}}
-
-    def last(self, course: Course, include_usage: bool) -> Iterator[dict[str, Any]]:
-        """Chunks behind all text."""
-        choice: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
-        yield {**self._chunk({**choice, "finish_reason": course.finish_reason}), "gaisnet": course_of(course)}
-        if include_usage:
-            yield {**self._chunk(None), "usage": usage_of(course)}
-
-    def _chunk(self, choice: Mapping[str, Any] | None) -> dict[str, Any]:
-        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
-        choices = [] if choice is None else [{"index": 0, "logprobs": None, **choice}]
-        return {**self._top(name), "choices": choices}
-
-    def _top(self, name: str) -> dict[str, Any]:
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model}

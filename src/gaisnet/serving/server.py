@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from gaisnet.config import FrontSettings
 from gaisnet.errors import ConfigError
+from gaisnet.serving.connections import Listener, connection_of
 from gaisnet.serving.keys import ApiKeys, check_bind
 
 _GRACE_S = 5
@@ -23,24 +25,37 @@ class Server:
         port: TCP port; 0 takes a free one.
         keys: That the application asks for.
         listening: A socket that listens there already.
+        settings: Limits of connections.
 
     Raises:
         ConfigError: The address cannot be had, or others could ask without a key.
     """
 
     def __init__(
-        self, app: ASGIApp, host: str, port: int, keys: ApiKeys, listening: socket.socket | None = None
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        keys: ApiKeys,
+        listening: socket.socket | None = None,
+        settings: FrontSettings | None = None,
     ) -> None:
         check_bind(host, keys)
-        self._socket = listening or listen(host, port)
+        settings = settings or FrontSettings()
+        self._socket = Listener(listening or listen(host, port))
         name = f"[{host}]" if ":" in host else host
         self.url = f"http://{name}:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                log_level="warning",
+                loop="asyncio",  # it asks the listener itself for connections
+                http=connection_of(settings),
+                ws="none",
+                log_config=None,  # its lines go where ours go
+                log_level="error",  # what callers send wrong is no trouble of this server
                 access_log=False,  # prompts are private, and so is who asks when
                 server_header=False,
+                timeout_keep_alive=settings.idle_timeout_s,
                 timeout_graceful_shutdown=_GRACE_S,
                 lifespan="on",
             )
