@@ -299,6 +299,13 @@ class SiteRefused(LinkError):
         super().__init__(f"{asked}: {found}; use a kit of this network that was made for this site")
 
 
+class AskedTooOften(LinkError):
+    """A site asks more, or more often, than one site may."""
+
+    def __init__(self, asked: str, found: str) -> None:
+        super().__init__(f"{asked}: {found}; ask again in a while")
+
+
 class MessageTooLarge(LinkError):
     """A payload that the link's limit does not let through."""
 

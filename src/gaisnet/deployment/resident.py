@@ -43,7 +43,8 @@ from gaisnet.tiers.examples import has_images
 from gaisnet.transport.base import Handler, Link
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink
-from gaisnet.transport.grpc import Dialer, Listener
+from gaisnet.transport.grpc.dialer import Dialer
+from gaisnet.transport.grpc.listener import Listener
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.stream import ByteLink, Limits, LinkState
 

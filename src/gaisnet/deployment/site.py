@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
 from gaisnet.errors import KitUnreadable
 from gaisnet.learning_settings import Settings
-from gaisnet.transport.grpc import Certificates
+from gaisnet.transport.grpc.channel import Certificates
 
 SITE_FILE = "site.yaml"
 CLOUD: Final = "cloud"

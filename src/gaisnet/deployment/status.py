@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from gaisnet.config import Config
 from gaisnet.deployment.site import CLOUD, certificates, read_site
 from gaisnet.errors import GaisnetError, WireFormatError
-from gaisnet.transport.grpc import Certificates, ask_status
+from gaisnet.transport.grpc.channel import Certificates
+from gaisnet.transport.grpc.status import ask_status
 
 _ASK_S = 5.0
 Health = Literal["up", "away", "unreachable", "unknown"]
