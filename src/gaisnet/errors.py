@@ -311,7 +311,8 @@ class MessageTooLarge(LinkError):
 
     def __init__(self, other: str, size_bytes: int, limit_bytes: int) -> None:
         super().__init__(
-            f"a message to '{other}': {size_bytes} bytes, the limit is {limit_bytes}; raise wire.max_message_bytes"
+            f"a message to '{other}': {size_bytes} bytes, the limit is {limit_bytes}; raise wire.max_message_bytes, or "
+            "for a device's answers service.max_request_mib"
         )
 
 

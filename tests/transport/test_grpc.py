@@ -736,6 +736,40 @@ def test_a_site_that_dials_again_and_again_is_refused_and_others_are_not(
     assert answer(sites.dialer(edge.port, "ward").send(b"ward")) == b"ward"
 
 
+def test_a_site_that_restarts_again_and_again_leaves_no_more_requests_than_two_lives_may_have(sites: Sites) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", "ward", handle=gate, limits=SMALL)
+    busy = sites.dialer(edge.port, "ward", limits=SMALL).send(b"busy")
+    assert gate.entered.wait(DEADLINE_S)
+    for life in range(3):
+        restless = sites.raw(edge.port, "clinic")
+        restless.greet()
+        for step in range(1, SMALL.max_requests + 1):
+            restless.send(Frame(restless.life, Kind.REQUEST, step))
+        if life < 2:
+            asked = edge._endpoints["clinic"]
+            until(lambda asked=asked, life=life: asked._queued == SMALL.max_requests * (life + 1), "requests")  # type: ignore[misc]
+    code, text = restless.ends()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "of earlier lives as well" in text
+    gate.open.set()
+    assert answer(busy) == b"done busy"
+    assert answer(sites.dialer(edge.port, "clinic", limits=SMALL).send(b"well again")) == b"done well again"
+
+
+def test_those_aside_have_limits_of_their_own(sites: Sites) -> None:
+    tight = Limits(part_bytes=2**16, max_message_bytes=2**20, max_dialer_bytes=2**17)
+    edge = sites.listener("clinic", "ward", limits=SMALL, aside=["ward"], limits_aside=tight)
+    assert answer(sites.dialer(edge.port, "clinic", limits=SMALL).send(bytes(2**20))) == bytes(2**20)
+    ward = sites.dialer(edge.port, "ward", limits=tight)
+    assert answer(edge.link("ward").send(bytes(2**20))) == bytes(2**20)
+    with pytest.raises(MessageTooLarge, match="service.max_request_mib"):
+        ward.send(bytes(2**17 + 1))
+    greedy = sites.raw(edge.port, "ward")
+    greedy.greet()
+    greedy.send(Frame(greedy.life, Kind.REQUEST, 1, 0, 2**17 + 1, 0, b"x"))
+    assert greedy.ends()[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
 @pytest.fixture
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gaisnet.transport.grpc.listener._HANDSHAKE_S", 0.3)

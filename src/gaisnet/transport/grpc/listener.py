@@ -56,6 +56,7 @@ class Listener:
         limits: What dialers may send.
         status: Answers ``ask_status``, in threads of its own; must not wait for anything.
         aside: Those of ``accepts`` whose requests do not wait for requests of the others, nor the other way round.
+        limits_aside: What those may send; None for the same as the others.
 
     Raises:
         ConfigError: The certificates cannot be read, or the address cannot be listened on.
@@ -71,13 +72,15 @@ class Listener:
         limits: Limits = DEFAULT_LIMITS,
         status: Callable[[], Mapping[str, JsonValue]] = dict,
         aside: Collection[str] = (),
+        limits_aside: Limits | None = None,
     ) -> None:
         self._name = name
         self._status = status
         self._workers = {apart: Worker(f"{name} answers") for apart in (False, True)}
         life = os.urandom(LIFE_BYTES)
+        limits_of = {False: limits, True: limits_aside or limits}
         self._endpoints = {
-            other: Endpoint(other, life, limits, handle, self._workers[other in aside], dials=False)
+            other: Endpoint(other, life, limits_of[other in aside], handle, self._workers[other in aside], dials=False)
             for other in accepts
         }
         self._lock = threading.Lock()
