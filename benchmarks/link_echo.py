@@ -20,7 +20,9 @@ from queue import SimpleQueue
 
 import grpc
 
-from gaisnet.transport.grpc import Certificates, Dialer, Listener
+from gaisnet.transport.grpc.channel import Certificates
+from gaisnet.transport.grpc.dialer import Dialer
+from gaisnet.transport.grpc.listener import Listener
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.transport.certificates import Authority

@@ -29,7 +29,8 @@ from gaisnet.serving.escalation import EdgeSessions
 from gaisnet.transport.base import Handler
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded
-from gaisnet.transport.grpc import Dialer, Listener
+from gaisnet.transport.grpc.dialer import Dialer
+from gaisnet.transport.grpc.listener import Listener
 from gaisnet.transport.ledger import Direction, Ledger, LinkKind
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -93,6 +93,9 @@ class ServiceSettings(Settings):
         description="Of these sessions and of their memory, the share that one peer may hold at once: a device at its "
         "edge, an edge at the cloud. The only peer of a site may hold all of it.",
     )
+    max_request_mib: int = Field(
+        64, ge=1, description="Of a device's requests that its edge has not answered: rows of the answers it writes."
+    )
     chunk: int = Field(64, ge=1, description="Positions of one session that a step takes at most; splits long prompts.")
     step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")
     max_activations_mib: int | None = Field(

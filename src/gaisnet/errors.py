@@ -363,12 +363,20 @@ class SiteRefused(LinkError):
         super().__init__(f"{asked}: {found}; use a kit of this network that was made for this site")
 
 
+class AskedTooOften(LinkError):
+    """A site asks more, or more often, than one site may."""
+
+    def __init__(self, asked: str, found: str) -> None:
+        super().__init__(f"{asked}: {found}; ask again in a while")
+
+
 class MessageTooLarge(LinkError):
     """A payload that the link's limit does not let through."""
 
     def __init__(self, other: str, size_bytes: int, limit_bytes: int) -> None:
         super().__init__(
-            f"a message to '{other}': {size_bytes} bytes, the limit is {limit_bytes}; raise wire.max_message_bytes"
+            f"a message to '{other}': {size_bytes} bytes, the limit is {limit_bytes}; raise wire.max_message_bytes, or "
+            "for a device's answers service.max_request_mib"
         )
 
 

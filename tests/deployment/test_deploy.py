@@ -47,7 +47,8 @@ from gaisnet.experiments.summary import Summary
 from gaisnet.serving.address import ADDRESS_NAME
 from gaisnet.serving.calibration import read_calibrations
 from gaisnet.serving.keys import ApiKeys
-from gaisnet.transport.grpc import Dialer, Listener
+from gaisnet.transport.grpc.dialer import Dialer
+from gaisnet.transport.grpc.listener import Listener
 from tests.tiny import tiny_edge, write_tiny_bert_run, write_tiny_run, write_tiny_vit_run
 
 OPEN_GATE = {"retention_windows": 2, "retention_tokens": 16, "max_retention_increase": 100.0}

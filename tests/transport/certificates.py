@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from gaisnet.transport.grpc import Certificates
+from gaisnet.transport.grpc.channel import Certificates
 
 
 @dataclass

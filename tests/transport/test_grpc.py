@@ -1,7 +1,10 @@
 """Links over real sockets with mutual TLS: they answer, survive drops and restarts, and refuse what they must."""
 
+import contextlib
 import gzip
 import os
+import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -16,6 +19,7 @@ import grpc
 import pytest
 
 from gaisnet.errors import (
+    AskedTooOften,
     ConfigError,
     CutError,
     LinkLost,
@@ -23,9 +27,13 @@ from gaisnet.errors import (
     MessageTooLarge,
     PeerError,
 )
+from gaisnet.transport.admission import Rate
 from gaisnet.transport.endpoint import ByteHandler
 from gaisnet.transport.frames import Frame, Kind, decode_frame, encode_frame
-from gaisnet.transport.grpc import Certificates, Dialer, Listener, ask_status
+from gaisnet.transport.grpc.channel import Certificates
+from gaisnet.transport.grpc.dialer import Dialer
+from gaisnet.transport.grpc.listener import Listener
+from gaisnet.transport.grpc.status import ask_status
 from gaisnet.transport.stream import Limits
 from tests.transport.certificates import Authority
 from tests.transport.proxy import Proxy
@@ -37,7 +45,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gaisnet.transport.grpc._BACKOFF_S", (0.02, 0.2))
+    monkeypatch.setattr("gaisnet.transport.grpc.dialer._BACKOFF_S", (0.02, 0.2))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +88,12 @@ class Sites:
         proxy = Proxy(port)
         self.stack.callback(proxy.close)
         return proxy
+
+    def channel(self, port: int, name: str) -> grpc.Channel:
+        root, certificate, key = self.authority.site(name).read()
+        options = [("grpc.ssl_target_name_override", "edge"), ("grpc.use_local_subchannel_pool", 1)]
+        credentials = grpc.ssl_channel_credentials(root, key, certificate)
+        return self.stack.enter_context(grpc.secure_channel(f"localhost:{port}", credentials, options))
 
     def raw(self, port: int, name: str) -> "RawDialer":
         raw = RawDialer(port, self.authority.site(name))
@@ -395,7 +409,7 @@ def test_a_dialer_that_does_not_read_its_answer_holds_up_nobody(sites: Sites) ->
 
 
 def test_a_grpc_that_lets_only_one_thread_send_will_do(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gaisnet.transport.grpc._Talk.experimental_non_blocking", False)
+    monkeypatch.setattr("gaisnet.transport.grpc.calls.Talk.experimental_non_blocking", False)
     edge = sites.listener("clinic")
     clinic = sites.dialer(edge.port, "clinic")
     for size in (1, 3 * MIB):
@@ -561,7 +575,7 @@ def test_a_site_that_is_not_on_the_list_is_refused_and_logged_once(
         is_refused(
             sites.dialer(edge.port, "stranger"), edge, "PERMISSION_DENIED: 'stranger' is not on the list of 'edge'"
         )
-    assert sum("later calls" in record.message for record in caplog.records) == 1
+    assert sum("nothing is said for a minute" in record.message for record in caplog.records) == 1
 
 
 def test_a_site_speaks_for_another_only_to_itself(sites: Sites) -> None:
@@ -668,6 +682,143 @@ def test_a_dialer_that_does_not_read_holds_up_nobody(sites: Sites) -> None:
     sites.dialer(edge.port, "clinic")
     with pytest.raises(LinkLost):
         answer(waiting)
+
+
+# -- one that takes too much ------------------------------------------------------------------------------------------
+
+
+def test_status_calls_that_are_held_open_keep_nobody_out(sites: Sites, caplog: pytest.LogCaptureFixture) -> None:
+    edge = sites.listener("clinic", "ward", status=lambda: {"ok": True})
+    ward = sites.dialer(edge.port, "ward")
+    assert answer(ward.send(b"before")) == b"before"
+    never = threading.Event()
+    sites.stack.callback(never.set)
+
+    def nothing() -> Iterator[bytes]:
+        never.wait(DEADLINE_S)
+        yield from ()
+
+    for _ in range(15):
+        channel = sites.channel(edge.port, "clinic")
+        status: Any = channel.stream_stream("/gaisnet.Link/Status")
+        for _ in range(4):
+            sites.stack.callback(status(nothing(), timeout=DEADLINE_S).cancel)
+    until(lambda: caplog.records, "the listener has had too many")
+    assert answer(sites.dialer(edge.port, "clinic").send(b"a stream of its own")) == b"a stream of its own"
+    assert ask_status(f"localhost:{edge.port}", sites.authority.site("ward"), "edge", DEADLINE_S) == {"ok": True}
+    assert answer(ward.send(b"after")) == b"after"
+    assert sum("'clinic'" in record.message for record in caplog.records) == 1
+
+
+def test_who_asks_for_the_status_too_often_is_told_so_and_others_are_not(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gaisnet.transport.grpc.listener._STATUSES", Rate(at_once=2, burst=3, per_s=0.0))
+    edge = sites.listener("clinic", "ward", status=lambda: {"ok": True})
+    at = f"localhost:{edge.port}"
+    for _ in range(3):
+        assert ask_status(at, sites.authority.site("clinic"), "edge", DEADLINE_S) == {"ok": True}
+    with pytest.raises(AskedTooOften, match="the status of 'edge': 'clinic' makes more than"):
+        ask_status(at, sites.authority.site("clinic"), "edge", DEADLINE_S)
+    assert ask_status(at, sites.authority.site("ward"), "edge", DEADLINE_S) == {"ok": True}
+    assert answer(sites.dialer(edge.port, "clinic").send(b"a stream of its own")) == b"a stream of its own"
+
+
+def test_a_site_that_dials_again_and_again_is_refused_and_others_are_not(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gaisnet.transport.grpc.listener._STREAMS", Rate(at_once=4, burst=3, per_s=0.0))
+    edge = sites.listener("clinic", "ward")
+    for _ in range(3):
+        sites.raw(edge.port, "clinic").greet()
+    code, text = sites.raw(edge.port, "clinic").ends()
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and "'clinic' makes more than" in text
+    assert answer(sites.dialer(edge.port, "ward").send(b"ward")) == b"ward"
+
+
+def test_a_site_that_restarts_again_and_again_leaves_no_more_requests_than_two_lives_may_have(sites: Sites) -> None:
+    gate = Gate()
+    edge = sites.listener("clinic", "ward", handle=gate, limits=SMALL)
+    busy = sites.dialer(edge.port, "ward", limits=SMALL).send(b"busy")
+    assert gate.entered.wait(DEADLINE_S)
+    for life in range(3):
+        restless = sites.raw(edge.port, "clinic")
+        restless.greet()
+        for step in range(1, SMALL.max_requests + 1):
+            restless.send(Frame(restless.life, Kind.REQUEST, step))
+        if life < 2:
+            asked = edge._endpoints["clinic"]
+            until(lambda asked=asked, life=life: asked._queued == SMALL.max_requests * (life + 1), "requests")  # type: ignore[misc]
+    code, text = restless.ends()
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and "of earlier lives as well" in text
+    gate.open.set()
+    assert answer(busy) == b"done busy"
+    assert answer(sites.dialer(edge.port, "clinic", limits=SMALL).send(b"well again")) == b"done well again"
+
+
+def test_those_aside_have_limits_of_their_own(sites: Sites) -> None:
+    tight = Limits(part_bytes=2**16, max_message_bytes=2**20, max_dialer_bytes=2**17)
+    edge = sites.listener("clinic", "ward", limits=SMALL, aside=["ward"], limits_aside=tight)
+    assert answer(sites.dialer(edge.port, "clinic", limits=SMALL).send(bytes(2**20))) == bytes(2**20)
+    ward = sites.dialer(edge.port, "ward", limits=tight)
+    assert answer(edge.link("ward").send(bytes(2**20))) == bytes(2**20)
+    with pytest.raises(MessageTooLarge, match="service.max_request_mib"):
+        ward.send(bytes(2**17 + 1))
+    greedy = sites.raw(edge.port, "ward")
+    greedy.greet()
+    greedy.send(Frame(greedy.life, Kind.REQUEST, 1, 0, 2**17 + 1, 0, b"x"))
+    assert greedy.ends()[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.fixture
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gaisnet.transport.grpc.listener._HANDSHAKE_S", 0.3)
+    monkeypatch.setattr("gaisnet.transport.grpc.listener._IDLE_S", 0.3)
+
+
+def is_closed(one: socket.socket) -> bool:
+    one.settimeout(DEADLINE_S)
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        while one.recv(4096):
+            pass
+    return True  # a TimeoutError says that it is not
+
+
+@pytest.mark.usefixtures("short_patience")
+@pytest.mark.parametrize("shows", ["nothing", "half a greeting", "its certificate"])
+def test_a_connection_that_asks_for_nothing_is_closed(sites: Sites, shows: str) -> None:
+    edge = sites.listener("clinic")
+    clinic = sites.dialer(edge.port, "clinic")
+    assert answer(clinic.send(b"before")) == b"before"
+    life = clinic.peer
+    idle = sites.stack.enter_context(socket.create_connection(("localhost", edge.port)))
+    if shows == "half a greeting":
+        idle.sendall(b"\x16\x03\x01\x02\x00\x01")
+    elif shows == "its certificate":
+        idle = sites.stack.enter_context(over_tls(idle, sites.authority.site("clinic")))
+        idle.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    assert is_closed(idle)
+    assert answer(clinic.send(b"after")) == b"after" and clinic.peer == life
+
+
+def over_tls(connection: socket.socket, own: Certificates) -> ssl.SSLSocket:
+    context = ssl.create_default_context(cafile=own.root)
+    context.load_cert_chain(own.certificate, own.key)
+    context.set_alpn_protocols(["h2"])
+    return context.wrap_socket(connection, server_hostname="edge")
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_idle_connections_take_no_more_descriptors_than_there_are_for_connections(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gaisnet.transport.grpc.listener.room_for_connections", lambda: 10)
+    edge = sites.listener("clinic")
+    before = len(os.listdir("/proc/self/fd"))
+    idle = [sites.stack.enter_context(socket.create_connection(("127.0.0.1", edge.port))) for _ in range(40)]
+    assert len(os.listdir("/proc/self/fd")) <= before + len(idle) + 10
+    assert answer(sites.dialer(edge.port, "clinic").send(b"honest")) == b"honest"
+    assert all(map(is_closed, idle))
 
 
 # -- closing -----------------------------------------------------------------------------------------------------------

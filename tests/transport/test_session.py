@@ -115,6 +115,26 @@ def test_an_end_that_asks_holds_back_bytes_too() -> None:
     assert len(jobs(pair.settle())) == 2
 
 
+def test_who_dials_may_be_given_less_to_ask_with_than_to_answer_with() -> None:
+    limits = Limits(part_bytes=10, max_message_bytes=100, max_dialer_bytes=20, max_requests=3)
+    device, edge = Session(DEVICE, limits, dials=True), Session(EDGE, limits, dials=False)
+    device.begin()
+    edge.begin()
+    carry(device, edge)
+    carry(edge, device)
+    for size in (15, 15):
+        device.request(bytes(size))
+    (first,) = jobs(carry(device, edge))  # the other one would be refused, so it waits
+    edge.request(bytes(100))
+    edge.answer(first, Kind.ANSWER, b"")
+    device.answer(only_job(carry(edge, device)), Kind.ANSWER, bytes(100))
+    assert len(jobs(carry(device, edge))) == 1
+    for size in (6, 21):  # beside the one of 15 that waits, and for itself
+        with pytest.raises(WireFormatError, match="request"):
+            edge.receive(Frame(DEVICE, Kind.REQUEST, 9, 0, size, 1, b"x"))
+    assert edge.buffered_bytes == 15
+
+
 def test_large_answers_are_acknowledged_at_once_and_small_ones_by_the_next_frame() -> None:
     limits = Limits()
     device, edge = Session(DEVICE, limits, dials=True), Session(EDGE, limits, dials=False)

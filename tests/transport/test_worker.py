@@ -39,6 +39,21 @@ def test_nobody_overtakes_what_waits() -> None:
     worker.close(DEADLINE_S)
 
 
+def test_askers_take_turns() -> None:
+    worker, go_on, done = Worker("answers"), threading.Event(), threading.Event()
+    seen: list[str] = []
+    worker.put(lambda: go_on.wait(DEADLINE_S))
+    for number in range(4):
+        worker.put(lambda number=number: seen.append(f"greedy {number}"), "greedy")  # type: ignore[misc]
+    for name in ("clinic", "ward"):
+        worker.put(lambda name=name: seen.append(name), name)  # type: ignore[misc]
+    worker.put(done.set, "greedy")  # after all others
+    go_on.set()
+    assert done.wait(DEADLINE_S)
+    worker.close(DEADLINE_S)
+    assert seen == ["greedy 0", "clinic", "ward", "greedy 1", "greedy 2", "greedy 3"]
+
+
 def test_nothing_begins_after_the_end() -> None:
     worker, done = Worker("answers"), threading.Event()
     assert worker.claim()

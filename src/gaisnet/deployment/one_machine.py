@@ -13,7 +13,8 @@ from gaisnet.errors import KitUnreadable, LinkError
 from gaisnet.experiments.run import read_summary
 from gaisnet.experiments.summary import Summary
 from gaisnet.progress import Progress, silent
-from gaisnet.transport.grpc import Certificates, ask_status
+from gaisnet.transport.grpc.channel import Certificates
+from gaisnet.transport.grpc.status import ask_status
 
 Told = tuple[str, int, int, dict[str, float]]
 """Stage, steps done, of how many, figures; see ``gaisnet.progress.Progress``."""

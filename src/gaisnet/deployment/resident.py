@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -48,7 +48,8 @@ from gaisnet.tiers.examples import has_images
 from gaisnet.transport.base import Handler, Link
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink
-from gaisnet.transport.grpc import Dialer, Listener
+from gaisnet.transport.grpc.dialer import Dialer
+from gaisnet.transport.grpc.listener import Listener
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.stream import ByteLink, Limits, LinkState
 
@@ -229,6 +230,7 @@ def run_edge(folder: Path) -> NoReturn:
             limits,
             lambda: {**watched.state(), "links": links_status({**listener.states(), CLOUD: to_cloud.state()})},
             aside=names,  # answers do not wait for an order, which takes a whole round
+            limits_aside=_limits_of_device(config),
         )
         opened.callback(listener.close)
         devices = {name: CodedLink(listener.link(name), codec, ledger, "device_edge", "down") for name in names}
@@ -276,7 +278,7 @@ def _serve_device(folder: Path, site: Site, door: "Door | None") -> NoReturn:
     with ExitStack() as opened:
         _check_certificate(folder, site, watched)
         own = certificates(folder, "device")
-        link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits(config))
+        link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits_of_device(config))
         opened.callback(link.close)
         if door is not None:
             from gaisnet.deployment.front_door import FrontDoor  # it needs packages that only answering needs
@@ -309,6 +311,11 @@ def _nothing_to_ask(asker: str, _frame: bytes) -> bytes:
 
 def _limits(config: Config) -> Limits:
     return Limits(max_message_bytes=min(config.wire.max_message_bytes, Limits.max_message_bytes))
+
+
+def _limits_of_device(config: Config) -> Limits:
+    """On the link of a device and its edge: its requests are rows of answers, and short; its examples are answers."""
+    return replace(_limits(config), max_dialer_bytes=config.service.max_request_mib * 2**20)
 
 
 def links_status(states: Mapping[str, LinkState]) -> dict[str, JsonValue]:

@@ -18,7 +18,7 @@ from gaisnet.errors import KitInUse, KitUnreadable, LockTaken
 from gaisnet.hosts import address
 from gaisnet.learning_settings import Settings
 from gaisnet.locks import locked
-from gaisnet.transport.grpc import Certificates
+from gaisnet.transport.grpc.channel import Certificates
 from gaisnet.yaml_text import load_yaml
 
 SITE_FILE = "site.yaml"

@@ -15,7 +15,8 @@ from gaisnet.deployment.site import CLOUD, Site, certificates, read_site
 from gaisnet.deployment.validity import check_validity
 from gaisnet.errors import CertificateInvalid, GaisnetError, WireFormatError
 from gaisnet.hosts import address
-from gaisnet.transport.grpc import Certificates, ask_status
+from gaisnet.transport.grpc.channel import Certificates
+from gaisnet.transport.grpc.status import ask_status
 
 _ASK_S = 5.0
 _LONGEST_NOTICE = 200

@@ -32,6 +32,7 @@ Who answers later lets the site answer others meanwhile.
 
 _WARN_EVERY_S = 60.0
 _PATIENCE_S = 0.01  # for a frame that can carry an acknowledgement
+_LIVES = 2  # of another site, whose requests may wait here: it can restart while a handler is busy
 _SHORT_BYTES = 2**17  # a longer answer takes longer to send than to wake the writer, and the reader can read meanwhile
 _log = logging.getLogger(__name__)
 
@@ -54,8 +55,10 @@ class Endpoint:
         self.other = other
         self.limits = limits
         self._session = Session(life, limits, dials)
+        self._ask_bytes = limits.request_bytes(dials)
         self._handle = handle
         self._worker = worker
+        self._queued = 0  # requests that wait for the worker, those of earlier lives as well
         self._lock = threading.Lock()
         self._futures: dict[int, Future[bytes]] = {}
         self._connection: Connection | None = None
@@ -74,8 +77,8 @@ class Endpoint:
 
     def send(self, payload: bytes) -> Future[bytes]:
         """See ``ByteLink.send``."""
-        if len(payload) > self.limits.max_message_bytes:
-            raise MessageTooLarge(self.other, len(payload), self.limits.max_message_bytes)
+        if len(payload) > self._ask_bytes:
+            raise MessageTooLarge(self.other, len(payload), self._ask_bytes)
         answer = _Answer(self)
         with self._lock:
             if self._closed:
@@ -150,6 +153,8 @@ class Endpoint:
             if self._connection is not connection:
                 return True
             self._last_seen = time.monotonic()
+            if frame.kind is Kind.REQUEST and self._queued >= _LIVES * self.limits.max_requests:
+                raise WireFormatError(f"a request where {self._queued} of this site, of earlier lives as well, wait")
             events = self._session.receive(frame)
             if frame.kind in (Kind.HELLO, Kind.WELCOME):
                 self._since, self._problem = self._last_seen, ""
@@ -249,7 +254,9 @@ class Endpoint:
 
     def _carry_out(self, event: Event) -> None:
         if isinstance(event, Asked):
-            self._worker.put(lambda: self._run(event.job))
+            with self._lock:
+                self._queued += 1
+            self._worker.put(lambda: self._run_queued(event.job), self.other)
         elif isinstance(event, Answered):
             answer = self._futures.pop(event.step, None)
             if answer is not None and answer.set_running_or_notify_cancel():
@@ -265,6 +272,11 @@ class Endpoint:
         with self._lock:
             self._session.abandon(step)
             return self._futures.pop(step, None) is not None
+
+    def _run_queued(self, job: Job) -> None:
+        with self._lock:
+            self._queued -= 1
+        self._run(job)
 
     def _run(self, job: Job, connection: "Connection | None" = None) -> Frame | None:
         """Answer a request; what its own thread shall send then, if that is the one that reads ``connection``."""

@@ -6,8 +6,8 @@ connection begins, each end asks again, in order, for what has not been answered
 its answer is acknowledged, so what is asked again is not run again. Whatever breaks these rules raises
 ``WireFormatError``, and the connection must then end.
 
-An end that asks holds back: at most ``limits.max_requests`` unanswered requests, and ``limits.max_message_bytes`` in
-all of them together, are under way. So the other end can refuse more than that, before it has stored any of it.
+An end that asks holds back: at most ``limits.max_requests`` unanswered requests, and ``limits.request_bytes`` in all
+of them together, are under way. So the other end can refuse more than that, before it has stored any of it.
 """
 
 from collections import deque
@@ -144,6 +144,7 @@ class Session:
         self._life = life
         self._limits = limits
         self._dials = dials
+        self._ask_bytes, self._take_bytes = limits.request_bytes(dials), limits.request_bytes(not dials)
         self._last_step = 0
         self._requests: dict[int, bytes] = {}  # not answered, by step, upward
         self._jobs: dict[int, Job] = {}  # by step
@@ -240,9 +241,9 @@ class Session:
         while talk.to_ask and talk.to_ask[0] not in self._requests:
             talk.to_ask.popleft()
         if not talk.to_ask or not talk.awaiting:
-            return bool(talk.to_ask)  # a single request may have any size
+            return bool(talk.to_ask)  # a single one is within the limit
         held = sum(talk.awaiting.values()) + len(self._requests[talk.to_ask[0]])
-        return len(talk.awaiting) < self._limits.max_requests and held <= self._limits.max_message_bytes
+        return len(talk.awaiting) < self._limits.max_requests and held <= self._ask_bytes
 
     def _next_outgoing(self, talk: _Talk) -> _Outgoing | None:
         while talk.to_answer:
@@ -343,6 +344,8 @@ class Session:
             return
         if frame.step <= talk.newest or (frame.step <= self._highest and frame.step not in self._jobs):
             raise WireFormatError(f"a REQUEST for step {frame.step} again")
+        if frame.total_bytes > self._take_bytes:
+            raise WireFormatError(f"a request of {frame.total_bytes} bytes, the limit is {self._take_bytes}")
         if not self._jobs:
             return
         waiting = [job.size for job in self._jobs.values() if job.asked]
@@ -350,8 +353,8 @@ class Session:
             return
         if len(waiting) >= self._limits.max_requests:
             raise WireFormatError(f"more than {self._limits.max_requests} requests at once")
-        if sum(waiting) + frame.total_bytes > self._limits.max_message_bytes:
-            raise WireFormatError(f"requests of more than {self._limits.max_message_bytes} bytes at once")
+        if sum(waiting) + frame.total_bytes > self._take_bytes:
+            raise WireFormatError(f"requests of more than {self._take_bytes} bytes at once")
 
     def _asked(self, talk: _Talk, step: int, payload: bytes) -> list[Event]:
         talk.newest = step

@@ -31,6 +31,7 @@ class Limits:
     Attributes:
         part_bytes: Longest piece of a payload in one frame.
         max_message_bytes: Longest payload, and the most bytes that unanswered requests may hold together.
+        max_dialer_bytes: The same for requests of the end that dials, where it is less.
         max_requests: Most requests of one end that wait for their answers at the other; more wait where they are asked.
         keepalive_s: A connection that has been silent for this long is asked whether it is there,
         keepalive_timeout_s: and is taken for dead if it says nothing for this long.
@@ -38,9 +39,14 @@ class Limits:
 
     part_bytes: int = 2**20
     max_message_bytes: int = 2**31 - 1
+    max_dialer_bytes: int = 2**31 - 1
     max_requests: int = 64
     keepalive_s: float = 10.0
     keepalive_timeout_s: float = 20.0
+
+    def request_bytes(self, dials: bool) -> int:
+        """Bytes that the unanswered requests of one end may hold together, of the end that dials or of the other."""
+        return min(self.max_message_bytes, self.max_dialer_bytes) if dials else self.max_message_bytes
 
 
 DEFAULT_LIMITS = Limits()

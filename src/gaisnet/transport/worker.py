@@ -1,16 +1,24 @@
-"""Whose turn it is to answer at a site: tiers do one thing at a time, over however many links they are asked."""
+"""Whose turn it is to answer at a site: tiers do one thing at a time, over however many links they are asked.
+
+Askers take turns, so that one with many requests holds up another by one of them.
+"""
 
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
 
 class Worker:
-    """Sees to it that a site does one thing after the other, in the order in which they came, in whatever thread."""
+    """Sees to it that a site does one thing after the other, in whatever thread.
+
+    Tasks of one asker are done in the order in which they came; askers with tasks that wait take turns.
+    """
 
     def __init__(self, name: str) -> None:
-        self._waiting: deque[Callable[[], object]] = deque()
+        self._waiting: OrderedDict[str, deque[Callable[[], object]]] = OrderedDict()  # whose turn is next comes first
+        self._left = 0  # tasks that are not done
+        self._lock = threading.Lock()
         self._calls: SimpleQueue[bool] = SimpleQueue()
         self._turn = threading.Lock()
         self._whose_turn = 0
@@ -18,14 +26,16 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, task: Callable[[], object]) -> None:
-        """Do it in a thread of its own when everything before it is done."""
-        self._waiting.append(task)
+    def put(self, task: Callable[[], object], asker: str = "") -> None:
+        """Do it in a thread of its own when it is the turn of ``asker`` and its tasks before it are done."""
+        with self._lock:
+            self._waiting.setdefault(asker, deque()).append(task)
+            self._left += 1
         self._calls.put(True)
 
     def claim(self) -> bool:
         """Whether the calling thread may do a thing itself, at once; it calls ``release`` when that is done."""
-        if self._waiting or not self._turn.acquire(blocking=False):
+        if self._left or not self._turn.acquire(blocking=False):
             return False
         if self._closed:
             self._turn.release()
@@ -51,6 +61,15 @@ class Worker:
                 if self._closed:
                     return
                 self._whose_turn = threading.get_ident()
-                self._waiting[0]()
-                self._waiting.popleft()  # not before: while it is there, nobody who comes later gets a turn
+                self._next()()
+                with self._lock:
+                    self._left -= 1  # not before: while it counts, nobody who comes later gets a turn
                 self._whose_turn = 0
+
+    def _next(self) -> Callable[[], object]:
+        with self._lock:
+            asker, tasks = self._waiting.popitem(last=False)
+            task = tasks.popleft()
+            if tasks:
+                self._waiting[asker] = tasks
+            return task

@@ -12,7 +12,8 @@ from gaisnet.deployment.launcher import Launcher, ProcessPlan, Restarts
 from gaisnet.engines.nvflare.job import JobKeeper
 from gaisnet.engines.nvflare.kit import ENVIRONMENT, ORDERS, client_command, read_kit, server_command
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
-from gaisnet.transport.grpc import Certificates, Listener
+from gaisnet.transport.grpc.channel import Certificates
+from gaisnet.transport.grpc.listener import Listener
 from gaisnet.transport.stream import ByteLink
 
 EDGES = ("edge1", "edge2")

@@ -20,7 +20,7 @@ from gaisnet.engines.nvflare.kit import ORDERS, SEALS, read_seal
 from gaisnet.engines.nvflare.provision import provision
 from gaisnet.engines.nvflare.seal import Seal
 from gaisnet.errors import PeerError, TooFewDevices
-from gaisnet.transport.grpc import Listener
+from gaisnet.transport.grpc.listener import Listener
 from tests.engines.nvflare.sites import EDGES, addresses, listen, until
 
 JOB = "job-1"

@@ -34,7 +34,8 @@ from gaisnet.engines.nvflare.exchange import (
 from gaisnet.engines.nvflare.kit import ORDERS, Kit, read_kit, read_seal
 from gaisnet.engines.nvflare.seal import Guard, Seal, SealedPost
 from gaisnet.errors import LinkLost, UnexpectedMessage
-from gaisnet.transport.grpc import Certificates, Dialer
+from gaisnet.transport.grpc.channel import Certificates
+from gaisnet.transport.grpc.dialer import Dialer
 
 _TICK_S = 0.1
 _HANG_UP_S = 0.5
