@@ -15,6 +15,9 @@ from gaisnet.errors import MissingPackage, ModelError
 from gaisnet.learning_settings import ModelSettings
 from gaisnet.models.families import ENCODERS
 from gaisnet.models.foundation import DEFAULT_MODEL, Foundation, load_foundation
+from gaisnet.models.parts import Body
+from gaisnet.models.release import release_model, released
+from gaisnet.models.tokenization import ending_ids
 from tests.tiny import (
     NUM_LAYERS,
     VOCAB,
@@ -55,6 +58,21 @@ def test_a_folder(tmp_path: Path) -> None:
     assert torch.equal(foundation.model(ids()).logits, tiny_model()(ids()).logits)
     assert foundation.tokenizer.encode("so? é", add_special_tokens=False) == tiny_tokenizer().encode("so? é")
     assert len(foundation.decoder.layers) == NUM_LAYERS
+
+
+@pytest.mark.parametrize("named", [[257, 65], 65, [65, 66]])
+def test_ends_that_only_the_generation_configuration_names_go_where_the_model_goes(
+    tmp_path: Path, named: int | list[int]
+) -> None:
+    folder = save_tiny_foundation(tmp_path)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": named}))
+    foundation = load(folder)
+    every = {257, *(named if isinstance(named, list) else [named])}
+    assert ending_ids(foundation.tokenizer, foundation.model.config) == every
+    body = Body(foundation.model.config, dict(enumerate(foundation.decoder.layers)), foundation.decoder.rotary_emb)
+    release = release_model(foundation.decoder, body, (), 1, NUM_LAYERS)
+    assert ending_ids(tiny_tokenizer(), released(release).config) == every
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])

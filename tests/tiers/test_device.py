@@ -1,5 +1,6 @@
 """A device on its own: what it refuses, and that it says so in words that help."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -77,6 +78,15 @@ def test_token_ids_by_hand() -> None:
     assert tokens.input_ids == (a, b, c, d) and tokens.label_ids == (c, d, 257)
     (shortened,) = tokenize([Example("ab", "cd")], tiny_tokenizer(), 3, "device")
     assert shortened.input_ids == (b, c, d) and shortened.label_ids == (c, d, 257)
+
+
+def test_a_completion_that_the_model_would_end_in_its_middle_is_refused_when_the_model_comes() -> None:
+    ends = [257, *tiny_tokenizer().encode("!")]
+    config = json.dumps({**json.loads(model_release().config_json), "eos_token_id": ends})
+    release = replace(restrict(model_release(), range(1)), config_json=config)
+    device().handle(release)
+    with pytest.raises(DataError, match="'clinic', test, example 1: its completion holds a token that ends an answer"):
+        device(test=(Example("Is it?", " yes! no"),)).handle(release)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

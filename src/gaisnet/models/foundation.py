@@ -31,6 +31,7 @@ from gaisnet.errors import MissingPackage, ModelError
 from gaisnet.learning_settings import ModelSettings
 from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears
+from gaisnet.models.tokenization import ends_of
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _logger = logging.getLogger(__name__)
@@ -105,11 +106,20 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
         raise ModelError(
             settings.foundation, "its tokenizer has no end-of-sequence token", "set eos_token in its files"
         )
+    _know_all_ends(model)
     model.requires_grad_(False).eval()
     if not plain:
         freeze_linears(model)
     nn.Module.to(model, _device(settings))
     return Foundation(settings.foundation, model, reader)
+
+
+def _know_all_ends(model: PreTrainedModel) -> None:
+    """Put end tokens that only ``generation_config.json`` names into the configuration, which goes where parts go."""
+    named = ends_of(model.config)
+    more = [token for token in ends_of(getattr(model, "generation_config", None)) if token not in named]
+    if more:
+        model.config.eos_token_id = [*named, *more]
 
 
 def _class_of(config: PretrainedConfig) -> Any:

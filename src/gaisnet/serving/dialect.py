@@ -14,8 +14,8 @@ from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
 from gaisnet.config import FrontSettings
+from gaisnet.models.tokenization import chat_ids, prompt_ids
 from gaisnet.serving.answering import Ask, Course
-from gaisnet.serving.prompts import chat_ids, prompt_ids
 from gaisnet.serving.sampling import Sampling
 
 _COMPLETION_TOKENS = 16  # OpenAI's default
@@ -83,7 +83,7 @@ class Request(_Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    def ask(self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings) -> Ask:
+    def ask(self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings, continues: bool = False) -> Ask:
         """The same for ``Answering``. Raises ``BadRequest`` where it asks for more than the limits let it."""
         if len(prompt) > limits.max_prompt_tokens:
             found = f"the prompt has {len(prompt)} tokens, the limit is {limits.max_prompt_tokens}"
@@ -97,7 +97,7 @@ class Request(_Strict):
             seed=secrets.randbelow(_SEEDS) if self.seed is None else self.seed,
         )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Ask(self.model, prompt, sampling, stop, self.domain, self.speculate)
+        return Ask(self.model, prompt, sampling, stop, self.domain, self.speculate, continues)
 
     @classmethod
     def prompt_field(cls) -> str:
@@ -171,7 +171,7 @@ class CompletionRequest(Request):
         """See ``Request.to_ask``."""
         prompt = self._only()
         ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
-        return self.ask(ids, self.max_tokens or _COMPLETION_TOKENS, limits)
+        return self.ask(ids, self.max_tokens or _COMPLETION_TOKENS, limits, continues=True)
 
     def _only(self) -> str | list[int]:
         if isinstance(self.prompt, str):

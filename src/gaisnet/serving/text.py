@@ -1,45 +1,43 @@
 """Tokens of an answer to text, as they come: whole characters only, and nothing of a stop string."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-_BROKEN = "\ufffd"  # what a tokenizer makes of the first bytes of a character
-_LONGEST_CHARACTER = 4  # tokens that one character can take, where a token is a byte
+from gaisnet.models.tokenization import GrowingText
 
 
-def text_of(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> Iterator[str]:
+def text_of(
+    tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), continues: bool = False
+) -> Iterator[str]:
     """Pieces of text. Where a stop string appears, the text ends before it, and no more tokens are asked for.
+
+    Together they are what the tokenizer makes of all tokens at once.
 
     Args:
         tokens: Ids of the answer; closed at the end if it is a generator.
         tokenizer: Decodes them; special tokens make no text.
         stop: Strings that end the answer.
+        continues: The text goes on from a prompt, and so keeps a space that it begins with.
     """
     stop = [s for s in stop if s]
-    ids: list[int] = []
-    given = 0  # characters that are out
+    growing = GrowingText(tokenizer, continues)
+    held = ""  # certain, but it may be the beginning of a stop string
     try:
         for token in tokens:
-            ids.append(token)
-            text = _decoded(tokenizer, ids)
-            if (end := _first(text, stop)) is not None:
-                yield from _rest(text[given:end])
+            held += growing.add(token)
+            seen = held + growing.rest() if stop else held
+            if (end := _first(seen, stop)) is not None:
+                yield from _rest(seen[:end])
                 return
-            safe = len(text) - max(_unfinished(text), _could_become(text, stop))
-            if safe > given:
-                yield text[given:safe]
-                given = safe
-        yield from _rest(_decoded(tokenizer, ids)[given:])
+            safe = len(held) - _could_become(held, stop)
+            yield from _rest(held[:safe])
+            held = held[safe:]
+        yield from _rest(held + growing.rest())
     finally:
         close = getattr(tokens, "close", None)
         if close is not None:
             close()
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return cast(str, tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _rest(text: str) -> Iterator[str]:
@@ -51,12 +49,6 @@ def _first(text: str, stop: Sequence[str]) -> int | None:
     """Where the earliest stop string begins."""
     found = [at for at in (text.find(s) for s in stop) if at >= 0]
     return min(found) if found else None
-
-
-def _unfinished(text: str) -> int:
-    """Characters at the end that more tokens may change."""
-    broken = len(text) - len(text.rstrip(_BROKEN))
-    return min(broken, _LONGEST_CHARACTER)
 
 
 def _could_become(text: str, stop: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaisnet.errors import DataError
 from gaisnet.models.ragged import Ragged, token_rows
+from gaisnet.models.tokenization import closed_ids
 from gaisnet.tiers.examples import Input
 
 _BATCH = 32
@@ -41,7 +42,7 @@ class Inputs:
         if texts and tokenizer is None:
             raise DataError(owner, "has texts, but the foundation model has no tokenizer to read them", "give images")
         if texts and tokenizer is not None:
-            self.ids = [tokenizer(text, truncation=True, max_length=context)["input_ids"] for text in texts]
+            self.ids = [closed_ids(tokenizer, text, context) for text in texts]
 
     def through(self, run: Callable[[Tensor], Tensor]) -> Ragged:
         """What a function makes of all, [B, T, D] of token ids [B, T] or pixels [B, C, H, W], without gradients.
