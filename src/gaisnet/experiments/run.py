@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from gaisnet.experiments.summary import (
     Baselines,
     Cycle,
     DeviceFigures,
+    Examples,
     LinkBytes,
     Matrix,
     ModelFigures,
@@ -29,7 +31,7 @@ from gaisnet.experiments.summary import (
     Traffic,
 )
 from gaisnet.messages import AdapterUpdate, EvaluationReport
-from gaisnet.models.foundation import Foundation, load_foundation
+from gaisnet.models.foundation import Foundation, load_foundation, longest_example, with_context
 from gaisnet.network import Network, Scores
 from gaisnet.overrides import with_overrides
 from gaisnet.progress import Progress, silent
@@ -157,6 +159,8 @@ class Run:
         foundation = load_foundation(config.model)
         self._base_model, self._layers_path = foundation.name, foundation.family.layers_path
         self._writes = not foundation.family.is_encoder
+        self._context = with_context(config, foundation.model.config).model.context
+        self._longest_example = longest_example(foundation.model.config)
         progress("load", 1, 2, {})
         self._network = build(foundation, public_text(config.absorb), self._note)
         self._seen = self._network.traffic()
@@ -200,12 +204,24 @@ class Run:
                 foundation_layers=sizes.foundation_layers,
                 domain_layers=sizes.domain_layers,
                 trainable_params=sum(tensor.numel() for tensor in tensors.values()),
+                context=self._context,
+                longest_example=self._longest_example,
             ),
             device=DeviceFigures(params_fraction=sizes.split_device_params / sizes.foundation_params),
+            examples=self._examples(),
             majority=dict(majorities),
             follows={edge.domain: edge.follows for edge in self._config.edges if edge.follows is not None},
             cycles=[self._measure(0, [], {}, [], None)],
         )
+
+    def _examples(self) -> dict[str, Examples]:
+        """What devices say of their examples; an edge speaks of its own devices only."""
+        found = self._network.lengths()
+        return {
+            device.name: Examples(**asdict(found[edge.domain][device.name]))
+            for edge, device in self._config.each_device()
+            if device.name in found[edge.domain]
+        }
 
     def _measure(
         self,

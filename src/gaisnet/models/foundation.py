@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gaisnet.config import Config
 from gaisnet.errors import MissingPackage, ModelError
-from gaisnet.learning_settings import ModelSettings
+from gaisnet.learning_settings import CONTEXT_LIMIT, ModelSettings
 from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears
 from gaisnet.models.tokenization import ends_of
@@ -159,6 +160,25 @@ def _config_of(settings: ModelSettings) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ModelError(settings.foundation, f"has no configuration ({error})", "give a model folder") from error
     return config
+
+
+def with_context(config: Config, model: PretrainedConfig | None = None) -> Config:
+    """The same with a number for ``model.context``: with null, as much as the model takes, up to ``CONTEXT_LIMIT``.
+
+    Args:
+        config: A run's configuration.
+        model: The foundation model's; None to read it. Raises ``ModelError`` or ``MissingPackage``.
+    """
+    if config.model.context is not None:
+        return config
+    context = min(config.model.most_tokens, longest_example(model or _config_of(config.model)))
+    return config.model_copy(update={"model": config.model.model_copy(update={"context": context})})
+
+
+def longest_example(model: PretrainedConfig) -> int:
+    """Tokens that a model takes of an example; a decoder takes the one that ends it besides."""
+    positions = int(getattr(model, "max_position_embeddings", None) or CONTEXT_LIMIT + 1)
+    return positions if family_of(model).is_encoder else positions - 1
 
 
 def read_tokenizer(source: Path, asked: str = "of a kit") -> PreTrainedTokenizerBase:

@@ -116,17 +116,28 @@ def continuing_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, 
     return text_ids(tokenizer, text)
 
 
-def closed_ids(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> list[int]:
-    """Token ids of a text that is classified, opened and closed as the tokenizer does it.
+@dataclass(frozen=True)
+class Closed:
+    """A text that is classified, in token ids: opened and closed as the tokenizer does it."""
 
-    Args:
-        tokenizer: The model's.
-        text: Loses its end where it is too long.
-        most: Tokens, those around the text included; None for all.
-    """
-    facts, ids = _facts(tokenizer), text_ids(tokenizer, text)
-    room = len(ids) if most is None else max(most - len(facts.opening) - len(facts.closing), 0)
-    return [*facts.opening, *ids[:room], *facts.closing]
+    opening: tuple[int, ...]
+    text: tuple[int, ...]
+    closing: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Tokens in all."""
+        return len(self.opening) + len(self.text) + len(self.closing)
+
+    def shortened(self, most: int) -> list[int]:
+        """All tokens, at most so many: the text loses its end."""
+        room = max(most - len(self.opening) - len(self.closing), 0)
+        return [*self.opening, *self.text[:room], *self.closing]
+
+
+def closed_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Closed:
+    """Token ids of a text that is classified."""
+    facts = _facts(tokenizer)
+    return Closed(facts.opening, text_ids(tokenizer, text), facts.closing)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gaisnet.errors import DataError, WireFormatError
-from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Split
+from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Lengths, Split
 from gaisnet.models.parts import Tail
 from gaisnet.models.ragged import Ragged, token_rows
 from gaisnet.models.tokenization import ending_ids
@@ -72,6 +72,12 @@ class Completions:
             return hidden_BTD
 
         return token_rows([t.input_ids for t in self.tokens[split]], torch.device("cpu")).map_batches(run, HEAD_BATCH)
+
+    def lengths(self) -> Lengths:
+        """See ``tiers.device.OwnExamples``."""
+        every = [tokens for split in self.tokens.values() for tokens in split]
+        longest = max((len(tokens.input_ids) + tokens.num_dropped for tokens in every), default=0)
+        return Lengths(len(every), sum(tokens.num_dropped > 0 for tokens in every), longest)
 
     def num_labels(self, split: Split) -> list[int]:
         """Label tokens of each example."""

@@ -85,6 +85,7 @@ class Tokens:
 
     input_ids: tuple[int, ...]
     label_ids: tuple[int, ...]
+    num_dropped: int = 0  # tokens of the prompt, for which the context has no room
 
 
 def tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int, owner: str) -> list[Tokens]:
@@ -106,4 +107,4 @@ def _tokenize_one(example: Example, tokenizer: PreTrainedTokenizerBase, context:
     except ValueError:
         found = f"the completion has {len(pair.completion)} tokens but the context holds {context}"
         raise DataError(asked, found, "shorten it or raise model.context") from None
-    return Tokens(input_ids, (*pair.completion, tokenizer.eos_token_id))
+    return Tokens(input_ids, (*pair.completion, tokenizer.eos_token_id), len(pair) - len(input_ids))

@@ -16,7 +16,7 @@ from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config
 from gaisnet.experiments.data import DomainData
 from gaisnet.models.families import LLAMA
-from gaisnet.models.foundation import Foundation, load_foundation, load_tokenizer, read_config
+from gaisnet.models.foundation import Foundation, load_foundation, load_tokenizer, read_config, with_context
 from gaisnet.models.parts import CACHE
 from gaisnet.models.ragged import by_length, shuffled_batches
 from gaisnet.models.tokenization import ends_of
@@ -44,7 +44,7 @@ class Task:
     @classmethod
     def of(cls, config: Config, data: DomainData) -> "Task":
         """The examples of a domain's devices. Raises ``DataError``."""
-        tokenizer, context = load_tokenizer(config.model), config.model.context
+        tokenizer, context = load_tokenizer(config.model), with_context(config).model.most_tokens
         train = {name: tokenize(mine.train, tokenizer, context, name) for name, mine in data.devices.items()}
         test = [t for name, mine in data.devices.items() for t in tokenize(mine.test, tokenizer, context, name)]
         return cls(config, train, test)
