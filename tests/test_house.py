@@ -113,6 +113,26 @@ def tensorboard_imports(tree: ast.Module) -> Iterator[str]:
             yield f"line {node.lineno}: tensorboard is imported"
 
 
+TOKENIZERS = {"tokenizer", "_tokenizer", "reader", "_reader"}
+ENCODERS = {"encode", "decode", "batch_decode", "tokenize", "convert_tokens_to_ids", "encode_plus", "pad"}
+
+
+def tokenizer_calls(tree: ast.Module) -> Iterator[str]:
+    """A tokenizer that is called, or a chat template that is applied: what ``models.tokenization`` alone does."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        last = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+        owner = ast.unparse(called.value).rpartition(".")[2] if isinstance(called, ast.Attribute) else ""
+        if (
+            last == "apply_chat_template"
+            or (last in TOKENIZERS and node.args)
+            or (owner in TOKENIZERS and last in ENCODERS)
+        ):
+            yield f"line {node.lineno}: {ast.unparse(called)} is called"
+
+
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -150,6 +170,13 @@ def test_tensorboard_lives_in_experiments() -> None:
     assert [relative(path) for path in elsewhere if list(tensorboard_imports(parse(path)))] == []
 
 
+def test_one_module_calls_tokenizers() -> None:
+    home = PACKAGE / "models" / "tokenization.py"
+    assert list(tokenizer_calls(parse(home)))
+    found = {relative(path): list(tokenizer_calls(parse(path))) for path in MODULES if path != home}
+    assert {path: calls for path, calls in found.items() if calls} == {}
+
+
 @pytest.mark.parametrize(
     ("rule", "code"),
     [
@@ -179,6 +206,11 @@ def test_tensorboard_lives_in_experiments() -> None:
         (tensorboard_imports, "import torch.utils.tensorboard"),
         (tensorboard_imports, "from torch.utils.tensorboard import SummaryWriter"),
         (tensorboard_imports, "from torch.utils import tensorboard"),
+        (tokenizer_calls, "tokenizer.encode(text)"),
+        (tokenizer_calls, "self._foundation.tokenizer(text, truncation=True)"),
+        (tokenizer_calls, "x = tokenizer(text)['input_ids']"),
+        (tokenizer_calls, "self._tokenizer.decode(ids)"),
+        (tokenizer_calls, "anything.apply_chat_template(messages)"),
     ],
 )
 def test_a_rule_finds_what_breaks_it(rule: Rule, code: str) -> None:
@@ -197,6 +229,7 @@ def test_a_rule_finds_what_breaks_it(rule: Rule, code: str) -> None:
         (unguarded_loads, "AutoTokenizer.from_pretrained(path, trust_remote_code=False)"),
         (loads, "'from_pretrained'\nfrom transformers import AutoModel"),
         (tensorboard_imports, "import torch\nfrom torch import Tensor, nn"),
+        (tokenizer_calls, "codec.encode(message)\nlen(tokenizer)\ntext.encode()\nprompt_ids(tokenizer, text)"),
     ],
 )
 def test_a_rule_passes_what_keeps_it(rule: Rule, code: str) -> None:

@@ -10,6 +10,10 @@ MergeMethod = Literal["regression", "sum", "ties", "dare"]
 _SAME = 0.01  # how far a part of a pass may be from one of equal parts, counted in parts: 0.333 is a third
 
 
+CONTEXT_LIMIT = 1024
+"""Tokens of an example, unless ``model.context`` says otherwise: the cost of attention grows with their square."""
+
+
 class Settings(BaseModel):
     """A frozen group of settings that refuses unknown keys, and numbers that strict JSON cannot hold."""
 
@@ -37,17 +41,22 @@ class ModelSettings(Settings):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and arithmetic.")
     device: str = Field("cpu", description="A torch device, such as 'cpu' or 'cuda:0'.")
-    context: int = Field(
-        96,
+    context: int | None = Field(
+        None,
         ge=8,
         description="Longest example in tokens; longer prompts lose their beginning, longer texts that are classified "
-        "their end.",
+        f"their end. null: enough for every example, up to {CONTEXT_LIMIT} tokens and to what the model takes.",
     )
     public_inputs: Path | None = Field(
         None,
         description="Of an encoder: a JSONL file of texts or images that are nobody's secret, without labels. On them "
         "the cloud calibrates int8 and measures how far adapters move the model's features.",
     )
+
+    @property
+    def most_tokens(self) -> int:
+        """``context`` as a number."""
+        return CONTEXT_LIMIT if self.context is None else self.context
 
 
 class DomainSettings(Settings):

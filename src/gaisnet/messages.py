@@ -5,6 +5,7 @@ those that are wanted back, D hidden size. All tensors are on the CPU. ``wire(..
 that says how a floating tensor is written.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +19,9 @@ Split = Literal["train", "validate", "test"]
 """Of a device's examples: to learn from; held back, for the gate; held out, for scores."""
 Scored = Literal["validate", "test"]
 """Those of which anybody may ask how many are right."""
+
+MOST = 2**31 - 1
+"""A count beyond it is a lie."""
 
 Role = Literal["relay", "domain"]
 Whose = Literal["domain", "foundation"]
@@ -118,6 +122,45 @@ class AdapterUpdate(Message):
     loss: StrictFloat  # mean over the label tokens of the last epoch
     faults: tuple[str, ...]  # what went wrong with which device, a sentence each
     tensors: dict[str, Tensor] = wire("adapter")
+
+
+@dataclass(frozen=True)
+class LengthsRequest(Message):
+    """Cloud -> edge -> device: how long are examples?"""
+
+
+@dataclass(frozen=True)
+class Lengths(Message):
+    """Device -> edge: how long its examples are, those of all splits together. Only counts."""
+
+    num_examples: StrictInt
+    num_truncated: StrictInt  # those that have more tokens than the context holds
+    longest: StrictInt  # tokens of the longest one, before it is truncated; 0 where examples are no text
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_truncated <= self.num_examples <= MOST or not 0 <= self.longest <= MOST:
+            raise ValueError("lengths of examples are no counts")
+
+
+@dataclass(frozen=True)
+class LengthsOfDevices(Message):
+    """Edge -> cloud: the same of every device that could be had, numbers in the order of ``Lengths``."""
+
+    owners: tuple[str, ...]
+    counts: tuple[tuple[StrictInt, StrictInt, StrictInt], ...]
+
+    @classmethod
+    def of(cls, lengths: Mapping[str, Lengths]) -> "LengthsOfDevices":
+        """Of devices by name."""
+        return cls(tuple(lengths), tuple((n.num_examples, n.num_truncated, n.longest) for n in lengths.values()))
+
+    def by_device(self) -> dict[str, Lengths]:
+        """The same by name."""
+        return {owner: Lengths(*counts) for owner, counts in zip(self.owners, self.counts, strict=True)}
+
+    def __post_init__(self) -> None:
+        if len(set(self.owners)) != len(self.owners) or len(self.by_device()) != len(self.counts):
+            raise ValueError("lengths of examples that are not one entry per device")
 
 
 @dataclass(frozen=True)

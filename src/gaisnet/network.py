@@ -34,6 +34,9 @@ from gaisnet.messages import (
     Install,
     Installed,
     LabelRequest,
+    Lengths,
+    LengthsOfDevices,
+    LengthsRequest,
     Message,
     Shared,
     ShareRequest,
@@ -212,6 +215,11 @@ class Network:
         """A domain's DM with the adapter that it has now, also one that the gate has refused."""
         whole = self.cloud.release("domain", domain).tensors
         return EvaluateGuest(self.cloud.relay(domain), self._at_edges.get(domain, whole))
+
+    def lengths(self) -> dict[str, dict[str, Lengths]]:
+        """How long devices' examples are, by domain and device; those that are away are missing."""
+        found = self._ask(dict.fromkeys(self._edges, LengthsRequest()), LengthsOfDevices)
+        return {domain: lengths.by_device() for domain, lengths in found.items()}
 
     def traffic(self) -> dict[LinkKind, Traffic]:
         """Bytes of the whole run on each kind of link, all sites together."""

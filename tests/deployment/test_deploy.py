@@ -143,6 +143,12 @@ def test_a_device_of_a_model_of_images_has_no_tokenizer(tmp_path: Path) -> None:
     }
 
 
+def test_every_kit_has_the_context_that_the_model_lets_it(config: Config, tmp_path: Path) -> None:
+    model = config.model.model_copy(update={"context": None})
+    kits = prepare(config.model_copy(update={"model": model}), tmp_path / "sites")
+    assert {read_site(kit).config.model.context for kit in kits.values()} == {127}
+
+
 def test_kits_are_not_written_over(config: Config, kits: Mapping[str, Path]) -> None:
     with pytest.raises(OutputInUse, match="is not empty"):
         prepare(config, kits[CLOUD].parent)

@@ -16,7 +16,7 @@ from rich.console import Console
 from gaisnet.cli.baselines import _table as baselines_table
 from gaisnet.experiments.plots import INK
 from gaisnet.experiments.report import render_report
-from gaisnet.experiments.summary import Summary
+from gaisnet.experiments.summary import Examples, Summary
 from gaisnet.experiments.table import (
     against_rows,
     closing_captions,
@@ -269,6 +269,21 @@ def test_closing_captions_add_up_the_cycles() -> None:
         *(f"Note: {sentence}" for sentence in _summary().cycles[-1].merged_below_own()),
     ]
     assert len(_summary().cycles[-1].merged_below_own()) == 2
+
+
+def test_closing_captions_and_report_name_devices_whose_examples_are_truncated() -> None:
+    summary = _summary()
+    model = summary.model.model_copy(update={"context": 96, "longest_example": 2000})
+    counts = {"a": (20, 12, 412), "b": (9, 0, 96), "c": (5, 1, 2048)}
+    examples = {n: Examples(num_examples=e, num_truncated=t, longest=m) for n, (e, t, m) in counts.items()}
+    summary = summary.model_copy(update={"model": model, "examples": examples})
+    said = [line for line in closing_captions(summary) if "truncated" in line]
+    assert said == [
+        "Device 'a': 12 of 20 examples are truncated to model.context, 96 tokens; 412 would hold all",
+        "Device 'c': 1 of 5 examples are truncated to model.context, 96 tokens; 2048 would hold all, but the FM takes "
+        "2000",
+    ]
+    assert all(escape(line) in render_report(summary) for line in said)
 
 
 def test_closing_captions_name_the_devices_that_a_round_went_on_without() -> None:

@@ -137,6 +137,33 @@ def test_every_entry_has_the_whole_matrix_where_it_is_asked_for(finished: Finish
     assert "Every model on every domain" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_summary_says_of_every_device_how_long_its_examples_are(finished: Finished) -> None:
+    tokenizer = load_foundation(finished.config.model).tokenizer
+    expected = {}
+    for domain in load_domains(finished.config).values():
+        for name, data in domain.devices.items():
+            lengths = [
+                len(t.input_ids) for each in data.splits().values() for t in tokenize(each, tokenizer, 999, name)
+            ]
+            expected[name] = {"num_examples": len(lengths), "num_truncated": 0, "longest": max(lengths)}
+    assert finished.summary["examples"] == expected
+    assert finished.summary["model"]["context"] == 48
+
+
+def test_without_a_context_every_example_is_whole_and_a_smaller_one_is_reported(tmp_path: Path) -> None:
+    config = small_config(tmp_path).model_copy(update={"cycles": 0})
+
+    def examples(context: int | None) -> Summary:
+        model = config.model.model_copy(update={"context": context})
+        return run_experiment(config.model_copy(update={"model": model}), tmp_path / f"runs-{context}")
+
+    whole, cut = examples(None), examples(30)
+    assert whole.model.context == 127  # of the 128 positions, one is for the end
+    assert all(each.num_truncated == 0 for each in whole.examples.values())
+    assert any(each.num_truncated > 0 for each in cut.examples.values())
+    assert {n: e.longest for n, e in cut.examples.items()} == {n: e.longest for n, e in whole.examples.items()}
+
+
 def test_the_models_sizes(finished: Finished) -> None:
     model = load_foundation(finished.config.model).model
     params = sum(p.numel() for p in model.parameters())

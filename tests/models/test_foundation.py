@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gaisnet.errors import CacheNotWritable, MissingPackage, ModelError, NoCache
-from gaisnet.learning_settings import ModelSettings
+from gaisnet.learning_settings import CONTEXT_LIMIT, ModelSettings
 from gaisnet.models import foundation as loading
 from gaisnet.models.families import ENCODERS
-from gaisnet.models.foundation import DEFAULT_MODEL, Foundation, load_foundation
+from gaisnet.models.foundation import DEFAULT_MODEL, Foundation, load_foundation, with_context
+from gaisnet.models.parts import Body
+from gaisnet.models.release import release_model, released
+from gaisnet.models.tokenization import ending_ids
 from tests.disk import largest_file
 from tests.tiny import (
     NUM_LAYERS,
@@ -26,6 +29,7 @@ from tests.tiny import (
     save_tiny_encoder,
     save_tiny_foundation,
     tiny_bert_tokenizer,
+    tiny_config,
     tiny_encoder,
     tiny_inputs,
     tiny_model,
@@ -60,6 +64,30 @@ def test_a_folder(tmp_path: Path) -> None:
     assert torch.equal(foundation.model(ids()).logits, tiny_model()(ids()).logits)
     assert foundation.tokenizer.encode("so? é", add_special_tokens=False) == tiny_tokenizer().encode("so? é")
     assert len(foundation.decoder.layers) == NUM_LAYERS
+
+
+@pytest.mark.parametrize("named", [[257, 65], 65, [65, 66]])
+def test_ends_that_only_the_generation_configuration_names_go_where_the_model_goes(
+    tmp_path: Path, named: int | list[int]
+) -> None:
+    folder = save_tiny_foundation(tmp_path)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": named}))
+    foundation = load(folder)
+    every = {257, *(named if isinstance(named, list) else [named])}
+    assert ending_ids(foundation.tokenizer, foundation.model.config) == every
+    body = Body(foundation.model.config, dict(enumerate(foundation.decoder.layers)), foundation.decoder.rotary_emb)
+    release = release_model(foundation.decoder, body, (), 1, NUM_LAYERS)
+    assert ending_ids(tiny_tokenizer(), released(release).config) == every
+
+
+def test_a_context_is_as_long_as_the_model_and_the_limit_let_it(tmp_path: Path) -> None:
+    config = tiny_config(model={"foundation": str(save_tiny_foundation(tmp_path))})
+    assert config.model.context is None
+    assert with_context(config).model.context == 127
+    assert with_context(config, tiny_model(max_position_embeddings=4096).config).model.context == CONTEXT_LIMIT
+    assert with_context(config, tiny_encoder("bert").config).model.context == 512
+    assert with_context(tiny_config()).model.context == 48
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])

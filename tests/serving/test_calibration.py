@@ -127,6 +127,17 @@ def test_trials_of_real_bodies() -> None:
     assert top_probability.__name__ == "top_probability"
 
 
+def test_an_answer_may_end_with_any_token_that_ends_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, bodies = shared_bodies()
+    dm = Target("edge", ("relay", "domain"), "shapes")
+    session = bodies.open(dm, parts.first, parts.stop, 0)
+    written = tuple(write(parts, session, prompt(7), Sampling(max_tokens=4)))
+    answer = HeldOut(tuple(prompt(7)), (*written[:3], 257))
+    assert collect(parts, bodies, dm, ("shapes",), answer, "margin").wrong_at == 3
+    monkeypatch.setattr(parts.head.stack.config, "eos_token_id", [257, written[3]])
+    assert collect(parts, bodies, dm, ("shapes",), answer, "margin").wrong_at is None
+
+
 def test_a_file_of_them(tmp_path: Path) -> None:
     assert read_calibrations(tmp_path) == {}
     kept = {"shapes": calibrate(TEN, SETTINGS, "top", ("merged",), 2), "tastes": calibrate([], SETTINGS, "top")}

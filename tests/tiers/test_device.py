@@ -1,5 +1,6 @@
 """A device on its own: what it refuses, and that it says so in words that help."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,9 @@ from gaisnet.messages import (
     Evaluate,
     EvaluationReport,
     FineTune,
+    Lengths,
+    LengthsOfDevices,
+    LengthsRequest,
     Message,
     SmashRequest,
     Split,
@@ -77,6 +81,36 @@ def test_token_ids_by_hand() -> None:
     assert tokens.input_ids == (a, b, c, d) and tokens.label_ids == (c, d, 257)
     (shortened,) = tokenize([Example("ab", "cd")], tiny_tokenizer(), 3, "device")
     assert shortened.input_ids == (b, c, d) and shortened.label_ids == (c, d, 257)
+
+
+def test_a_device_counts_what_the_context_truncates_and_says_which_would_hold_all() -> None:
+    short, long = Example("?", " yes"), Example("x" * 60, " no")
+    lengths = device(train=(short, long, short), test=(long,), context=48).handle(LengthsRequest())
+    assert lengths == Lengths(num_examples=4, num_truncated=2, longest=63)
+    assert device(train=(short, long, short), test=(long,), context=63).handle(LengthsRequest()) == Lengths(4, 0, 63)
+
+
+@pytest.mark.parametrize("counts", [(-1, 0, 5), (1, 2, 5), (1, 0, -1), (2**31, 0, 0), (1, 0, 10**400)])
+def test_lengths_that_are_no_counts_are_refused(counts: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="no counts"):
+        Lengths(*counts)
+    with pytest.raises(ValueError, match="no counts"):
+        LengthsOfDevices(("a",), (counts,))
+
+
+def test_lengths_are_one_entry_per_device() -> None:
+    for owners, counts in ((("a", "a"), ((1, 0, 1),) * 2), (("a",), ())):
+        with pytest.raises(ValueError):
+            LengthsOfDevices(owners, counts)
+
+
+def test_a_completion_that_the_model_would_end_in_its_middle_is_refused_when_the_model_comes() -> None:
+    ends = [257, *tiny_tokenizer().encode("!")]
+    plain = model_release(one_device_config(), Recipe(ALL, ()))
+    release = replace(plain, config_json=json.dumps({**json.loads(plain.config_json), "eos_token_id": ends}))
+    device().handle(release)
+    with pytest.raises(DataError, match="'clinic', test, example 1: its completion holds a token that ends an answer"):
+        device(test=(Example("Is it?", " yes! no"),)).handle(release)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ from gaisnet.messages import (
     Install,
     Installed,
     LabelRequest,
+    Lengths,
+    LengthsOfDevices,
+    LengthsRequest,
     Message,
     ModelRelease,
     ModelRequest,
@@ -75,6 +78,9 @@ def int8_weights() -> dict[str, Tensor]:
 
 SAMPLES: dict[type[Message], list[Message]] = {
     Done: [Done()],
+    LengthsRequest: [LengthsRequest()],
+    Lengths: [Lengths(7, 2, 130), Lengths(3, 0, 0)],
+    LengthsOfDevices: [LengthsOfDevices(("a", "b"), ((7, 2, 130), (3, 0, 0))), LengthsOfDevices((), ())],
     ModelRelease: [ModelRelease('{"a": "é"}', (0, 2), (2,), int8_weights()), ModelRelease("{}", (), (), {})],
     AdapterRelease: [AdapterRelease("relay", 3, adapter()), AdapterRelease("domain", 0, {})],
     AdapterUpdate: [

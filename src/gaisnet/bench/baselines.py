@@ -24,6 +24,7 @@ from gaisnet.experiments.run import hold_against, kept_config, kept_summary
 from gaisnet.experiments.summary import Baselines, Summary
 from gaisnet.models.families import ATTENTION
 from gaisnet.models.foundation import load_foundation, read_config
+from gaisnet.models.tokenization import continuing_ids, opening_ids
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.examples import Tokens
@@ -164,14 +165,16 @@ def _asked(config: Config, data: DomainData, num_shots: int, seed: int) -> float
     foundation = load_foundation(config.model, plain=True)
     task = Task.of(config, data)
     shots = random.Random(seed).sample(task.pooled, min(num_shots, len(task.pooled)))
-    gap = foundation.tokenizer.encode("\n\n", add_special_tokens=False)
-    shown = [token for shot in shots for token in (*shot.input_ids, *gap)]
-    return accuracy(foundation.model, [_open_ended(tokens) for tokens in task.test], shown)
+    opening, gap = opening_ids(foundation.tokenizer), continuing_ids(foundation.tokenizer, "\n\n")
+    shown = [token for shot in shots for token in (*shot.input_ids[len(opening) :], *gap)]
+    shown = [*opening, *shown] if shots else []
+    skipped = len(opening) if shots else 0  # one text opens once
+    return accuracy(foundation.model, [_open_ended(tokens, skipped) for tokens in task.test], shown)
 
 
-def _open_ended(tokens: Tokens) -> Tokens:
-    """The same example; its answer need not end where the completion does."""
-    return Tokens(tokens.input_ids[:-1], tokens.label_ids[:-1])
+def _open_ended(tokens: Tokens, skipped: int) -> Tokens:
+    """The same example without its first tokens; its answer need not end where the completion does."""
+    return Tokens(tokens.input_ids[skipped:-1], tokens.label_ids[:-1])
 
 
 _ONES: Mapping[str, One] = {

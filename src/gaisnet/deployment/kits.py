@@ -10,7 +10,7 @@ from gaisnet.deployment.site import CLOUD, Role, Site, write_site
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
 from gaisnet.errors import OutputInUse
 from gaisnet.experiments.data import load_public
-from gaisnet.models.foundation import load_tokenizer, reads_text
+from gaisnet.models.foundation import load_tokenizer, reads_text, with_context
 
 _NETWORK = "gaisnet"
 _START = """#!/usr/bin/env bash
@@ -50,7 +50,7 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
     for edge in config.edges:
         load_public(edge, config)  # a missing package is better met here than by every device
     tokenizer = load_tokenizer(config.model) if reads_text(config.model) else None
-    config = _with_ports(config)
+    config = _with_ports(with_context(config))  # the same for all: no site but the cloud's has the model
     made = provision(_addresses(config), out)
     made.pop(ADMIN).rename(made[CLOUD] / ADMIN)
     for name, folder in made.items():

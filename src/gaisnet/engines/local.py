@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
-from gaisnet.models.foundation import Foundation
+from gaisnet.models.foundation import Foundation, with_context
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
@@ -103,6 +103,7 @@ def build_tiers(
     Raises:
         GaisnetError: Something does not fit, before any work.
     """
+    config = with_context(config, foundation.model.config)
     codec, turn = Codec(config.wire), outlets.turn
     stock = Stock(config, turn)
     nothing: DeviceData[Any] = DeviceData((), ())

@@ -7,6 +7,7 @@ from pathlib import Path
 from gaisnet.config import DeviceSettings, EdgeSettings
 from gaisnet.errors import ConfigError
 from gaisnet.experiments.serve import ServedRun, serve_run
+from gaisnet.models.foundation import with_context
 from gaisnet.serving.calibration import HeldOut
 from gaisnet.serving.device import ServedDevice, ServedDomain
 from gaisnet.tiers.examples import Tokens, tokenize
@@ -65,7 +66,8 @@ def _device(served: ServedRun, name: str | None) -> tuple[EdgeSettings, DeviceSe
 
 
 def _domain(served: ServedRun, edge: EdgeSettings) -> ServedDomain:
-    tokenizer, context = served.foundation.tokenizer, served.config.model.context
+    tokenizer = served.foundation.tokenizer
+    context = with_context(served.config, served.foundation.model.config).model.most_tokens
     held_out = [
         example
         for device in edge.devices

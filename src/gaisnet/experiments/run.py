@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from gaisnet.experiments.summary import (
     Baselines,
     Cycle,
     DeviceFigures,
+    Examples,
     LinkBytes,
     Matrix,
     ModelFigures,
@@ -33,7 +35,7 @@ from gaisnet.experiments.summary import (
     Traffic,
 )
 from gaisnet.messages import AdapterUpdate, EvaluationReport
-from gaisnet.models.foundation import Foundation, load_foundation
+from gaisnet.models.foundation import Foundation, load_foundation, longest_example, with_context
 from gaisnet.network import Network, Scores
 from gaisnet.overrides import keys_of, with_overrides
 from gaisnet.progress import Progress, silent
@@ -181,6 +183,8 @@ class Run:
         self._digest = _same_model(folder, foundation, kept[0] if kept else {})
         self._base_model, self._layers_path = foundation.source, foundation.family.layers_path
         self._writes, self._reads_text = not foundation.family.is_encoder, foundation.reader is not None
+        self._context = with_context(config, foundation.model.config).model.context
+        self._longest_example = longest_example(foundation.model.config)
         progress("load", 1, 2, {})
         self._network = build(foundation, public_text(config.absorb), self._note)
         self._seen = self._network.traffic()
@@ -223,12 +227,24 @@ class Run:
                 foundation_layers=sizes.foundation_layers,
                 domain_layers=sizes.domain_layers,
                 trainable_params=sum(tensor.numel() for tensor in tensors.values()),
+                context=self._context,
+                longest_example=self._longest_example,
             ),
             device=DeviceFigures(params_fraction=sizes.split_device_params / sizes.foundation_params),
+            examples=self._examples(),
             majority=dict(majorities),
             follows={edge.domain: edge.follows for edge in self._config.edges if edge.follows is not None},
             cycles=[self._measure(0, [], {}, [], None)],
         )
+
+    def _examples(self) -> dict[str, Examples]:
+        """What devices say of their examples; an edge speaks of its own devices only."""
+        found = self._network.lengths()
+        return {
+            device.name: Examples(**asdict(found[edge.domain][device.name]))
+            for edge, device in self._config.each_device()
+            if device.name in found[edge.domain]
+        }
 
     def _measure(
         self,

@@ -25,6 +25,18 @@ class ModelFigures(Record):
     foundation_layers: int = Field(ge=1, description="Layers of the FM.")
     domain_layers: int = Field(ge=1, description="Layers of every DM.")
     trainable_params: int = Field(ge=0, description="Parameters of one domain adapter.")
+    context: int | None = Field(
+        None, description="Tokens that an example may have, as model.context says or leaves it."
+    )
+    longest_example: int | None = Field(None, description="Tokens of an example that the FM could take.")
+
+
+class Examples(Record):
+    """How long the examples of a device are, all splits together; only these counts leave it."""
+
+    num_examples: int = Field(ge=0)
+    num_truncated: int = Field(ge=0, description="Those that have more tokens than the context holds.")
+    longest: int = Field(ge=0, description="Tokens of the longest one: a context that holds all. 0 where none is text.")
 
 
 class DeviceFigures(Record):
@@ -205,6 +217,9 @@ class Summary(Record):
     config: dict[str, JsonValue] = Field(description="``Config.model_dump(mode='json')`` of the run.")
     model: ModelFigures
     device: DeviceFigures
+    examples: dict[str, Examples] = Field(
+        default_factory=dict, description="By device, as far as devices were there when the run began."
+    )
     majority: dict[str, float | None] = Field(
         description="Accuracy of always naming the commonest class, by domain; null where a domain has no classes."
     )

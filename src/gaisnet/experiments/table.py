@@ -90,6 +90,7 @@ def closing_captions(summary: Summary) -> list[str]:
         f"edge–cloud: {_both_ways([cycle.bytes.edge_cloud for cycle in summary.cycles])}",
         f"Wall time: {human_seconds(seconds)}",
         f"The largest split device holds {percent(summary.device.params_fraction)} of the FM's parameters",
+        *_truncated(summary),
         *_newcomers(summary),
         *(f"Note: {sentence}" for sentence in summary.cycles[-1].merged_below_own()),
         *(f"A round went on without a device: {fault}" for cycle in summary.cycles for fault in cycle.faults),
@@ -104,6 +105,18 @@ def _retention(summary: Summary) -> str:
     if last.drift is not None:
         return f"adapters move the FM's features of public inputs by {percent(last.drift)} of their length at most"
     return "not measured; the FM writes no text, and the cloud has no public inputs"
+
+
+def _truncated(summary: Summary) -> list[str]:
+    """A line per device whose examples lose something."""
+    takes = summary.model.longest_example
+    return [
+        f"Device '{name}': {each.num_truncated} of {each.num_examples} examples are truncated to model.context, "
+        f"{summary.model.context} tokens; {each.longest} would hold all"
+        + (f", but the FM takes {takes}" if takes is not None and each.longest > takes else "")
+        for name, each in summary.examples.items()
+        if each.num_truncated
+    ]
 
 
 def _newcomers(summary: Summary) -> list[str]:

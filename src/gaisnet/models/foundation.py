@@ -18,8 +18,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gaisnet.checkpoint import make_room_for, replacing_folder
+from gaisnet.config import Config
 from gaisnet.errors import CacheNotWritable, MissingPackage, ModelError, NoCache
-from gaisnet.learning_settings import ModelSettings
+from gaisnet.learning_settings import CONTEXT_LIMIT, ModelSettings
 from gaisnet.locks import one_at_a_time
 from gaisnet.models.families import Decoder, Encoder, Family, check_family, family_of
 from gaisnet.models.frozen import freeze_linears
@@ -31,6 +32,7 @@ from gaisnet.models.pretrained import (
     pretrained_model,
     pretrained_tokenizer,
 )
+from gaisnet.models.tokenization import ends_of
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _MOVED = "; a run whose model was moved goes on with --set model.foundation=PATH"
@@ -93,7 +95,8 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
     config = pretrained_config(source, asked)
     reader = None
     if _reads_text(config):
-        check_context(config, settings.context, asked)
+        if settings.context is not None:
+            check_context(config, settings.context, asked)
         reader = pretrained_tokenizer(source, asked)
     model, missing = pretrained_model(
         _class_of(config), source, asked, getattr(torch, settings.dtype), **_without(config)
@@ -101,6 +104,7 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
     _check_complete(missing, asked)
     if reader is not None:
         _check_reader(reader, model, asked)
+    _know_all_ends(model)
     model.requires_grad_(False).eval()
     digest = digest_of_weights(model)
     if not plain:
@@ -144,6 +148,14 @@ def _check_reader(reader: PreTrainedTokenizerBase, model: PreTrainedModel, asked
     check_tokens(reader, embedding.num_embeddings, asked)
 
 
+def _know_all_ends(model: PreTrainedModel) -> None:
+    """Put end tokens that only ``generation_config.json`` names into the configuration, which goes where parts go."""
+    named = ends_of(model.config)
+    more = [token for token in ends_of(getattr(model, "generation_config", None)) if token not in named]
+    if more:
+        model.config.eos_token_id = [*named, *more]
+
+
 def _class_of(config: PretrainedConfig) -> Any:
     return AutoModel if family_of(config).is_encoder else AutoModelForCausalLM
 
@@ -172,6 +184,28 @@ def read_config(settings: ModelSettings) -> PretrainedConfig:
     config = pretrained_config(_source_of(settings), settings.foundation)
     check_family(config, settings.foundation)
     return config
+
+
+def with_context(config: Config, model: PretrainedConfig | None = None) -> Config:
+    """The same with a number for ``model.context``: with null, as much as the model takes, up to ``CONTEXT_LIMIT``.
+
+    Args:
+        config: A run's configuration.
+        model: The foundation model's; None to read it. Raises ``ModelError`` or ``MissingPackage``.
+    """
+    if config.model.context is not None:
+        return config
+    context = min(
+        config.model.most_tokens,
+        longest_example(model or pretrained_config(_source_of(config.model), config.model.foundation)),
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"context": context})})
+
+
+def longest_example(model: PretrainedConfig) -> int:
+    """Tokens that a model takes of an example; a decoder takes the one that ends it besides."""
+    positions = int(getattr(model, "max_position_embeddings", None) or CONTEXT_LIMIT + 1)
+    return positions if family_of(model).is_encoder else positions - 1
 
 
 def read_tokenizer(source: Path) -> PreTrainedTokenizerBase:

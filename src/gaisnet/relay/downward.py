@@ -25,6 +25,7 @@ from gaisnet.errors import NotFinite
 from gaisnet.learning_settings import RelaySettings
 from gaisnet.models.parts import Layers
 from gaisnet.models.ragged import Ragged, join
+from gaisnet.models.tokenization import decoded, pair_ids, prompt_ids, start_ids
 from gaisnet.progress import Progress
 from gaisnet.relay.regression import fit_low_rank, traced
 
@@ -106,17 +107,15 @@ def generate_text(
     """``num`` sequences of at most ``settings.tokens`` token ids, sampled from the FM.
 
     They fill the task's template: the FM continues what stands before ``{text}``, and a random label name follows.
-    Without a template they continue nothing but the beginning-of-sequence token.
+    Without a template they continue nothing but the beginning-of-sequence token. Special tokens among what it writes
+    into a template are left out.
     """
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed)
         if shape.template is None:
-            return _sample(model, tokenizer, [_start_token(tokenizer)], num, settings.tokens - 1, settings)
+            opening = list(start_ids(tokenizer))
+            return _sample(model, tokenizer, opening, num, settings.tokens - len(opening), settings)
         return _shaped(model, tokenizer, shape.template, shape.labels, num, settings)
-
-
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
 
 def _cuda_devices(model: PreTrainedModel) -> list[torch.device]:
@@ -133,15 +132,16 @@ def _shaped(
 ) -> list[list[int]]:
     before, _, after = template.partition(_TEXT)
     endings = [f"{after} {label}" for label in labels] or [after]
-    closings = [tokenizer.encode(ending, add_special_tokens=False) for ending in endings]
-    opening = tokenizer.encode(before.rstrip() or " ", add_special_tokens=False)
-    room = settings.tokens - len(opening) - min(map(len, closings))  # what is written beyond it would be cut off
+    opening = list(prompt_ids(tokenizer, before.rstrip() or " "))
+    shortest = min(len(pair_ids(tokenizer, before, ending).completion) for ending in endings)
+    room = settings.tokens - len(opening) - shortest  # what is written beyond it would be cut off
     written = _sample(model, tokenizer, opening, num, max(1, room), settings)
     sequences = []
-    for ids, pick in zip(written, torch.randint(len(closings), (num,)).tolist(), strict=True):
-        line, closing = str(tokenizer.decode(ids[len(opening) :])).strip().partition("\n")[0], closings[pick]
-        body = tokenizer.encode(before + line, add_special_tokens=False)[: max(1, settings.tokens - len(closing))]
-        filled = (body + closing)[: settings.tokens]
+    for ids, pick in zip(written, torch.randint(len(endings), (num,)).tolist(), strict=True):
+        line = decoded(tokenizer, ids[len(opening) :]).strip().partition("\n")[0]
+        pair = pair_ids(tokenizer, before + line, endings[pick])
+        body = [*pair.opening, *pair.prompt][: max(1, settings.tokens - len(pair.completion))]
+        filled = [*body, *pair.completion][: settings.tokens]
         sequences.append(filled if len(filled) > 1 else ids[: settings.tokens])  # one token teaches nothing
     return sequences
 

@@ -17,9 +17,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from gaisnet.errors import GaisnetError, SessionRefused, UnknownModel
+from gaisnet.models.tokenization import ending_ids
 from gaisnet.serving.bodies import Bodies, Place, Target
 from gaisnet.serving.decoding import DeviceParts, Tokens, check_prompt, write
-from gaisnet.serving.prompts import ending_ids
 from gaisnet.serving.routing import Routing, Trace, write_routed
 from gaisnet.serving.sampling import Sampling
 from gaisnet.serving.sessions import BodySession
@@ -47,6 +47,7 @@ class Ask:
     stop: tuple[str, ...] = ()  # strings that end the answer, and are no part of it
     domain: str | None = None  # for ``auto``: another than the device's own
     speculate: bool | None = None  # the DM drafts what the FM writes; None as the device is set
+    continues: bool = False  # the answer goes on from the prompt's text, and may begin with a space
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Answer:
     def __iter__(self) -> Iterator[str]:
         """Pieces of text as they come; none after ``close``. Raises a ``GaisnetError`` where a body fails."""
         try:
-            for piece in text_of(self._counted(), self._tokenizer, self._ask.stop):
+            for piece in text_of(self._counted(), self._tokenizer, self._ask.stop, self._ask.continues):
                 if self._closed:
                     return
                 yield piece

@@ -4,7 +4,7 @@ A device lets its DM write each answer and the FM too, and keeps of each only ho
 Examples of other domains may be among them, as they are among its requests: the DM has not learned those.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from math import inf, nextafter
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gaisnet.checkpoint import write_text
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import CheckpointError
+from gaisnet.models.tokenization import ends_of
 from gaisnet.serving.bodies import Bodies, Target
 from gaisnet.serving.decoding import DeviceParts, write
 from gaisnet.serving.routing import Routing, Trace, write_routed
@@ -136,6 +137,8 @@ def collect(
 ) -> Trial:
     """Let the DM write the answer to an example, then the FM, greedily. Raises what the bodies raise.
 
+    Any token that ends an answer of the model will do at the end.
+
     Args:
         parts: The device's.
         bodies: Where both are.
@@ -145,15 +148,21 @@ def collect(
         measure: Of confidence.
     """
     span, num_positions = (parts.first, parts.stop), len(held_out.prompt) + len(held_out.answer)
-    sampling = Sampling(max_tokens=len(held_out.answer), stop_ids=frozenset(held_out.answer[-1:]))
+    ends = frozenset((*held_out.answer[-1:], *ends_of(parts.head.stack.config)))
+    sampling = Sampling(max_tokens=len(held_out.answer), stop_ids=ends)
     trace, routing = Trace(), Routing((), "never", measure=measure)
     session = bodies.open_escalating(domain, *span, num_positions)
     written = tuple(write_routed(parts, session, held_out.prompt, sampling, routing, trace))
     asked = bodies.open(Target("cloud", adapters, domain.domain), *span, num_positions)
     by_foundation = tuple(write(parts, asked, held_out.prompt, sampling))
-    return Trial(
-        tuple(trace.confidences), _first_difference(written, held_out.answer), by_foundation == held_out.answer
-    )
+    expected = _ended(held_out.answer, ends)
+    wrong_at = _first_difference(_ended(written, ends), expected)
+    return Trial(tuple(trace.confidences), wrong_at, _ended(by_foundation, ends) == expected)
+
+
+def _ended(ids: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
+    """The same with one token in the place of any that ends an answer."""
+    return tuple(min(ends) if token in ends else token for token in ids)
 
 
 def _first_difference(written: Sequence[int], right: Sequence[int]) -> int | None:

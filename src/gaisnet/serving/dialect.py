@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaisnet import strict_json
 from gaisnet.config import FrontSettings
+from gaisnet.models.tokenization import chat_ids, prompt_ids
 from gaisnet.serving.answering import Ask
 from gaisnet.serving.fields import (
     FOREIGN_PARTS,
@@ -31,7 +32,6 @@ from gaisnet.serving.fields import (
     asked_for,
     unsupported,
 )
-from gaisnet.serving.prompts import chat_ids, prompt_ids
 from gaisnet.serving.sampling import Sampling
 
 LONGEST_STOP = 1024
@@ -111,7 +111,7 @@ class Request(_Strict):
         """
         raise NotImplementedError
 
-    def ask(self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings) -> Ask:
+    def ask(self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings, continues: bool = False) -> Ask:
         """One of them. Raises ``BadRequest`` where it asks for more than the limits let it."""
         check_num_tokens(len(prompt), limits, self.prompt_field())
         if max_tokens > limits.max_answer_tokens:
@@ -123,7 +123,7 @@ class Request(_Strict):
             seed=secrets.randbelow(_SEEDS) if self.seed is None else self.seed,
         )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Ask(self.model, prompt, sampling, stop, self.domain, self.speculate)
+        return Ask(self.model, prompt, sampling, stop, self.domain, self.speculate, continues)
 
     @classmethod
     def prompt_field(cls) -> str:
@@ -253,7 +253,9 @@ class CompletionRequest(Request):
     def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
         """See ``Request.to_asks``."""
         return [
-            self.ask(self._tokens(prompt, tokenizer, limits), self.max_tokens or _COMPLETION_TOKENS, limits)
+            self.ask(
+                self._tokens(prompt, tokenizer, limits), self.max_tokens or _COMPLETION_TOKENS, limits, continues=True
+            )
             for prompt in self.prompt
         ]
 

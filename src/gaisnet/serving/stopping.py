@@ -1,5 +1,6 @@
 """Stop strings in a text that comes in pieces, found in time linear in the text (Knuth, Morris and Pratt, 1977)."""
 
+import copy
 from collections.abc import Sequence
 
 
@@ -29,6 +30,15 @@ class StopStrings:
                 self.found = True
                 return self._release(at - max(lengths))
         return self._release(len(self._held) - max((search.matched for search in self._searches), default=0))
+
+    def before_stop_in(self, piece: str) -> str | None:
+        """Text before the stop string that ``piece`` would complete if it came next; None if it completes none."""
+        if not piece:
+            return None
+        ahead = copy.copy(self)
+        ahead._searches = [copy.copy(search) for search in self._searches]
+        text = ahead.take(piece)
+        return text if ahead.found else None
 
     def rest(self) -> str:
         """All that is held back, where no more text comes; nothing behind a stop string."""

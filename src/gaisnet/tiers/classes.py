@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from gaisnet.errors import DataError, WireFormatError
-from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Split
+from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Lengths, Split
 from gaisnet.models.encoders import EncoderHead
 from gaisnet.models.ragged import Ragged
 from gaisnet.tiers.examples import DeviceData, Labelled
@@ -48,6 +48,7 @@ class Classes:
     ) -> None:
         self._name = name
         self._turn = turn
+        self._context = context
         self._classes, self._inputs = dict[Split, Tensor](), dict[Split, Inputs]()
         for split, examples in data.splits().items():
             owner = f"device '{name}', {split}"
@@ -69,6 +70,12 @@ class Classes:
             return hidden_BTD
 
         return self._inputs[split].through(run)
+
+    def lengths(self) -> Lengths:
+        """See ``tiers.device.OwnExamples``."""
+        lengths = [length for inputs in self._inputs.values() for length in inputs.lengths]
+        num_examples = sum(len(classes) for classes in self._classes.values())
+        return Lengths(num_examples, sum(length > self._context for length in lengths), max(lengths, default=0))
 
     def num_labels(self, split: Split) -> list[int]:
         """One, of every example."""

@@ -59,7 +59,7 @@ class ClassifyingModel:
         encoder = foundation.encoder
         self._head, self._body = cut_encoder(encoder, CutLayers(layout.first_cut))
         self._plugged = PluggedBody(self._body, layout, turn)
-        inputs = Inputs(public, foundation.reader, layout.config.model.context, "the cloud's public inputs")
+        inputs = Inputs(public, foundation.reader, layout.config.model.most_tokens, "the cloud's public inputs")
         at_cut = inputs.through(self._run_head) if public else None
         recipe, domain_body = self._make_domain_body(encoder, at_cut)
         # Taken before adapters stand between the layers and their weights.

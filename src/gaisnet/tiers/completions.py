@@ -13,9 +13,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gaisnet.errors import DataError, WireFormatError
-from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Split
+from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Lengths, Split
 from gaisnet.models.parts import Tail
 from gaisnet.models.ragged import Ragged, token_rows
+from gaisnet.models.tokenization import ending_ids
 from gaisnet.tiers.examples import DeviceData, Tokens, tokenize
 from gaisnet.tiers.stock import Parts
 from gaisnet.turn import Turn
@@ -43,16 +44,23 @@ class Completions:
     ) -> None:
         self._name = name
         self._turn = turn
+        self._tokenizer = tokenizer
         self.tokens: dict[Split, list[Tokens]] = {
             split: tokenize(examples, tokenizer, context, f"device '{name}', {split}")
             for split, examples in data.splits().items()
         }
 
     def check(self, parts: Parts) -> None:
-        """Raise ``DataError`` where the model does not write."""
+        """Raise ``DataError`` where the model does not write, or where it would stop in the middle of a completion."""
         if parts.tail is None:
             found = "has prompts and completions, but the foundation model is an encoder, which tells classes apart"
             raise DataError(f"device '{self._name}'", found, "give it texts or images with labels")
+        ends = ending_ids(self._tokenizer, parts.tail.stack.config)
+        for split, tokens in self.tokens.items():
+            for number, each in enumerate(tokens, 1):
+                if not ends.isdisjoint(each.label_ids[:-1]):
+                    asked = f"device '{self._name}', {split}, example {number}"
+                    raise DataError(asked, "its completion holds a token that ends an answer", "write it otherwise")
 
     def hidden(self, split: Split, parts: Parts) -> Ragged:
         """What the head makes of a split."""
@@ -64,6 +72,12 @@ class Completions:
             return hidden_BTD
 
         return token_rows([t.input_ids for t in self.tokens[split]], torch.device("cpu")).map_batches(run, HEAD_BATCH)
+
+    def lengths(self) -> Lengths:
+        """See ``tiers.device.OwnExamples``."""
+        every = [tokens for split in self.tokens.values() for tokens in split]
+        longest = max((len(tokens.input_ids) + tokens.num_dropped for tokens in every), default=0)
+        return Lengths(len(every), sum(tokens.num_dropped > 0 for tokens in every), longest)
 
     def num_labels(self, split: Split) -> list[int]:
         """Label tokens of each example."""
@@ -86,12 +100,14 @@ class Completions:
 
     @torch.no_grad()
     def score(self, output: BodyOutput, parts: Parts) -> EvaluationReport:
-        """How many completions greedy decoding would write, and the loss."""
+        """How many completions greedy decoding would write, and stop at any token that ends an answer; and the loss."""
         _, tail = parts.to_write()
+        ends = torch.tensor(sorted(ending_ids(self._tokenizer, tail.stack.config)))
         rows_ND, labels_N = self._before_logits(output, output.rows_ND, tail)
         right, loss_sum = [], 0.0
         for logits_RV, labels_R in self._logits(rows_ND, labels_N, tail):
-            right.append(logits_RV.argmax(dim=-1) == labels_R)
+            written_R = logits_RV.argmax(dim=-1)
+            right.append((written_R == labels_R) | (torch.isin(written_R, ends) & torch.isin(labels_R, ends)))
             loss_sum += F.cross_entropy(logits_RV.float(), labels_R, reduction="sum").item()
         counts = [len(t.label_ids) for t in self._chosen(output)]
         num_correct = sum(bool(rights.all()) for rights in torch.cat(right).split(counts))

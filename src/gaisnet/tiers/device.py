@@ -17,6 +17,8 @@ from gaisnet.messages import (
     Done,
     EvaluationReport,
     FineTune,
+    Lengths,
+    LengthsRequest,
     Message,
     ModelRelease,
     SmashedData,
@@ -49,6 +51,9 @@ class OwnExamples(Protocol):
 
     def num_labels(self, split: Split) -> list[int]:
         """How many rows of each example carry a label."""
+
+    def lengths(self) -> Lengths:
+        """How long they are."""
 
     def loss(self, output: BodyOutput, parts: Parts) -> BodyOutputGrad:
         """Sum of the losses, and the gradient of (sum / labels of the whole step). Raises ``WireFormatError``."""
@@ -111,7 +116,7 @@ class Device:
     def _read(self, data: DeviceData[Any]) -> OwnExamples:
         """By what there is: prompts and completions, or labels."""
         kinds = {type(example) for examples in data.splits().values() for example in examples}
-        context = self._config.model.context
+        context = self._config.model.most_tokens
         if kinds == {Labelled}:
             return Classes(self.name, data, self._labels, self._reader, context, self._turn)
         if Labelled in kinds:
@@ -126,6 +131,8 @@ class Device:
         match message:
             case ModelRelease():
                 return self._install(message)
+            case LengthsRequest():
+                return self._own.lengths()
             case SmashRequest():
                 return self._smash(message.split)
             case BodyOutput(split="train"):

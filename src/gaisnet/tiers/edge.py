@@ -25,6 +25,9 @@ from gaisnet.messages import (
     Install,
     Installed,
     LabelRequest,
+    Lengths,
+    LengthsOfDevices,
+    LengthsRequest,
     Message,
     ModelRelease,
     ModelRequest,
@@ -116,6 +119,8 @@ class Edge:
             case EvaluateGuest():
                 with self._model().guest(message.relay, message.domain):
                     return self._evaluate(self._guest_output, "test")
+            case LengthsRequest():
+                return self._lengths()
             case ShareRequest():
                 return self._share()
             case LabelRequest():
@@ -248,6 +253,16 @@ class Edge:
         if not reports:
             raise next(iter(failed.values()))
         return sum(reports, start=EvaluationReport(0, 0, 0, 0.0))
+
+    def _lengths(self) -> LengthsOfDevices:
+        """How long the examples of all devices are that can be had."""
+        failed: dict[str, GaisnetError] = self._cluster.gather(self._names)
+        asked = {name: LengthsRequest() for name in self._names if name not in failed}
+        outcomes = self._cluster.ask(asked, Lengths, self._config.faults.round_deadline_s)
+        failed |= {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, GaisnetError)}
+        for name, reason in failed.items():
+            _log.warning("edge '%s' does not know how long the examples of %s are: %s", self.name, name, reason)
+        return LengthsOfDevices.of({name: each for name, each in outcomes.items() if isinstance(each, Lengths)})
 
     def _had(self, names: Sequence[str], split: Split) -> dict[str, GaisnetError]:
         """See that activations are here; says whose are not, and why."""

@@ -11,6 +11,7 @@ from typing_extensions import TypeVar  # of the standard library once it is Pyth
 
 from gaisnet.errors import DataError
 from gaisnet.messages import Split
+from gaisnet.models.tokenization import pair_ids
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,15 @@ def has_images(data: DeviceData[Any]) -> bool:
 class Tokens:
     """An example in token ids.
 
-    ``input_ids`` is prompt and completion without the closing end-of-sequence token, which is only ever predicted.
+    ``input_ids`` is prompt and completion as ``models.tokenization`` encodes them, without the closing end-of-sequence
+    token, which is only ever predicted.
     ``label_ids`` is the completion and the end-of-sequence token; they are predicted at the last ``len(label_ids)``
     positions of ``input_ids``.
     """
 
     input_ids: tuple[int, ...]
     label_ids: tuple[int, ...]
+    num_dropped: int = 0  # tokens of the prompt, for which the context has no room
 
 
 def tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int, owner: str) -> list[Tokens]:
@@ -96,15 +99,12 @@ def tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, co
 
 
 def _tokenize_one(example: Example, tokenizer: PreTrainedTokenizerBase, context: int, asked: str) -> Tokens:
-    prompt = tokenizer.encode(example.prompt, add_special_tokens=False)
-    completion = tokenizer.encode(example.completion, add_special_tokens=False)
-    if not prompt or not completion:
+    pair = pair_ids(tokenizer, example.prompt, example.completion)
+    if not pair.prompt or not pair.completion:
         raise DataError(asked, "has an empty prompt or completion", "give each example some text in both")
-    room = context - len(completion)
-    if room < 1:
-        raise DataError(
-            asked,
-            f"the completion has {len(completion)} tokens but the context holds {context}",
-            "shorten it or raise model.context",
-        )
-    return Tokens((*prompt[-room:], *completion), (*completion, tokenizer.eos_token_id))
+    try:
+        input_ids = pair.shortened(context)
+    except ValueError:
+        found = f"the completion has {len(pair.completion)} tokens but the context holds {context}"
+        raise DataError(asked, found, "shorten it or raise model.context") from None
+    return Tokens(input_ids, (*pair.completion, tokenizer.eos_token_id), len(pair) - len(input_ids))

@@ -17,6 +17,7 @@ from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from gaisnet.models.ragged import Ragged, token_rows
 from gaisnet.models.release import release_model
+from gaisnet.models.tokenization import window_ids
 from gaisnet.relay.downward import TaskShape, generate_text
 from gaisnet.relay.merging import by_regression
 from gaisnet.relay.regression import traced
@@ -96,11 +97,11 @@ class FoundationModel(PluggedBody):
 
     def windows(self, text: str, num: int, num_tokens: int) -> Tensor:
         """The beginning of a text as token ids [num, num_tokens]. Raises ``DataError`` where it is too short."""
-        ids = self._foundation.tokenizer.encode(text, add_special_tokens=False)[: num * num_tokens]
-        if len(ids) < num * num_tokens:
-            found = f"it has {len(ids)} tokens but {num * num_tokens} are wanted"
+        windows = window_ids(self._foundation.tokenizer, text, num, num_tokens)
+        if len(windows) < num:
+            found = f"it fills {len(windows)} windows of {num_tokens} tokens but {num} are wanted"
             raise DataError("the public text for retention", found, "lower absorb.retention_windows")
-        return torch.tensor(ids, device=self.device).view(num, num_tokens)
+        return torch.tensor(windows, device=self.device)
 
     def at_middle(self, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] that enter the middle."""

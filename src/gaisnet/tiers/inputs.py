@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gaisnet.errors import DataError
 from gaisnet.models.ragged import Ragged, token_rows
+from gaisnet.models.tokenization import closed_ids
 from gaisnet.tiers.examples import Input
 
 _BATCH = 32
@@ -37,11 +38,13 @@ class Inputs:
         if texts and images:
             raise DataError(owner, f"has {len(texts)} texts and {len(images)} images", "give it one kind")
         self.ids: list[list[int]] = []
+        self.lengths: list[int] = []  # of texts in tokens, before any lost its end
         self.pixels_NCHW: Tensor | None = _stacked(images, owner) if images else None
         if texts and tokenizer is None:
             raise DataError(owner, "has texts, but the foundation model has no tokenizer to read them", "give images")
         if texts and tokenizer is not None:
-            self.ids = [tokenizer(text, truncation=True, max_length=context)["input_ids"] for text in texts]
+            closed = [closed_ids(tokenizer, text) for text in texts]
+            self.ids, self.lengths = [each.shortened(context) for each in closed], list(map(len, closed))
 
     def through(self, run: Callable[[Tensor], Tensor]) -> Ragged:
         """What a function makes of all, [B, T, D] of token ids [B, T] or pixels [B, C, H, W], without gradients.

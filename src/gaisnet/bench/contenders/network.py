@@ -13,7 +13,7 @@ from gaisnet.bench.contenders.memory import peak_bytes
 from gaisnet.bench.contenders.task import Result, Task
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
 from gaisnet.engines.local import build_network
-from gaisnet.models.foundation import load_foundation, load_tokenizer
+from gaisnet.models.foundation import load_foundation, load_tokenizer, with_context
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import TaskShape
@@ -120,6 +120,6 @@ def _be_device(config: Config, data: DeviceData, told: Path) -> None:
     """Work for a process: be the one device of ``config``, which is told what is in a folder, in order."""
     ((_, settings),) = config.each_device()
     codec = Codec(config.wire)
-    device = Device(settings, config, load_tokenizer(config.model), data)
+    device = Device(settings, with_context(config), load_tokenizer(config.model), data)
     for file in sorted(told.iterdir()):
         codec.encode(device.handle(codec.decode(file.read_bytes())))

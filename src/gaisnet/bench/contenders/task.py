@@ -16,9 +16,10 @@ from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config
 from gaisnet.experiments.data import DomainData
 from gaisnet.models.families import LLAMA
-from gaisnet.models.foundation import Foundation, load_foundation, load_tokenizer, read_config
+from gaisnet.models.foundation import Foundation, load_foundation, load_tokenizer, read_config, with_context
 from gaisnet.models.parts import CACHE
 from gaisnet.models.ragged import by_length, shuffled_batches
+from gaisnet.models.tokenization import ends_of
 from gaisnet.tiers.examples import Tokens, tokenize
 
 _IGNORED = -100  # a label that transformers' loss passes over
@@ -43,7 +44,7 @@ class Task:
     @classmethod
     def of(cls, config: Config, data: DomainData) -> "Task":
         """The examples of a domain's devices. Raises ``DataError``."""
-        tokenizer, context = load_tokenizer(config.model), config.model.context
+        tokenizer, context = load_tokenizer(config.model), with_context(config).model.most_tokens
         train = {name: tokenize(mine.train, tokenizer, context, name) for name, mine in data.devices.items()}
         test = [t for name, mine in data.devices.items() for t in tokenize(mine.test, tokenizer, context, name)]
         return cls(config, train, test)
@@ -176,18 +177,23 @@ def answered(examples: Sequence[Tokens]) -> dict[str, Any]:
 def accuracy(model: Any, examples: Sequence[Tokens], shown: Sequence[int] = ()) -> float:
     """Share of examples whose every label is the likeliest token, given the ones before; nan for no examples.
 
+    Of several tokens that end an answer of the model, any will do for another.
+
     ``shown``: tokens that stand before every example. The model reads them once.
     """
     if not examples:
         return math.nan
     right, device = 0, next(model.parameters()).device
     behind = _Behind(model, shown) if shown else None
+    ends = torch.tensor(ends_of(model.config), dtype=torch.int64, device=device)
     for batch in by_length([len(t.input_ids) for t in examples], _SCORED):
         inputs = answered([examples[i] for i in batch])
         labels_BK = inputs.pop("labels")[:, 1:].to(device)
         placed = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
         logits_BKV = model(**(behind.put(placed) if behind else placed)).logits[:, :-1]
-        hits_BK = (logits_BKV.argmax(-1) == labels_BK) | (labels_BK == _IGNORED)
+        written_BK = logits_BKV.argmax(-1)
+        both_end_BK = torch.isin(written_BK, ends) & torch.isin(labels_BK, ends)
+        hits_BK = (written_BK == labels_BK) | both_end_BK | (labels_BK == _IGNORED)
         right += int(hits_BK.all(1).sum())
     return right / len(examples)
 
