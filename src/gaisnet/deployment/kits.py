@@ -7,6 +7,7 @@ from pathlib import Path
 from gaisnet.config import Config
 from gaisnet.deployment.site import CLOUD, Role, Site, write_site
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
+from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import OutputInUse
 from gaisnet.experiments.data import load_public
 from gaisnet.models.foundation import load_tokenizer, reads_text
@@ -28,12 +29,14 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
     Raises:
         OutputInUse: ``out`` holds something.
         ProvisionFailed: NVFlare refused a name or could not write.
+        ConfigError: What the cloud has to send does not fit ``wire.max_transfer_bytes``.
         GaisnetError: The foundation model's tokenizer cannot be loaded, or built-in data are missing.
     """
     if out.exists() and any(out.iterdir()):
         raise OutputInUse(out, "is not empty")
     for edge in config.edges:
         load_public(edge, config)  # a missing package is better met here than by every device
+    check_sizes(config)
     tokenizer = load_tokenizer(config.model) if reads_text(config.model) else None
     config = _with_ports(config)
     made = provision(_addresses(config), out)

@@ -11,6 +11,7 @@ from gaisnet.adapters.state import save_adapter
 from gaisnet.config import Config
 from gaisnet.config_file import parse_config
 from gaisnet.engines.local import build_network
+from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import ConfigError, NothingToResume
 from gaisnet.experiments.data import DomainData, load_domains, majority, public_inputs, public_text
 from gaisnet.experiments.output import RunFolder
@@ -154,6 +155,7 @@ class Run:
         self._steps = 0
         self._seconds: dict[str, float] = {}
         progress("load", 0, 2, {})
+        check_sizes(config)
         foundation = load_foundation(config.model)
         self._base_model, self._layers_path = foundation.name, foundation.family.layers_path
         self._writes = not foundation.family.is_encoder

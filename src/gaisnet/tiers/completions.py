@@ -54,6 +54,10 @@ class Completions:
             found = "has prompts and completions, but the foundation model is an encoder, which tells classes apart"
             raise DataError(f"device '{self._name}'", found, "give it texts or images with labels")
 
+    def num_rows(self, split: Split) -> int:
+        """One for every token."""
+        return sum(len(t.input_ids) for t in self.tokens[split])
+
     def hidden(self, split: Split, parts: Parts) -> Ragged:
         """What the head makes of a split."""
         head, _ = parts.to_write()
