@@ -33,12 +33,20 @@ class Shelf(Protocol):
     def get(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What was kept under ``name``; None if nothing. Raises ``CheckpointError``."""
 
+    def clear_arrivals(self) -> None:
+        """Drop what came in chunks: it has been kept as a whole. Raises ``OutputNotWritable``."""
+
 
 class FolderShelf:
-    """Checkpoints as files of one folder, ``<name>.safetensors``."""
+    """Checkpoints as files of one folder, ``<name>.safetensors``.
+
+    Attributes:
+        arrivals: A folder for what comes in chunks.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.arrivals = folder / "arriving"
 
     def put(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """See ``Shelf.put``."""
@@ -46,7 +54,7 @@ class FolderShelf:
         with writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
         metadata = {_STATE: json.dumps(state, allow_nan=False)}
-        own = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        own = _apart(tensors)
         with replacing(path) as temporary:
             safetensors.torch.save_file(own, temporary, metadata)
 
@@ -62,6 +70,12 @@ class FolderShelf:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(path, str(error)) from error
 
+    def clear_arrivals(self) -> None:
+        """See ``Shelf.clear_arrivals``."""
+        with writing(self.arrivals):
+            if self.arrivals.is_dir():
+                shutil.rmtree(self.arrivals)
+
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
 
@@ -74,6 +88,20 @@ class NoShelf:
 
     def get(self, name: str) -> None:
         """Nothing."""
+
+    def clear_arrivals(self) -> None:
+        """There are none."""
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, and copied where several have the same memory, which safetensors would refuse."""
+    own, seen = dict[str, Tensor](), set[int]()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return own
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

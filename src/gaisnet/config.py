@@ -58,7 +58,18 @@ class WireSettings(Settings):
         description="What the FM makes of its own text, cloud -> edge -> local device, once: what is not to be lost.",
     )
     adapter: TensorCode = Field("float32", description="Adapters, both ways.")
-    max_message_bytes: int = Field(2**31, ge=2**16, description="Longer frames are refused before they are read.")
+    max_message_bytes: int = Field(
+        2**31,
+        ge=2**16,
+        description="Longer frames are refused before they are read; longer messages cross in chunks that fit. All "
+        "that are longer than 64 MiB do, whatever this says.",
+    )
+    max_transfer_bytes: int = Field(
+        2**36,
+        ge=2**16,
+        description="Longer messages are refused, in chunks or not. What a run is known to send is held against it "
+        "before the model is loaded.",
+    )
 
     def rounding(self, setting: str) -> Literal["nearest", "stochastic"]:
         """How what is written as ``setting`` says is rounded, if it is."""

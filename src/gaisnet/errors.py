@@ -373,10 +373,35 @@ class AskedTooOften(LinkError):
 class MessageTooLarge(LinkError):
     """A payload that the link's limit does not let through."""
 
-    def __init__(self, other: str, size_bytes: int, limit_bytes: int) -> None:
+    def __init__(self, other: str, size_bytes: int, limit_bytes: int, setting: str = "") -> None:
+        setting = setting or "wire.max_message_bytes, or for a device's answers service.max_request_mib"
+        super().__init__(f"a message to '{other}': {size_bytes} bytes, the limit is {limit_bytes}; raise {setting}")
+
+
+class ParcelRefused(LinkError):
+    """The other end announces a long message that is not taken. There is no memory for it yet."""
+
+    def __init__(self, other: str, message: str, found: str) -> None:
         super().__init__(
-            f"a message to '{other}': {size_bytes} bytes, the limit is {limit_bytes}; raise wire.max_message_bytes, or "
-            "for a device's answers service.max_request_mib"
+            f"a {message} from '{other}': it is announced with {found}; "
+            "set wire.max_transfer_bytes and wire.max_message_bytes alike at both ends, and large enough"
+        )
+
+
+class ParcelUnknown(LinkError):
+    """A chunk, or a request for one, belongs to no parcel that is here: this end restarted, or made room for others."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"parcel {digest[:12]}: it is not here (any more); begin again")
+
+
+class ChunkDamaged(LinkError):
+    """The bytes of a chunk are not those that were sent. Nothing of it is used."""
+
+    def __init__(self, other: str, message: str, index: int, num_chunks: int) -> None:
+        super().__init__(
+            f"a {message} from '{other}': chunk {index} of {num_chunks} has another digest than its bytes; "
+            "it is asked for again, and where that does not help look for broken memory, or a proxy between both ends"
         )
 
 

@@ -1,5 +1,6 @@
 """Answers that are not there yet: what to do with one when it comes, without a thread that waits for it."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -26,6 +27,13 @@ def then_ask(source: Future[A], ask: Callable[[A], Future[B]]) -> Future[B]:
     return result
 
 
+def afterwards(source: Future[Any], ask: Callable[[], Future[B]]) -> Future[B]:
+    """What ``ask`` gives, once ``source`` has ended in whatever way. To cancel the result leaves ``source`` alone."""
+    ended: Future[None] = Future()
+    source.add_done_callback(lambda _: _settle(ended))
+    return then_ask(ended, lambda _: ask())
+
+
 def recast(source: Future[A], change: Callable[[Exception], Exception]) -> Future[A]:
     """The same answer; what it raises instead is what ``change`` makes of it."""
     result: _Dependent[A] = _Dependent(source)
@@ -48,6 +56,25 @@ def as_future(answer: A | Future[A]) -> Future[A]:
     known: Future[A] = Future()
     known.set_result(answer)
     return known
+
+
+def aside(work: Callable[[Callable[[], bool]], A]) -> Future[A]:
+    """What ``work`` gives or raises, in a thread of its own, for work that has to wait.
+
+    ``work`` gets a function that says whether nobody waits for it any longer.
+    """
+    result: Future[A] = Future()
+
+    def run() -> None:
+        try:
+            answer = work(result.cancelled)
+        except Exception as error:  # see ``_pass_on``
+            _settle(result, error=error)
+        else:
+            _settle(result, answer)
+
+    threading.Thread(target=run, name="aside", daemon=True).start()
+    return result
 
 
 def failed(error: Exception) -> Future[Any]:

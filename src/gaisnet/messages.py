@@ -1,10 +1,11 @@
 """Everything that crosses a link: one frozen dataclass per message.
 
-Shape legend: N rows (positions of several sequences, one after the other), E examples, T positions of one session, W
-those that are wanted back, D hidden size. All tensors are on the CPU. ``wire(...)`` names the setting under ``wire``
-that says how a floating tensor is written.
+Shape legend: B bytes, N rows (positions of several sequences, one after the other), E examples, T positions of one
+session, W those that are wanted back, D hidden size. All tensors are on the CPU. ``wire(...)`` names the setting under
+``wire`` that says how a floating tensor is written.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,7 @@ Scored = Literal["validate", "test"]
 
 MOST = 2**31 - 1
 """A count beyond it is a lie."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 Role = Literal["relay", "domain"]
 Whose = Literal["domain", "foundation"]
@@ -41,6 +43,88 @@ class Message:
     """Root of all messages."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, strict=False, extra="forbid")
+
+
+LASTING = frozenset({"ModelRelease"})
+"""Names of messages whose tensors never change within a run: they may be read while they are sent, and be kept in
+part."""
+
+
+@dataclass(frozen=True)
+class Parcel(Message):
+    """Either end, in place of a message that is longer than a frame: it comes in chunks, see ``transport.parcels``."""
+
+    message: str  # class of what is in it
+    digest: str  # SHA-256 over the digests of the chunks, in hex
+    size_bytes: StrictInt
+    chunk_bytes: StrictInt  # of each but the last
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.digest) or self.size_bytes < 1 or self.chunk_bytes < 1:
+            raise ValueError("a parcel needs a SHA-256 digest, and bytes in chunks")
+
+    @property
+    def num_chunks(self) -> int:
+        """How many there are."""
+        return -(-self.size_bytes // self.chunk_bytes)
+
+
+@dataclass(frozen=True)
+class Wanted(Message):
+    """Whoever is offered a ``Parcel``: begin with this chunk; what is before it is here."""
+
+    chunk: StrictInt
+
+    def __post_init__(self) -> None:
+        if self.chunk < 0:
+            raise ValueError("chunks are counted from 0")
+
+
+@dataclass(frozen=True)
+class ChunkRequest(Message):
+    """Whoever got a ``Parcel`` for an answer: send a chunk of it."""
+
+    digest: str
+    index: StrictInt
+
+
+@dataclass(frozen=True)
+class Chunk(Message):
+    """A piece of a parcel."""
+
+    digest: str  # of the parcel
+    index: StrictInt
+    sha256: str  # of the data, in hex
+    data_B: Tensor  # uint8
+
+    @classmethod
+    def of(cls, digest: str, index: int, sha256: str, data: bytearray) -> "Chunk":
+        """With these bytes."""
+        return cls(digest, index, sha256, torch.frombuffer(data, dtype=torch.uint8))
+
+    def __post_init__(self) -> None:
+        if self.data_B.dtype != torch.uint8 or self.data_B.ndim != 1:
+            raise ValueError("a chunk holds bytes")
+
+    @property
+    def data(self) -> memoryview:
+        """Its bytes."""
+        view: memoryview = self.data_B.numpy().data
+        return view
+
+
+@dataclass(frozen=True)
+class ParcelSent(Message):
+    """Whoever pushed all chunks of a parcel: act on the message in it, and answer that."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class ParcelTaken(Message):
+    """Whoever pulled all chunks of a parcel: it is here, and need not be kept."""
+
+    digest: str
 
 
 @dataclass(frozen=True)

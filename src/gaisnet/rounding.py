@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gaisnet.config import TensorCode
+
 GROUP = 32
 """Numbers that share a scale in int4."""
 
@@ -31,6 +33,8 @@ _INT8_LEVELS = 127
 _INT4_LEVELS = 7
 _INT4_ZERO = 8
 _SCALE_LEVELS = 255
+_SCALE_BYTES = 4
+_BYTES: dict[TensorCode, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def dither(value: Tensor) -> Tensor:
@@ -87,6 +91,15 @@ def num_groups(width: int) -> int:
 def num_bytes(width: int) -> int:
     """Bytes of a row's codes in int4."""
     return -(-width // 2)
+
+
+def row_bytes(width: int, code: TensorCode) -> int:
+    """Bytes of a row of ``width`` numbers in ``code``, with its scales."""
+    if code == "int8":
+        return width + _SCALE_BYTES
+    if code == "int4":
+        return num_bytes(width) + num_groups(width) + _SCALE_BYTES
+    return width * _BYTES[code]
 
 
 def _rounded(levels: Tensor, dither: Tensor | None) -> Tensor:

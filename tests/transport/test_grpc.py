@@ -17,7 +17,9 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
+from gaisnet.config import WireSettings
 from gaisnet.errors import (
     AskedTooOften,
     ConfigError,
@@ -27,13 +29,17 @@ from gaisnet.errors import (
     MessageTooLarge,
     PeerError,
 )
+from gaisnet.messages import ChunkRequest, Message, ModelRelease, ModelRequest
 from gaisnet.transport.admission import Rate
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.coded import CodedLink, coded
 from gaisnet.transport.endpoint import ByteHandler
 from gaisnet.transport.frames import Frame, Kind, decode_frame, encode_frame
 from gaisnet.transport.grpc.channel import Certificates
 from gaisnet.transport.grpc.dialer import Dialer
 from gaisnet.transport.grpc.listener import Listener
 from gaisnet.transport.grpc.status import ask_status
+from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.stream import Limits
 from tests.transport.certificates import Authority
 from tests.transport.proxy import Proxy
@@ -418,6 +424,39 @@ def test_a_grpc_that_lets_only_one_thread_send_will_do(sites: Sites, monkeypatch
 
 
 # -- drops and restarts ------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """Gives a model of which one tensor alone is longer than a message, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        numbers = torch.randn(5 * MIB // 4, generator=torch.Generator().manual_seed(0))
+        self.release = ModelRelease("{}", (0,), (), {"embed_tokens.weight": numbers})
+        self.codec = Codec(WireSettings(max_message_bytes=SMALL.max_message_bytes))
+        self.asked: list[Message] = []
+        self._answer = coded(self, self.codec)
+
+    def handle(self, message: Message) -> Message:
+        return self.release
+
+    def __call__(self, asker: str, payload: bytes) -> bytes | Future[bytes]:
+        self.asked.append(self.codec.decode(payload))
+        return self._answer(asker, payload)
+
+
+def test_a_model_in_chunks_survives_a_drop_and_no_chunk_is_asked_for_twice(sites: Sites) -> None:
+    model = Model()
+    edge = sites.listener("clinic", handle=model, limits=SMALL)
+    proxy = sites.proxy(edge.port)
+    clinic = sites.dialer(proxy.port, "clinic", limits=SMALL)
+    until(lambda: clinic.peer, "a connection")
+    proxy.drop_after(3 * MIB)
+    link = CodedLink(clinic, model.codec, Ledger(), "edge_cloud", "up", "edge")
+    found = link.send(ModelRequest()).result(DEADLINE_S)
+    assert proxy.dropped and isinstance(found, ModelRelease)
+    assert torch.equal(found.tensors["embed_tokens.weight"], model.release.tensors["embed_tokens.weight"])
+    assert [each.index for each in model.asked if isinstance(each, ChunkRequest)] == list(range(6))
+    assert proxy.passed_bytes < 7 * MIB  # one chunk at most came twice
 
 
 @pytest.mark.parametrize("asker", ["clinic", "edge"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gaisnet.config import WireSettings
-from gaisnet.errors import UnexpectedMessage, WireFormatError
+from gaisnet.errors import MessageTooLarge, UnexpectedMessage
 from gaisnet.messages import BodyOutput, BodyOutputGrad, Done, FineTune, Message, SmashRequest
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Direction, Ledger, LinkKind, Traffic
@@ -89,10 +89,8 @@ def test_an_error_of_the_other_end_comes_through_and_the_request_counts() -> Non
     assert ledger.traffic("device_edge") == Traffic(bytes_up=0, bytes_down=len(EXACT.encode(FineTune(1))))
 
 
-def test_a_message_over_the_limit_reaches_nobody() -> None:
-    echo = Echo()
-    with pytest.raises(WireFormatError, match="the limit is 65536"):
-        LocalLink(echo, Codec(WireSettings(max_message_bytes=2**16)), Ledger(), "device_edge", "down").send(
-            output(9000)
-        ).result()
+def test_a_message_over_the_limit_of_transfers_reaches_nobody() -> None:
+    echo, small = Echo(), Codec(WireSettings(max_message_bytes=2**16, max_transfer_bytes=2**16))
+    with pytest.raises(MessageTooLarge, match="the limit is 65536; raise wire.max_transfer_bytes"):
+        LocalLink(echo, small, Ledger(), "device_edge", "down").send(output(9000)).result()
     assert echo.taken == []

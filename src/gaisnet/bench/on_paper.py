@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from transformers import AutoConfig, PretrainedConfig
 
 from gaisnet.bench.contenders.flops import Shape
-from gaisnet.config import Config, TensorCode
+from gaisnet.config import Config
 from gaisnet.config_file import parse_config
 from gaisnet.messages import BodyOutput, BodyOutputGrad, Message, SmashedData
-from gaisnet.rounding import num_bytes, num_groups
+from gaisnet.rounding import row_bytes
 from gaisnet.tiers.examples import Tokens
 from gaisnet.tiers.layout import Layout
 from gaisnet.transport.codec import Codec
@@ -128,29 +128,22 @@ def _wire_bytes(model: PretrainedConfig, config: Config, work: Work) -> tuple[fl
     """Per sample, up and down."""
     width, wire, codec = int(model.hidden_size), config.wire, Codec(config.wire)
     row_1D, one_E = torch.zeros(1, width), torch.ones(1, dtype=torch.int32)
-    output, grad = _row(width, wire.body_output), _row(width, wire.gradient)
+    output, grad = row_bytes(width, wire.body_output), row_bytes(width, wire.gradient)
     output_header = _size(codec, BodyOutput("train", 10, 10, one_E, row_1D)) - output - _NUMBER_BYTES
     grad_header = _size(codec, BodyOutputGrad(10, 10 / 3, row_1D)) - grad
     whole = _size(codec, SmashedData("device-1", "train", 1, one_E, one_E.clone(), row_1D))
     once = work.devices * (
-        whole - _row(width, wire.smashed) - 2 * _NUMBER_BYTES
+        whole - row_bytes(width, wire.smashed) - 2 * _NUMBER_BYTES
     )  # the header of all of a device's rows
-    smashed = (work.positions * _row(width, wire.smashed) + 2 * _NUMBER_BYTES + once) / config.fine_tune.local_epochs
+    smashed = (
+        work.positions * row_bytes(width, wire.smashed) + 2 * _NUMBER_BYTES + once
+    ) / config.fine_tune.local_epochs
     up = smashed + work.labels * grad + work.frames * grad_header
     return up, work.labels * output + _NUMBER_BYTES + work.frames * output_header
 
 
 def _size(codec: Codec, message: Message) -> int:
     return len(codec.encode(message))
-
-
-def _row(width: int, code: TensorCode) -> int:
-    """Bytes of a row of so many numbers."""
-    if code == "int8":
-        return width + _NUMBER_BYTES
-    if code == "int4":
-        return num_bytes(width) + num_groups(width) + _NUMBER_BYTES
-    return width * _BYTES[code]
 
 
 def _linears(model: PretrainedConfig) -> list[tuple[int, int]]:
@@ -175,8 +168,8 @@ def _device_weights(model: PretrainedConfig, config: Config, head: int) -> int:
     size, width = _BYTES[config.model.dtype], int(model.hidden_size)
     vocabularies = 1 if model.tie_word_embeddings else 2
     code = config.model.dtype if config.device_precision == "float32" else config.device_precision
-    layer = sum(out * _row(each, code) for each, out in _linears(model)) + 2 * width * size
-    return head * layer + vocabularies * int(model.vocab_size) * _row(width, code) + width * size
+    layer = sum(out * row_bytes(each, code) for each, out in _linears(model)) + 2 * width * size
+    return head * layer + vocabularies * int(model.vocab_size) * row_bytes(width, code) + width * size
 
 
 def _edge_weights(model: PretrainedConfig, layout: Layout) -> int:

@@ -8,6 +8,7 @@ from gaisnet.config import Config
 from gaisnet.deployment.own_part import own_part
 from gaisnet.deployment.site import CLOUD, Role, Site, write_site
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
+from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import OutputInUse
 from gaisnet.experiments.data import load_public
 from gaisnet.models.foundation import load_tokenizer, reads_text, with_context
@@ -43,12 +44,14 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
     Raises:
         OutputInUse: ``out`` holds something.
         ProvisionFailed: NVFlare refused a name or could not write.
+        ConfigError: What the cloud has to send does not fit ``wire.max_transfer_bytes``.
         GaisnetError: The foundation model's tokenizer cannot be loaded, or built-in data are missing.
     """
     if out.exists() and any(out.iterdir()):
         raise OutputInUse(out, "is not empty")
     for edge in config.edges:
         load_public(edge, config)  # a missing package is better met here than by every device
+    check_sizes(config)
     tokenizer = load_tokenizer(config.model) if reads_text(config.model) else None
     config = _with_ports(with_context(config))  # the same for all: no site but the cloud's has the model
     made = provision(_addresses(config), out)

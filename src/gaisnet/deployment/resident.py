@@ -34,7 +34,6 @@ from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import carry_out
 from gaisnet.experiments.summary import Summary
 from gaisnet.hosts import every_address
-from gaisnet.later import then
 from gaisnet.messages import BodyRequest, Message, SmashedData
 from gaisnet.models.foundation import Foundation, read_tokenizer
 from gaisnet.network import Network
@@ -48,6 +47,7 @@ from gaisnet.tiers.examples import has_images
 from gaisnet.transport.base import Handler, Link
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink
+from gaisnet.transport.courier import Depots
 from gaisnet.transport.grpc.dialer import Dialer
 from gaisnet.transport.grpc.listener import Listener
 from gaisnet.transport.ledger import Ledger
@@ -107,7 +107,7 @@ class _Answers:
         takes: Callable[[str], bool] = lambda _: True,
         about: Callable[[str, Message], bool] = lambda *_: True,
     ) -> None:
-        self._codec = codec
+        self._depots = Depots(codec)
         self._takes = takes
         self._about = about
         self._for: Future[Callable[[str], Handler]] = Future()
@@ -120,11 +120,12 @@ class _Answers:
         """Answer a frame, now or later. Raises ``UnexpectedMessage`` where ``asker`` may not send it."""
         if not self._takes(asker):
             raise UnexpectedMessage("this site", f"request from '{asker}'")
-        message = self._codec.decode(frame)
+        return self._depots.of(asker).answer(frame, lambda message: self._handle(asker, message))
+
+    def _handle(self, asker: str, message: Message) -> Message | Future[Message]:
         if not self._about(asker, message):
             raise UnexpectedMessage("this site", f"{type(message).__name__} of this kind from '{asker}'")
-        answer = self._for.result(_START_S)(asker).handle(message)
-        return then(answer, self._codec.encode) if isinstance(answer, Future) else self._codec.encode(answer)
+        return self._for.result(_START_S)(asker).handle(message)
 
 
 def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summary:
@@ -196,7 +197,7 @@ def _cloud_network(
     fronts = {name: _front_of_edge(service, cloud, name, listener.link(name), share) for name in names}
     answers.become(fronts.__getitem__)
     links = {
-        edge.domain: CodedLink(listener.link(ORDERS + edge.name), codec, ledger, "edge_cloud", "down")
+        edge.domain: CodedLink(listener.link(ORDERS + edge.name), codec, ledger, "edge_cloud", "down", edge.name)
         for edge in config.edges
     }
     network = Network(cloud, links, ledger, config.faults)
@@ -233,12 +234,13 @@ def run_edge(folder: Path) -> NoReturn:
             limits_aside=_limits_of_device(config),
         )
         opened.callback(listener.close)
-        devices = {name: CodedLink(listener.link(name), codec, ledger, "device_edge", "down") for name in names}
-        cloud = CodedLink(to_cloud, codec, ledger, "edge_cloud", "up")
+        devices = {name: CodedLink(listener.link(name), codec, ledger, "device_edge", "down", name) for name in names}
         shelf = FolderShelf(folder / "state")
+        cloud = CodedLink(to_cloud, codec, ledger, "edge_cloud", "up", CLOUD, shelf.arrivals)
         edge = Edge(settings, config, cloud, devices, ledger, shelf, watched, service.outlet)
         # Orders come from the cloud, by way of this host's own NVFlare process; devices may ask for answers only.
-        asked = CodedLink(to_cloud, codec, Ledger(), "edge_cloud", "up")  # the bytes of answers are not those of a run
+        # The bytes of answers are not those of a run.
+        asked = CodedLink(to_cloud, codec, Ledger(), "edge_cloud", "up", CLOUD)
         quota = config.service.share_of_one(len(names)), config.service.max_sessions_per_peer
         fronts = {name: _front_of_device(service, asked, name, listener.link(name), quota) for name in names}
         answers.become(lambda asker: fronts.get(asker, edge))
@@ -283,7 +285,7 @@ def _serve_device(folder: Path, site: Site, door: "Door | None") -> NoReturn:
         if door is not None:
             from gaisnet.deployment.front_door import FrontDoor  # it needs packages that only answering needs
 
-            to_edge = CodedLink(link, codec, Ledger(), "device_edge", "up")
+            to_edge = CodedLink(link, codec, Ledger(), "device_edge", "up", site.edge.name)
             opened.callback(FrontDoor(device, to_edge, site, folder, door, turn).close)
         _until_ended()
 

@@ -15,6 +15,7 @@ from gaisnet.checkpoint import write_text
 from gaisnet.config import Config
 from gaisnet.config_file import parse_config, with_absolute_paths
 from gaisnet.engines.local import build_network
+from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import CheckpointError, ConfigError, NothingToResume
 from gaisnet.experiments.card import CARD_NAME, render_card
 from gaisnet.experiments.data import DomainData, load_domains, majority, public_inputs, public_text
@@ -178,6 +179,7 @@ class Run:
         self._steps = 0
         self._seconds: dict[str, float] = {}
         progress("load", 0, 2, {})
+        check_sizes(config)
         foundation = load_foundation(config.model)
         kept = folder.shelf.get(_CHECKPOINT)
         self._digest = _same_model(folder, foundation, kept[0] if kept else {})

@@ -179,6 +179,13 @@ def reads_text(settings: ModelSettings) -> bool:
     return _reads_text(pretrained_config(_source_of(settings), settings.foundation))
 
 
+def read_shape(settings: ModelSettings) -> PretrainedConfig:
+    """The FM's configuration alone. Raises ``ModelError`` or ``MissingPackage``."""
+    config = _config_of(settings)
+    check_supported(config, settings.foundation)
+    return config
+
+
 def read_config(settings: ModelSettings) -> PretrainedConfig:
     """A decoder's shape, without its weights. Raises ``ModelError`` or ``MissingPackage``."""
     config = pretrained_config(_source_of(settings), settings.foundation)

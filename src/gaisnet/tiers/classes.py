@@ -61,6 +61,10 @@ class Classes:
             found = "has examples with labels, but the foundation model is a decoder, which writes"
             raise DataError(f"device '{self._name}'", found, "give it prompts and completions")
 
+    def num_rows(self, split: Split) -> int:
+        """One for every token; of images only the head can tell."""
+        return sum(map(len, self._inputs[split].ids))
+
     def hidden(self, split: Split, parts: Parts) -> Ragged:
         """What the head makes of a split."""
 

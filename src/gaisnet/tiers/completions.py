@@ -62,6 +62,10 @@ class Completions:
                     asked = f"device '{self._name}', {split}, example {number}"
                     raise DataError(asked, "its completion holds a token that ends an answer", "write it otherwise")
 
+    def num_rows(self, split: Split) -> int:
+        """One for every token."""
+        return sum(len(t.input_ids) for t in self.tokens[split])
+
     def hidden(self, split: Split, parts: Parts) -> Ragged:
         """What the head makes of a split."""
         head, _ = parts.to_write()

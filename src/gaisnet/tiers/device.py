@@ -1,7 +1,7 @@
 """A device: the only place that sees private text and labels. It holds head and tail, or (local) the whole DM."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ from gaisnet.models.parts import Head, Tail
 from gaisnet.models.ragged import Ragged
 from gaisnet.models.release import released
 from gaisnet.progress import Progress, silent
+from gaisnet.rounding import row_bytes
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.classes import Classes
 from gaisnet.tiers.completions import Completions
@@ -45,6 +46,9 @@ class OwnExamples(Protocol):
 
     def check(self, parts: Parts) -> None:
         """Raise ``DataError`` where they are for another kind of model."""
+
+    def num_rows(self, split: Split) -> int:
+        """How many rows that will be; 0 where only the head can tell."""
 
     def hidden(self, split: Split, parts: Parts) -> Ragged:
         """What the head makes of a split, without gradients."""
@@ -152,11 +156,23 @@ class Device:
     def _install(self, release: ModelRelease) -> Done:
         parts = self._stock.parts(release, self._settings)
         self._own.check(parts)
+        self._check_sizes(int(parts.head.stack.config.hidden_size))
         self._parts = parts
         if self._settings.mode == "local":  # a body of its own, for its adapters; the weights are shared
             body = released(parts.release).body(self._settings.head_layers, parts.layout.tail_start)
             self._domain = DomainModel(body, parts.layout, self._turn, len(self._labels))
         return Done()
+
+    def _check_sizes(self, width: int) -> None:
+        """Raise ``DataError`` where activations of its examples could not leave it."""
+        wire = self._config.wire
+        for split in get_args(Split):
+            num_rows = self._own.num_rows(split)
+            needed = num_rows * row_bytes(width, wire.smashed)
+            if needed > wire.max_transfer_bytes:
+                found = f"its {split} examples make {num_rows} rows of activations, {needed} bytes in {wire.smashed}"
+                do = f"raise wire.max_transfer_bytes from {wire.max_transfer_bytes}, or give it fewer examples"
+                raise DataError(f"device '{self.name}'", found, do)
 
     def _smash(self, split: Split) -> SmashedData:
         hidden, num_labels = self._own.hidden(split, self._held()), self._own.num_labels(split)

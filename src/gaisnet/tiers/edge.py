@@ -99,6 +99,7 @@ class Edge:
         self._num_classes = len(settings.labels)
         self._holding = recall(self._shelf, config, ledger, self._outlet.turn, self._num_classes)
         if self._holding:
+            self._shelf.clear_arrivals()
             self._smashed.begin(self._holding.hidden_size, self._holding.layout.family.is_encoder)
             self._learning.start = self._domain_release()
             self._put_out_all()
@@ -142,6 +143,7 @@ class Edge:
             turn, num_classes = self._outlet.turn, self._num_classes
             self._holding = Holding(self._config, order.run, order.model, release, anchor, turn, num_classes)
             self._holding.keep_model(self._shelf)
+            self._shelf.clear_arrivals()
             self._smashed.begin(self._holding.hidden_size, self._holding.layout.family.is_encoder)
             self._cloud_has.clear()
             self._cluster.forget()

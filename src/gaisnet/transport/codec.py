@@ -10,9 +10,10 @@ with g the largest magnitude of 32 numbers; int8 and int4 twice as much where th
 """
 
 import json
-from collections.abc import Mapping
+import mmap
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -24,6 +25,7 @@ from gaisnet.config import TensorCode, WireSettings
 from gaisnet.errors import WireFormatError
 from gaisnet.messages import Message
 from gaisnet.rounding import GROUP, dither, from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
+from gaisnet.transport.packed import Packed, read_tensors
 
 _SCALE = "#scale"
 _GROUPS = "#groups"
@@ -31,8 +33,11 @@ _WIDTH = "#width"
 _BESIDE = (_SCALE, _GROUPS, _WIDTH)
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 2**24
+_MAX_FRAME_BYTES = 2**26
+_CHUNK_HEADER_BYTES = 2**10  # more than the header of a ``Chunk``
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TYPES: dict[str, type[Message]] = {cls.__name__: cls for cls in Message.__subclasses__()}
+B = TypeVar("B", bytes, mmap.mmap)
 _ADAPTERS = {name: TypeAdapter(cls) for name, cls in _TYPES.items()}
 
 
@@ -42,8 +47,27 @@ class Codec:
     def __init__(self, settings: WireSettings) -> None:
         self._settings = settings
 
+    @property
+    def frame_bytes(self) -> int:
+        """Longest frame of a message; a longer one crosses in chunks, so that others get through between them."""
+        return min(self._settings.max_message_bytes, _MAX_FRAME_BYTES)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a message in a chunk, whose own frame fits ``frame_bytes``."""
+        return self.frame_bytes - _CHUNK_HEADER_BYTES
+
+    @property
+    def max_transfer_bytes(self) -> int:
+        """Longest message."""
+        return self._settings.max_transfer_bytes
+
     def encode(self, message: Message) -> bytes:
         """The frame of ``message``."""
+        return self.pack(message).whole()
+
+    def pack(self, message: Message) -> Packed:
+        """The frame of ``message``, of which nothing is there before it is wanted but tensors in another code."""
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {}
         for declared in fields(message):
@@ -57,13 +81,20 @@ class Codec:
                 plain[declared.name] = value
         # A loss that is NaN must cross, so that the receiver can name the step; Python's JSON reads what it writes.
         metadata = {"message": type(message).__name__, "fields": json.dumps(plain)}
-        return safetensors.torch.save(tensors, metadata)
+        return Packed(tensors, metadata)
 
     def decode(self, frame: bytes) -> Message:
         """The message of a frame. Raises ``WireFormatError`` where it is not one; floating tensors become float32."""
-        name, values = self._read_header(frame)
+        return self._decode(frame, safetensors.torch.load, self._settings.max_message_bytes)
+
+    def decode_long(self, memory: mmap.mmap) -> Message:
+        """The same of one that came in chunks; tensors that need not be widened stay where they are."""
+        return self._decode(memory, read_tensors, self._settings.max_transfer_bytes)
+
+    def _decode(self, frame: B, load: Callable[[B], dict[str, Tensor]], limit: int) -> Message:
+        name, values = _read_header(frame, limit)
         try:
-            tensors = safetensors.torch.load(frame)
+            tensors = load(frame)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise WireFormatError(f"no tensors ({error})") from error
         try:
@@ -74,11 +105,11 @@ class Codec:
         return message
 
     def _pack(self, tensors: dict[str, Tensor], name: str, value: Tensor, declared: Field[Any]) -> None:
-        value = value.detach().cpu().contiguous()
         setting = declared.metadata.get("wire")
         if setting is None or not value.is_floating_point():
             tensors[name] = value
             return
+        value = value.detach().cpu().contiguous()
         code: TensorCode = getattr(self._settings, setting)
         if code == "int4" and declared.metadata["short_whole"] and value.shape[-1] < GROUP:
             code = "float32"
@@ -91,21 +122,22 @@ class Codec:
         else:
             tensors[name] = value.to(_DTYPES[code])
 
-    def _read_header(self, frame: bytes) -> tuple[str, dict[str, Any]]:
-        size = len(frame)
-        if not _LENGTH_BYTES < size <= self._settings.max_message_bytes:
-            raise WireFormatError(f"{size} bytes, the limit is {self._settings.max_message_bytes}")
-        header_bytes = int.from_bytes(frame[:_LENGTH_BYTES], "little")
-        if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-            raise WireFormatError(f"a header of {header_bytes} bytes in a frame of {size}")
-        try:
-            metadata = json.loads(frame[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes])["__metadata__"]
-            name, values = metadata["message"], json.loads(metadata["fields"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise WireFormatError(f"no message header ({error!r})") from error
-        if not isinstance(name, str) or name not in _TYPES or not isinstance(values, dict):
-            raise WireFormatError(f"an unknown message {name!r}")
-        return name, values
+
+def _read_header(frame: bytes | mmap.mmap, limit: int) -> tuple[str, dict[str, Any]]:
+    size = len(frame)
+    if not _LENGTH_BYTES < size <= limit:
+        raise WireFormatError(f"{size} bytes, the limit is {limit}")
+    header_bytes = int.from_bytes(frame[:_LENGTH_BYTES], "little")
+    if header_bytes > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+        raise WireFormatError(f"a header of {header_bytes} bytes in a frame of {size}")
+    try:
+        metadata = json.loads(frame[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes])["__metadata__"]
+        name, values = metadata["message"], json.loads(metadata["fields"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireFormatError(f"no message header ({error!r})") from error
+    if not isinstance(name, str) or name not in _TYPES or not isinstance(values, dict):
+        raise WireFormatError(f"an unknown message {name!r}")
+    return name, values
 
 
 def _gather(tensors: dict[str, Tensor], cls: type[Message]) -> dict[str, Any]:

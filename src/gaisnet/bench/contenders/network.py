@@ -20,6 +20,7 @@ from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.device import Device
 from gaisnet.tiers.examples import DeviceData
 from gaisnet.transport.codec import Codec
+from gaisnet.transport.coded import coded
 from gaisnet.transport.ledger import Direction, Ledger, LinkKind
 
 
@@ -120,6 +121,6 @@ def _be_device(config: Config, data: DeviceData, told: Path) -> None:
     """Work for a process: be the one device of ``config``, which is told what is in a folder, in order."""
     ((_, settings),) = config.each_device()
     codec = Codec(config.wire)
-    device = Device(settings, with_context(config), load_tokenizer(config.model), data)
+    answer = coded(Device(settings, with_context(config), load_tokenizer(config.model), data), codec)
     for file in sorted(told.iterdir()):
-        codec.encode(device.handle(codec.decode(file.read_bytes())))
+        answer("edge", file.read_bytes())

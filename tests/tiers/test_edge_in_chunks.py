@@ -1,0 +1,130 @@
+"""An edge whose model comes in chunks: it goes on where it was when it was stopped, and keeps nothing twice."""
+
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+from gaisnet.checkpoint import FolderShelf
+from gaisnet.config import Config
+from gaisnet.errors import LinkLost
+from gaisnet.messages import (
+    AnchorRelease,
+    AnchorRequest,
+    ChunkRequest,
+    Install,
+    Installed,
+    Message,
+    ModelRelease,
+    ModelRequest,
+)
+from gaisnet.tiers.edge import Edge
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.coded import CodedLink, coded
+from gaisnet.transport.ledger import Ledger
+from tests.tiers.cohort import Recipe, model_release
+from tests.tiny import tiny_config
+
+CONFIG = tiny_config(wire={"max_message_bytes": 2**16}, relay={"enabled": False})
+RELEASE = model_release(CONFIG, Recipe(tuple(range(6)), ()))
+
+
+class Cloud:
+    """A cloud and the link to it, which breaks at a chunk."""
+
+    peer = "life"
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        self._answer = coded(self, Codec(CONFIG.wire))
+        self._breaks_at = breaks_at
+        self.chunks: list[int] = []
+        self.others: list[type[Message]] = []
+
+    def handle(self, message: Message) -> Message:
+        self.others.append(type(message))
+        if isinstance(message, ModelRequest):
+            return RELEASE
+        assert isinstance(message, AnchorRequest)
+        return AnchorRelease(torch.tensor([3, 4], dtype=torch.int32), torch.zeros(7, 32))
+
+    def send(self, frame: bytes) -> Future[bytes]:
+        answer: Future[bytes] = Future()
+        message = Codec(CONFIG.wire).decode(frame)
+        if isinstance(message, ChunkRequest):
+            self.chunks.append(message.index)
+            if message.index == self._breaks_at:
+                answer.set_exception(LinkLost("cloud", "the process was killed"))
+                return answer
+        found = self._answer("north", frame)
+        assert isinstance(found, bytes)
+        answer.set_result(found)
+        return answer
+
+
+def edge(cloud: Cloud, shelf: FolderShelf, config: Config = CONFIG) -> Edge:
+    ledger = Ledger()
+    link = CodedLink(cloud, Codec(config.wire), ledger, "edge_cloud", "up", "cloud", shelf.arrivals)
+    return Edge(config.edges[0], config, link, {}, ledger, shelf)
+
+
+def num_chunks() -> int:
+    codec = Codec(CONFIG.wire)
+    return -(-codec.pack(RELEASE).size_bytes // codec.chunk_bytes)
+
+
+def held(one: Edge) -> dict[str, torch.Tensor]:
+    assert one._holding is not None
+    return dict(one._holding.release.tensors)
+
+
+def same(one: Edge) -> bool:
+    tensors = held(one)
+    return tensors.keys() == RELEASE.tensors.keys() and all(
+        torch.equal(tensors[name], tensor) for name, tensor in RELEASE.tensors.items()
+    )
+
+
+def test_an_edge_that_was_killed_while_its_model_came_asks_for_the_rest_only(tmp_path: Path) -> None:
+    killed, order = Cloud(breaks_at=2), Install("run", "digest")
+    with pytest.raises(LinkLost):
+        edge(killed, FolderShelf(tmp_path)).handle(order)
+    assert killed.chunks == [0, 1, 2]
+    assert FolderShelf(tmp_path).get("model") is None
+    cloud = Cloud()
+    again = edge(cloud, FolderShelf(tmp_path))
+    assert again.handle(order) == Installed(-1, -1) or again.handle(order) == Installed(0, -1)
+    assert cloud.chunks == list(range(2, num_chunks())) and num_chunks() > 3
+    assert same(again)
+
+
+def test_an_edge_that_was_killed_before_it_kept_its_model_asks_for_no_chunk_again(tmp_path: Path) -> None:
+    first = Cloud()
+    one, shelf = edge(first, FolderShelf(tmp_path)), FolderShelf(tmp_path)
+    one._ask_cloud(ModelRequest(), ModelRelease)  # and then it is killed
+    assert first.chunks == list(range(num_chunks())) and shelf.arrivals.is_dir()
+    cloud = Cloud()
+    again = edge(cloud, shelf)
+    again.handle(Install("run", "digest"))
+    assert cloud.chunks == [] and same(again)
+
+
+def test_what_came_in_chunks_is_on_the_shelf_once(tmp_path: Path) -> None:
+    shelf = FolderShelf(tmp_path)
+    one = edge(Cloud(), shelf)
+    one.handle(Install("run", "digest"))
+    assert not shelf.arrivals.exists() and (tmp_path / "model.safetensors").is_file()
+    assert same(one)  # with no file behind it any more
+    shelf.arrivals.mkdir()
+    (shelf.arrivals / "stale.part").write_bytes(b"of a life before")
+    kept = shelf.get("model")
+    assert kept is not None and all(torch.equal(kept[1][name], t) for name, t in RELEASE.tensors.items())
+
+
+def test_another_model_takes_the_place_of_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:
+    shelf = FolderShelf(tmp_path)
+    edge(Cloud(), shelf).handle(Install("run", "digest"))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(LinkLost):
+        edge(Cloud(breaks_at=3), shelf).handle(Install("run", "another digest"))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
