@@ -91,7 +91,7 @@ def closing_captions(summary: Summary) -> list[str]:
         f"Wall time: {human_seconds(seconds)}",
         f"The largest split device holds {percent(summary.device.params_fraction)} of the FM's parameters",
         *_newcomers(summary),
-        *(f"A round went on without a device: {fault}" for cycle in summary.cycles for fault in cycle.faults),
+        *(f"Left out: {fault}" for cycle in summary.cycles for fault in cycle.faults),
     ]
 
 

@@ -13,6 +13,7 @@ from gaisnet.messages import AdapterRelease, AnchorRelease, Role
 from gaisnet.models.parts import Body
 from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged
+from gaisnet.tiers import bounds
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.learning_body import PREFIX_BATCH, LearningBody
@@ -79,7 +80,13 @@ class DomainModel(LearningBody):
         return {role: (spec, self.adapter(role)) for role, spec in served.items()}
 
     def take_anchor(self, anchor: AnchorRelease) -> None:
-        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter; if it wrote any."""
+        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter; if it wrote any.
+
+        Raises ``OutOfBounds`` where its rows are not this model's.
+        """
+        config = self._body.config
+        longest = getattr(config, "max_position_embeddings", bounds.MOST)
+        bounds.anchor("the cloud", anchor, config.hidden_size, longest)
         if not len(anchor.lengths_E):
             return
         rows_ND = anchor.hidden_ND.to(*self.placement())
