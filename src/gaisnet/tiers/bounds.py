@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from gaisnet.adapters.state import AdapterTensors, check_same_shapes
-from gaisnet.errors import ModelError, OutOfBounds, StaleAdapter
+from gaisnet.errors import OutOfBounds, StaleAdapter
 from gaisnet.learning_settings import FineTuneSettings
 from gaisnet.messages import (
     AdapterUpdate,

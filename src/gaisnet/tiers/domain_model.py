@@ -30,12 +30,14 @@ class DomainModel(LearningBody):
         num_classes: Of the domain, where the body is an encoder's.
 
     Raises:
-        ModelError: The layout is another family's.
+        ModelError: The layout is another family's, or the body has no layers.
     """
 
     def __init__(self, body: Body, layout: Layout, turn: Turn | None = None, num_classes: int = 0) -> None:
         if body.family is not layout.family:
             raise ModelError(body.config.model_type, "its body is laid out as another family's", "name its own")
+        if not body.indices:
+            raise ModelError(body.config.model_type, "its body has no layers", "update both ends")
         super().__init__(body.to(layout.config.model.device), layout, turn or Turn(), "domain")
         self.versions = {"relay": 0, "domain": -1}  # a relay starts as nothing; a domain adapter is given
         spec = layout.domain_spec() if self._causal else layout.class_spec(num_classes)
