@@ -142,7 +142,11 @@ class Network:
         self._updates = self._ask(dict.fromkeys(learning, FineTune(self.cycle)), AdapterUpdate)
         if len(self._updates) < min(self._faults.min_edges, len(learning)):
             raise self._too_few(len(self._updates), {d: e for d, e in self._out.items() if d in learning})
-        self._at_edges |= {domain: update.tensors for domain, update in self._updates.items()}
+        self._at_edges |= {
+            domain: update.tensors
+            for domain, update in self._updates.items()
+            if update.base == self.cloud.version("domain", domain)  # of others it is not known how far they may be
+        }
         return self._updates
 
     def absorb(self) -> list[Verdict]:

@@ -159,16 +159,19 @@ def edge_update(
     settings: FineTuneSettings,
     num_devices: int,
 ) -> None:
-    """Hold what an edge and its devices say that they learned against what it was given; as ``local_update``."""
+    """Hold an edge's update against the release that it was given; arguments and errors as for ``local_update``.
+
+    Nothing is known of how far one may be that grew out of another release: whoever takes it in refuses that.
+    """
     settings = settings.in_cycle(cycle)
     check_same_shapes(f"of {party}", start, update.tensors)
-    if update.base != base:
-        raise StaleAdapter(f"of {party}", base, update.base)
     whole(party, "the version of an update", update.version, cycle + 1, cycle + 1)
     whole(party, "the number of examples", update.num_examples, 1)
     whole(party, "the number of steps", update.num_steps)
     loss(party, update.loss)
     sentences(party, update.faults, settings.edge_rounds * num_devices)
+    if update.base != base:
+        return
     products = {key for key in start if settings.average == "products" and ".lora_" in key}
     as_it_was = {key: tensor for key, tensor in start.items() if key not in products}
     near(party, as_it_was, update.tensors, update.num_steps, settings)
