@@ -77,7 +77,7 @@ class WireSettings(Settings):
 
 
 class FaultSettings(Settings):
-    """How long somebody is waited for, and without whom a round goes on."""
+    """How long a party is waited for, and without which parties a round or a cycle goes on."""
 
     step_deadline_s: float = Field(60.0, gt=0.0, description="A device that answers a training step later is left out.")
     round_deadline_s: float = Field(
@@ -87,6 +87,18 @@ class FaultSettings(Settings):
     min_devices: int = Field(1, ge=1, description="An edge round with fewer devices of an edge fails.")
     edge_deadline_s: float = Field(
         7200.0, gt=0.0, description="How long the cloud waits for an edge, restarts included."
+    )
+    min_edges: int = Field(
+        1,
+        ge=1,
+        description="A cycle with fewer edges fails. With enough of them it goes on without an edge that is away, "
+        "fails or sends what cannot be meant; that one is asked again in the next cycle.",
+    )
+    max_example_ratio: float = Field(
+        20.0,
+        ge=1.0,
+        description="Examples that one device may say it has, as a multiple of the median of its edge's other devices; "
+        "one that says more is left out, for it would outweigh all others. Of built-in data a device may have all.",
     )
 
 
@@ -405,6 +417,12 @@ class Config(Settings):
             raise ValueError("absorb.last_mile needs a device with activations_to: cloud, at an edge that learns")
         if len(ways) > 1 and not self.absorb.validation_share:
             raise ValueError("of several in absorb.merge.method devices say which, so set absorb.validation_share")
+        return self
+
+    @model_validator(mode="after")
+    def _check_min_edges(self) -> Self:
+        if self.faults.min_edges > len(self.edges):
+            raise ValueError(f"faults.min_edges is {self.faults.min_edges}, but there are {len(self.edges)} edges")
         return self
 
     def learning_edges(self) -> list[EdgeSettings]:

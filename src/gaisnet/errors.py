@@ -256,6 +256,16 @@ class TooFewDevices(GaisnetError):
         )
 
 
+class TooFewEdges(GaisnetError):
+    """Fewer edges are left in a cycle than the configuration asks for."""
+
+    def __init__(self, wanted: int, found: int, reasons: str) -> None:
+        super().__init__(
+            f"a cycle needs {wanted} edges (faults.min_edges) but {found} are left: {reasons}; "
+            "bring edges back, or lower the number, and resume"
+        )
+
+
 class LinkError(GaisnetError):
     """A message could not cross a link."""
 
@@ -272,6 +282,16 @@ class WireFormatError(LinkError):
 
     def __init__(self, found: str) -> None:
         super().__init__(f"a frame from the link cannot be read: {found}; the frame is dropped")
+
+
+class OutOfBounds(WireFormatError):
+    """A value that a party cannot mean: nothing of its message is used, and the party is left out."""
+
+    def __init__(self, party: str, what: str, found: str, expected: str) -> None:
+        GaisnetError.__init__(
+            self,
+            f"{what} of {party}: {found}, where {expected} belongs; it is left out; look at what runs at that site",
+        )
 
 
 class UnexpectedMessage(LinkError):

@@ -10,6 +10,7 @@
 ``evaluate`` may stand anywhere between them. The network runs where the cloud is; edges are at the other end of links.
 """
 
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import FaultSettings
-from gaisnet.errors import GaisnetError, LinkLost, UnexpectedMessage
+from gaisnet.errors import GaisnetError, LinkLost, TooFewEdges, UnexpectedMessage
 from gaisnet.messages import (
     AdapterUpdate,
     BodyOutput,
@@ -45,6 +46,7 @@ from gaisnet.messages import (
 )
 from gaisnet.relay.downward import Distillation
 from gaisnet.relay.upward import Verdict
+from gaisnet.tiers.bounds import MAX_SENTENCE
 from gaisnet.tiers.cloud import Cloud
 from gaisnet.tiers.cloud_model import MERGED
 from gaisnet.tiers.split_step import Outcome
@@ -55,6 +57,7 @@ M = TypeVar("M", bound=Message)
 ALONE = "none"
 """In the place of an adapter's name: the FM as it is."""
 _RETRY_S = 0.5
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Network:
         cloud: In this process.
         edges: Link to the edge of each domain.
         ledger: Counts what the cloud asks, and the answers.
-        faults: Deadlines.
+        faults: Deadlines, and how many edges a cycle needs.
     """
 
     def __init__(self, cloud: Cloud, edges: Mapping[str, Link], ledger: Ledger, faults: FaultSettings) -> None:
@@ -91,6 +94,9 @@ class Network:
         self._edges = edges
         self._ledger = ledger
         self._faults = faults
+        self._out: dict[str, GaisnetError] = {}  # edges that are left out until the next cycle begins, and why
+        self._faults_of_edges: list[str] = []  # since they were last taken
+        self._bytes: dict[str, TrafficReport] = {}  # as each edge reported last
         self._updates: dict[str, AdapterUpdate] = {}
         self._alone: dict[str, EvaluationReport] = {}  # how the FM as it is does
         self._owners: dict[str, str] = {}  # of activations that came up to learn from: devices, and their domains
@@ -121,15 +127,29 @@ class Network:
                 self._at_edges[domain] = release.tensors
 
     def release(self) -> dict[str, Distillation]:
-        """Foundation knowledge goes down: relays, distilled on text that the FM writes, go to DMs that they help."""
+        """Foundation knowledge goes down: relays, distilled on text that the FM writes, go to DMs that they help.
+
+        Begins a cycle: edges that were left out of the one before are asked again.
+        """
+        self._out.clear()
         results = {domain: self.cloud.distil(domain, self.cycle) for domain in self._edges}
         self.install()
         return {domain: result for domain, result in results.items() if result is not None}
 
     def fine_tune(self) -> dict[str, AdapterUpdate]:
-        """Every edge that has data learns from it with its devices, all edges at once."""
-        self._updates = self._ask(dict.fromkeys(self.cloud.learning, FineTune(self.cycle)), AdapterUpdate)
-        self._at_edges |= {domain: update.tensors for domain, update in self._updates.items()}
+        """Every edge that has data learns from it with its devices, all edges at once.
+
+        Raises ``TooFewEdges``, or why the only one failed.
+        """
+        learning = self.cloud.learning
+        self._updates = self._ask(dict.fromkeys(learning, FineTune(self.cycle)), AdapterUpdate)
+        if len(self._updates) < min(self._faults.min_edges, len(learning)):
+            raise self._too_few(len(self._updates), {d: e for d, e in self._out.items() if d in learning})
+        self._at_edges |= {
+            domain: update.tensors
+            for domain, update in self._updates.items()
+            if update.base == self.cloud.version("domain", domain)  # of others it is not known how far they may be
+        }
         return self._updates
 
     def absorb(self) -> list[Verdict]:
@@ -164,7 +184,8 @@ class Network:
 
     def _outcome(self, owner: str, request: LabelRequest, sent: Future[Message]) -> Outcome:
         try:
-            return self._wait(self._owners[owner], request, sent, BodyOutputGrad)
+            until = time.monotonic() + self._faults.edge_deadline_s
+            return self._wait(self._owners[owner], request, sent, BodyOutputGrad, until)
         except GaisnetError as error:
             return error
 
@@ -174,7 +195,7 @@ class Network:
         """Score every model through the split; only counts and sums come back.
 
         Of edges that follow a domain only the DM is scored, for that is the start they have: the FM with the same
-        adapters is scored on the examples of the domain that they follow.
+        adapters is scored on the examples of the domain that they follow. Of an edge that is left out there is nothing.
         """
         learning = self.cloud.learning
         merging = learning if MERGED in self.cloud.adapters else ()
@@ -195,19 +216,19 @@ class Network:
         """
         learning = self.cloud.learning
         if not self.cycle:  # nothing has learned: every model does as the domain's own
-            self._alone = {on: scores.foundation[on] for on in learning}
-            as_own = {on: scores.domain[on] for on in learning}
+            self._alone = dict(scores.foundation)
+            as_own = {on: scores.domain[on] for on in learning if on in scores.domain}
             foundation = dict.fromkeys([*learning, ALONE], self._alone)
             return Everywhere(dict.fromkeys(learning, as_own), {**foundation, MERGED: scores.merged})
-        domain, foundation = {d: {d: scores.domain[d]} for d in learning}, {}
+        domain, foundation = {d: _of(scores.domain, d) for d in learning}, {}
         for whose in learning:
             others = [on for on in learning if on != whose]
             domain[whose] |= self._ask(dict.fromkeys(others, self._guest(whose)), EvaluationReport)
             asked = dict.fromkeys(others, Evaluate("foundation", whose))
-            foundation[whose] = {whose: scores.foundation[whose], **self._ask(asked, EvaluationReport)}
+            foundation[whose] = {**_of(scores.foundation, whose), **self._ask(asked, EvaluationReport)}
         foundation[MERGED] = scores.merged
-        if not self._alone:  # it never changes, nor does what is held out
-            self._alone = self._ask(dict.fromkeys(learning, Evaluate("foundation", None)), EvaluationReport)
+        lacking = [on for on in learning if on not in self._alone]  # it never changes, nor does what is held out
+        self._alone |= self._ask(dict.fromkeys(lacking, Evaluate("foundation", None)), EvaluationReport)
         foundation[ALONE] = self._alone
         return Everywhere(domain, foundation)
 
@@ -223,24 +244,62 @@ class Network:
 
     def traffic(self) -> dict[LinkKind, Traffic]:
         """Bytes of the whole run on each kind of link, all sites together."""
-        reports = self._ask(dict.fromkeys(self._edges, TrafficRequest()), TrafficReport).values()
+        self._bytes |= self._ask(dict.fromkeys(self._edges, TrafficRequest()), TrafficReport)
+        reports = self._bytes.values()
         devices = sum((Traffic(r.device_edge_up, r.device_edge_down) for r in reports), start=Traffic())
         cloud = sum((Traffic(r.edge_cloud_up, r.edge_cloud_down) for r in reports), start=Traffic())
         return {"device_edge": devices, "edge_cloud": cloud + self._ledger.traffic("edge_cloud")}
 
-    def _ask(self, messages: Mapping[str, Message], answer: type[M]) -> dict[str, M]:
-        """Ask several edges at once, by domain. Raises what went wrong at the first that fails."""
-        sent = {domain: self._edges[domain].send(message) for domain, message in messages.items()}
-        return {domain: self._wait(domain, messages[domain], sent[domain], answer) for domain in messages}
+    # -- asking edges --------------------------------------------------------------------------------------------------
 
-    def _wait(self, domain: str, message: Message, sent: Future[Message], answer: type[M]) -> M:
-        link, until = self._edges[domain], time.monotonic() + self._faults.edge_deadline_s
+    def take_faults(self) -> list[str]:
+        """A sentence for every edge that was left out since this was last called."""
+        taken, self._faults_of_edges = self._faults_of_edges, []
+        return taken
+
+    def _ask(self, messages: Mapping[str, Message], answer: type[M]) -> dict[str, M]:
+        """Ask several edges at once, by domain; one that fails is left out until the next cycle begins, and named.
+
+        Raises ``TooFewEdges``, or why the only one failed.
+        """
+        asked = {domain: message for domain, message in messages.items() if domain not in self._out}
+        sent = {domain: self._edges[domain].send(message) for domain, message in asked.items()}
+        until = time.monotonic() + self._faults.edge_deadline_s
+        found, failed = dict[str, M](), dict[str, GaisnetError]()
+        for domain, message in asked.items():
+            try:
+                found[domain] = self._wait(domain, message, sent[domain], answer, until)
+                self.cloud.check(domain, message, found[domain])
+            except GaisnetError as error:
+                found.pop(domain, None)
+                failed[domain] = error
+        self._leave_out(failed, answer)
+        return found
+
+    def _leave_out(self, failed: Mapping[str, GaisnetError], answer: type[Message]) -> None:
+        left = len(self._edges) - len(self._out) - len(failed)
+        if failed and left < self._faults.min_edges:
+            raise self._too_few(left, {**self._out, **failed})
+        self._out |= failed
+        for domain, error in failed.items():
+            said = f"{domain}: cycle {self.cycle}: without its edge, which owed an answer ({answer.__name__}): {error}"
+            self._faults_of_edges.append(said[:MAX_SENTENCE])
+            _log.warning("%s", self._faults_of_edges[-1])
+
+    def _too_few(self, left: int, failed: Mapping[str, GaisnetError]) -> GaisnetError:
+        if len(self._edges) == 1:  # its own error says it all
+            return next(iter(failed.values()))
+        reasons = "; ".join(f"{domain}: {error}" for domain, error in failed.items())
+        return TooFewEdges(self._faults.min_edges, left, reasons)
+
+    def _wait(self, domain: str, message: Message, sent: Future[Message], answer: type[M], until: float) -> M:
+        link = self._edges[domain]
         asked = f"the cloud, waiting for a {answer.__name__} of the edge of '{domain}'"
         while True:
-            left_s = until - time.monotonic()
+            left_s = max(until - time.monotonic(), 0.0)
             try:
                 reply = wait(link, sent, asked, left_s, left_s)
-            except LinkLost:  # somebody on the way restarted; an order that was carried out is not carried out again
+            except LinkLost:  # a site on the way restarted; an order that was carried out is not carried out again
                 if left_s <= 0.0:
                     raise
                 time.sleep(_RETRY_S)
@@ -249,3 +308,8 @@ class Network:
             if not isinstance(reply, answer):
                 raise UnexpectedMessage(f"the network, waiting for a {answer.__name__},", type(reply).__name__)
             return reply
+
+
+def _of(reports: Mapping[str, EvaluationReport], domain: str) -> dict[str, EvaluationReport]:
+    """A domain's own, if there is one."""
+    return {domain: reports[domain]} if domain in reports else {}

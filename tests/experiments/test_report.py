@@ -291,7 +291,7 @@ def test_closing_captions_name_the_devices_that_a_round_went_on_without() -> Non
     faulty = summary.cycles[-1].model_copy(update={"faults": ["medical: cycle 1, edge round 0: without a: away"]})
     captions = closing_captions(summary.model_copy(update={"cycles": [*summary.cycles[:-1], faulty]}))
     assert captions[:-1] == closing_captions(summary)
-    assert captions[-1] == "A round went on without a device: medical: cycle 1, edge round 0: without a: away"
+    assert captions[-1] == "Left out: medical: cycle 1, edge round 0: without a: away"
 
 
 def test_closing_table_prints_names_as_they_are() -> None:

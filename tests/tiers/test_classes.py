@@ -318,7 +318,10 @@ def test_an_example_that_is_classified_has_one_label(classifies: bool) -> None:
             return {"north-a": sent}
 
     store = SmashedStore(settings, FaultSettings(), cast(Any, Asked()))
-    store.begin(8, classifies)
+    store.begin(8, classifies, longest=3)
     failed = store.fetch(["north-a"], "train")
     assert failed.keys() == ({"north-a"} if classifies else set())
-    assert all("more than the one label that a classifier takes" in str(error) for error in failed.values())
+    assert all(
+        "the labels of an example of device 'north-a': 2, where a number from 1 to 1" in str(error)
+        for error in failed.values()
+    )

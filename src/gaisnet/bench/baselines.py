@@ -111,7 +111,11 @@ def without_relay(
         network.cycle = cycle
         network.fine_tune()
     reports = network.evaluate_domain_models()
-    return {name: reports[name].num_correct / reports[name].num_examples for name in network.cloud.learning}
+    return {
+        name: reports[name].num_correct / reports[name].num_examples
+        for name in network.cloud.learning
+        if name in reports
+    }
 
 
 def pooled(config: Config, data: DomainData, num_layers: int, seed: int) -> float:

@@ -267,7 +267,7 @@ class Run:
             bytes=self._traffic(),
             seconds=Seconds(**{verb: self._seconds.pop(verb, 0.0) for verb in Seconds.model_fields}),
             gate=said,
-            faults=faults,
+            faults=[*faults, *self._network.take_faults()],
             relay={domain: _relay_loss(result) for domain, result in relays.items()},
         )
         if before is not None:

@@ -135,7 +135,8 @@ class Cycle(Record):
         default_factory=list, description="What the cloud's gate said, a sentence each, and what fell."
     )
     faults: list[str] = Field(
-        default_factory=list, description="Devices that a round went on without, and why, a sentence each."
+        default_factory=list,
+        description="Devices that a round went on without, edges that the cycle did, and why, a sentence each.",
     )
     relay: dict[str, RelayLoss] = Field(default_factory=dict, description="By domain; empty if the relay is disabled.")
 
@@ -249,8 +250,8 @@ class Summary(Record):
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of all domains, newcomers too, in the order of entry 0."""
-        return tuple(self.cycles[0].domain)
+        """Names of all domains, newcomers too, in the order in which they were first scored."""
+        return tuple(dict.fromkeys(name for cycle in self.cycles for name in cycle.domain))
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers for ``write_json``; a NaN stays a NaN, for it to be refused there."""

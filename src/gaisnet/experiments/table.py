@@ -93,7 +93,7 @@ def closing_captions(summary: Summary) -> list[str]:
         *_truncated(summary),
         *_newcomers(summary),
         *(f"Note: {sentence}" for sentence in summary.cycles[-1].merged_below_own()),
-        *(f"A round went on without a device: {fault}" for cycle in summary.cycles for fault in cycle.faults),
+        *(f"Left out: {fault}" for cycle in summary.cycles for fault in cycle.faults),
     ]
 
 

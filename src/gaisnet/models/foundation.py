@@ -22,7 +22,7 @@ from gaisnet.config import Config
 from gaisnet.errors import CacheNotWritable, MissingPackage, ModelError, NoCache
 from gaisnet.learning_settings import CONTEXT_LIMIT, ModelSettings
 from gaisnet.locks import one_at_a_time
-from gaisnet.models.families import Decoder, Encoder, Family, check_family, family_of
+from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears
 from gaisnet.models.pretrained import (
     check_context,
@@ -181,7 +181,7 @@ def reads_text(settings: ModelSettings) -> bool:
 
 def read_shape(settings: ModelSettings) -> PretrainedConfig:
     """The FM's configuration alone. Raises ``ModelError`` or ``MissingPackage``."""
-    config = _config_of(settings)
+    config = pretrained_config(_source_of(settings), settings.foundation)
     check_supported(config, settings.foundation)
     return config
 

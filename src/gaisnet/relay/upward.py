@@ -61,7 +61,12 @@ def fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool
 
 
 def standing(reports: Collection[EvaluationReport]) -> tuple[float, float]:
-    """What is said of an adapter on several domains, the better the larger: mean accuracy, then the negative loss."""
+    """What is said of an adapter on several domains, the better the larger: mean accuracy, then the negative loss.
+
+    Zeros where nobody says anything.
+    """
+    if not reports:
+        return 0.0, 0.0
     accuracy = sum(report.num_correct / report.num_examples for report in reports) / len(reports)
     return accuracy, -sum(report.loss_sum / report.num_tokens for report in reports) / len(reports)
 

@@ -27,6 +27,7 @@ from gaisnet.models.ragged import Ragged, by_length
 from gaisnet.models.release import release_encoder
 from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.bounds import Steepness
 from gaisnet.tiers.cloud_model import Sizes
 from gaisnet.tiers.examples import Input
 from gaisnet.tiers.inputs import Inputs
@@ -131,6 +132,10 @@ class ClassifyingModel:
     def merges(self) -> dict[str, AdapterTensors]:
         """None: see the module."""
         return {}
+
+    def bound_gradients(self, steepness: Steepness) -> None:
+        """See ``CloudModel``."""
+        self._plugged.steepness = steepness
 
     def learn(self, *args: Any) -> Learned:
         """Nothing: it has no merged adapter, and a layout that asks for it is refused."""

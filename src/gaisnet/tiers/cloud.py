@@ -1,6 +1,7 @@
 """The cloud: holds the foundation model (FM), teaches domain models, takes adapters in, and answers edges."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from gaisnet.adapters.state import AdapterTensors, check_same_shapes
 from gaisnet.adapters.tuning import AdapterSpec
 from gaisnet.checkpoint import digest_of, under
-from gaisnet.config import Config
-from gaisnet.errors import AdapterError, StaleAdapter, UnexpectedMessage, WireFormatError
+from gaisnet.config import Config, EdgeSettings
+from gaisnet.errors import AdapterError, OutOfBounds, StaleAdapter, UnexpectedMessage
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
@@ -19,18 +20,26 @@ from gaisnet.messages import (
     BodyOutput,
     BodyRequest,
     Done,
+    Evaluate,
+    EvaluationReport,
+    FineTune,
+    Installed,
     Message,
     ModelRelease,
     ModelRequest,
     Role,
+    Shared,
     SmashedData,
     Split,
+    TrafficReport,
 )
 from gaisnet.models.foundation import Foundation
 from gaisnet.progress import Progress, silent
 from gaisnet.relay.downward import Distillation, TaskShape
 from gaisnet.relay.upward import Verdict, refused
+from gaisnet.tiers import bounds
 from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.bounds import Steepness
 from gaisnet.tiers.classifying_model import ClassifyingModel
 from gaisnet.tiers.cloud_model import MERGED, CloudModel, Sizes
 from gaisnet.tiers.examples import Input
@@ -79,6 +88,13 @@ class Cloud:
         self.model_digest = digest_of(self.model_release.tensors)
         self._adapter_of = {edge.domain: edge.adapter for edge in config.edges}
         self.learning = tuple(edge.domain for edge in config.learning_edges())
+        self._config = config
+        self._edge_of = {edge.domain: edge for edge in config.edges}
+        self._heads = {device.name: device.head_layers for _, device in config.each_device()}
+        self._hidden_size = foundation.model.config.hidden_size
+        self._longest = bounds.longest(foundation.model.config, config.model.context)
+        self._classifies = foundation.family.is_encoder
+        self._model.bound_gradients(Steepness.of(self.model_release, config.tail_layers, self._classifies))
         self._intake = Intake(self._model, config, progress)
         self._last_mile = bool(config.absorb.last_mile.epochs)
         self._travelling = {name for edge in config.learning_edges() for name in edge.travelling}
@@ -164,10 +180,7 @@ class Cloud:
         return [*verdicts, *about_merged]
 
     def _members(self, owners: Sequence[str]) -> list[Member]:
-        """Who learns in the last mile. Raises ``WireFormatError`` where an edge names one that it sent nothing of."""
-        unknown = [owner for owner in owners if (owner, "train") not in self._activations]
-        if unknown:
-            raise WireFormatError(f"word that activations of {', '.join(unknown)} are here, which are not")
+        """Devices that learn in the last mile, out of those whose activations are here."""
         return [Member(owner, self._activations[owner, "train"]) for owner in owners]
 
     def _take(self, updates: Mapping[str, AdapterUpdate], reach: Reach) -> list[Verdict]:
@@ -237,13 +250,56 @@ class Cloud:
                 return self._model.model_release
             case AnchorRequest():
                 return self._model.anchor_release
-            case SmashedData() if message.split != "train" or message.owner in self._travelling:
+            case SmashedData() if self._may_have(message):
+                self._check_smashed(message)
                 self._activations[message.owner, message.split] = self._model.prefix(message)
                 return Done()
-            case BodyRequest() if (message.owner, message.split) in self._activations:
+            case BodyRequest() if (message.owner, message.split) in self._activations and (
+                message.adapter is None or message.adapter in self.adapters
+            ):
                 return self._output(message)
             case _:
                 raise UnexpectedMessage("the cloud", type(message).__name__)
+
+    def _may_have(self, smashed: SmashedData) -> bool:
+        return smashed.owner in self._heads and (smashed.split != "train" or smashed.owner in self._travelling)
+
+    def _check_smashed(self, found: SmashedData) -> None:
+        next_layer, classifies = self._heads[found.owner], self._classifies
+        bounds.smashed(found.owner, found.split, found, next_layer, self._hidden_size, self._longest, classifies)
+
+    def check(self, domain: str, asked: Message, answer: Message) -> None:
+        """Raise ``OutOfBounds`` or ``AdapterError`` where the answer of a domain's edge cannot be meant."""
+        party, edge = f"the edge of '{domain}'", self._edge_of[domain]
+        match answer:
+            case AdapterUpdate():
+                base, start = self.versions["domain"][domain], self._whole[domain]
+                cycle = asked.cycle if isinstance(asked, FineTune) else base
+                bounds.edge_update(party, answer, base, start, cycle, self._config.fine_tune, len(edge.devices))
+            case EvaluationReport():
+                bounds.report(party, answer, *self._most_scored(edge, asked))
+            case Installed():
+                bounds.whole(party, "the version of its relay", answer.relay, -1)
+                bounds.whole(party, "the version of its domain adapter", answer.domain, -1)
+            case Shared():
+                self._check_shared(party, edge, answer.owners)
+            case TrafficReport():
+                for field in fields(answer):
+                    bounds.whole(party, field.name, getattr(answer, field.name), 0, 2**62)
+
+    def _most_scored(self, edge: EdgeSettings, asked: Message) -> tuple[int, int]:
+        """Examples and label tokens: of a score on the FM, those whose activations are here."""
+        if not isinstance(asked, Evaluate) or asked.body != "foundation":
+            return bounds.MOST, bounds.MOST
+        keys = [(device.name, asked.split) for device in edge.devices]
+        here = [self._activations[key] for key in keys if key in self._activations]
+        return sum(map(len, here)), sum(sum(inputs.num_labels) for inputs in here)
+
+    def _check_shared(self, party: str, edge: EdgeSettings, owners: Sequence[str]) -> None:
+        here = {owner for owner in edge.travelling if (owner, "train") in self._activations}
+        if len(set(owners)) < len(owners) or not here.issuperset(owners):
+            found = f"{len(owners)} names, the first '{owners[0][:64]}'"
+            raise OutOfBounds(party, "devices whose activations came up", found, f"some of {sorted(here)}")
 
     def _output(self, request: BodyRequest) -> BodyOutput:
         inputs = self._activations[request.owner, request.split]

@@ -13,6 +13,7 @@ from gaisnet.progress import Progress
 from gaisnet.relay.downward import Distillation
 from gaisnet.relay.upward import Verdict
 from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.bounds import Steepness
 from gaisnet.tiers.learning_body import Learned
 from gaisnet.tiers.split_step import Labels, Member
 from gaisnet.tiers.stint import Stint
@@ -66,6 +67,9 @@ class CloudModel(Protocol):
 
     def merges(self) -> dict[str, AdapterTensors]:
         """One adapter of all in place, in each way that is to be tried, by its name; none where they cannot be one."""
+
+    def bound_gradients(self, steepness: Steepness) -> None:
+        """From now on owners' gradients are held against this."""
 
     def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
         """Train the merged adapter; see ``LearningBody``. Only where adapters can be merged."""

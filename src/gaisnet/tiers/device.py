@@ -30,6 +30,7 @@ from gaisnet.models.ragged import Ragged
 from gaisnet.models.release import released
 from gaisnet.progress import Progress, silent
 from gaisnet.rounding import row_bytes
+from gaisnet.tiers import bounds
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.classes import Classes
 from gaisnet.tiers.completions import Completions
@@ -131,7 +132,8 @@ class Device:
         return Completions(self.name, data, self._reader, context, self._turn)
 
     def handle(self, message: Message) -> Message:
-        """Answer the edge. Raises ``UnexpectedMessage``."""
+        """Answer the edge. Raises ``UnexpectedMessage``, or ``OutOfBounds`` where a number cannot be meant."""
+        self._check(message)
         match message:
             case ModelRelease():
                 return self._install(message)
@@ -152,6 +154,16 @@ class Device:
                 return self._learn_alone(self._domain, message)
             case _:
                 raise UnexpectedMessage(f"device '{self.name}'", type(message).__name__)
+
+    def _check(self, message: Message) -> None:
+        party = f"the edge of device '{self.name}'"
+        match message:
+            case BodyOutput():
+                bounds.body_output(party, message)
+            case FineTune():
+                bounds.fine_tune(party, message, self._config.fine_tune)
+            case AdapterRelease():
+                bounds.whole(party, "the version of an adapter", message.version)
 
     def _install(self, release: ModelRelease) -> Done:
         parts = self._stock.parts(release, self._settings)

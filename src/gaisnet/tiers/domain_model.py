@@ -13,6 +13,7 @@ from gaisnet.messages import AdapterRelease, AnchorRelease, Role
 from gaisnet.models.parts import Body
 from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged
+from gaisnet.tiers import bounds
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.learning_body import PREFIX_BATCH, LearningBody
@@ -29,12 +30,14 @@ class DomainModel(LearningBody):
         num_classes: Of the domain, where the body is an encoder's.
 
     Raises:
-        ModelError: The layout is another family's.
+        ModelError: The layout is another family's, or the body has no layers.
     """
 
     def __init__(self, body: Body, layout: Layout, turn: Turn | None = None, num_classes: int = 0) -> None:
         if body.family is not layout.family:
             raise ModelError(body.config.model_type, "its body is laid out as another family's", "name its own")
+        if not body.indices:
+            raise ModelError(body.config.model_type, "its body has no layers", "update both ends")
         super().__init__(body.to(layout.config.model.device), layout, turn or Turn(), "domain")
         self.versions = {"relay": 0, "domain": -1}  # a relay starts as nothing; a domain adapter is given
         spec = layout.domain_spec() if self._causal else layout.class_spec(num_classes)
@@ -79,7 +82,13 @@ class DomainModel(LearningBody):
         return {role: (spec, self.adapter(role)) for role, spec in served.items()}
 
     def take_anchor(self, anchor: AnchorRelease) -> None:
-        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter; if it wrote any."""
+        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter; if it wrote any.
+
+        Raises ``OutOfBounds`` where its rows are not this model's.
+        """
+        config = self._body.config
+        longest = getattr(config, "max_position_embeddings", bounds.MOST)
+        bounds.anchor("the cloud", anchor, config.hidden_size, longest)
         if not len(anchor.lengths_E):
             return
         rows_ND = anchor.hidden_ND.to(*self.placement())

@@ -8,7 +8,7 @@ import torch
 
 from gaisnet.checkpoint import NoShelf, Shelf
 from gaisnet.config import Config, EdgeSettings
-from gaisnet.errors import GaisnetError, LinkError, UnexpectedMessage, WireFormatError
+from gaisnet.errors import GaisnetError, LinkError, OutOfBounds, UnexpectedMessage
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
@@ -40,6 +40,7 @@ from gaisnet.messages import (
     TrafficRequest,
 )
 from gaisnet.progress import Progress, silent
+from gaisnet.tiers import bounds
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.cluster import Cluster
 from gaisnet.tiers.domain_model import DomainModel
@@ -93,14 +94,16 @@ class Edge:
         self._devices = {device.name: device for device in settings.devices}
         self._names = list(self._devices)
         self._local = [device.name for device in settings.devices if device.mode == "local"]
-        self._smashed = SmashedStore(settings, config.faults, self._cluster, config.service.max_activations_mib)
+        self._smashed = SmashedStore(
+            settings, config.faults, self._cluster, config.service.max_activations_mib, self._granted
+        )
         self._learning = HybridLearning(settings, config, self._cluster, self._smashed, progress)
         self._cloud_has: dict[tuple[str, Split], str] = {}  # the life of the cloud that has a device's smashed data
         self._num_classes = len(settings.labels)
         self._holding = recall(self._shelf, config, ledger, self._outlet.turn, self._num_classes)
         if self._holding:
             self._shelf.clear_arrivals()
-            self._smashed.begin(self._holding.hidden_size, self._holding.layout.family.is_encoder)
+            self._begin(self._holding)
             self._learning.start = self._domain_release()
             self._put_out_all()
 
@@ -131,6 +134,16 @@ class Edge:
             case _:
                 raise UnexpectedMessage(f"edge '{self.name}'", type(message).__name__)
 
+    def _granted(self, split: Split) -> int:
+        """Examples of a split that any device may have: of a built-in domain, all that it is dealt."""
+        if all(device.data is not None for device in self._settings.devices):
+            return 0
+        return self._config.data.test_examples if split == "test" else self._config.data.train_examples
+
+    def _begin(self, held: Holding) -> None:
+        """Forget the activations of another run."""
+        self._smashed.begin(held.hidden_size, held.layout.family.is_encoder, held.longest)
+
     # -- what it holds -------------------------------------------------------------------------------------------------
 
     def _install(self, order: Install) -> Installed:
@@ -144,7 +157,7 @@ class Edge:
             self._holding = Holding(self._config, order.run, order.model, release, anchor, turn, num_classes)
             self._holding.keep_model(self._shelf)
             self._shelf.clear_arrivals()
-            self._smashed.begin(self._holding.hidden_size, self._holding.layout.family.is_encoder)
+            self._begin(self._holding)
             self._cloud_has.clear()
             self._cluster.forget()
             self._put_out_all()
@@ -153,6 +166,7 @@ class Edge:
 
     def _take(self, release: AdapterRelease) -> Done:
         held = self._held()
+        bounds.whole("the cloud", "the version of an adapter", release.version)
         held.take(release)
         if release.role == "relay":
             self._smashed.forget_prefixes()
@@ -210,6 +224,7 @@ class Edge:
         A cycle that was broken off goes on after the last round that was finished; a finished one is not repeated.
         """
         held, domain = self._held(), self._model()
+        bounds.fine_tune("the cloud", order, self._config.fine_tune)
         if held.rounds is None or held.rounds.cycle != order.cycle:
             held.rounds = Rounds(order.cycle, domain.versions["domain"])
         while held.rounds.done < self._config.fine_tune.edge_rounds:
@@ -299,8 +314,9 @@ class Edge:
         """A device counts its own examples; how many there are, the edge knows."""
         num_labels = self._smashed.raw(name, split).num_labels_E
         found, expected = (report.num_examples, report.num_tokens), (len(num_labels), int(num_labels.sum()))
-        if found != expected or not 0 <= report.num_correct <= report.num_examples:
-            raise WireFormatError(f"a report of device '{name}' on (examples, tokens) {found}, it has {expected}")
+        if found != expected:
+            raise OutOfBounds(f"device '{name}'", "a report on (examples, tokens)", str(found), str(expected))
+        bounds.report(f"device '{name}'", report)
 
     # -- the last mile -------------------------------------------------------------------------------------------------
 

@@ -6,16 +6,16 @@ after it, as split learning hands a model on from client to client (Gupta and Ra
 theirs.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from gaisnet.adapters.state import AdapterTensors, check_same_shapes
+from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import Config, EdgeSettings
-from gaisnet.errors import GaisnetError, StaleAdapter, TooFewDevices, WireFormatError
+from gaisnet.errors import GaisnetError, TooFewDevices
 from gaisnet.messages import AdapterRelease, AdapterUpdate, BodyOutput, BodyOutputGrad, FineTune
 from gaisnet.progress import Progress
 from gaisnet.relay.fedavg import average_products, fedavg
+from gaisnet.tiers import bounds
 from gaisnet.tiers.cluster import Asked, Cluster
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.holding import Rounds
@@ -53,6 +53,7 @@ class HybridLearning:
         self.start: AdapterRelease | None = None
         self._local = [device.name for device in settings.devices if device.mode == "local"]
         self._split = [device.name for device in settings.devices if device.mode == "split"]
+        self._built_in = any(device.data is None for device in settings.devices)
 
     def edge_round(self, domain: DomainModel, rounds: Rounds) -> Rounds:
         """One round with whoever can be had. Raises ``TooFewDevices``, or why the only ones failed."""
@@ -77,7 +78,7 @@ class HybridLearning:
             num_steps=rounds.num_steps + sum(learned.num_steps for learned, _ in parts),
             num_examples=num_examples,
             loss=sum(learned.loss * learned.num_examples for learned, _ in parts) / num_examples,
-            faults=(*rounds.faults, *(f"{where}: without {name}: {error}" for name, error in failed.items())),
+            faults=(*rounds.faults, *(_fault(where, name, error) for name, error in failed.items())),
         )
 
     def _learn(
@@ -91,7 +92,7 @@ class HybridLearning:
         else:
             asked = self._begin_alone(rounds, start, failed)
             split = self._learn_split(domain, rounds, failed)
-        return split, self._finish_alone(asked, start, failed)
+        return split, self._finish_alone(asked, self.start or start, rounds.cycle, failed)
 
     def _averaged(self, split: Sequence[Part], alone: Sequence[Part]) -> AdapterTensors:
         """Of all; in sequence of local devices, if there are any: what they learned goes on from the cohort's."""
@@ -120,28 +121,38 @@ class HybridLearning:
         order = FineTune(rounds.cycle, rounds.done)
         return self._cluster.start({name: order for name in names if name not in failed})
 
-    def _finish_alone(self, asked: Asked, start: AdapterRelease, failed: dict[str, GaisnetError]) -> list[Part]:
-        """What local devices learned; an update that does not fit is refused."""
-        parts = []
+    def _finish_alone(
+        self, asked: Asked, start: AdapterRelease, cycle: int, failed: dict[str, GaisnetError]
+    ) -> list[Part]:
+        """Collect the updates of local devices; one out of bounds is refused, and its sender added to ``failed``."""
+        fitting = dict[str, AdapterUpdate]()
         outcomes = self._cluster.collect(asked, AdapterUpdate, self._config.faults.round_deadline_s)
         for name, update in outcomes.items():
             try:
                 if isinstance(update, GaisnetError):
                     raise update
-                _check_update(name, start, update)
+                bounds.local_update(name, update, start.version, start.tensors, cycle, self._config.fine_tune)
             except GaisnetError as error:
                 failed[name] = error
             else:
-                parts.append((Learned(update.num_examples, update.num_steps, update.loss), update.tensors))
-        return parts
+                fitting[name] = update
+        beyond = self._outnumbering({name: update.num_examples for name, update in fitting.items()})
+        failed |= beyond
+        return [
+            (Learned(update.num_examples, update.num_steps, update.loss), update.tensors)
+            for name, update in fitting.items()
+            if name not in beyond
+        ]
+
+    def _outnumbering(self, local: Mapping[str, int]) -> dict[str, GaisnetError]:
+        """Local devices that say they have learned from too many examples, beside what others have."""
+        known = {name: self._smashed.num_examples(name, "train") for name in self._split}
+        counts = {name: count for name, count in known.items() if count is not None} | dict(local)
+        granted = self._config.data.train_examples if self._built_in else 0
+        beyond = bounds.outnumbering(counts, self._config.faults.max_example_ratio, granted)
+        return {name: error for name, error in beyond.items() if name in local}
 
 
-def _check_update(name: str, start: AdapterRelease, update: AdapterUpdate) -> None:
-    """What a local device says that it learned is held against what it was given."""
-    check_same_shapes(f"of device '{name}'", start.tensors, update.tensors)
-    if update.base != start.version:
-        raise StaleAdapter(f"of device '{name}'", start.version, update.base)
-    if update.num_examples < 1 or not math.isfinite(update.loss):
-        raise WireFormatError(
-            f"an update of device '{name}' out of {update.num_examples} examples with a loss of {update.loss}"
-        )
+def _fault(where: str, name: str, error: GaisnetError) -> str:
+    """A sentence of bounded length: a device's own error may be of any."""
+    return f"{where}: without {name}: {error}"[: bounds.MAX_SENTENCE]

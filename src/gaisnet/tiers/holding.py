@@ -11,6 +11,7 @@ from gaisnet.checkpoint import Shelf, under
 from gaisnet.config import Config, DeviceSettings
 from gaisnet.messages import AdapterRelease, AnchorRelease, ModelRelease
 from gaisnet.models.release import released, restrict, rounded
+from gaisnet.tiers.bounds import Steepness, longest
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.layout import Layout
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
@@ -51,6 +52,7 @@ class Holding:
     domain: DomainModel = field(init=False)
     layout: Layout = field(init=False)
     hidden_size: int = field(init=False)
+    longest: int = field(init=False)  # positions of an example
 
     def __post_init__(self) -> None:
         model = released(self.release)
@@ -58,6 +60,8 @@ class Holding:
         self.layout = layout = Layout(self.config, model.num_layers, model.family)
         body = model.body(layout.first_cut, layout.tail_start)
         self.domain = DomainModel(body, layout, self.turn, self.num_classes)
+        self.domain.steepness = Steepness.of(self.release, self.config.tail_layers, model.family.is_encoder)
+        self.longest = longest(model.config, self.config.model.context)
         self.domain.take_anchor(self.anchor)
 
     def release_for(self, device: DeviceSettings) -> ModelRelease:

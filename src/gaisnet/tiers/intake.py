@@ -58,7 +58,7 @@ class Intake:
             verdicts = {domain: self._model.let_in(domain, tensors) for domain, tensors in adapters.items()}
             taken = {domain: domain for domain, verdict in verdicts.items() if verdict.accepted}
             after = reach.reports(taken) if self._asks and taken else {}
-            for domain, report in after.items():
+            for domain, report in ((d, r) for d, r in after.items() if d in before):
                 devices_say = _compared(before[domain], report)
                 verdicts[domain] = replace(verdicts[domain], reported=devices_say)
                 if fell(before[domain], report, self._config.absorb.max_fall):
@@ -151,7 +151,10 @@ class Intake:
 def _alike(*reports: Reports) -> bool:
     """Whether all are of the same examples."""
     first, *others = reports
-    return all(comparable(first[domain], other[domain]) for other in others for domain in first)
+    return all(
+        first.keys() == other.keys() and all(comparable(first[domain], other[domain]) for domain in first)
+        for other in others
+    )
 
 
 def _unless(reports: Iterable[Reports]) -> str:

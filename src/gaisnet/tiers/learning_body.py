@@ -26,6 +26,7 @@ from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress
 from gaisnet.tiers.activations import Activations, Wanted, tail_rows
+from gaisnet.tiers.bounds import Steepness
 from gaisnet.tiers.layout import Layout
 from gaisnet.tiers.split_step import Batch, Labels, Member, Pull, checked, picked
 from gaisnet.tiers.stint import Stint
@@ -52,6 +53,9 @@ class LearningBody:
         layout: Whose layers are whose.
         turn: Held while the body runs or changes, for others may serve it.
         learns: Name of the adapter that learns. It is put on later.
+
+    Attributes:
+        steepness: Bounds the gradients that owners send; None where the only owner is at this site.
     """
 
     def __init__(self, body: Body, layout: Layout, turn: Turn, learns: str) -> None:
@@ -60,6 +64,7 @@ class LearningBody:
         self._turn = turn
         self._learns = learns
         self._causal = not layout.family.is_encoder
+        self.steepness: Steepness | None = None
         self._anchor: tuple[Ragged, Ragged] | None = None  # what enters the suffix, and what it should make of it
         weight = next(body.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -193,7 +198,9 @@ class LearningBody:
                 self._body.run(taken.rows_1ND, self._layout.first_adapted, pick=taken.pick, packing=taken.packing)
             )
         outputs = taken.outputs(found_ND, step)
-        replies = {name: checked(reply, outputs[name], name, where) for name, reply in labels(outputs).items()}
+        replies = {
+            name: checked(reply, outputs[name], name, where, self.steepness) for name, reply in labels(outputs).items()
+        }
         good = {name: reply for name, reply in replies.items() if isinstance(reply, BodyOutputGrad)}
         if good:
             with self._turn.learning():

@@ -3,16 +3,17 @@
 Beyond a limit they are kept in files, with the same results.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from gaisnet.config import EdgeSettings, FaultSettings
-from gaisnet.errors import GaisnetError, WireFormatError
+from gaisnet.errors import GaisnetError
 from gaisnet.messages import SmashedData, SmashRequest, Split
+from gaisnet.tiers import bounds
 from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.bounds import MOST
 from gaisnet.tiers.cluster import Cluster
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.on_disk import kept_within
@@ -22,16 +23,23 @@ class SmashedStore:
     """What an edge keeps of its devices' examples.
 
     Args:
-        settings: The edge's own entry of the configuration: what a device says of its rows is held against it.
-        faults: Deadlines.
+        settings: The edge's own entry of the configuration: a device's rows are held against it.
+        faults: Deadlines, and how many examples a device may say it has.
         cluster: The devices.
         max_mib: Of activations in memory; None for no limit.
+        granted: Examples of a split that any device may have, whatever the others have.
     """
 
     def __init__(
-        self, settings: EdgeSettings, faults: FaultSettings, cluster: Cluster, max_mib: int | None = None
+        self,
+        settings: EdgeSettings,
+        faults: FaultSettings,
+        cluster: Cluster,
+        max_mib: int | None = None,
+        granted: Callable[[Split], int] = lambda split: 0,
     ) -> None:
         self._next_layers = {device.name: device.head_layers for device in settings.devices}
+        self._granted = granted
         self._faults = faults
         self._cluster = cluster
         self._max_mib = max_mib
@@ -39,13 +47,21 @@ class SmashedStore:
         self._prefixed: dict[tuple[str, Split], Activations] = {}
         self._hidden_size = 0
         self._classifies = False
+        self._longest = MOST
 
-    def begin(self, hidden_size: int, classifies: bool) -> None:
-        """Forget everything: a new run begins, with a model of this width, which tells classes apart or writes."""
+    def begin(self, hidden_size: int, classifies: bool, longest: int) -> None:
+        """Forget everything: a new run begins.
+
+        Args:
+            hidden_size: Width of its model.
+            classifies: Whether that tells classes apart; otherwise it writes.
+            longest: Positions of an example.
+        """
         self._smashed.clear()
         self._prefixed.clear()
         self._hidden_size = hidden_size
         self._classifies = classifies
+        self._longest = longest
 
     def forget_prefixes(self) -> None:
         """The prefix has changed."""
@@ -55,6 +71,7 @@ class SmashedStore:
         """Ask those whose heads' output is not here yet; says who failed, and why. Raises ``ActivationsNotKept``."""
         missing = {name: SmashRequest(split) for name in names if (name, split) not in self._smashed}
         failed: dict[str, GaisnetError] = {}
+        fitting: dict[str, SmashedData] = {}
         for name, smashed in self._cluster.ask(missing, SmashedData, self._faults.round_deadline_s).items():
             try:
                 if isinstance(smashed, GaisnetError):
@@ -63,8 +80,24 @@ class SmashedStore:
             except GaisnetError as error:
                 failed[name] = error
             else:
-                self._smashed[name, split] = replace(smashed, hidden_ND=self._kept(smashed.hidden_ND))
-        return failed
+                fitting[name] = smashed
+        beyond = self._outnumbering(fitting, split)
+        for name in (name for name in fitting if name not in beyond):
+            kept = self._kept(fitting[name].hidden_ND)
+            self._smashed[name, split] = replace(fitting[name], hidden_ND=kept)
+        return failed | beyond
+
+    def _outnumbering(self, found: Mapping[str, SmashedData], split: Split) -> dict[str, GaisnetError]:
+        """Those of ``found`` that say they have too many examples, beside what others have."""
+        here = {name: smashed for (name, of), smashed in self._smashed.items() if of == split}
+        counts = {name: len(smashed.lengths_E) for name, smashed in {**here, **found}.items()}
+        beyond = bounds.outnumbering(counts, self._faults.max_example_ratio, self._granted(split))
+        return {name: error for name, error in beyond.items() if name in found}
+
+    def num_examples(self, name: str, split: Split) -> int | None:
+        """As the device's activations say; None where these are not here."""
+        smashed = self._smashed.get((name, split))
+        return None if smashed is None else len(smashed.lengths_E)
 
     def raw(self, name: str, split: Split) -> SmashedData:
         """As the device sent it. Only of those that were fetched."""
@@ -84,9 +117,5 @@ class SmashedStore:
         return kept_within(rows_ND, (*raw, *prefixed), self._max_mib)
 
     def _check(self, name: str, split: Split, smashed: SmashedData) -> None:
-        found = (smashed.owner, smashed.split, smashed.next_layer, smashed.hidden_ND.shape[1])
-        expected = (name, split, self._next_layers[name], self._hidden_size)
-        if found != expected or not torch.isfinite(smashed.hidden_ND).all():
-            raise WireFormatError(f"smashed data (owner, split, next layer, width) {found} where {expected} belongs")
-        if self._classifies and not bool((smashed.num_labels_E == 1).all()):
-            raise WireFormatError(f"examples of device '{name}' with more than the one label that a classifier takes")
+        next_layer = self._next_layers[name]
+        bounds.smashed(name, split, smashed, next_layer, self._hidden_size, self._longest, self._classifies)

@@ -15,10 +15,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gaisnet.errors import GaisnetError, NotFinite, WireFormatError
+from gaisnet.errors import GaisnetError, NotFinite, OutOfBounds, WireFormatError
 from gaisnet.messages import BodyOutput, BodyOutputGrad
 from gaisnet.models.packing import Packing
 from gaisnet.models.ragged import relative_square
+from gaisnet.tiers import bounds
 from gaisnet.tiers.activations import Activations, Wanted, tail_rows
 
 Outcome = BodyOutputGrad | GaisnetError
@@ -144,8 +145,18 @@ def picked(members: Sequence[Member], batch: Sequence[int]) -> list[Picked]:
     return sorted((m, number - firsts[m]) for m, number in owners)
 
 
-def checked(reply: Outcome, output: BodyOutput, name: str, where: str) -> Outcome:
-    """The reply, or what is wrong with it: one owner's rows must not spoil the step of the others."""
+def checked(
+    reply: Outcome, output: BodyOutput, name: str, where: str, steepness: bounds.Steepness | None = None
+) -> Outcome:
+    """The reply, clipped where that must be, or why it is none: one owner's must not spoil the step of the others.
+
+    Args:
+        reply: Of the owner.
+        output: That it was sent.
+        name: Of the owner.
+        where: Names the step in errors.
+        steepness: Bounds its gradient; None where owner and asker are one.
+    """
     if isinstance(reply, GaisnetError):
         return reply
     if reply.step != output.step or reply.grad_ND.shape != output.rows_ND.shape:
@@ -157,7 +168,13 @@ def checked(reply: Outcome, output: BodyOutput, name: str, where: str) -> Outcom
         return NotFinite("the training loss", where, reply.loss_sum)
     if not torch.isfinite(reply.grad_ND).all():
         return NotFinite("the gradient of the training loss", where, math.nan)
-    return reply
+    if steepness is None:
+        return reply
+    try:
+        bounds.loss(f"device '{name}'", reply.loss_sum, output.num_labels_total)
+        return bounds.gradient(name, reply, steepness.limit(output.rows_ND, output.num_labels_total))
+    except OutOfBounds as error:
+        return error
 
 
 def _with_ends(lengths: Sequence[int]) -> list[tuple[int, int]]:

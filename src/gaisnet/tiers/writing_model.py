@@ -18,6 +18,7 @@ from gaisnet.progress import Progress
 from gaisnet.relay.downward import Distillation, TaskShape
 from gaisnet.relay.upward import Verdict, gate, strongest
 from gaisnet.tiers.activations import Activations
+from gaisnet.tiers.bounds import Steepness
 from gaisnet.tiers.cloud_model import MERGED, Sizes
 from gaisnet.tiers.foundation_model import FoundationModel
 from gaisnet.tiers.layout import Layout
@@ -135,6 +136,10 @@ class WritingModel:
         if len(self._learning) == 1:
             return {"the only one": self.adapter(self._learning[0])}
         return {way: self._merged(way) for way in self._config.absorb.merge.ways}
+
+    def bound_gradients(self, steepness: Steepness) -> None:
+        """See ``CloudModel``."""
+        self._model.steepness = steepness
 
     def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
         """Pulled toward what the FM makes of its own text without adapters; see ``CloudModel``."""

@@ -35,6 +35,7 @@ _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 2**24
 _MAX_FRAME_BYTES = 2**26
 _CHUNK_HEADER_BYTES = 2**10  # more than the header of a ``Chunk``
+_MOST_DIGITS = len(str(-(2**63)))
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TYPES: dict[str, type[Message]] = {cls.__name__: cls for cls in Message.__subclasses__()}
 B = TypeVar("B", bytes, mmap.mmap)
@@ -132,12 +133,19 @@ def _read_header(frame: bytes | mmap.mmap, limit: int) -> tuple[str, dict[str, A
         raise WireFormatError(f"a header of {header_bytes} bytes in a frame of {size}")
     try:
         metadata = json.loads(frame[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes])["__metadata__"]
-        name, values = metadata["message"], json.loads(metadata["fields"])
+        name, values = metadata["message"], json.loads(metadata["fields"], parse_int=_whole)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireFormatError(f"no message header ({error!r})") from error
     if not isinstance(name, str) or name not in _TYPES or not isinstance(values, dict):
         raise WireFormatError(f"an unknown message {name!r}")
     return name, values
+
+
+def _whole(digits: str) -> int:
+    """A whole number of 64 bits. Raises ``ValueError`` for a longer one: arithmetic with floats would overflow."""
+    if len(digits) > _MOST_DIGITS or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"a whole number of {len(digits)} digits, which 64 bits cannot hold")
+    return int(digits)
 
 
 def _gather(tensors: dict[str, Tensor], cls: type[Message]) -> dict[str, Any]:
