@@ -222,7 +222,8 @@ def empty_encoder(config: PretrainedConfig) -> Encoder:
 def _empty(kind: Any, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = kind.from_config(config, trust_remote_code=False, attn_implementation=ATTENTION)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -92,7 +92,7 @@ class Cloud:
         self._edge_of = {edge.domain: edge for edge in config.edges}
         self._heads = {device.name: device.head_layers for _, device in config.each_device()}
         self._hidden_size = foundation.model.config.hidden_size
-        self._longest = bounds.longest(foundation.model.config, config.model.context)
+        self._longest = bounds.longest(foundation.model.config, config.model.most_tokens)
         self._classifies = foundation.family.is_encoder
         self._model.bound_gradients(Steepness.of(self.model_release, config.tail_layers, self._classifies))
         self._intake = Intake(self._model, config, progress)

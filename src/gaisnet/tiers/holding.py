@@ -61,7 +61,7 @@ class Holding:
         body = model.body(layout.first_cut, layout.tail_start)
         self.domain = DomainModel(body, layout, self.turn, self.num_classes)
         self.domain.steepness = Steepness.of(self.release, self.config.tail_layers, model.family.is_encoder)
-        self.longest = longest(model.config, self.config.model.context)
+        self.longest = longest(model.config, self.config.model.most_tokens)
         self.domain.take_anchor(self.anchor)
 
     def release_for(self, device: DeviceSettings) -> ModelRelease:
