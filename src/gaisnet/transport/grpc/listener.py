@@ -1,8 +1,12 @@
-"""Links over gRPC: one site listens, others dial it, and each dialer keeps one bidirectional stream.
+"""The end of a link that listens: others dial it, and each of them keeps one bidirectional stream.
 
 Both ends show certificates of the same network (mutual TLS). The listener takes a dialer's name from its certificate
 and refuses every name that is not on its list. A dialer refuses a listener of another name. Messages are raw bytes to
-gRPC; what is in them is up to ``endpoint`` and ``session``. All of the grpc library is used here and nowhere else.
+gRPC; what is in them is up to ``endpoint`` and ``session``.
+
+A caller is who its certificate says. It has a quota of calls, so that one site cannot keep others out, and a connection
+without a call is closed after a while. Connections as such are bounded for all together only: before its handshake
+nobody knows whose one is. A firewall can bound them by address.
 """
 
 import contextlib
@@ -19,7 +23,8 @@ from pydantic import JsonValue
 
 from gaisnet.errors import ConfigError
 from gaisnet.transport.admission import Admission, Rate
-from gaisnet.transport.endpoint import ByteHandler, Connection, Endpoint
+from gaisnet.transport.connection import Connection
+from gaisnet.transport.endpoint import ByteHandler, Endpoint
 from gaisnet.transport.frames import LIFE_BYTES
 from gaisnet.transport.grpc.calls import Send, Talk, ThreadPerCall, common_name
 from gaisnet.transport.grpc.channel import SERVICE, SPEAKS_FOR, STATUS, TALK, Certificates, options
