@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 
 from gaisnet.errors import GaisnetError, LinkLost, MessageTooLarge, PeerError, WireFormatError
+from gaisnet.transport.admission import OnceIn
 from gaisnet.transport.connection import Connection
 from gaisnet.transport.frames import Frame, Kind, decode_frame, encode_failure, encode_frame
 from gaisnet.transport.session import Answered, Asked, Event, Failed, Job, Session
@@ -66,7 +67,7 @@ class Endpoint:
         self._last_seen: float | None = None
         self._rejected = 0
         self._problem = ""
-        self._warned_at = -_WARN_EVERY_S
+        self._warnings, self._failures = OnceIn(_WARN_EVERY_S), OnceIn(_WARN_EVERY_S)
 
     @property
     def peer(self) -> str:
@@ -125,12 +126,9 @@ class Endpoint:
 
     def warn(self, found: str) -> None:
         """Log a problem with the other end, at most once a minute."""
-        now = time.monotonic()
         with self._lock:
             self._problem = found
-            quiet = now - self._warned_at < _WARN_EVERY_S
-            self._warned_at = self._warned_at if quiet else now
-        if not quiet:
+        if self._warnings.due():
             _log.warning("link to '%s': %s", self.other, found)
 
     # -- what a connection calls
@@ -323,7 +321,8 @@ class Endpoint:
         except GaisnetError as error:
             return Kind.FAILURE, encode_failure(type(error).__name__, str(error))
         except Exception:
-            _log.exception("a request of '%s' could not be answered", self.other)
+            if self._failures.due():  # the other end can send the same again and again
+                _log.exception("a request of '%s' could not be answered; no other is logged for a minute", self.other)
             return Kind.FAILURE, encode_failure("InternalError", "see the log there")
 
 

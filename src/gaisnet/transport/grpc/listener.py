@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -22,7 +21,7 @@ import grpc
 from pydantic import JsonValue
 
 from gaisnet.errors import ConfigError
-from gaisnet.transport.admission import Admission, Rate
+from gaisnet.transport.admission import Admission, OnceIn, Rate
 from gaisnet.transport.connection import Connection
 from gaisnet.transport.endpoint import ByteHandler, Endpoint
 from gaisnet.transport.frames import LIFE_BYTES
@@ -90,7 +89,7 @@ class Listener:
         }
         self._lock = threading.Lock()
         self._calls: dict[str, grpc.ServicerContext] = {}
-        self._warned: dict[str, float] = {}  # when, by whose call was refused
+        self._warnings: dict[str, OnceIn] = {}  # by whose call was refused
         self._talks, self._statuses = Admission(_STREAMS), Admission(_STATUSES)
         self._server = self._serve(limits)
         self.port = self._listen(address, certificates)
@@ -179,11 +178,9 @@ class Listener:
         found: str,
         code: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED,
     ) -> NoReturn:
-        now = time.monotonic()
         with self._lock:
-            quiet = now - self._warned.get(owner, -_WARN_EVERY_S) < _WARN_EVERY_S
-            self._warned[owner] = self._warned[owner] if quiet else now
-        if not quiet:
+            warnings = self._warnings.setdefault(owner, OnceIn(_WARN_EVERY_S))
+        if warnings.due():
             _log.warning("%s: refused; of later calls nothing is said for a minute", found)
         context.abort(code, found)
         raise AssertionError("abort raises")
