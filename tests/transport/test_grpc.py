@@ -250,10 +250,11 @@ def test_what_a_handler_did_not_mean_to_raise_stays_there(sites: Sites, caplog: 
 
     edge = sites.listener("clinic", handle=fail)
     clinic = sites.dialer(edge.port, "clinic")
-    with pytest.raises(PeerError) as caught:
-        answer(clinic.send(b""))
-    assert caught.value.kind == "InternalError" and "secret" not in str(caught.value)
-    assert "a secret" in caplog.text
+    for _ in range(3):
+        with pytest.raises(PeerError) as caught:
+            answer(clinic.send(b""))
+        assert caught.value.kind == "InternalError" and "secret" not in str(caught.value)
+    assert caplog.text.count("Traceback") == 1 and "a secret" in caplog.text
 
 
 def test_payloads_above_the_limit_are_refused_where_they_are_made(sites: Sites) -> None:

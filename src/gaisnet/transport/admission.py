@@ -1,4 +1,4 @@
-"""Admission of calls: how many one caller may have at once, and how many in a while."""
+"""Admission of calls: how many one caller may have at once, and how many in a while; and of lines to the log."""
 
 import threading
 import time
@@ -58,3 +58,24 @@ class Admission:
         """The call has ended."""
         with self._lock:
             self._callers[name].under_way -= 1
+
+
+class OnceIn:
+    """Says when something may be logged again, so that nobody can fill a log.
+
+    Args:
+        every_s: Seconds between two lines.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._last: float | None = None
+        self._lock = threading.Lock()
+
+    def due(self) -> bool:
+        """Whether it may be logged now; then not again for a while."""
+        now = time.monotonic()
+        with self._lock:
+            quiet = self._last is not None and now - self._last < self._every_s
+            self._last = self._last if quiet else now
+        return not quiet

@@ -14,11 +14,12 @@ transport lets it (``Connection.send``), the thread that reads also sends an ans
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from queue import Empty, SimpleQueue
 
 from gaisnet.errors import GaisnetError, LinkLost, MessageTooLarge, PeerError, WireFormatError
+from gaisnet.transport.admission import OnceIn
+from gaisnet.transport.connection import Connection
 from gaisnet.transport.frames import Frame, Kind, decode_frame, encode_failure, encode_frame
 from gaisnet.transport.session import Answered, Asked, Event, Failed, Job, Session
 from gaisnet.transport.stream import Limits, LinkState
@@ -31,7 +32,6 @@ Who answers later lets the site answer others meanwhile.
 """
 
 _WARN_EVERY_S = 60.0
-_PATIENCE_S = 0.01  # for a frame that can carry an acknowledgement
 _LIVES = 2  # of another site, whose requests may wait here: it can restart while a handler is busy
 _SHORT_BYTES = 2**17  # a longer answer takes longer to send than to wake the writer, and the reader can read meanwhile
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Endpoint:
         self._last_seen: float | None = None
         self._rejected = 0
         self._problem = ""
-        self._warned_at = -_WARN_EVERY_S
+        self._warnings, self._failures = OnceIn(_WARN_EVERY_S), OnceIn(_WARN_EVERY_S)
 
     @property
     def peer(self) -> str:
@@ -105,7 +105,7 @@ class Endpoint:
                 problem=self._problem,
             )
 
-    def attach(self) -> "Connection":
+    def attach(self) -> Connection:
         """Begin a connection; one before it ends."""
         connection = Connection(self)
         with self._lock:
@@ -126,23 +126,20 @@ class Endpoint:
 
     def warn(self, found: str) -> None:
         """Log a problem with the other end, at most once a minute."""
-        now = time.monotonic()
         with self._lock:
             self._problem = found
-            quiet = now - self._warned_at < _WARN_EVERY_S
-            self._warned_at = self._warned_at if quiet else now
-        if not quiet:
+        if self._warnings.due():
             _log.warning("link to '%s': %s", self.other, found)
 
     # -- what a connection calls
 
-    def ended(self, connection: "Connection") -> None:
+    def ended(self, connection: Connection) -> None:
         """The connection has ended."""
         with self._lock:
             if self._connection is connection:
                 self._detach(connection)
 
-    def received(self, connection: "Connection", data: bytes) -> bool:
+    def received(self, connection: Connection, data: bytes) -> bool:
         """A frame came in. Raises ``WireFormatError``.
 
         Returns:
@@ -167,13 +164,13 @@ class Endpoint:
             self._carry_out(event)
         return True
 
-    def takes_over(self, connection: "Connection") -> bool:
+    def takes_over(self, connection: Connection) -> bool:
         """Whether another thread may read now, because the one that did is answering."""
         with self._lock:
             answers, connection.answers = connection.answers, None
         return answers is not None
 
-    def ends(self, connection: "Connection") -> bool:
+    def ends(self, connection: Connection) -> bool:
         """Nothing more will come in; whether the thread that reads is answering, and will not see it soon."""
         with self._lock:
             connection.ending = True
@@ -185,7 +182,7 @@ class Endpoint:
             self._rejected += 1
         self.warn(found)
 
-    def next_frame(self, connection: "Connection", patient: bool) -> bytes | None:
+    def next_frame(self, connection: Connection, patient: bool) -> bytes | None:
         """What to send next; None where there is nothing. Raises ``EOFError`` at the end of the connection.
 
         Args:
@@ -207,7 +204,7 @@ class Endpoint:
 
     # -- with the lock held
 
-    def _detach(self, connection: "Connection | None") -> None:
+    def _detach(self, connection: Connection | None) -> None:
         if connection is not None:
             self._since = time.monotonic() if self._session.met else self._since
             self._session.end()
@@ -228,14 +225,14 @@ class Endpoint:
         event = events[0]
         return event.job if isinstance(event, Asked) and self._worker.claim() else None
 
-    def _may_send(self, connection: "Connection", answer: bytes) -> bool:
+    def _may_send(self, connection: Connection, answer: bytes) -> bool:
         """The thread that reads ``connection`` may send an answer itself."""
         able = connection is self._connection and connection.send is not None
         return able and connection.idle and len(answer) <= _SHORT_BYTES
 
     # -- without it
 
-    def _answer_here(self, connection: "Connection", job: Job) -> bool:
+    def _answer_here(self, connection: Connection, job: Job) -> bool:
         """Answer in the thread that reads; whether it shall read on."""
         try:
             frame = self._run(job, connection)
@@ -278,7 +275,7 @@ class Endpoint:
             self._queued -= 1
         self._run(job)
 
-    def _run(self, job: Job, connection: "Connection | None" = None) -> Frame | None:
+    def _run(self, job: Job, connection: Connection | None = None) -> Frame | None:
         """Answer a request; what its own thread shall send then, if that is the one that reads ``connection``."""
         payload, dropped = job.payload, job.dropped
         if dropped:
@@ -286,7 +283,7 @@ class Endpoint:
         return self._settle(job, lambda: self._handle(self.other, payload), connection)
 
     def _settle(
-        self, job: Job, work: Callable[[], bytes | Future[bytes]], connection: "Connection | None" = None
+        self, job: Job, work: Callable[[], bytes | Future[bytes]], connection: Connection | None = None
     ) -> Frame | None:
         """Answer with what ``work`` gives, or, where that comes later, then; see ``_run``."""
         outcome = self._outcome(work)
@@ -295,7 +292,7 @@ class Endpoint:
             return None
         return self._answer(job, *outcome, connection)
 
-    def _answer(self, job: Job, kind: Kind, answer: bytes, connection: "Connection | None" = None) -> Frame | None:
+    def _answer(self, job: Job, kind: Kind, answer: bytes, connection: Connection | None = None) -> Frame | None:
         """Let an answer go out; see ``_run``."""
         with self._lock:
             held = self._session.held_bytes
@@ -324,90 +321,9 @@ class Endpoint:
         except GaisnetError as error:
             return Kind.FAILURE, encode_failure(type(error).__name__, str(error))
         except Exception:
-            _log.exception("a request of '%s' could not be answered", self.other)
+            if self._failures.due():  # the other end can send the same again and again
+                _log.exception("a request of '%s' could not be answered; no other is logged for a minute", self.other)
             return Kind.FAILURE, encode_failure("InternalError", "see the log there")
-
-
-class Connection:
-    """One connection of an endpoint, until it ends, for the two threads that read and write it."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self._read: Callable[[], None] = lambda: None
-        self.tokens: SimpleQueue[None] = SimpleQueue()
-        self.send: Callable[[bytes], object] | None = None  # sends a frame from any thread, while no other one is sent
-        self.idle = False  # the writer waits for a token, and nobody sends
-        self.owes = False  # but not for long, for it has something to acknowledge
-        self.answers: Job | None = None  # of the thread that reads, which shall read on when it is done
-        self.ending = False  # so the thread that reads shall only read what has come
-        self.problem = ""
-        self.written = threading.Event()
-        """Set when ``frames`` has come to its end."""
-
-    def frames(self) -> Iterator[bytes]:
-        """What to send, as it comes, until the connection ends."""
-        patient = True
-        try:
-            while True:
-                frame = self._endpoint.next_frame(self, patient)
-                patient = True
-                if frame is not None:
-                    yield frame
-                    continue
-                try:
-                    self.tokens.get(timeout=_PATIENCE_S if self.owes else None)
-                except Empty:
-                    patient = False
-        except EOFError:
-            return
-        finally:
-            self.written.set()
-
-    def read_with(self, read: Callable[[], None]) -> None:
-        """Let a thread do ``read``, which calls ``self.read``; threads that take over from it do the same."""
-        self._read = read
-        self._start(read)
-
-    def relieve_reader(self) -> None:
-        """Let another thread read if the one that does so is answering; that one then ends when it has answered."""
-        self._start(lambda: self._read() if self._endpoint.takes_over(self) else None)
-
-    def _start(self, target: Callable[[], None]) -> None:
-        threading.Thread(target=target, name=f"gaisnet reads {self._endpoint.other}", daemon=True).start()
-
-    def read(self, frames: Iterator[bytes]) -> bool:
-        """Receive until the connection ends or breaks the rules; then it is closed.
-
-        Returns:
-            Whether it is; otherwise another thread reads on.
-        """
-        reads_on = True
-        try:
-            for data in frames:
-                reads_on = self._endpoint.received(self, data)
-                if not reads_on:
-                    break
-        except WireFormatError as error:
-            self.problem = str(error)
-            self._endpoint.rejected(self.problem)
-        finally:
-            if reads_on:
-                self.close()
-        return reads_on
-
-    def ends(self) -> bool:
-        """Take note that nothing more will come in; whether the connection is closed now, else ``read`` closes it.
-
-        It is where the thread that reads is answering, which may take long.
-        """
-        answers = self._endpoint.ends(self)
-        if answers:
-            self.close()
-        return answers
-
-    def close(self) -> None:
-        """End the connection; may be called again, and from any thread."""
-        self._endpoint.ended(self)
 
 
 class _Answer(Future[bytes]):

@@ -11,7 +11,8 @@ from typing import Any
 
 import grpc
 
-from gaisnet.transport.endpoint import ByteHandler, Connection, Endpoint
+from gaisnet.transport.connection import Connection
+from gaisnet.transport.endpoint import ByteHandler, Endpoint
 from gaisnet.transport.frames import LIFE_BYTES
 from gaisnet.transport.grpc.channel import (
     BACKOFF_S,

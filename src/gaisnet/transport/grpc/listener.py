@@ -1,8 +1,12 @@
-"""Links over gRPC: one site listens, others dial it, and each dialer keeps one bidirectional stream.
+"""The end of a link that listens: others dial it, and each of them keeps one bidirectional stream.
 
 Both ends show certificates of the same network (mutual TLS). The listener takes a dialer's name from its certificate
 and refuses every name that is not on its list. A dialer refuses a listener of another name. Messages are raw bytes to
-gRPC; what is in them is up to ``endpoint`` and ``session``. All of the grpc library is used here and nowhere else.
+gRPC; what is in them is up to ``endpoint`` and ``session``.
+
+A caller is who its certificate says. It has a quota of calls, so that one site cannot keep others out, and a connection
+without a call is closed after a while. Connections as such are bounded for all together only: before its handshake
+nobody knows whose one is. A firewall can bound them by address.
 """
 
 import contextlib
@@ -10,7 +14,6 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -18,8 +21,9 @@ import grpc
 from pydantic import JsonValue
 
 from gaisnet.errors import ConfigError
-from gaisnet.transport.admission import Admission, Rate
-from gaisnet.transport.endpoint import ByteHandler, Connection, Endpoint
+from gaisnet.transport.admission import Admission, OnceIn, Rate
+from gaisnet.transport.connection import Connection
+from gaisnet.transport.endpoint import ByteHandler, Endpoint
 from gaisnet.transport.frames import LIFE_BYTES
 from gaisnet.transport.grpc.calls import Send, Talk, ThreadPerCall, common_name
 from gaisnet.transport.grpc.channel import SERVICE, SPEAKS_FOR, STATUS, TALK, Certificates, options
@@ -85,7 +89,7 @@ class Listener:
         }
         self._lock = threading.Lock()
         self._calls: dict[str, grpc.ServicerContext] = {}
-        self._warned: dict[str, float] = {}  # when, by whose call was refused
+        self._warnings: dict[str, OnceIn] = {}  # by whose call was refused
         self._talks, self._statuses = Admission(_STREAMS), Admission(_STATUSES)
         self._server = self._serve(limits)
         self.port = self._listen(address, certificates)
@@ -174,11 +178,9 @@ class Listener:
         found: str,
         code: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED,
     ) -> NoReturn:
-        now = time.monotonic()
         with self._lock:
-            quiet = now - self._warned.get(owner, -_WARN_EVERY_S) < _WARN_EVERY_S
-            self._warned[owner] = self._warned[owner] if quiet else now
-        if not quiet:
+            warnings = self._warnings.setdefault(owner, OnceIn(_WARN_EVERY_S))
+        if warnings.due():
             _log.warning("%s: refused; of later calls nothing is said for a minute", found)
         context.abort(code, found)
         raise AssertionError("abort raises")
