@@ -1,7 +1,9 @@
 """The command ``gaisnet``: it teaches, it runs, and what goes wrong is a sentence and not a traceback."""
 
+import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from gaisnet.cli.app import app
-from gaisnet.cli.display import LiveProgress
+from gaisnet.cli.display import LiveProgress, told_errors
 from tests.tiny import tiny_edge, write_tiny_run
 
 
@@ -250,3 +253,18 @@ def test_where_nobody_watches_a_stage_has_a_line_and_what_came_of_it_has_one() -
     stage, result = "fine-tune: split learning on private data", "  loss 0.500"
     between = "evaluate: scoring held-out examples where they are"
     assert lines[:5] == [stage, result, between, stage, result]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_is_a_sentence_whoever_wrote(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a library writes, as NVFlare does while it makes kits."""
+    with pytest.raises(typer.Exit) as caught, told_errors():
+        raise OSError(number, os.strerror(number), "/kits/north/startup")
+    assert caught.value.exit_code == 1
+    told = capsys.readouterr().err
+    assert f"OutputNotWritable: writing '/kits/north/startup': {os.strerror(number)}; free some space" in told
+
+
+def test_another_error_of_the_system_is_not_taken_for_one_of_ours() -> None:
+    with pytest.raises(ConnectionResetError), told_errors():
+        raise ConnectionResetError(errno.ECONNRESET, "reset")

@@ -1,5 +1,6 @@
 """What every command shows: live progress, the closing table, errors in their own words."""
 
+import errno
 import logging
 import os
 import warnings
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.segment import Segment
 from rich.text import Text
 
-from gaisnet.errors import GaisnetError, MissingPackage
+from gaisnet.errors import GaisnetError, MissingPackage, OutputNotWritable
 from gaisnet.terminal import safe, safe_line
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ _EXTRAS = {
     "sklearn": ("an experiment", "paper"),
     **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), ("answers over HTTP", "serve")),
 }
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})  # nothing but writing ends in one of these
 _STAGES = {
     "prepare": "making a kit for every site",
     "start": "starting every site",
@@ -91,6 +93,10 @@ def told_errors(exit_code: int = 1) -> Iterator[None]:
                 raise
             wanted, extra = _EXTRAS[package]
             raise MissingPackage(wanted, package, f"pip install 'gaisnet[{extra}]'") from error
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            raise OutputNotWritable(Path(error.filename or "a file"), error.strerror or str(error)) from error
     except GaisnetError as error:
         told = Text.assemble((type(error).__name__, "bold red"), f": {error}")
         _errors.print(told, highlight=False, soft_wrap=True)  # a path can be copied
