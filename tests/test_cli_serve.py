@@ -198,7 +198,8 @@ def test_a_key_goes_to_an_address_that_the_user_names_and_never_to_one_of_a_file
     keys = tmp_path / "keys"
     keys.write_text("sk-of-the-tests-0123456789\n", encoding="utf-8")
     with announced(tmp_path, url):
-        gaisnet("chat", tmp_path, "--api-keys", keys, said="hello\n")
+        result = gaisnet("chat", tmp_path, "--api-keys", keys, said="hello\n")
+    assert f"No API key is sent there; to send it: gaisnet chat {url}" in words(result.output)
     assert {key for _, key in seen} == {None}
     del seen[:]
     result = gaisnet("chat", url, "--api-keys", keys, said="hello\n")

@@ -95,7 +95,6 @@ def test_a_question_of_another_domain_is_what_the_threshold_comes_from() -> None
         {"escalate_to": "domain"},
         {"other_domains": 0.0},
         {"most_escalated": 0.1},
-        {"escalate_to": "domain", "other_domains": 0.0},
     ],
 )
 def test_a_threshold_for_something_else_is_not_taken(changes: dict[str, object], tmp_path: Path) -> None:

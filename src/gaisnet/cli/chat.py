@@ -55,9 +55,11 @@ def chat(
         options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         if speculate:
             options["speculate"] = True
-        with _address(place, overrides or ()) as url:
-            # A folder may come from anybody, and so may the address in it: a key is for addresses that a user names.
-            key = first_key(api_keys) if url == place else None
+        with _address(place, overrides or ()) as (url, by_file):
+            key = first_key(api_keys)
+            if key is not None and by_file:  # a folder may come from anybody, and so may the address in it
+                console.print(f"No API key is sent there; to send it: gaisnet chat {url}", style="dim", highlight=False)
+                key = None
             talk = Conversation(url, model, key, options, plain)
             known = talk.models()
             if model not in known:
@@ -67,21 +69,21 @@ def chat(
 
 
 @contextmanager
-def _address(place: str, overrides: Sequence[str]) -> Iterator[str]:
-    """A server's URL; of one that is only there inside, with ``overrides``, if there is none."""
+def _address(place: str, overrides: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """A server's URL, and whether a file names it; of a server that is only there inside, if there is none."""
     if place.startswith(("http://", "https://")):
-        yield place
+        yield place, False
         return
     run = Path(place)
     if (url := found(run)) is not None:
-        yield url
+        yield url, True
         return
     quiet_libraries()
     from gaisnet.serving.keys import ApiKeys
 
     with opened(run, None, RoutingSettings(), False, ApiKeys(), ("127.0.0.1", 0), overrides) as (_, server):
         with server.in_thread() as here:
-            yield here
+            yield here, False
 
 
 def _converse(talk: Conversation) -> None:

@@ -41,7 +41,7 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def models(self) -> list[str]:
-        """What the server has. Raises ``ServerRefused``."""
+        """Names of the server's models. Raises ``ServerRefused``."""
         try:
             with self._open("models", None) as response:
                 return [str(model["id"]) for model in json.loads(response.read(_LONGEST))["data"]]

@@ -1,6 +1,6 @@
-"""Where something is served: a file beside it says so, as long as it is.
+"""The address of a server, in a file beside the run that it serves, as long as it does.
 
-Whoever writes into the folder can write the file, so it is believed little: see ``found``.
+Anybody who can write into the folder can write the file, so it is believed little: see ``found``.
 """
 
 import os
@@ -40,7 +40,7 @@ class _Owner:
 
 @contextmanager
 def announced(folder: Path, url: str) -> Iterator[None]:
-    """Inside, whoever knows the folder finds the server."""
+    """Keep the file in a folder as long as the block lasts; it is removed however the block ends."""
     path = folder / ADDRESS_NAME
     owner = _Owner(socket.gethostname(), os.getpid(), _started(os.getpid()))
     text = f"{_near(url)}\n{owner}\n"

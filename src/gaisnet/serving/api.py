@@ -60,7 +60,7 @@ class _Door:
         self._callers = Callers(keys, settings.cors_origins)
         self._metrics = metrics
         self._running: set[Running] = set()
-        self._freed = asyncio.Condition()
+        self._freed = asyncio.Event()
         self._created = int(time.time())
         self._pool = ThreadPoolExecutor(settings.max_answers, thread_name_prefix="answer")
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="request")
@@ -135,18 +135,15 @@ class _Door:
 
     async def _room(self) -> None:
         """Wait until another answer may begin."""
-        async with self._freed:
-            await self._freed.wait_for(lambda: len(self._running) < self._settings.max_answers)
+        while len(self._running) >= self._settings.max_answers:
+            self._freed.clear()
+            await self._freed.wait()
 
     def _ended(self, running: Running, model: str) -> None:
         self._running.discard(running)
+        self._freed.set()
         status = 200 if running.error is None else refusal_of(running.error).status
         self._metrics.ended(model, GONE if running.stopped else status, running.course if running.begun else None)
-        self._telling = asyncio.create_task(self._tell_freed())
-
-    async def _tell_freed(self) -> None:
-        async with self._freed:
-            self._freed.notify_all()
 
     @asynccontextmanager
     async def open(self, app: FastAPI) -> AsyncIterator[None]:
@@ -205,7 +202,7 @@ def _event(data: Mapping[str, Any]) -> str:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What comes of ``work``. Raises ``ClientGone`` if the client leaves before."""
+    """Result of ``work``. Raises ``ClientGone`` if the client leaves before."""
     working, watching = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)

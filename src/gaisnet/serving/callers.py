@@ -1,4 +1,4 @@
-"""Who may ask: those with a key, or programs on this machine; a web page only if its origin was allowed."""
+"""Callers: admitted with a key, or as programs on this machine; web pages only if their origin is allowed."""
 
 from collections.abc import Iterable
 from urllib.parse import urlsplit

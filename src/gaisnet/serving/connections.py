@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _GRACE_S = 2.0  # for the application, which answers a slow body itself
 _QUIET_S = 60.0  # between two lines of the log about the same trouble
 _NO_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_PIECE_BYTES = 2**14  # that are parsed before others have their turn
+_PIECE_BYTES = 2**12  # that are parsed before others have their turn; a chunk may be a byte of its six
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\nRetry-After: 1\r\n\r\n"
 
 

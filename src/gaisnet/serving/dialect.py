@@ -1,7 +1,7 @@
 """Requests in OpenAI's words, and the few of our own.
 
-What a request asks for and we cannot do is refused, never ignored; fields that only tell who asks are let be. Whatever
-a request holds, it costs time linear in its length, and nothing after the first thing that is wrong with it.
+A request for something that cannot be done is refused, never ignored; fields that only tell who asks are let be. Any
+request costs time linear in its length, and nothing after the first thing that is wrong with it.
 """
 
 import secrets
