@@ -63,7 +63,7 @@ def test_bytes_that_are_no_text() -> None:
 def test_brackets_in_strings_are_no_depth() -> None:
     text = json.dumps(["[" * 1000, '\\"[' * 1000])
     assert loads(text) == json.loads(text)
-    flat = [[] for _ in range(1000)]
+    flat: list[list[int]] = [[] for _ in range(1000)]
     assert loads(json.dumps(flat)) == flat
     deep = "[" * DEEPEST + "]" * DEEPEST
     assert loads(deep) == json.loads(deep)

@@ -298,7 +298,8 @@ def in_days(kit: Path, role: Role, days: float) -> datetime:
 
 
 def test_certificates_that_expire_soon_are_told_and_expired_ones_explained(kits: Mapping[str, Path]) -> None:
-    for name, role in (("cloud", "cloud"), ("north", "edge"), ("north-a", "device")):
+    roles: dict[str, Role] = {"cloud": "cloud", "north": "edge", "north-a": "device"}
+    for name, role in roles.items():
         kit = kits[name]
         assert check_validity(kit, role).warning(datetime.now(UTC)) == ""
         assert check_validity(kit, role).warning(in_days(kit, role, 30.5)) == ""

@@ -1,5 +1,6 @@
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,10 @@ import pytest
 from gaisnet.deployment.launcher import Launcher, ProcessPlan
 from gaisnet.deployment.logs import rotate
 from tests.deployment.test_launcher import until
+
+
+def _is_small(file: Path) -> bool:
+    return file.exists() and os.stat(file).st_size < 2**16
 
 
 def test_a_full_log_is_put_aside_and_its_writer_goes_on_in_an_empty_one(tmp_path: Path) -> None:
@@ -51,6 +56,6 @@ def test_a_launcher_keeps_what_its_processes_write_small(tmp_path: Path, monkeyp
     plan = ProcessPlan("site", (sys.executable, "-S", "-c", code, str(own)), log, more_logs=(own,))
     with Launcher([plan]):
         for file in (log, own):
-            assert until(lambda file=file: Path(f"{file}.1").exists())
-            assert until(lambda file=file: file.exists() and os.stat(file).st_size < 2**16)
+            assert until(Path(f"{file}.1").exists)
+            assert until(partial(_is_small, file))
     assert not (tmp_path / "site.log.2").exists()

@@ -1,5 +1,7 @@
 """A whole network whose messages do not fit a frame: it learns what it learns with large ones, bit for bit."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,10 @@ from tests.engines.test_local_network import Run, alone
 pytestmark = pytest.mark.integration
 
 LARGE = {"smashed": "float32", "anchor": "float32", "body_output": "float32"}
-TALKATIVE = {"fine_tune": {"local_epochs": 1, "batch_size": 64, "learning_rate": 0.01}, "tail_layers": 1}
+TALKATIVE: dict[str, Any] = {
+    "fine_tune": {"local_epochs": 1, "batch_size": 64, "learning_rate": 0.01},
+    "tail_layers": 1,
+}
 
 
 def run(**wire: int) -> Run:

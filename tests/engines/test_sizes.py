@@ -13,11 +13,12 @@ from gaisnet.engines.sizes import check_sizes, planned_release
 from gaisnet.errors import ConfigError, CutError, DataError
 from gaisnet.learning_settings import ModelSettings
 from gaisnet.messages import Chunk, ModelRelease
+from gaisnet.models.domain import Recipe
 from gaisnet.models.foundation import read_shape
 from gaisnet.models.release import restrict
 from gaisnet.tiers.device import Device
 from gaisnet.transport.codec import Codec
-from tests.tiers.cohort import Recipe, model_release
+from tests.tiers.cohort import model_release
 from tests.tiny import (
     encoder_raw_config,
     save_tiny_encoder,

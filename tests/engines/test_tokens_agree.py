@@ -36,7 +36,7 @@ def model_for(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def one_device(**model: Any) -> Config:
-    edge = {"name": "e", "domain": "facts", "template": "Is {text} so?", "labels": ["yes", "no"]}
+    edge: dict[str, Any] = {"name": "e", "domain": "facts", "template": "Is {text} so?", "labels": ["yes", "no"]}
     edge["devices"] = [{"name": "d", "head_layers": 1}]
     return parse_config(
         tiny_raw_config(
@@ -84,7 +84,7 @@ def test_scores_are_of_the_tokens_that_transformers_has(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_served_text_is_what_transformers_generates(kind: str, bos: bool) -> None:
     tokenizer = tokenizer_of(kind, bos)
-    model = model_for(tokenizer)
+    model: Any = model_for(tokenizer)
     parts, service = served(model, CutLayers(1))
     ends = ending_ids(tokenizer, model.config)
     for prompt in ("Is it so?", "日本 no", "the 😀 is </s>"):

@@ -275,12 +275,12 @@ def test_of_two_first_loads_at_once_one_converts_and_the_other_waits(
 
     monkeypatch.setattr(loading, "_convert", slowly)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(loading._converted, str(path), "tiny")
+        first = pool.submit(loading._converted, path, "tiny")
         assert converting.wait(60)
-        second = pool.submit(loading._converted, str(path), "tiny")
+        second = pool.submit(loading._converted, path, "tiny")
         wait([second], timeout=0.5)  # time to begin, as it does where nobody makes it wait
         go_on.set()
-        assert [first.result(), second.result()] == [str(folder) for folder in made * 2]
+        assert [first.result(), second.result()] == made * 2
     assert list(cache.iterdir()) == made
 
 

@@ -56,6 +56,22 @@ def writes(name: str, text: str) -> Edit:
     return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
+def remove(pattern: str) -> Edit:
+    def edit(folder: Path) -> None:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+    return edit
+
+
+def both(*edits: Edit) -> Edit:
+    def edit(folder: Path) -> None:
+        for each in edits:
+            each(folder)
+
+    return edit
+
+
 def in_shards(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
@@ -101,15 +117,15 @@ BAD: dict[str, tuple[Edit, str]] = {
     "old compressed-tensors": (config_says(compression_config={"format": "int-quantized"}), "quantised .int-quantized"),
     "a pointer": (writes("model.safetensors", POINTER), "'model.safetensors' is a pointer of Git LFS.*; run 'git lfs"),
     "a pointer to a tokenizer": (writes("tokenizer.json", POINTER), "'tokenizer.json' is a pointer of Git LFS"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights .*; download the model again"),
+    "no weights": (remove("model.safetensors"), "no weights .*; download the model again"),
     "a missing shard": (in_shards, "'model-00002-of-00002.safetensors' is missing, which model.safetensors.index.json"),
     "a broken index": (
-        lambda folder: (in_shards(folder), writes("model.safetensors.index.json", "[]")(folder)),
+        both(in_shards, writes("model.safetensors.index.json", "[]")),
         "index.json is no JSON object",
     ),
     "pickled": (pickled, r"pickled \('pytorch_model.bin'\).*safetensors only; convert it where you trust its author"),
     "no tokenizer": (
-        lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
+        remove("tokenizer*"),
         "no tokenizer .*; put the tokenizer's files there",
     ),
     "tokens without a row": (added_tokens, "'<extra42>' as token 300, and its embedding only 300 rows; save it again"),

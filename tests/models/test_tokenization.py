@@ -94,9 +94,10 @@ def swept(num: int, *strategies: Any) -> Callable[[Any], Any]:
 
     def decorate(test: Any) -> Any:
         quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-        return settings(max_examples=num, deadline=None, derandomize=True, suppress_health_check=quiet, database=None)(
-            given(*strategies)(test)
+        drawn: Any = settings(
+            max_examples=num, deadline=None, derandomize=True, suppress_health_check=quiet, database=None
         )
+        return drawn(given(*strategies)(test))
 
     return decorate
 
@@ -255,7 +256,7 @@ def test_a_long_answer_decodes_a_few_tokens_at_a_time() -> None:
         longest = max(longest, len(ids))
         return decode_all(ids, **options)
 
-    tokenizer.decode = watched  # type: ignore[method-assign]
+    tokenizer.decode = watched  # type: ignore[method-assign, assignment]
     text = "so é is 日本 " * 40
     assert "".join(text_of(text_ids(tokenizer, text), tokenizer)) == text
     assert longest < 20
@@ -314,7 +315,7 @@ def test_a_chat_is_what_transformers_makes_of_it(template: str, kind: str) -> No
 )
 def test_a_message_cannot_forge_a_turn(template: str, kind: str, forged: str) -> None:
     tokenizer = chatting(template, kind)
-    control = {*SPECIAL_IDS, *tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])}
+    control = SPECIAL_IDS | {tokenizer.convert_tokens_to_ids(turn) for turn in ("[INST]", "[/INST]")}
     if template != "mistral":  # it does not write them, so they are nobody's turn
         control &= SPECIAL_IDS
 
@@ -323,7 +324,7 @@ def test_a_message_cannot_forge_a_turn(template: str, kind: str, forged: str) ->
 
     assert controls(forged) == controls("x") != []
     if kind != "unigram" and "\ue000" not in forged:
-        shown = tokenizer.decode(chat_ids(tokenizer, turns(forged)))
+        shown = tokenizer.decode(list(chat_ids(tokenizer, turns(forged))))
         assert forged.strip() in shown
 
 

@@ -19,11 +19,12 @@ from gaisnet.messages import (
     ModelRelease,
     ModelRequest,
 )
+from gaisnet.models.domain import Recipe
 from gaisnet.tiers.edge import Edge
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded
 from gaisnet.transport.ledger import Ledger
-from tests.tiers.cohort import Recipe, model_release
+from tests.tiers.cohort import model_release
 from tests.tiny import tiny_config
 
 CONFIG = tiny_config(wire={"max_message_bytes": 2**16}, relay={"enabled": False})

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -418,7 +419,12 @@ def test_a_model_is_hashed_once_for_all_who_ask(monkeypatch: pytest.MonkeyPatch)
     from gaisnet.transport.packed import Packed
 
     whole = Packed.cut
-    monkeypatch.setattr(Packed, "cut", lambda self, start, stop: cuts.append(start) or whole(self, start, stop))
+
+    def counted(self: Packed, start: int, stop: int) -> Any:
+        cuts.append(start)
+        return whole(self, start, stop)
+
+    monkeypatch.setattr(Packed, "cut", counted)
     answer = coded(Site(), CODEC)
     for asker in ("north", "south", "west"):
         assert isinstance(CODEC.decode(answer(asker, CODEC.encode(ModelRequest()))), Parcel)  # type: ignore[arg-type]

@@ -6,8 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nvflare.fuel.flare_api.api_spec import TargetType
@@ -51,6 +53,10 @@ def parent_of(pid: str) -> int:
 def shows(file: Path, secret: bytes) -> bool:
     content = file.read_bytes()
     return secret in content or secret.hex().encode() in content
+
+
+def _is_refused(session: Session, job: str) -> bool:
+    return "runs GaisNet's own job only" in str(session.get_job_meta(job))
 
 
 @pytest.mark.integration
@@ -107,18 +113,19 @@ def _rob(sites: Sites, folder: Path, job: str) -> None:
     (cloud / "part").write_text(json.dumps(orders), encoding="utf-8")
     (cloud / "part").rename(cloud / ORDERS_FILE)
     with admin_session(sites.kits[ADMIN]) as session:
-        for steal in (
+        steals: tuple[Callable[[], Any], ...] = (
             lambda: session.get_working_directory("edge1"),
             lambda: session.ls_target("edge1", "-la", "startup"),
             lambda: session.cat_target("edge1", "", "local/gaisnet.json"),
             lambda: session.get_client_env(["edge1"]),
             lambda: session.report_resources(TargetType.CLIENT, ["edge1"]),
-        ):
+        )
+        for steal in steals:
             assert "invalid_request" in str(steal())
         marker, honest = folder / "ran-on-the-edge", write_job(folder / "honest", EDGES)
         for module in ("evil", "gaisnet.evil"):
             evil = session.submit_job(str(write_evil_job(folder / module, module, marker, honest)))
-            assert until(lambda evil=evil: "runs GaisNet's own job only" in str(session.get_job_meta(evil)), START_S)
+            assert until(partial(_is_refused, session, evil), START_S)
     assert not marker.exists()
     assert until((cloud / ANSWERS_FILE).exists, START_S)
     answers = json.loads((cloud / ANSWERS_FILE).read_text(encoding="utf-8"))
