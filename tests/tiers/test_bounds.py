@@ -150,7 +150,9 @@ def test_no_label_makes_a_gradient_steeper_than_the_limit() -> None:
     generator = torch.Generator().manual_seed(0)
     norm, head_VD = torch.nn.RMSNorm(8), 3.0 * torch.randn(20, 8, generator=generator)
     norm.weight.data = torch.randn(8, generator=generator)
-    steepness = Steepness(2.0 * float(head_VD.norm(dim=-1).max()) * float(norm.weight.abs().max()), normed=True)
+    steepness = Steepness(
+        2.0 * float(head_VD.norm(dim=-1).max()) * float(norm.weight.detach().abs().max()), normed=True
+    )
     for size in (1e-3, 1.0, 1e3):
         rows_ND = (size * torch.randn(5, 8, generator=generator)).requires_grad_()
         logits_NV = norm(rows_ND) @ head_VD.T
