@@ -433,7 +433,7 @@ def test_a_network_answers_its_devices_callers(config: Config, tmp_path: Path) -
         wait_until(lambda: versions.search(device_log.read_text(encoding="utf-8")))
         calibration = read_calibrations(kits["north-a"])["shapes"]
         assert (calibration.adapters, calibration.num_trials, calibration.num_others) == (("merged",), 3, 0)
-        url = (kits["north-a"] / ADDRESS_NAME).read_text(encoding="utf-8").strip()
+        url = (kits["north-a"] / ADDRESS_NAME).read_text(encoding="utf-8").splitlines()[0]
         for model in ("shapes", "foundation", "merged"):
             response = httpx.post(f"{url}/v1/completions", json={**asked, "model": model}, timeout=60)
             assert response.status_code == 200, response.text

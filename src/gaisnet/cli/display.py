@@ -1,4 +1,4 @@
-"""What every command shows: live progress, the closing table, errors in their own words."""
+"""The terminal of every command: live progress, the closing table, errors in their own words."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Safe:
-    """Anything that is shown, without what a terminal would obey in its text."""
+    """A renderable whose text is shown and not obeyed."""
 
     def __init__(self, shown: RenderableType) -> None:
         self._shown = shown

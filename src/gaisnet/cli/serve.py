@@ -120,7 +120,7 @@ def opened(
     address: tuple[str, int],
     overrides: Sequence[str] = (),
 ) -> "Iterator[tuple[Answering, Server]]":
-    """What answers, and a server that listens and does not answer yet."""
+    """Open a run to be served: its answers, and a server that listens and does not answer yet."""
     from gaisnet.serving.api import make_app
     from gaisnet.serving.device import calibrated, uncalibrated
     from gaisnet.serving.server import Server

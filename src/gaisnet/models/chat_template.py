@@ -102,7 +102,7 @@ class _Renderer:
 
 
 def _line_of(process: subprocess.Popen[bytes]) -> dict[str, str]:
-    """What the process says next, or how it ended."""
+    """Read the next answer of the process, or say how it ended."""
     assert process.stdout is not None
     line = process.stdout.readline(16 * CHARACTERS)
     if line.endswith(b"\n"):

@@ -44,7 +44,7 @@ class _Events(StreamingResponse):
         self._done = done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Send the events (see ``StreamingResponse``)."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -52,7 +52,7 @@ class _Events(StreamingResponse):
 
 
 class _Door:
-    """Everything behind the routes."""
+    """State and work behind the routes."""
 
     def __init__(self, answering: Answering, settings: FrontSettings, keys: ApiKeys, metrics: Metrics) -> None:
         self._answering = answering
@@ -147,7 +147,7 @@ class _Door:
 
     @asynccontextmanager
     async def open(self, app: FastAPI) -> AsyncIterator[None]:
-        """As long as the server is up; then answers that are under way are broken off."""
+        """Keep the door open as long as the block lasts; then break off answers that are under way."""
         yield
         for running in tuple(self._running):
             running.stop()

@@ -72,7 +72,7 @@ class Choices:
         return texts
 
     def stop(self) -> None:
-        """Nobody wants more: sessions are freed at once. Does no harm if all have ended."""
+        """Free all sessions at once, as nobody wants more. Does no harm if all have ended."""
         for task in self._tasks:
             task.cancel()
         for running in self._running:

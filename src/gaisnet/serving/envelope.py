@@ -38,7 +38,7 @@ class Envelope:
 
     @classmethod
     def new(cls, kind: Literal["chat", "text"], model: str) -> "Envelope":
-        """With a name that nobody can guess."""
+        """Make one with a name that nobody can guess."""
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         return cls(kind, model, f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
 

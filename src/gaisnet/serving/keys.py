@@ -1,4 +1,4 @@
-"""Who may ask: API keys, and the addresses that are this machine's own."""
+"""API keys, and the addresses that are this machine's own."""
 
 import hashlib
 import hmac

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
-    """Nobody waits for this answer any more."""
+    """The client left before its answer was there."""
 
 
 class Refusal(Exception):
