@@ -1,7 +1,7 @@
 """Locks on folders: the kernel holds them for a process, and frees them when it dies, however it dies.
 
-A lock is an ``flock`` on a file. The file also says who has it, for others to read: process, host, and since when. It is
-removed when the lock is released, so that a file without a lock is what a process left that died.
+A lock is an ``flock`` on a file. The file also says who has it, for others to read: process, host, and since when. It
+is removed when the lock is released, so that a file without a lock is what a process left that died.
 """
 
 import errno

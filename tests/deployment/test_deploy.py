@@ -117,10 +117,10 @@ def test_a_device_has_a_tokenizer_and_nothing_of_nvflare(kits: Mapping[str, Path
 def test_two_processes_of_one_site_never_share_its_kit(
     kits: Mapping[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = {"cloud": run_cloud, "north": run_edge, "north-a": run_device}[name]
+    runs: dict[str, Callable[[Path], object]] = {"cloud": run_cloud, "north": run_edge, "north-a": run_device}
     kept = sorted(kits[name].iterdir())
     with claimed(kits[name]), pytest.raises(KitInUse, match=rf"site kit '.*{name}': is taken by process {os.getpid()}"):
-        run(kits[name])
+        runs[name](kits[name])
     monkeypatch.setattr("gaisnet.deployment.start.Launcher", None)  # nothing is started
     monkeypatch.setattr("gaisnet.deployment.one_machine.Launcher", None)
     with claimed(kits[name], START_LOCK):

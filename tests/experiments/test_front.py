@@ -1,5 +1,6 @@
 """A run that has finished, asked over HTTP: the whole way from a caller to the bodies and back."""
 
+import shutil
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ from gaisnet.experiments.table import closing_captions
 from gaisnet.serving.bodies import Target
 from gaisnet.serving.calibration import read_calibrations
 from gaisnet.serving.keys import ApiKeys
+from tests.experiments.test_serve import without
 from tests.serving.fronts import until
 from tests.tiny import tiny_edge, tiny_newcomer, write_tiny_run
 
@@ -94,6 +96,29 @@ def test_where_there_are_several_domains_all_of_them_are_escalated_to(tmp_path: 
         assert device.escalation("shapes", RoutingSettings()).adapters == ("merged",)
         assert device.escalation("shapes", RoutingSettings(escalate_to="domain")).adapters == ("shapes",)
         assert len(device.others("shapes", RoutingSettings())) == 2  # a fifth of the mix, with nine of its own
+
+
+def test_a_threshold_is_kept_where_the_examples_are_gone_and_none_is_made_up(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, auto, never = ("127.0.0.1", 0), RoutingSettings(), RoutingSettings(escalate="never")
+    with opened(finished, None, auto, False, ApiKeys(), place) as (_, server), server.in_thread():
+        kept = read_calibrations(finished)
+    new = Path(shutil.copytree(finished, tmp_path / "new", ignore=shutil.ignore_patterns("calibration.json")))
+    with without(finished.parent / "data"):
+        capsys.readouterr()
+        with opened(finished, None, auto, False, ApiKeys(), place) as (answering, server), server.in_thread():
+            routing = answering._domains["shapes"].routing
+            assert (routing.policy, routing.threshold) == ("auto", kept["shapes"].threshold)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "Without the examples of device 'north-a' and of 2 other devices" in said and "are kept" in said
+        with pytest.raises(ConfigError, match=r"'auto' in domain 'shapes': none was calibrated.*give one with --thres"):
+            with opened(new, None, auto, False, ApiKeys(), place):
+                pass
+        for settings in (never, RoutingSettings(threshold=0.5)):
+            with opened(new, None, settings, False, ApiKeys(), place) as (answering, server), server.in_thread():
+                assert answering._domains["shapes"].routing.policy == settings.escalate
+    assert read_calibrations(finished) == kept and not (new / "calibration.json").exists()
 
 
 def test_the_service_of_a_run_may_be_changed_and_nothing_else(finished: Path) -> None:

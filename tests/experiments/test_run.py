@@ -259,7 +259,7 @@ def test_the_card_of_an_adapter_says_how_to_load_it_and_that_loads_it_from_anywh
     assert f"Base model: `{finished.config.model.foundation}`" in text and "base_model_name_or_path" in text
     monkeypatch.chdir(tmp_path)
     found: dict[str, Any] = {}
-    exec(code_in(card).replace("path/of/this/folder", str(moved)), found)  # noqa: S102
+    exec(code_in(card).replace("path/of/this/folder", str(moved)), found)
     foundation = load_foundation(finished.config.model, plain=True)
     expected: Any = PeftModel.from_pretrained(foundation.model, str(moved))
     ids = found["tokenizer"]("Is it so?", return_tensors="pt")["input_ids"]

@@ -2,14 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gaisnet.config_file import load_config
-from gaisnet.errors import ConfigError, NothingToResume, OutputInUse
+from gaisnet.errors import ConfigError, DataError, NothingToResume, OutputInUse
 from gaisnet.experiments.run import resume_experiment, run_experiment
 from gaisnet.experiments.serve import ServedRun, serve_run
 from gaisnet.serving.bodies import Target
@@ -44,6 +45,16 @@ def cycles(out: Path) -> list[dict[str, Any]]:
     """What a run has measured, without what depends on the clock or on how often it was started."""
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     return [{k: v for k, v in cycle.items() if k not in ("seconds", "bytes")} for cycle in summary["cycles"]]
+
+
+@contextmanager
+def without(folder: Path) -> Iterator[None]:
+    """Inside, a folder is somewhere else."""
+    away = folder.rename(folder.with_name(f"{folder.name}-away"))
+    try:
+        yield
+    finally:
+        away.rename(folder)
 
 
 EDGE, CLOUD = Target("edge", ("relay", "domain"), "shapes"), Target("cloud", ("shapes",), "shapes")
@@ -93,6 +104,22 @@ def test_learning_that_is_broken_off_leaves_the_last_finished_cycle(finished: Pa
         assert served.num_cycles == 1
         assert len(answer(served, EDGE)) == 6  # answers go on
     assert seen == [1]
+    assert cycles(out) == cycles(finished)
+    resume_experiment(out, ["cycles=2"])
+
+
+def test_it_answers_as_before_where_the_examples_are_gone_and_only_learning_is_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copy_of(finished, tmp_path)
+    with serve_run(out) as served:
+        before = [answer(served, target) for target in (EDGE, CLOUD)]
+    monkeypatch.chdir(tmp_path)
+    with without(finished.parent / "data"), serve_run(Path("out")) as served:
+        assert [answer(served, target) for target in (EDGE, CLOUD)] == before
+        assert list(served.absent) == ["north-a", "north-b", "north-c"]
+        with pytest.raises(DataError, match=r"'north-a': they are not there .*--set edges\.0\.devices\.0\.data=FOLDER"):
+            served.learn(1)
     assert cycles(out) == cycles(finished)
     resume_experiment(out, ["cycles=2"])
 

@@ -17,6 +17,7 @@ from gaisnet.bench.spread import Spread
 from gaisnet.bench.writing import Writers, in_one_piece
 from gaisnet.checkpoint import write_text
 from gaisnet.engines.serving import num_cores
+from gaisnet.errors import MeasureError
 from gaisnet.experiments.front import device_of
 from gaisnet.experiments.serve import ServedRun, serve_run
 from gaisnet.progress import Progress, silent
@@ -79,6 +80,8 @@ def measure_serving(run: Path, effort: Effort | None = None, progress: Progress 
             progress(stage, done, total, figures)
 
     with serve_run(run, (), told) as served:
+        for name, found in served.absent.items():
+            raise MeasureError(f"how well '{run}' answers", f"the examples of device '{name}' are not there ({found})")
         return _measure(run.name, served, effort or Effort(), progress)
 
 

@@ -1,6 +1,6 @@
 """``gaisnet chat``: a conversation in the terminal, in which each body's words have a colour of their own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from gaisnet.cli.conversation import Conversation
 from gaisnet.cli.display import console, quiet_libraries, told_errors
+from gaisnet.cli.options import ServiceOverrides
 from gaisnet.cli.serve import opened
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import ServerRefused
@@ -38,6 +39,7 @@ def chat(
             help=r"Each line is a prompt as it stands, no chat; \n in it is a new line. For tasks learned so.",
         ),
     ] = False,
+    overrides: ServiceOverrides = None,
 ) -> None:
     r"""Talk to a run's models; green is what the domain model wrote, magenta what the foundation model wrote.
 
@@ -52,7 +54,7 @@ def chat(
         options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         if speculate:
             options["speculate"] = True
-        with _address(place) as url:
+        with _address(place, overrides or ()) as url:
             talk = Conversation(url, model, first_key(api_keys), options, plain)
             known = talk.models()
             if model not in known:
@@ -62,8 +64,8 @@ def chat(
 
 
 @contextmanager
-def _address(place: str) -> Iterator[str]:
-    """A server's URL; of one that is only there inside, if there is none."""
+def _address(place: str, overrides: Sequence[str]) -> Iterator[str]:
+    """A server's URL; of one that is only there inside, with ``overrides``, if there is none."""
     if place.startswith(("http://", "https://")):
         yield place
         return
@@ -75,7 +77,7 @@ def _address(place: str) -> Iterator[str]:
     quiet_libraries()
     from gaisnet.serving.keys import ApiKeys
 
-    with opened(run, None, RoutingSettings(), False, ApiKeys(), ("127.0.0.1", 0)) as (_, server):
+    with opened(run, None, RoutingSettings(), False, ApiKeys(), ("127.0.0.1", 0), overrides) as (_, server):
         with server.in_thread() as url:
             yield url
 

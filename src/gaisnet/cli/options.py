@@ -18,8 +18,8 @@ ServiceOverrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Change a setting of the service or of faults, e.g. --set service.max_sessions=16, or say where things are "
-        "that were moved: --set model.foundation=FOLDER --set edges.0.devices.1.data=FOLDER.",
+        help="Change a setting of the service or of faults, e.g. --set service.max_sessions=16, or say where things "
+        "are that were moved: --set model.foundation=FOLDER --set edges.0.devices.1.data=FOLDER.",
     ),
 ]
 ConfigFile = Annotated[Path | None, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.")]

@@ -57,6 +57,9 @@ def serve(
     foundation model where it is not sure. How sure is sure enough is calibrated once, on held-out examples of the
     domain and some of others, and kept in RUN/calibration.json.
 
+    RUN may be moved, and the examples need not be there: then what was calibrated before is kept. Where the model was
+    moved, say so: --set model.foundation=FOLDER.
+
     Try it: gaisnet chat RUN --model auto, or
 
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
@@ -98,6 +101,7 @@ def opened(
 
     with open_device(run, device, overrides) as served:
         # It takes minutes, but only once.
+        _tell_absent(served)
         wanted = uncalibrated(served, routing, run)
         shown: AbstractContextManager[Progress] = LiveProgress(console) if wanted else nullcontext(silent)
         with shown as progress:
@@ -105,3 +109,12 @@ def opened(
         answering = served.answering(routing, calibrations, speculate)
         app = make_app(answering, FrontSettings(), keys, served.gauges)
         yield answering, Server(app, *address, keys)
+
+
+def _tell_absent(device: "ServedDevice") -> None:
+    """Say whose examples are not there, and the consequence."""
+    if device.absent:
+        name, why = next(iter(device.absent.items()))
+        more = f" and of {len(device.absent) - 1} other devices" if len(device.absent) > 1 else ""
+        said = f"Without the examples of device '{name}'{more}: {why}. Thresholds that were calibrated before are kept."
+        console.print(said, style="yellow", markup=False, highlight=False)

@@ -1,10 +1,10 @@
 """All tiers in one process, over links that still turn every message into bytes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gaisnet.config import Config, EdgeSettings
+from gaisnet.config import Config, DeviceSettings, EdgeSettings
 from gaisnet.models.foundation import Foundation
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
@@ -84,6 +84,7 @@ def build_tiers(
     new_ledger: Callable[[], Ledger],
     outlets: Outlets,
     public_inputs: Sequence[Input] = (),
+    absent: Collection[str] = (),
 ) -> Tiers:
     """Cloud, edges and devices of a run, joined by local links.
 
@@ -97,18 +98,22 @@ def build_tiers(
         new_ledger: Makes what counts the bytes, one per site that asks others.
         outlets: Where bodies and adapters are served.
         public_inputs: Of an encoder, in place of public text: unlabelled texts or images.
+        absent: Devices whose examples are not there; the network cannot learn then, nor be evaluated.
 
     Raises:
         GaisnetError: Something does not fit, before any work.
     """
     codec, turn = Codec(config.wire), outlets.turn
     stock = Stock(config, turn)
-    devices = {  # first: they check their examples, the cloud works for seconds
-        one.name: Device(
-            one, config, foundation.reader, data[one.name], progress, turn, stock, not edge.follows, edge.labels
-        )
-        for edge, one in config.each_device()
-    }
+    nothing: DeviceData[Any] = DeviceData((), ())
+
+    def device_of(edge: EdgeSettings, one: DeviceSettings) -> Device:
+        present = one.name not in absent
+        mine, learns = data[one.name] if present else nothing, present and not edge.follows
+        return Device(one, config, foundation.reader, mine, progress, turn, stock, learns, present, edge.labels)
+
+    # First: they check their examples, the cloud works for seconds.
+    devices = {one.name: device_of(edge, one) for edge, one in config.each_device()}
     cloud = Cloud(foundation, config, shapes, retention_text, progress, outlets.cloud(), public_inputs)
     cloud_ledger = new_ledger()
 

@@ -5,7 +5,7 @@ every message as bytes.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -154,6 +154,7 @@ def build_served_network(
     progress: Progress = silent,
     new_ledger: Callable[[], Ledger] = Ledger,
     turn: Turn | None = None,
+    absent: Collection[str] = (),
 ) -> ServedNetwork:
     """``engines.local.build_network``, with bodies that are served; close it in the end. Raises ``GaisnetError``.
 
@@ -166,10 +167,13 @@ def build_served_network(
         progress: Told about every step.
         new_ledger: For learning.
         turn: Of this machine; None for one that fits it.
+        absent: Devices whose examples are not there; the network only answers then.
     """
     outlets = MachineOutlets(config.service, [edge.domain for edge in config.edges], turn)
     try:
-        tiers = build_tiers(config, foundation, shapes, data, retention_text, progress, new_ledger, outlets)
+        tiers = build_tiers(
+            config, foundation, shapes, data, retention_text, progress, new_ledger, outlets, absent=absent
+        )
     except BaseException:
         outlets.close()
         raise

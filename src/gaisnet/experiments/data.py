@@ -41,6 +41,39 @@ def load_domains(config: Config) -> dict[str, DomainData]:
 
 
 @dataclass(frozen=True)
+class AtHand:
+    """Data of a run that answers: what there is of it, for examples need not be there any more.
+
+    Attributes:
+        domains: As of ``load_domains``, without devices whose examples are not there.
+        absent: Those devices, and why.
+    """
+
+    domains: dict[str, DomainData]
+    absent: dict[str, str]
+
+
+def load_at_hand(config: Config) -> AtHand:
+    """All examples that can be read; nothing is raised for the others."""
+    absent: dict[str, str] = {}
+    return AtHand({edge.domain: _edge_at_hand(edge, config, absent) for edge in config.edges}, absent)
+
+
+def _edge_at_hand(edge: EdgeSettings, config: Config, absent: dict[str, str]) -> DomainData:
+    devices: dict[str, DeviceData[Any]] = {}
+    for device in edge.devices:
+        try:
+            devices[device.name] = load_device(config, device.name)
+        except DataError as error:
+            absent[device.name] = str(error)
+    try:
+        shape = load_public(edge, config).shape
+    except DataError:  # built in, and its package is not installed: nothing is learned, so no text is shaped
+        shape = TaskShape(None, ())
+    return DomainData(shape.template, shape.labels, devices)
+
+
+@dataclass(frozen=True)
 class Public:
     """What the cloud may know of a domain. The majority of private examples is not among it."""
 

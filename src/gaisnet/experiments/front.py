@@ -39,6 +39,7 @@ def device_of(served: ServedRun, name: str | None) -> ServedDevice:
         bodies=served.bodies,
         domains={each.domain: _domain(served, each) for each in served.config.edges},
         merged=len(served.config.learning_edges()) > 1,
+        absent=served.absent,
         gauges={
             "sessions": lambda: float(served.bodies.num_sessions),
             "cache_bytes": lambda: float(served.bodies.used_bytes),
@@ -67,6 +68,7 @@ def _domain(served: ServedRun, edge: EdgeSettings) -> ServedDomain:
     held_out = [
         example
         for device in edge.devices
+        if device.name in served.data
         for example in held_out_of(
             tokenize(served.data[device.name].test, tokenizer, context, f"device '{device.name}', test")
         )

@@ -222,6 +222,21 @@ def _take_lock(folder: Path) -> Lock:
 
 
 @contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, no other process writes to a folder that holds something else than a run. Raises as ``RunFolder.resume``.
+
+    An error inside is never hidden by one of the end.
+    """
+    with writing(folder):
+        lock = _take_lock(folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the kernel frees it all the same
+            lock.release()
+
+
+@contextmanager
 def _released_on_error(lock: Lock) -> Iterator[None]:
     try:
         yield

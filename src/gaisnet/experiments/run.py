@@ -87,6 +87,16 @@ def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
     return with_absolute_paths(config, overrides)
 
 
+def data_key(config: Config, device: str) -> str:
+    """The dotted key of a device's data folder, for ``--set``."""
+    return next(
+        f"edges.{i}.devices.{j}.data"
+        for i, edge in enumerate(config.edges)
+        for j, one in enumerate(edge.devices)
+        if one.name == device
+    )
+
+
 def hold_against(folder: RunFolder, baselines: Baselines) -> Summary:
     """Write what a run is held against into its summary and report, and where it goes on from.
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from gaisnet.config import Config
 from gaisnet.engines.serving import ServedNetwork, build_served_network
-from gaisnet.errors import ConfigError
-from gaisnet.experiments.data import load_domains
+from gaisnet.errors import ConfigError, DataError
+from gaisnet.experiments.data import AtHand, load_at_hand
 from gaisnet.experiments.output import RunFolder
-from gaisnet.experiments.run import Run, kept_config, majorities
+from gaisnet.experiments.run import Run, data_key, kept_config
 from gaisnet.models.foundation import Foundation
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
@@ -29,15 +29,17 @@ class ServedRun:
     Attributes:
         config: The run's configuration.
         data: Private examples, by device; they stay in this process, as the devices do.
+        absent: Devices whose examples are not there, and why; the run cannot learn then.
         foundation: Its foundation model, for the tokenizer.
         bodies: What devices open sessions on.
     """
 
     def __init__(
-        self, config: Config, data: Mapping[str, DeviceData], run: Run, foundation: Foundation, bodies: ServedNetwork
+        self, config: Config, at_hand: AtHand, run: Run, foundation: Foundation, bodies: ServedNetwork
     ) -> None:
         self.config = config
-        self.data = data
+        self.data = _by_device(at_hand)
+        self.absent = at_hand.absent
         self.foundation = foundation
         self.bodies = bodies
         self._run = run
@@ -53,8 +55,12 @@ class ServedRun:
         """Go on with the run in a thread of its own, for some cycles, while the bodies answer.
 
         Everything is written after each cycle, as in a run that serves nobody. The future has the end, or what the
-        learning failed with; answers go on. Call it again only after that.
+        learning failed with; answers go on. Call it again only after that. Raises ``DataError`` where examples are
+        not there.
         """
+        for name, found in self.absent.items():
+            do = f"say where they are, with --set {data_key(self.config, name)}=FOLDER"
+            raise DataError(f"learning with the examples of device '{name}'", f"they are not there ({found})", do)
         end: Future[None] = Future()
         self._thread = threading.Thread(target=self._learn, args=(cycles, end), name="learning", daemon=True)
         self._thread.start()
@@ -87,9 +93,11 @@ class ServedRun:
 def serve_run(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Iterator[ServedRun]:
     """Inside, the bodies of the run in ``out`` are served, as of its last finished cycle.
 
+    Examples need not be there; the foundation model must.
+
     Args:
         out: A run's output folder; it is claimed meanwhile, for the run may go on.
-        overrides: As for ``load_config``, of ``cycles``, ``evaluate``, ``faults`` and ``service`` only.
+        overrides: As for ``kept_config``.
         progress: Told while it loads, and while it learns.
 
     Raises:
@@ -103,9 +111,8 @@ def serve_run(out: Path, overrides: Sequence[str] = (), progress: Progress = sil
 
 @contextmanager
 def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[ServedRun]:
-    domains = load_domains(config)
-    shapes = {name: TaskShape(domain.template, domain.labels) for name, domain in domains.items()}
-    data = {name: data for domain in domains.values() for name, data in domain.devices.items()}
+    at_hand = load_at_hand(config)
+    shapes = {name: TaskShape(domain.template, domain.labels) for name, domain in at_hand.domains.items()}
     made: list[tuple[Foundation, ServedNetwork]] = []
     served: list[ServedRun] = []
 
@@ -113,7 +120,9 @@ def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[S
         if foundation.family.is_encoder:
             found = "its foundation model is an encoder, which tells classes apart and writes no text"
             raise ConfigError(f"answers of the run in '{folder.path}'", found, "serve a run of a decoder")
-        bodies = build_served_network(config, foundation, shapes, data, text, note)
+        bodies = build_served_network(
+            config, foundation, shapes, _by_device(at_hand), text, note, absent=at_hand.absent
+        )
         made.append((foundation, bodies))
         return bodies.network
 
@@ -123,11 +132,15 @@ def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[S
             one.break_off()
 
     try:
-        run = Run(config, folder, told, build, majorities(domains))
-        served.append(ServedRun(config, data, run, *made[0]))
+        run = Run(config, folder, told, build, {})  # majorities stand in the summary already
+        served.append(ServedRun(config, at_hand, run, *made[0]))
         yield served[0]
     finally:
         for one in served:
             one.stop()
         for _, bodies in made:
             bodies.close()
+
+
+def _by_device(at_hand: AtHand) -> dict[str, DeviceData]:
+    return {name: data for domain in at_hand.domains.values() for name, data in domain.devices.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from gaisnet.config import RoutingSettings
+from gaisnet.errors import ConfigError
 from gaisnet.progress import Progress, silent
 from gaisnet.serving.answering import MERGED, Answering, Domain
 from gaisnet.serving.bodies import Bodies, Target
@@ -46,6 +47,7 @@ class ServedDevice:
     bodies: Bodies
     domains: Mapping[str, ServedDomain]
     merged: bool = False  # whether the FM has an adapter of several domains
+    absent: Mapping[str, str] = field(default_factory=dict)  # devices whose held-out examples are not there, and why
     gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # figures for /metrics, by name
 
     def answering(
@@ -103,9 +105,13 @@ class ServedDevice:
         return Target("cloud", (MERGED,) if merged else self.domains[name].foundation_adapters, name)
 
     def fits(self, name: str, settings: RoutingSettings, calibration: Calibration) -> bool:
-        """Whether a threshold is for what a domain escalates to, and from the mix that is expected."""
-        asked = self.escalation(name, settings).adapters, len(self.others(name, settings))
-        return (calibration.adapters, calibration.num_others) == asked
+        """Whether a threshold is for what a domain escalates to, and from the mix that is expected.
+
+        Where examples are not there any more, the mix is that of earlier.
+        """
+        if calibration.adapters != self.escalation(name, settings).adapters:
+            return False
+        return bool(self.absent) or calibration.num_others == len(self.others(name, settings))
 
     def routing(self, name: str, settings: RoutingSettings, calibrations: Mapping[str, Calibration]) -> Routing:
         """When the FM is asked in a domain."""
@@ -137,12 +143,30 @@ def calibrated(
 
     Raises:
         CheckpointError: The file is damaged.
+        ConfigError: The device's own domain has no threshold, and the examples to find one on are not there.
         OutputNotWritable: It cannot be written.
         GaisnetError: What the bodies raise.
     """
     known, wanted = read_calibrations(run), uncalibrated(device, settings, run)
+    if settings.escalate == "auto" and settings.threshold is None:
+        _refuse_without_examples(device, settings, known)
     for name in wanted:
         known[name] = device.calibration(name, settings, progress)
     if wanted:
         write_calibrations(run, known)
     return known
+
+
+def _refuse_without_examples(device: ServedDevice, settings: RoutingSettings, known: Mapping[str, Calibration]) -> None:
+    """Raise ``ConfigError`` where 'auto' would never escalate, because examples that there were are not there now."""
+    home = device.domain
+    if not device.absent or device.domains[home].held_out:
+        return
+    if home not in known or not device.fits(home, settings, known[home]):
+        why = next(iter(device.absent.values()))
+        raise ConfigError(
+            f"a threshold for 'auto' in domain '{home}'",
+            f"none was calibrated for this, and the examples to calibrate it on are not there ({why})",
+            "give one with --threshold, serve with --escalate never or always, or say where the examples are with "
+            "--set edges.N.devices.N.data=FOLDER",
+        )

@@ -69,6 +69,7 @@ class Device:
         turn: Of the machine that it is on, held while it computes; None for one of its own.
         stock: Of the same machine: frozen parts, shared by its devices; None for one of its own.
         learns: Whether it must have examples to learn from.
+        present: Whether its examples are there at all; without them it holds head and tail to answer with.
         labels: Names of its domain's classes, where there are such.
 
     Raises:
@@ -86,6 +87,7 @@ class Device:
         turn: Turn | None = None,
         stock: Stock | None = None,
         learns: bool = True,
+        present: bool = True,
         labels: Sequence[str] = (),
     ) -> None:
         self.name = settings.name
@@ -97,7 +99,7 @@ class Device:
         self._reader = tokenizer
         self._labels = labels
         holds_back = learns and config.absorb.validation_share > 0.0
-        for split, needed in (("train", learns), ("test", True), ("validate", holds_back)):
+        for split, needed in (("train", learns), ("test", present), ("validate", holds_back)):
             if needed and not getattr(data, split):
                 do = "call DeviceData.holding_back" if split == "validate" else "give it some, or remove the device"
                 raise DataError(f"device '{self.name}'", f"has no {split} examples", do)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gaisnet.errors import ConfigError, MissingPackage
+from gaisnet.errors import ConfigError, MissingPackage, OutputInUse
 from gaisnet.experiments.paper.claims import Claim, Finding, verdict_of
 from gaisnet.experiments.paper.experiment import Column, Condition, Experiment, Measured, Row, Setup
 from gaisnet.experiments.paper.figures import Curve, Drawing, drawn, legend_of
@@ -107,6 +107,17 @@ def test_a_killed_run_goes_on_after_its_last_row(tmp_path: Path) -> None:
     again = Breaking(at=0)
     run_paper([experiment(measure=again)], tmp_path, Setup())
     assert again.calls == []
+
+
+def test_two_processes_never_measure_into_one_folder(tmp_path: Path) -> None:
+    def another(condition: Condition, seed: int, setup: Setup) -> Measured:
+        with pytest.raises(OutputInUse, match="is taken by process"):
+            run_paper([experiment()], tmp_path, Setup())
+        return by_size(condition, seed, setup)
+
+    (result,) = run_paper([experiment(measure=another)], tmp_path, Setup()).values()
+    assert len(result.rows) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == [REPORT, "sizes.json"]
 
 
 def test_rows_of_conditions_that_are_no_more_do_not_count(tmp_path: Path) -> None:

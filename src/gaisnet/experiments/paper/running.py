@@ -1,11 +1,12 @@
 """``gaisnet paper``: experiments one after another, each row kept as soon as it is measured, and the report of all."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gaisnet.checkpoint import make_room_for, write_text
 from gaisnet.errors import ConfigError
+from gaisnet.experiments.output import claimed
 from gaisnet.experiments.paper.experiment import Experiment, Row, Setup
 from gaisnet.experiments.paper.page import render_page
 from gaisnet.experiments.paper.results import Machine, Result, method_of, read_result, write_result
@@ -23,6 +24,7 @@ def run_paper(
 
     Raises:
         ConfigError: ``only`` names one that does not exist, or ``out`` holds the results of another kind of run.
+        OutputInUse: Another process measures into ``out``.
         OutputNotWritable: ``out``.
         MissingPackage: Images that an experiment needs, before anything is measured.
         GaisnetError: What keeps an experiment from being measured.
@@ -32,6 +34,11 @@ def run_paper(
         if name not in known:
             raise ConfigError(f"experiment '{name}'", "there is no such experiment", f"use one of: {', '.join(known)}")
     make_room_for(out / REPORT)
+    with claimed(out):
+        return _run(known, out, setup, only)
+
+
+def _run(known: Mapping[str, Experiment], out: Path, setup: Setup, only: Sequence[str]) -> dict[str, Result]:
     found = {name: read_result(out, experiment, setup.quick) for name, experiment in known.items()}
     results = {name: result for name, result in found.items() if result is not None}
     wanted = [known[name] for name in only or known]
@@ -43,7 +50,7 @@ def run_paper(
             experiment=name, quick=setup.quick, method=method_of(experiment), machine=Machine.present()
         )
         results[name] = _measure(experiment, start, out, setup)
-        write_text(out / REPORT, render_page(experiments, results, setup.quick))
+        write_text(out / REPORT, render_page(list(known.values()), results, setup.quick))
     return results
 
 
