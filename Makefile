@@ -14,13 +14,17 @@ SOURCES := src tests benchmarks
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test coverage test-slow bench-quick check format clean help
+.PHONY: demo test test-numeric coverage test-slow bench-quick check format clean help
 
 demo: $(VENV)/.demo  ## run the virtuous cycle with the demo's configuration, into a new folder under runs/
 	$(BIN)/gaisnet run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests on all cores, the long ones left out
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
+
+test-numeric: $(VENV)/.dev  ## run the tests that compute, rounding as a processor without AVX does
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 \
+		$(BIN)/pytest --numprocesses auto --dist worksteal -m "numeric and not slow" $(ARGS)
 
 coverage:  ## the same, and say what they do not reach; counting lines and branches takes much longer
 	$(MAKE) test ARGS="--cov $(ARGS)"
@@ -47,7 +51,7 @@ clean:  ## remove the virtual environment, builds and caches; runs/ stays
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # A stamp is the last line of its recipe, so an installation that broke off is done again.
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gaisnet.products import add_low_rank
 
+pytestmark = pytest.mark.numeric
+
 LowRank = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 

@@ -18,6 +18,8 @@ from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from tests.disk import largest_file
 from tests.tiny import VOCAB, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 CUT = CutLayers(1, 1)
 TARGETS = ("q_proj", "v_proj", "down_proj")
 SPEC = LoraSpec(rank=2, alpha=6, targets=TARGETS, layers=(3, 4))

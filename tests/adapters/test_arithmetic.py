@@ -9,6 +9,8 @@ from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
 from tests.adapters.bodies import SPEC, TARGETS, body_with, hidden, product
 
+pytestmark = pytest.mark.numeric
+
 # -- sums --------------------------------------------------------------------------------------------------------------
 
 

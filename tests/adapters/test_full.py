@@ -19,6 +19,8 @@ from tests.adapters.test_prompts import LABELS, LATE, examples, logits, lora, pa
 from tests.tiny import tiny_encoder
 from tests.unsplit import UNSEEN, logits_of, with_lora
 
+pytestmark = pytest.mark.numeric
+
 FULL = FullSpec(LATE, num_classes=5)
 
 

@@ -14,6 +14,8 @@ from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from tests.serving.models import DOMAIN, RELAY, adapter, lively_model, with_adapters
 
+pytestmark = pytest.mark.numeric
+
 ROWS = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
 
 

@@ -34,6 +34,8 @@ from gaisnet.models.parts import CutLayers, cut_decoder
 from tests.tiny import tiny_encoder, tiny_inputs, tiny_model
 from tests.unsplit import assert_same_step, logits_of, unsplit, with_prompts
 
+pytestmark = pytest.mark.numeric
+
 LATE = (3, 4, 5)
 PROMPTS = PromptSpec(num_rows=4, layers=LATE, num_classes=5)
 CUTS = [CutLayers(0), CutLayers(1), CutLayers(3)]

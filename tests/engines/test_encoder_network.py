@@ -63,7 +63,7 @@ from tests.tiny import (
 )
 from tests.unsplit import with_prompts
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.numeric]
 
 FAMILIES, KINDS = sorted(ENCODERS), ["lora", "prompts"]
 CLASSES = {"shapes": SHAPES, "tastes": TASTES}

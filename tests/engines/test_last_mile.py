@@ -41,7 +41,7 @@ from tests.frames import Frames
 from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_foundation, tiny_tokenizer
 from tests.unsplit import assert_same_step
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.numeric]
 
 PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
 EXACT = dict.fromkeys(("smashed", "body_output", "gradient", "anchor", "adapter"), "float32")

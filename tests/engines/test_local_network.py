@@ -60,7 +60,7 @@ from tests.tiny import (
     tiny_tokenizer,
 )
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.numeric]
 
 PUBLIC_TEXT = "All animals are equal, but some animals are more equal than others. It was a bright cold day in April."
 EXACT = {

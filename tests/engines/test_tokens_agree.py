@@ -22,6 +22,8 @@ from tests.serving.models import lively_model, served, session
 from tests.tiny import tiny_raw_config
 from tests.tiny_tokenizers import KINDS, tokenizer_of
 
+pytestmark = pytest.mark.numeric
+
 ENDS = [2, 3]
 EXACT = {"smashed": "float32", "body_output": "float32", "gradient": "float32", "anchor": "float32"}
 EXAMPLES = (

@@ -21,6 +21,8 @@ from gaisnet.models.int8 import Int8Linear, to_int8
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from tests.tiny import NUM_LAYERS, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 MIDDLE = Middle(1, 4)
 ALL = tuple(range(NUM_LAYERS))
 

@@ -19,6 +19,8 @@ from gaisnet.models.packing import Packing
 from gaisnet.models.parts import CutLayers
 from tests.tiny import NUM_LAYERS, VOCAB, tiny_encoder, tiny_inputs, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 FAMILIES = sorted(ENCODERS)
 CUTS = [CutLayers(0), CutLayers(1), CutLayers(3), CutLayers(5)]
 LENGTHS = [(7,), (5, 5, 5), (1, 1), (3, 9, 6), (7, 2, 16, 1, 4, 2)]

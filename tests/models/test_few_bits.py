@@ -14,6 +14,8 @@ from gaisnet.models.few_bits import (
     to_empty_few_bits,
 )
 
+pytestmark = pytest.mark.numeric
+
 ROWS, WIDTH = 50, 72  # not a whole number of int4's groups
 BOTH = pytest.mark.parametrize("precision", ["int8", "int4"])
 

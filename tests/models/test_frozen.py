@@ -11,6 +11,8 @@ from torch import nn
 
 from gaisnet.models.frozen import FrozenLinear, freeze_linears, quick_products
 
+pytestmark = pytest.mark.numeric
+
 
 def pair(bias: bool) -> tuple[nn.Linear, nn.Linear]:
     """A plain layer, and a frozen one of the same weights."""

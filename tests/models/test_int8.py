@@ -8,6 +8,8 @@ from torch import nn
 
 from gaisnet.models.int8 import Int8Linear, input_peaks, to_empty_int8, to_int8
 
+pytestmark = pytest.mark.numeric
+
 
 def linear(bias: bool = True) -> nn.Linear:
     torch.manual_seed(1)

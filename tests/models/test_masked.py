@@ -10,6 +10,8 @@ from transformers import AutoModel, ViTForImageClassification, ViTMAEModel, ViTM
 from gaisnet.errors import DataError, NotFinite
 from gaisnet.models.masked import MaskedSettings, as_vit, masked_model, pretrain, sin_cos_positions
 
+pytestmark = pytest.mark.numeric
+
 TINY = MaskedSettings(
     image_side=8,
     patch_side=2,

@@ -13,6 +13,8 @@ from gaisnet.models.packing import Packing
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from tests.tiny import tiny_model
 
+pytestmark = pytest.mark.numeric
+
 DEVICE = torch.device("cpu")
 WIDTH = 32
 SPAN = 2, 5

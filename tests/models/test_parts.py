@@ -11,6 +11,8 @@ from gaisnet.models.families import LLAMA_SHAPED, Decoder
 from gaisnet.models.parts import Body, CutLayers, Head, Tail, cut_decoder
 from tests.tiny import NUM_LAYERS, VOCAB, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 CUTS = [CutLayers(0, 0), CutLayers(1, 0), CutLayers(2, 1), CutLayers(3, 2)]
 SLIDING: dict[str, Any] = {"sliding_window": 4}
 

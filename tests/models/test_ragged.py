@@ -6,6 +6,8 @@ from torch import Tensor
 
 from gaisnet.models.ragged import Ragged, by_length, join, relative_square, shuffled_batches
 
+pytestmark = pytest.mark.numeric
+
 
 def counted(*lengths: int) -> Ragged:
     """Rows that tell sequence and position: row t of sequence i is [i, t]."""

@@ -22,6 +22,8 @@ from gaisnet.models.release import ReleasedModel, release_model, restrict, round
 from gaisnet.transport.codec import Codec
 from tests.tiny import VOCAB, round_weights, save_tiny_foundation, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 CUT = CutLayers(1, 1)
 LAST_CUT = 2
 MIDDLE = Middle(LAST_CUT, 4)

@@ -23,6 +23,8 @@ from gaisnet.rounding import from_int4, from_int8, to_int4, to_int8
 from gaisnet.transport.codec import Codec
 from tests.tiny import NUM_LAYERS, tiny_encoder, tiny_inputs, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 CUT = CutLayers(1)
 LAST_CUT = 2
 MIDDLE = Middle(LAST_CUT, 4)

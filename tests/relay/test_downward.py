@@ -30,6 +30,8 @@ from gaisnet.relay.downward import (
 from gaisnet.relay.regression import fit_low_rank
 from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = TaskShape("Is {text} so?", ("yes", "no"))
 FREE = TaskShape(None, ())
 BOS, EOS = 256, 257

@@ -6,6 +6,8 @@ import torch
 from gaisnet.errors import AdapterMismatch
 from gaisnet.relay.fedavg import average_products, fedavg
 
+pytestmark = pytest.mark.numeric
+
 
 def test_weighted_by_examples() -> None:
     first = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[4.0]])}

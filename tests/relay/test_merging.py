@@ -14,6 +14,8 @@ from gaisnet.relay.merging import by_regression, filtered
 from gaisnet.relay.regression import moments, traced
 from tests.adapters.bodies import SPEC, TARGETS, body_with, product
 
+pytestmark = pytest.mark.numeric
+
 
 def rows(num: int, width: int, seed: int) -> Tensor:
     return torch.randn(num, width, generator=torch.Generator().manual_seed(seed))

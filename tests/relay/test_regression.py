@@ -11,6 +11,8 @@ from gaisnet.models.ragged import Ragged
 from gaisnet.relay.regression import fit_low_rank, moments, solved, traced
 from tests.adapters.bodies import TARGETS, body_with
 
+pytestmark = pytest.mark.numeric
+
 
 def rows(num: int, width: int, seed: int) -> Tensor:
     return torch.randn(num, width, generator=torch.Generator().manual_seed(seed))

@@ -14,6 +14,8 @@ from gaisnet.models.parts import CutLayers, cut_decoder
 from gaisnet.relay.upward import Verdict, fell, gate, perplexity, refused, standing, strongest
 from tests.tiny import VOCAB, tiny_model
 
+pytestmark = pytest.mark.numeric
+
 # -- gate --------------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ from gaisnet.serving.decoding import DeviceParts, write
 from gaisnet.serving.sampling import Sampling
 from tests.serving.models import generated, lively_model, prompt, served, session
 
+pytestmark = pytest.mark.numeric
+
 T = TypeVar("T")
 
 

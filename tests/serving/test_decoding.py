@@ -24,6 +24,8 @@ from tests.serving.models import (
 )
 from tests.tiny import NUM_LAYERS
 
+pytestmark = pytest.mark.numeric
+
 TOKENS = 24
 GREEDY = Sampling(max_tokens=TOKENS, stop_ids=frozenset({257}))
 

@@ -14,6 +14,8 @@ from gaisnet.serving.rows import SessionLayers, Share
 from tests.serving.models import lively_model
 from tests.tiny import NUM_LAYERS
 
+pytestmark = pytest.mark.numeric
+
 LENGTHS = (9, 7, 12)
 
 

@@ -15,6 +15,8 @@ from gaisnet.serving.speculation import DraftLength, Tally, judge, write_specula
 from tests.serving.models import generated, lively_model, prompt, served, served_domain, session
 from tests.tiny import NUM_LAYERS
 
+pytestmark = pytest.mark.numeric
+
 TOKENS = 24
 SLIDING = {"sliding_window": 4}
 

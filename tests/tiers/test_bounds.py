@@ -24,6 +24,8 @@ from tests.tiers.test_edge_faults import (
     undisturbed,
 )
 
+pytestmark = pytest.mark.numeric
+
 Lie = Callable[[Any], Message]
 HUGE = 10**400
 

@@ -39,6 +39,8 @@ from tests.tiers.cohort import ONE_STEP, cohort_config
 from tests.tiny import NUM_LAYERS, tiny_config, tiny_encoder, tiny_inputs
 from tests.unsplit import UNSEEN, Whole, assert_same_step, unsplit
 
+pytestmark = pytest.mark.numeric
+
 NUM_CLASSES = 4
 CLASSES = torch.tensor([3, 0, 1, 2, 0, 3, 1])
 LENGTHS = (3, 9, 6, 1, 6, 4, 12)

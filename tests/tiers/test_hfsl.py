@@ -66,6 +66,8 @@ from tests.tiers.cohort import (
 )
 from tests.tiny import NUM_LAYERS, round_weights, tiny_config, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 CUTS = [((1,), 0), ((0,), 0), ((2,), 0), ((1, 2), 0), ((2, 0, 1), 0), ((1,), 1), ((2, 1), 2)]
 EOS = 257
 

@@ -9,6 +9,8 @@ from gaisnet.models.ragged import Ragged
 from gaisnet.tiers.activations import Activations
 from gaisnet.tiers.split_step import Batch, Member, Pull, picked
 
+pytestmark = pytest.mark.numeric
+
 WIDTH = 3
 
 

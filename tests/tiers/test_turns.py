@@ -25,6 +25,8 @@ from tests.serving.models import DOMAIN, adapter
 from tests.tiers.cohort import Cohort, cohort_config, random_adapter
 from tests.tiny import NUM_LAYERS
 
+pytestmark = pytest.mark.numeric
+
 FIRST = 1
 
 
