@@ -101,3 +101,11 @@ def test_no_file_of_a_kit_names_another_site_or_where_its_data_are(tmp_path: Pat
         assert (foundation.encode() in content) == (name == CLOUD)
         if "-" in name:
             assert {device.name for _, device in config.each_device() if device.name.encode() in content} == {name}
+
+
+def test_a_part_stands_by_itself_whatever_the_network_needs_in_all() -> None:
+    edges = [tiny_edge("north", "shapes", travelling="north-a"), tiny_edge("south", "tastes")]
+    absorb = {"last_mile": {"epochs": 1}, "validation_share": 0.2}
+    config = tiny_config(edges=edges, absorb=absorb, faults={"min_edges": 2})
+    for name in site_names(config):
+        assert read_back(own_part(config, name)).edges

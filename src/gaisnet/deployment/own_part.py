@@ -19,7 +19,8 @@ def own_part(config: Config, site: str) -> Config:
         own_data = tuple(edge.name for edge, device in _first_devices(config) if device.data is not None)
         return config.model_copy(update={"edges": edges, "elsewhere": _elsewhere(config, own_data=own_data)})
     hidden = config.model.model_copy(update={"foundation": _AT_THE_CLOUD, "public_inputs": None})
-    update: dict[str, object] = {"model": hidden}
+    faults = config.faults.model_copy(update={"min_edges": 1})  # the cloud's to count: there is one edge in this part
+    update: dict[str, object] = {"model": hidden, "faults": faults}
     for edge in config.edges:
         if edge.name == site:
             edges = (_without_data(_completed(edge, config)),)
