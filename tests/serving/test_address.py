@@ -80,10 +80,9 @@ def test_an_address_that_is_not_this_machine_s_own_is_refused(tmp_path: Path, ur
         found(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "owner", ["", "x", f"{socket.gethostname()} {os.getpid()} 1", f"another-host {os.getpid()} 1", "a b c d"]
-)
+@pytest.mark.parametrize("owner", ["", "x", "{host} {process} 1", "another-host {process} 1", "a b c d"])
 def test_a_file_that_no_living_process_left_is_not_followed(tmp_path: Path, owner: str) -> None:
+    owner = owner.format(host=socket.gethostname(), process=os.getpid())
     (tmp_path / ADDRESS_NAME).write_text(f"{URL}\n{owner}\n", encoding="utf-8")
     assert found(tmp_path) is None
 

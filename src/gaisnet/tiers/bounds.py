@@ -41,7 +41,7 @@ _ROUNDING_LOSS = 1e-3  # a cross entropy of nothing may be a little below zero
 _ADAM = 7.3  # |m| / sqrt(v) of AdamW is at most (1 - b1) / sqrt((1 - b2) (1 - b1**2 / b2)), by Cauchy and Schwarz
 _ROUNDED = 0.25  # an adapter that crosses in int4 comes back with errors of less than this share of its largest number
 _SLACK = 4.0  # on gradients: the device's tail and the rows that it sees may be in few bits
-_ABSURD = 1e3  # times what is possible is no accident
+_ABSURD = 10.0  # times the limit, slack included, is no rounding
 _AMPLIFIED = 100.0  # by a layer of a tail, on a gradient's way back through it
 
 
@@ -286,7 +286,7 @@ class Steepness:
         each_N = torch.full((len(rows_ND),), self.at_row, dtype=torch.float64)
         if self.normed:
             each_N /= rows_ND.double().square().mean(dim=-1).sqrt().clamp_min(1e-6).cpu()
-        return _SLACK * float(each_N.sum()) / num_labels_total
+        return _SLACK * float(each_N.norm()) / num_labels_total
 
 
 def gradient(name: str, reply: BodyOutputGrad, limit: float) -> BodyOutputGrad:
