@@ -76,7 +76,9 @@ def test_progress_is_shown_as_text(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.setenv(name, "1") if terminal else monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name, raising=False)
+        if terminal:
+            monkeypatch.setenv(name, "1")
     with display.LiveProgress(display.safe_console()) as progress:
         progress(f"stage {EVIL}", 0, 2, {EVIL: 0.5})
         progress(f"stage {EVIL}", 2, 2, {EVIL: 0.5})

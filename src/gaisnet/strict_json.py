@@ -9,8 +9,8 @@ DEEPEST = 64
 """Levels of lists and objects inside each other."""
 
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_BRACKETS = str.maketrans("[]{}", "()()")
-_NO_BRACKETS = re.compile(r"[^\[\]{}]+")
+_BRACKETS = bytes.maketrans(b"[]{}", b"()()")
+_OTHERS = bytes(set(range(128)) - set(b"[]{}"))
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -53,14 +53,14 @@ def _check_brackets(text: str, most: int | None) -> None:
     """Raise ``ValueError`` for too many, or too deep; each round takes away the innermost pairs, all at once."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return
-    brackets = _NO_BRACKETS.sub("", _STRING.sub("", text)).translate(_BRACKETS)
-    if most is not None and brackets.count("(") > most:
+    brackets = _STRING.sub("", text).encode("ascii", "ignore").translate(_BRACKETS, _OTHERS)
+    if most is not None and brackets.count(b"(") > most:
         raise ValueError(f"it holds more than {most} lists and objects")
     for _ in range(DEEPEST):
-        if "()" not in brackets:
+        if b"()" not in brackets:
             return
-        brackets = brackets.replace("()", "")
-    if "()" in brackets:
+        brackets = brackets.replace(b"()", b"")
+    if b"()" in brackets:
         raise ValueError(_TOO_DEEP)
 
 
