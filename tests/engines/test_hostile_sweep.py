@@ -22,6 +22,7 @@ from gaisnet.messages import (
     BodyOutput,
     BodyOutputGrad,
     BodyRequest,
+    ChunkRequest,
     CloseSession,
     CropSession,
     Done,
@@ -34,9 +35,15 @@ from gaisnet.messages import (
     Install,
     Installed,
     LabelRequest,
+    Lengths,
+    LengthsOfDevices,
+    LengthsRequest,
     Message,
     ModelRequest,
     OpenSession,
+    Parcel,
+    ParcelSent,
+    ParcelTaken,
     SessionOpened,
     SessionRows,
     Shared,
@@ -45,6 +52,7 @@ from gaisnet.messages import (
     SmashRequest,
     TrafficReport,
     TrafficRequest,
+    Wanted,
 )
 from gaisnet.models.parts import CutLayers
 from gaisnet.relay.downward import TaskShape
@@ -52,8 +60,11 @@ from gaisnet.serving.endpoint import RemoteSession, SessionEndpoint
 from gaisnet.tiers.cluster import Cluster
 from gaisnet.tiers.smashed import SmashedStore
 from gaisnet.tiers.split_step import checked
+from gaisnet.transport.arrivals import Arrivals
 from gaisnet.transport.codec import Codec
+from gaisnet.transport.courier import Courier, Depot, Depots
 from gaisnet.transport.ledger import Ledger
+from gaisnet.transport.parcels import Wrapper
 from tests.engines.test_local_network import PUBLIC_TEXT, WEIGHTS
 from tests.serving.models import lively_model, served
 from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_foundation
@@ -64,6 +75,9 @@ NUMBERS: tuple[Any, ...] = (0, -1, 2**31, 2**63, 10**400, float("nan"), float("i
 TEXTS: tuple[Any, ...] = ("", "x" * 100_000, "\x1b[2J", 0, None)
 OWNER, DOMAIN = "north-a", "shapes"
 Take = Callable[[Message], object]
+WIRE = {"smashed": "float32", "body_output": "float32", "gradient": "float32"}
+CODEC = Codec(tiny_config(wire=WIRE).wire)
+IN_CHUNKS = Codec(tiny_config(wire={**WIRE, "max_message_bytes": 2**16}).wire)
 
 
 def _ints(*numbers: int) -> Tensor:
@@ -102,6 +116,9 @@ class World:
         parts, self.service = served(lively_model(), CutLayers(1, 1))
         self.parts = parts
         self.sessions = SessionEndpoint(self.service, OWNER)
+        self.long = SmashedData(OWNER, "train", 1, _ints(800), _ints(1), torch.ones(800, 32))  # takes two chunks
+        wrapper = Wrapper(IN_CHUNKS, OWNER)
+        self.parcel = wrapper.wrap(self.long, wrapper.hold(self.long, IN_CHUNKS.pack(self.long)))
         self.cases = {type(case.message): case for case in self._cases()}
 
     # -- who takes what ------------------------------------------------------------------------------------------------
@@ -160,6 +177,55 @@ class World:
         session = RemoteSession(lambda m: opened if isinstance(m, OpenSession) else reply, 1, 5, ())
         return session.send(torch.zeros(1, 32), 1).result(timeout=60)
 
+    def told(self, reply: Message) -> object:
+        """The edge, which asked a device how long its examples are."""
+        cluster, edge = self.edge._cluster, self.edge
+        asked = type("Asked", (), {"gather": lambda *_: {}, "ask": lambda *_: {OWNER: reply}})
+        edge._cluster = asked()
+        try:
+            return edge._lengths()
+        finally:
+            edge._cluster = cluster
+
+    # -- parcels -------------------------------------------------------------------------------------------------------
+
+    def at_depot(self, *before: Message) -> Take:
+        """An end that answers, after some messages."""
+
+        def take(message: Message) -> object:
+            depot: Depot = Depots(IN_CHUNKS).of(OWNER)
+            for each in (*before, message):
+                answer = depot.answer(IN_CHUNKS.encode(each), lambda _: self.long)
+            return answer
+
+        return take
+
+    def pushed(self, reply: Message) -> object:
+        """An end that offers a parcel."""
+        return self._courier(lambda message: reply if isinstance(message, Parcel) else Done()).deliver(self.parcel)
+
+    def pulled(self, reply: Message) -> object:
+        """An end that pulls a parcel, of which the first chunk is as it should be."""
+
+        def ask(message: Message) -> Message:
+            if isinstance(message, ChunkRequest):
+                return reply if message.index else self.parcel.chunk(0)
+            return Done()
+
+        return self._courier(ask).fetch(self.parcel.offer)
+
+    def _courier(self, ask: Callable[[Message], Message]) -> Courier:
+        return Courier(IN_CHUNKS, Arrivals(IN_CHUNKS, OWNER), OWNER, ask)
+
+    def _parcels(self) -> Iterator[Case]:
+        offer, chunks = self.parcel.offer, (self.parcel.chunk(0), self.parcel.chunk(1))
+        yield Case(offer, {"depot": self.at_depot()})
+        yield Case(chunks[1], {"depot": self.at_depot(offer, chunks[0]), "asker": self.pulled})
+        yield Case(ParcelSent(offer.digest), {"depot": self.at_depot(offer, *chunks)})
+        yield Case(ChunkRequest(offer.digest, 1), {"depot": self.at_depot(ModelRequest())})
+        yield Case(ParcelTaken(offer.digest), {"depot": self.at_depot(ModelRequest())})
+        yield Case(Wanted(1), {"asker": self.pushed})
+
     def _cases(self) -> Iterator[Case]:
         cloud, edge, device, local = self.tiers.cloud, self.edge, self.device(OWNER), self.device("north-c")
         domain = cloud.release("domain", DOMAIN)
@@ -204,6 +270,10 @@ class World:
         yield Case(EscalateSession(session, (), 1), {"body": self.session})
         yield Case(CropSession(session, 0), {"body": self.session})
         yield Case(CloseSession("none"), {"body": self.session})
+        yield Case(LengthsRequest(), {"edge": edge.handle, "device": device})
+        yield Case(Lengths(4, 0, 30), {"edge": self.told})
+        yield Case(LengthsOfDevices((OWNER,), ((4, 0, 30),)), {"cloud": self.of_edge(LengthsRequest())})
+        yield from self._parcels()
 
 
 def _raised(error: object) -> object:
@@ -224,7 +294,8 @@ def world() -> Iterator[World]:
 
 def _tensors(value: Tensor) -> Iterator[Tensor]:
     """Numbers that nobody can mean, no numbers, and other shapes and dtypes."""
-    numbers = (0, -1, float("nan"), float("inf"), 3e38) if value.is_floating_point() else (0, -1, 2**31 - 1)
+    whole = (0, 255) if value.dtype == torch.uint8 else (0, -1, 2**31 - 1)
+    numbers = (0, -1, float("nan"), float("inf"), 3e38) if value.is_floating_point() else whole
     for number in numbers:
         yield torch.full_like(value, number)
         if value.numel():
@@ -266,7 +337,6 @@ def with_field(message: Message, name: str, value: Any) -> Message:
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
 
-CODEC = Codec(tiny_config(wire={"smashed": "float32", "body_output": "float32", "gradient": "float32"}).wire)
 MESSAGES = sorted(Message.__subclasses__(), key=lambda kind: kind.__name__)
 QUICK = (AdapterUpdate, BodyOutputGrad, EvaluationReport, Installed, Shared, SmashedData, TrafficReport)
 

@@ -166,6 +166,7 @@ def edge_update(
     settings = settings.in_cycle(cycle)
     check_same_shapes(f"of {party}", start, update.tensors)
     whole(party, "the version of an update", update.version, cycle + 1, cycle + 1)
+    whole(party, "the release that an update grew out of", update.base)
     whole(party, "the number of examples", update.num_examples, 1)
     whole(party, "the number of steps", update.num_steps)
     loss(party, update.loss)

@@ -1,6 +1,6 @@
 """The cloud: holds the foundation model (FM), teaches domain models, takes adapters in, and answers edges."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,6 +24,7 @@ from gaisnet.messages import (
     EvaluationReport,
     FineTune,
     Installed,
+    LengthsOfDevices,
     Message,
     ModelRelease,
     ModelRequest,
@@ -282,7 +283,11 @@ class Cloud:
                 bounds.whole(party, "the version of its relay", answer.relay, -1)
                 bounds.whole(party, "the version of its domain adapter", answer.domain, -1)
             case Shared():
-                self._check_shared(party, edge, answer.owners)
+                here = {name for name in edge.travelling if (name, "train") in self._activations}
+                _check_names(party, "devices whose activations came up", answer.owners, here)
+            case LengthsOfDevices():
+                names = {device.name for device in edge.devices}
+                _check_names(party, "devices that say how long their examples are", answer.owners, names)
             case TrafficReport():
                 for field in fields(answer):
                     bounds.whole(party, field.name, getattr(answer, field.name), 0, 2**62)
@@ -295,14 +300,13 @@ class Cloud:
         here = [self._activations[key] for key in keys if key in self._activations]
         return sum(map(len, here)), sum(sum(inputs.num_labels) for inputs in here)
 
-    def _check_shared(self, party: str, edge: EdgeSettings, owners: Sequence[str]) -> None:
-        here = {owner for owner in edge.travelling if (owner, "train") in self._activations}
-        if len(set(owners)) < len(owners) or not here.issuperset(owners):
-            found = f"{len(owners)} names, the first '{owners[0][:64]}'"
-            raise OutOfBounds(party, "devices whose activations came up", found, f"some of {sorted(here)}")
-
     def _output(self, request: BodyRequest) -> BodyOutput:
         inputs = self._activations[request.owner, request.split]
         rows_ND = self._model.output_rows(inputs, request.adapter)
         examples_E = torch.arange(len(inputs), dtype=torch.int32)
         return BodyOutput(request.split, 0, sum(inputs.num_labels), examples_E, rows_ND)
+
+
+def _check_names(party: str, what: str, found: Sequence[str], known: Collection[str]) -> None:
+    if len(set(found)) < len(found) or not set(known).issuperset(found):
+        raise OutOfBounds(party, what, f"{len(found)} names, the first '{found[0][:64]}'", f"some of {sorted(known)}")
