@@ -22,7 +22,7 @@ class _Place(Protocol):
     """Where the chunks of a parcel are kept until all are there."""
 
     digests: list[bytes]
-    """Of the chunks that are kept, which are the first ones."""
+    """Digests of the chunks that are kept, which are the first ones."""
 
     def keep(self, data: memoryview, digest: bytes) -> None:
         """Take the next chunk."""
@@ -112,7 +112,7 @@ class Arriving:
     """A parcel that comes in.
 
     Attributes:
-        offer: What was announced.
+        offer: The announcement.
     """
 
     def __init__(self, offer: Parcel, place: _Place, other: str) -> None:
@@ -155,7 +155,7 @@ class Arrivals:
 
     Args:
         codec: With the limits.
-        other: Who sends them, for errors.
+        other: Name of the sender, for errors.
         folder: For those that last: there they go on after a restart, until somebody empties it. None keeps all in
             memory.
     """
