@@ -434,6 +434,11 @@ class Config(Settings):
         """Domains of the network that learn."""
         return self.elsewhere.num_learning if self.elsewhere else len(self.learning_edges())
 
+    def deals(self, edge: EdgeSettings) -> bool:
+        """Whether an edge's devices are dealt examples of a built-in domain; otherwise all have data of their own."""
+        own_data = self.elsewhere.own_data if self.elsewhere else ()
+        return edge.name not in own_data and all(device.data is None for device in edge.devices)
+
     @property
     def cuts(self) -> tuple[int, int]:
         """Layers of the network's shallowest device head and of its deepest."""

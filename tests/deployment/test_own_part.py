@@ -58,6 +58,15 @@ def test_the_cloud_knows_what_is_public_without_any_path(built_in: Config, tmp_p
         load_domains(own_part(own_data, CLOUD))
 
 
+def test_an_edge_knows_whether_its_devices_have_data_of_their_own(built_in: Config, tmp_path: Path) -> None:
+    """Devices that are dealt a share of built-in data may have all of it; of others there is a bound."""
+    own_data = load_config(write_tiny_run(tmp_path, edges=[tiny_edge("north", "shapes"), tiny_edge("south", "tastes")]))
+    for config, deals in ((built_in, True), (own_data, False)):
+        for edge in config.edges:
+            part = read_back(own_part(config, edge.name))
+            assert part.deals(part.edges[0]) is config.deals(edge) is deals
+
+
 def test_layers_are_whose_they_are_in_the_whole_network() -> None:
     edges = [tiny_edge("north", "shapes"), tiny_newcomer("south", "tastes", "shapes")]
     edges[0]["devices"][1]["head_layers"], edges[1]["devices"][0]["head_layers"] = 3, 0

@@ -136,7 +136,7 @@ class Edge:
 
     def _granted(self, split: Split) -> int:
         """Examples of a split that any device may have: of a built-in domain, all that it is dealt."""
-        if all(device.data is not None for device in self._settings.devices):
+        if not self._config.deals(self._settings):
             return 0
         return self._config.data.test_examples if split == "test" else self._config.data.train_examples
 
