@@ -136,7 +136,7 @@ class ServiceSettings(Settings):
     )
 
     def share_of_one(self, num_peers: int) -> float:
-        """Of a site's sessions and their memory, the share that one of its peers may hold."""
+        """Share of a site's sessions, and of their memory, that one of its peers may hold."""
         return self.max_share_per_peer if num_peers > 1 else 1.0
 
     @property
@@ -320,7 +320,7 @@ class DealtShare(Settings):
 
 
 class Elsewhere(Settings):
-    """What a site must know of sites that its configuration leaves out; see ``deployment.own_part``."""
+    """Facts about sites that a site's configuration leaves out; see ``deployment.own_part``."""
 
     first_cut: int = Field(ge=0, description="head_layers of the network's shallowest device.")
     last_cut: int = Field(ge=0, description="The same of its deepest one.")
@@ -433,6 +433,11 @@ class Config(Settings):
     def num_learning(self) -> int:
         """Domains of the network that learn."""
         return self.elsewhere.num_learning if self.elsewhere else len(self.learning_edges())
+
+    def deals(self, edge: EdgeSettings) -> bool:
+        """Whether an edge's devices are dealt examples of a built-in domain; otherwise all have data of their own."""
+        own_data = self.elsewhere.own_data if self.elsewhere else ()
+        return edge.name not in own_data and all(device.data is None for device in edge.devices)
 
     @property
     def cuts(self) -> tuple[int, int]:

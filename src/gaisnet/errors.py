@@ -50,7 +50,7 @@ class LockTaken(GaisnetError):
     """Another process has a lock, or may have it.
 
     Attributes:
-        holder: That process in words, as far as it is known.
+        holder: The process in words, as far as it is known.
         lost: Whether it ran on another host, and nobody here can tell whether it still does.
     """
 
@@ -62,7 +62,7 @@ class LockTaken(GaisnetError):
 
     @property
     def found(self) -> str:
-        """Who has it."""
+        """The holder, in words."""
         if self.lost:
             return f"was taken by {self.holder}; on a network file system nobody here can tell whether it has ended"
         return f"is taken by {self.holder}"

@@ -28,7 +28,7 @@ def then_ask(source: Future[A], ask: Callable[[A], Future[B]]) -> Future[B]:
 
 
 def afterwards(source: Future[Any], ask: Callable[[], Future[B]]) -> Future[B]:
-    """What ``ask`` gives, once ``source`` has ended in whatever way. To cancel the result leaves ``source`` alone."""
+    """Call ``ask`` once ``source`` has ended in any way. Cancelling the result leaves ``source`` alone."""
     ended: Future[None] = Future()
     source.add_done_callback(lambda _: _settle(ended))
     return then_ask(ended, lambda _: ask())
@@ -59,7 +59,7 @@ def as_future(answer: A | Future[A]) -> Future[A]:
 
 
 def aside(work: Callable[[Callable[[], bool]], A]) -> Future[A]:
-    """What ``work`` gives or raises, in a thread of its own, for work that has to wait.
+    """Do work that has to wait in a thread of its own; the future has its result or its error.
 
     ``work`` gets a function that says whether nobody waits for it any longer.
     """

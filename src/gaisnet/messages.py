@@ -71,7 +71,7 @@ class Parcel(Message):
 
 @dataclass(frozen=True)
 class Wanted(Message):
-    """Whoever is offered a ``Parcel``: begin with this chunk; what is before it is here."""
+    """Answer to an offered ``Parcel``: begin with this chunk; those before it are here."""
 
     chunk: StrictInt
 
@@ -82,7 +82,7 @@ class Wanted(Message):
 
 @dataclass(frozen=True)
 class ChunkRequest(Message):
-    """Whoever got a ``Parcel`` for an answer: send a chunk of it."""
+    """Request for a chunk of a ``Parcel`` that was offered as an answer."""
 
     digest: str
     index: StrictInt
@@ -115,14 +115,14 @@ class Chunk(Message):
 
 @dataclass(frozen=True)
 class ParcelSent(Message):
-    """Whoever pushed all chunks of a parcel: act on the message in it, and answer that."""
+    """Sent after the last chunk of a request: act on the message in the parcel, and answer that."""
 
     digest: str
 
 
 @dataclass(frozen=True)
 class ParcelTaken(Message):
-    """Whoever pulled all chunks of a parcel: it is here, and need not be kept."""
+    """Sent after the last chunk of an answer: the parcel is here, and need not be kept."""
 
     digest: str
 
@@ -235,7 +235,7 @@ class LengthsOfDevices(Message):
 
     @classmethod
     def of(cls, lengths: Mapping[str, Lengths]) -> "LengthsOfDevices":
-        """Of devices by name."""
+        """From the lengths of devices by name."""
         return cls(tuple(lengths), tuple((n.num_examples, n.num_truncated, n.longest) for n in lengths.values()))
 
     def by_device(self) -> dict[str, Lengths]:

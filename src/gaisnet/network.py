@@ -23,6 +23,7 @@ from torch import Tensor
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import FaultSettings
 from gaisnet.errors import GaisnetError, LinkLost, TooFewEdges, UnexpectedMessage
+from gaisnet.later import aside
 from gaisnet.messages import (
     AdapterUpdate,
     BodyOutput,
@@ -180,11 +181,11 @@ class Network:
         """See ``Reach``."""
         requests = {owner: LabelRequest.of(owner, output) for owner, output in outputs.items()}
         sent = {owner: self._edges[self._owners[owner]].send(request) for owner, request in requests.items()}
-        return {owner: self._outcome(owner, request, sent[owner]) for owner, request in requests.items()}
+        until = time.monotonic() + self._faults.edge_deadline_s  # for all: an edge may have many owners
+        return {owner: self._outcome(owner, request, sent[owner], until) for owner, request in requests.items()}
 
-    def _outcome(self, owner: str, request: LabelRequest, sent: Future[Message]) -> Outcome:
+    def _outcome(self, owner: str, request: LabelRequest, sent: Future[Message], until: float) -> Outcome:
         try:
-            until = time.monotonic() + self._faults.edge_deadline_s
             return self._wait(self._owners[owner], request, sent, BodyOutputGrad, until)
         except GaisnetError as error:
             return error
@@ -265,10 +266,12 @@ class Network:
         asked = {domain: message for domain, message in messages.items() if domain not in self._out}
         sent = {domain: self._edges[domain].send(message) for domain, message in asked.items()}
         until = time.monotonic() + self._faults.edge_deadline_s
+        # Side by side: one that restarts is asked again at once, also while another one hangs.
+        replies = {d: self._awaited(d, message, sent[d], answer, until) for d, message in asked.items()}
         found, failed = dict[str, M](), dict[str, GaisnetError]()
         for domain, message in asked.items():
             try:
-                found[domain] = self._wait(domain, message, sent[domain], answer, until)
+                found[domain] = replies[domain].result()
                 self.cloud.check(domain, message, found[domain])
             except GaisnetError as error:
                 found.pop(domain, None)
@@ -291,6 +294,12 @@ class Network:
             return next(iter(failed.values()))
         reasons = "; ".join(f"{domain}: {error}" for domain, error in failed.items())
         return TooFewEdges(self._faults.min_edges, left, reasons)
+
+    def _awaited(
+        self, domain: str, message: Message, sent: Future[Message], answer: type[M], until: float
+    ) -> Future[M]:
+        """Wait in a thread of its own."""
+        return aside(lambda _: self._wait(domain, message, sent, answer, until))
 
     def _wait(self, domain: str, message: Message, sent: Future[Message], answer: type[M], until: float) -> M:
         link = self._edges[domain]

@@ -96,7 +96,7 @@ def most_telling(error: ValidationError) -> ErrorDetails:
 
 
 def found_in(error: ErrorDetails, spelled: str | None = None) -> str:
-    """What is wrong with a value, and the value, shortened; ``spelled``: as it was written, if that is known."""
+    """Say why a value is wrong, and show it, shortened; ``spelled``: as it was written, if that is known."""
     message, value = error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"] in ("missing", "value_error"):  # here the input is all that stands around it
         return message

@@ -1,4 +1,4 @@
-"""What each kit has of a network's configuration: enough to draw, learn and answer as before, and no more."""
+"""Each kit's part of a network's configuration: enough to draw, learn and answer as before, and no more."""
 
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,15 @@ def test_the_cloud_knows_what_is_public_without_any_path(built_in: Config, tmp_p
         assert [load_public(edge, part) for edge in part.edges] == [load_public(edge, config) for edge in config.edges]
     with pytest.raises(DataError, match="its devices have data of their own, which this site's configuration"):
         load_domains(own_part(own_data, CLOUD))
+
+
+def test_an_edge_knows_whether_its_devices_have_data_of_their_own(built_in: Config, tmp_path: Path) -> None:
+    """Devices that are dealt a share of built-in data may have all of it; of others there is a bound."""
+    own_data = load_config(write_tiny_run(tmp_path, edges=[tiny_edge("north", "shapes"), tiny_edge("south", "tastes")]))
+    for config, deals in ((built_in, True), (own_data, False)):
+        for edge in config.edges:
+            part = read_back(own_part(config, edge.name))
+            assert part.deals(part.edges[0]) is config.deals(edge) is deals
 
 
 def test_layers_are_whose_they_are_in_the_whole_network() -> None:

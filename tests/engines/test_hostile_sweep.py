@@ -346,7 +346,7 @@ def _number_of(value: Any) -> str:
 
 
 def sweep(world: World, kind: type[Message]) -> list[str]:
-    """What did not end in an answer or in an error of our own."""
+    """Values that ended in anything but an answer or an error of our own."""
     case, complaints = world.cases[kind], []
     for declared in fields(case.message):
         for value in hostile(getattr(case.message, declared.name)):

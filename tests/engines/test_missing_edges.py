@@ -3,15 +3,18 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from gaisnet import network
+from gaisnet.config import FaultSettings
 from gaisnet.config_file import parse_config
-from gaisnet.errors import ConfigError, LinkTimeout, PeerError, TooFewEdges
+from gaisnet.errors import ConfigError, LinkLost, LinkTimeout, PeerError, TooFewEdges
 from gaisnet.messages import (
     AdapterUpdate,
+    Done,
     Evaluate,
     EvaluationReport,
     FineTune,
@@ -22,6 +25,7 @@ from gaisnet.messages import (
 )
 from gaisnet.tiers.cloud_model import MERGED
 from gaisnet.transport.base import Link
+from gaisnet.transport.ledger import Ledger
 from tests.engines.test_local_network import Run, quick
 from tests.tiny import tiny_raw_config
 
@@ -141,6 +145,34 @@ def test_with_fewer_edges_than_wanted_the_cycle_fails_and_says_so() -> None:
         run.network.fine_tune()
     lying.change = lambda message, reply: reply
     assert run.network.fine_tune().keys() == {SHAPES, TASTES}
+
+
+class Restarting:
+    """A link to an edge that loses a request, and answers the next one; or, if it hangs, none."""
+
+    peer = "here"
+
+    def __init__(self, hangs: bool = False) -> None:
+        self._hangs, self._lost = hangs, False
+
+    def send(self, message: Message) -> Future[Message]:
+        answer: Future[Message] = Future()
+        if not self._hangs and self._lost:
+            answer.set_result(Done())
+        elif not self._hangs:
+            self._lost = True
+            answer.set_exception(LinkLost("north", "it restarted"))
+        return answer
+
+
+def test_an_edge_that_restarts_while_another_one_hangs_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "_RETRY_S", 0.0)
+    cloud = type("Cloud", (), {"learning": (SHAPES, TASTES), "check": lambda *_: None})
+    edges = {SHAPES: Restarting(hangs=True), TASTES: Restarting()}
+    asker = network.Network(cast(Any, cloud()), edges, Ledger(), FaultSettings(edge_deadline_s=1.0))
+    assert asker._ask(dict.fromkeys(edges, Install("", "")), Done) == {TASTES: Done()}
+    (fault,) = asker.take_faults()
+    assert fault.startswith(f"{SHAPES}: cycle 0: ") and "no answer for 1 s" in fault
 
 
 def test_more_edges_than_there_are_cannot_be_asked_for() -> None:

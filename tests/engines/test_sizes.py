@@ -1,4 +1,4 @@
-"""What crosses a run's links, by arithmetic, held against what does; what cannot is refused before loading."""
+"""Sizes by arithmetic are those of real messages, and a message that cannot cross is refused before loading."""
 
 from pathlib import Path
 from typing import Any

@@ -51,7 +51,7 @@ def one_device(**model: Any) -> Config:
 
 
 def scored(tokenizer: Any, model: Any) -> EvaluationReport:
-    """What the network says of the FM before anything is learned."""
+    """The network's score of the FM before anything is learned."""
     data = {"d": DeviceData(EXAMPLES, EXAMPLES)}
     shapes = {"facts": TaskShape("Is {text} so?", ("yes", "no"))}
     network = build_network(one_device(), Foundation("tiny", model, tokenizer), shapes, data, "the inn is so. " * 60)

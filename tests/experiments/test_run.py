@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from gaisnet.experiments.data import load_domains
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import Run, local_build, run_experiment
 from gaisnet.experiments.summary import Summary
+from gaisnet.messages import Lengths
 from gaisnet.models.foundation import load_foundation
 from gaisnet.progress import silent
 from gaisnet.tiers.cloud_model import MERGED
@@ -30,7 +32,7 @@ from gaisnet.tiers.examples import tokenize
 from gaisnet.tiers.writing_model import WritingModel
 from gaisnet.transport.ledger import Ledger
 from tests.frames import Frames
-from tests.tiny import tiny_edge, write_tiny_run
+from tests.tiny import tiny_config, tiny_edge, write_tiny_run
 
 pytestmark = pytest.mark.integration
 
@@ -303,6 +305,20 @@ def test_a_card_has_the_licence_that_is_given_and_words_of_others_as_they_are(fi
     assert yaml.safe_load(header)["base_model"] == "org/model" and yaml.safe_load(header)["license"] == "mit"
     assert not any(line.startswith(("# no", "---")) for line in text.splitlines())
     assert "base_model_name_or_path" not in text  # a hub id is found everywhere
+
+
+def test_a_card_says_what_was_not_measured_before_training(finished: Finished) -> None:
+    """The domain's edge was away when the run began."""
+    first, *rest = finished.returned.cycles
+    summary = finished.returned.model_copy(update={"cycles": [first.model_copy(update={"foundation": {}}), *rest]})
+    card = render_card("shapes", LoraSpec(2, 4, ("q_proj",), (3, 4)), "org/model", True, finished.config, summary)
+    assert "| shapes | not measured | " in card
+
+
+def test_the_lengths_of_examples_of_an_edge_that_is_away_are_missing() -> None:
+    network = SimpleNamespace(lengths=lambda: {"tastes": {"south-a": Lengths(4, 1, 60)}})
+    run: Any = SimpleNamespace(_network=network, _config=tiny_config())
+    assert {name: each.longest for name, each in Run._examples(run).items()} == {"south-a": 60}
 
 
 # -- the same again ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gaisnet.errors import GaisnetError, OutOfBounds, WireFormatError
-from gaisnet.messages import AdapterUpdate, BodyOutputGrad, EvaluationReport, Message, SmashedData
+from gaisnet.messages import MOST, AdapterUpdate, BodyOutputGrad, EvaluationReport, Message, SmashedData
 from gaisnet.tiers import bounds
 from gaisnet.tiers.bounds import Steepness
 from gaisnet.transport.codec import Codec
@@ -184,7 +184,7 @@ def test_nobody_has_many_times_as_many_examples_as_the_others() -> None:
     assert bounds.outnumbering({"a": 5, "b": 101, "c": 5}, 20.0, 0).keys() == {"b"}
     assert bounds.outnumbering({"a": 5, "b": 101, "c": 5}, 20.0, 101) == {}
     assert bounds.outnumbering({"a": 10**9}, 20.0, 0) == {}
-    assert bounds.outnumbering({"a": 5, "b": bounds.MOST}, 20.0, 0).keys() == {"b"}
+    assert bounds.outnumbering({"a": 5, "b": MOST}, 20.0, 0).keys() == {"b"}
 
 
 @pytest.mark.parametrize("number", [2**63, HUGE, -(2**63) - 1])

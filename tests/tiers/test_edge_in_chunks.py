@@ -8,7 +8,7 @@ import torch
 
 from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
-from gaisnet.errors import LinkLost
+from gaisnet.errors import LinkLost, OutputNotWritable
 from gaisnet.messages import (
     AnchorRelease,
     AnchorRequest,
@@ -94,7 +94,7 @@ def test_an_edge_that_was_killed_while_its_model_came_asks_for_the_rest_only(tmp
     assert FolderShelf(tmp_path).get("model") is None
     cloud = Cloud()
     again = edge(cloud, FolderShelf(tmp_path))
-    assert again.handle(order) == Installed(-1, -1) or again.handle(order) == Installed(0, -1)
+    assert again.handle(order) == Installed(0, -1)
     assert cloud.chunks == list(range(2, num_chunks())) and num_chunks() > 3
     assert same(again)
 
@@ -120,6 +120,24 @@ def test_what_came_in_chunks_is_on_the_shelf_once(tmp_path: Path) -> None:
     (shelf.arrivals / "stale.part").write_bytes(b"of a life before")
     kept = shelf.get("model")
     assert kept is not None and all(torch.equal(kept[1][name], t) for name, t in RELEASE.tensors.items())
+
+
+def test_a_model_that_could_not_be_kept_is_installed_by_the_next_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf, order = FolderShelf(tmp_path), Install("run", "digest")
+    one = edge(Cloud(), shelf)
+
+    def full(*_: object) -> None:
+        raise OutputNotWritable(tmp_path, "no space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(shelf, "put", full)
+        with pytest.raises(OutputNotWritable):
+            one.handle(order)
+    assert one.handle(order) == Installed(0, -1)
+    assert same(one) and shelf.get("model") is not None
+    assert one._smashed._hidden_size == 32  # so that devices' activations are held against this model
 
 
 def test_another_model_takes_the_place_of_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:

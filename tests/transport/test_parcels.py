@@ -37,6 +37,7 @@ from gaisnet.messages import (
 )
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded
+from gaisnet.transport.courier import Depots
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
 from tests.frames import Frames
@@ -409,6 +410,15 @@ def test_an_asker_holds_so_many_parcels_at_most() -> None:
         answer("asker", CODEC.encode(chunk))
     with pytest.raises(ChunkDamaged):  # of the last one
         answer("asker", CODEC.encode(replace(chunk, digest=offers[-1].digest)))
+
+
+def test_an_asker_may_be_given_less_to_ask_with_than_others() -> None:
+    depots = Depots(CODEC, {"device": 2**18}.get)
+    for size, asker in ((2**18, "device"), (2**20, "edge")):
+        offer = CODEC.encode(Parcel("ExtendSession", f"{size:064x}", size, CHUNK))
+        assert CODEC.decode(depots.of(asker).answer(offer, Site().handle)) == Wanted(0)  # type: ignore[arg-type]
+    with pytest.raises(ParcelRefused, match="from 'device': it is announced with 262145 bytes, the limit is 262144"):
+        depots.of("device").answer(CODEC.encode(Parcel("ExtendSession", "0f" * 32, 2**18 + 1, CHUNK)), Site().handle)
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ _LONGEST = 2000  # of a reason, in characters
 
 
 class Outcome(BaseModel):
-    """What became of a site.
+    """The end of a site's last start.
 
     Attributes:
         stage: "running" also stands there when the site was killed, or its host went down.
@@ -63,7 +63,7 @@ def record_failure(kit: Path, error: Exception, output: str = "") -> None:
 
 
 def read_outcome(kit: Path) -> Outcome | None:
-    """What was written last; None where nothing was, or nothing that can be read."""
+    """Read the last outcome that was written; None where there is none, or none that can be read."""
     try:
         return Outcome.model_validate_json((kit / OUTCOME_FILE).read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError):

@@ -5,7 +5,7 @@ knows which edges and devices there are, and nothing of where data lie. What dep
 deepest device head or a device's share of a built-in data set, is there as numbers (``config.Elsewhere``).
 """
 
-from gaisnet.config import CloudSettings, Config, DeviceSettings, EdgeSettings, Elsewhere
+from gaisnet.config import CloudSettings, Config, EdgeSettings, Elsewhere
 from gaisnet.deployment.site import CLOUD
 from gaisnet.experiments.data import dealt_share
 
@@ -13,10 +13,10 @@ _AT_THE_CLOUD = "at the cloud"  # in place of the foundation model's name or pat
 
 
 def own_part(config: Config, site: str) -> Config:
-    """What the kit of ``site``, which ``config`` names, has of ``config``."""
+    """Cut ``config`` down to the part that belongs into the kit of ``site``, which it names."""
     if site == CLOUD:
         edges = tuple(_without_data(edge) for edge in config.edges)
-        own_data = tuple(edge.name for edge, device in _first_devices(config) if device.data is not None)
+        own_data = tuple(edge.name for edge in config.edges if not config.deals(edge))
         return config.model_copy(update={"edges": edges, "elsewhere": _elsewhere(config, own_data=own_data)})
     hidden = config.model.model_copy(update={"foundation": _AT_THE_CLOUD, "public_inputs": None})
     faults = config.faults.model_copy(update={"min_edges": 1})  # the cloud's to count: there is one edge in this part
@@ -24,7 +24,8 @@ def own_part(config: Config, site: str) -> Config:
     for edge in config.edges:
         if edge.name == site:
             edges = (_without_data(_completed(edge, config)),)
-            return config.model_copy(update={**update, "edges": edges, "elsewhere": _elsewhere(config)})
+            elsewhere = _elsewhere(config, own_data=() if config.deals(edge) else (site,))
+            return config.model_copy(update={**update, "edges": edges, "elsewhere": elsewhere})
     edge, device = next((edge, device) for edge, device in config.each_device() if device.name == site)
     own = _completed(edge, config).model_copy(update={"devices": (device,)})
     elsewhere = _elsewhere(config, share=dealt_share(edge, site, config))
@@ -35,11 +36,6 @@ def _elsewhere(config: Config, **more: object) -> Elsewhere:
     first, last = config.cuts
     numbers = {"first_cut": first, "last_cut": last, "num_learning": config.num_learning}
     return Elsewhere.model_validate({**numbers, **more})
-
-
-def _first_devices(config: Config) -> list[tuple[EdgeSettings, DeviceSettings]]:
-    """All devices of an edge have data of their own, or none."""
-    return [(edge, edge.devices[0]) for edge in config.edges]
 
 
 def _without_data(edge: EdgeSettings) -> EdgeSettings:

@@ -99,6 +99,7 @@ class _Answers:
         codec: Reads requests and writes answers.
         takes: Says whether a site may ask at all, before anything of its request is read.
         about: Says whether it may send this message.
+        most_bytes: Longest request of a site; see ``Depots``.
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class _Answers:
         codec: Codec,
         takes: Callable[[str], bool] = lambda _: True,
         about: Callable[[str, Message], bool] = lambda *_: True,
+        most_bytes: Callable[[str], int | None] = lambda _: None,
     ) -> None:
-        self._depots = Depots(codec)
+        self._depots = Depots(codec, most_bytes)
         self._takes = takes
         self._about = about
         self._for: Future[Callable[[str], Handler]] = Future()
@@ -215,7 +217,8 @@ def run_edge(folder: Path) -> NoReturn:
     config, settings, codec, ledger = site.config, site.edge, Codec(site.config.wire), Ledger()
     own, limits = certificates(folder, "edge"), _limits(config)
     names = [device.name for device in settings.devices]
-    answers, watched = _Answers(codec, takes={site.name, *names}.__contains__), Watched()
+    of_device = dict.fromkeys(names, _limits_of_device(config).max_dialer_bytes)  # in chunks or not
+    answers, watched = _Answers(codec, takes={site.name, *names}.__contains__, most_bytes=of_device.get), Watched()
     with claimed(folder), recorded(folder), ExitStack() as opened:
         _check_certificate(folder, site, watched)
         service = SiteService(config.service, config.faults.away_s)

@@ -18,7 +18,7 @@ WARN_BEFORE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Validity:
-    """Of a site's own certificate or that of its authority, whichever is valid for the shorter time; both in UTC."""
+    """The period in which both a site's certificate and that of its authority are valid, in UTC."""
 
     file: Path
     begin: datetime
@@ -38,7 +38,7 @@ def check_validity(folder: Path, role: Role, now: datetime | None = None) -> Val
 
     Args:
         folder: The kit.
-        role: Of the site.
+        role: Role of the site.
         now: Time zone aware; None for this moment.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What crosses the links of a run, by arithmetic: from the model's shape, before any of its weights is loaded."""
+"""Sizes of the messages of a run, worked out from the model's shape before any weights are loaded."""
 
 import torch
 from transformers import PretrainedConfig

@@ -47,12 +47,12 @@ def render_card(name: str, spec: AdapterSpec, base: str, reads_text: bool, confi
     """The card of an adapter, Markdown under a header of YAML.
 
     Args:
-        name: Of the adapter: its domain, or ``merged``.
+        name: Name of the adapter: its domain, or ``merged``.
         spec: Its shape.
         base: The base model, a hub id or an absolute path.
         reads_text: Whether that is a model of text.
         config: The run's.
-        summary: What was measured so far; the figures are those of the last cycle.
+        summary: The measurements so far; the figures are those of the last cycle.
     """
     parts = [
         f"---\n{yaml.safe_dump(_header(spec, base, config), sort_keys=False)}---",
@@ -126,12 +126,12 @@ def _figures(name: str, summary: Summary) -> str:
     if len(summary.cycles) == 1 or not scores:
         return "It has not learned anything yet."
     lines = ["| domain | before training | with this adapter |", "|---|---|---|"]
-    lines += [f"| {domain} | {_said(first.foundation[domain])} | {_said(score)} |" for domain, score in scores.items()]
+    lines += [f"| {on} | {_said(first.foundation.get(on))} | {_said(score)} |" for on, score in scores.items()]
     return "\n".join(lines) + "\n\nOn examples that devices held out; an answer is right if it is so to the letter."
 
 
-def _said(score: Score) -> str:
-    return f"{score.accuracy:.1%} of {score.num_examples}, loss {score.loss:.3f}"
+def _said(score: Score | None) -> str:
+    return "not measured" if score is None else f"{score.accuracy:.1%} of {score.num_examples}, loss {score.loss:.3f}"
 
 
 def _loading(spec: AdapterSpec, base: str, reads_text: bool) -> str:
@@ -146,7 +146,7 @@ def _loading(spec: AdapterSpec, base: str, reads_text: bool) -> str:
 
 
 def _if_moved(spec: AdapterSpec, base: str, config: Config) -> str:
-    """What to do where the base model's folder is not there."""
+    """Advice for a machine that lacks the base model's folder."""
     said = f"The base model is a folder of the machine that this was trained on, `{base}`."
     if config.model.foundation != base:
         said += f" GaisNet has made it out of `{config.model.foundation}`, and makes it again where it loads that."

@@ -83,7 +83,7 @@ class Public:
 
 def load_public(edge: EdgeSettings, config: Config) -> Public:
     """What is public about an edge's domain: all of it where the data set is built in. Raises ``DataError``."""
-    if not _is_dealt(edge, config):
+    if not config.deals(edge):
         followed = _followed(edge, config)
         return Public(TaskShape(edge.template or followed.template, edge.labels or followed.labels), None)
     domain = _load_edge(edge, config)
@@ -115,11 +115,11 @@ def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
     if folders:
         found = f"some of its devices name 'data', but not {', '.join(without)}"
         raise DataError(asked, found, "give every device of the edge a data folder, or none")
-    if not _is_dealt(edge, config):
+    if not config.deals(edge):
         found = "its devices have data of their own, which this site's configuration says nothing of"
         do = "start the network's sites instead, or say where they are, with --set edges.N.devices.N.data=FOLDER"
         raise DataError(asked, found, do)
-    if edge.adapter not in BUILT_IN or (edge.follows and not _is_dealt(followed, config)):
+    if edge.adapter not in BUILT_IN or (edge.follows and not config.deals(followed)):
         found = "is not built in, and its devices name no 'data'"
         raise DataError(asked, found, f"give every device a data folder, or use one of: {', '.join(BUILT_IN)}")
     if edge.template is not None or edge.labels:
@@ -131,12 +131,6 @@ def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
     return _deal(_drawn(edge, share, config), edge, share, config)
 
 
-def _is_dealt(edge: EdgeSettings, config: Config) -> bool:
-    """Whether an edge's examples are drawn, not read."""
-    elsewhere = config.elsewhere is not None and edge.name in config.elsewhere.own_data
-    return not elsewhere and all(device.data is None for device in edge.devices)
-
-
 def _followed(edge: EdgeSettings, config: Config) -> EdgeSettings:
     """The edge whose domain's adapter acts at one; itself in a newcomer's kit, which has what the two share."""
     return next((each for each in config.edges if each.domain == edge.adapter), edge)
@@ -144,11 +138,11 @@ def _followed(edge: EdgeSettings, config: Config) -> EdgeSettings:
 
 def dealt_share(edge: EdgeSettings, device: str, config: Config) -> DealtShare | None:
     """Which part of a built-in data set is a device's; None where it reads its own."""
-    if not _is_dealt(edge, config):
+    if not config.deals(edge):
         return None
     if config.elsewhere is not None and config.elsewhere.share is not None:
         return config.elsewhere.share
-    newcomers = [each.domain for each in config.edges if each.follows == edge.adapter and _is_dealt(each, config)]
+    newcomers = [each.domain for each in config.edges if each.follows == edge.adapter and config.deals(each)]
     return DealtShare(
         num_devices=len(edge.devices),
         device=[each.name for each in edge.devices].index(device),

@@ -213,7 +213,7 @@ def cycle_scalars(cycle: Cycle) -> dict[str, float]:
 
 
 def _take_lock(folder: Path) -> Lock:
-    """Of several processes exactly one gets it; the others see ``OutputInUse``. Also proves that we may write."""
+    """Take the folder's lock: one process gets it, others see ``OutputInUse``. Also proves that we may write."""
     try:
         return take(folder / LOCK_NAME)
     except LockTaken as error:

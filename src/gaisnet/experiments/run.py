@@ -240,12 +240,12 @@ class Run:
         )
 
     def _examples(self) -> dict[str, Examples]:
-        """What devices say of their examples; an edge speaks of its own devices only."""
+        """Lengths of examples as devices report them; those of an edge that is away are missing."""
         found = self._network.lengths()
         return {
             device.name: Examples(**asdict(found[edge.domain][device.name]))
             for edge, device in self._config.each_device()
-            if device.name in found[edge.domain]
+            if device.name in found.get(edge.domain, {})
         }
 
     def _measure(

@@ -22,8 +22,8 @@ def main(cpu_s: int, memory_bytes: int, characters: int) -> None:
 
     Args:
         cpu_s: Seconds of the processor for one template; beyond them SIGPROF ends this process.
-        memory_bytes: What it may take beyond what it has when it begins.
-        characters: Of the text that comes out.
+        memory_bytes: Memory that it may take beyond what it has when it begins.
+        characters: Longest text that may come out.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -83,12 +83,16 @@ class _Renderer:
             self._process = None
 
     def _started(self) -> subprocess.Popen[bytes]:
-        """A process that is ready. It gets none of this one's secrets."""
+        """A process that is ready. It gets none of this one's secrets. Raises ``ServiceFull``."""
         command = [sys.executable, "-P", str(_SCRIPT), str(CPU_S), str(MEMORY_BYTES), str(CHARACTERS)]
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
         environment["OPENBLAS_NUM_THREADS"] = "1"  # each would reserve memory
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        _line_of(process)
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        except OSError as error:
+            raise ServiceFull("a chat", f"no process can be started to render it ({error.strerror})") from error
+        if "refused" in _line_of(process):
+            raise ServiceFull("a chat", "the process that renders it ended before it was ready")
         return process
 
     def _exchanged(self, process: subprocess.Popen[bytes], line: bytes) -> dict[str, str]:

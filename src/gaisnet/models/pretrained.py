@@ -64,7 +64,7 @@ def pretrained_model(
         kind: A class of transformers', or one of its automatic ones.
         source: A folder or a hub id.
         asked: Name of the model in errors.
-        dtype: Of the weights.
+        dtype: Type of the weights.
         changes: To its configuration.
     """
     if Path(source).is_dir():
@@ -97,7 +97,7 @@ def pretrained_tokenizer(source: str, asked: str, do: str = DO) -> PreTrainedTok
 
 
 def from_gguf(gguf: Path, asked: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What a GGUF file holds, dequantised to float32. Raises ``ModelError``."""
+    """The model and the tokenizer in a GGUF file, dequantised to float32. Raises ``ModelError``."""
     with _told(asked, "check the file", "the GGUF file cannot be converted"):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

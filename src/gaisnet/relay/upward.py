@@ -61,7 +61,7 @@ def fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool
 
 
 def standing(reports: Collection[EvaluationReport]) -> tuple[float, float]:
-    """What is said of an adapter on several domains, the better the larger: mean accuracy, then the negative loss.
+    """Rank of an adapter over several domains, the better the larger: mean accuracy, then the negative loss.
 
     Zeros where nobody says anything.
     """

@@ -69,7 +69,7 @@ def asked_for(
         raw: All fields.
         taken: Names of those that can be had.
         neutral: Of OpenAI's that cannot, and the values of theirs that ask for nothing.
-        where: What the fields stand in, with a dot behind it, for messages.
+        where: Name of the object that has the fields, with a dot behind it, for messages.
 
     Raises:
         BadRequest: The first field that cannot be had.

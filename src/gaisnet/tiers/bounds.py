@@ -18,6 +18,7 @@ from gaisnet.adapters.state import AdapterTensors, check_same_shapes
 from gaisnet.errors import OutOfBounds, StaleAdapter
 from gaisnet.learning_settings import FineTuneSettings
 from gaisnet.messages import (
+    MOST,
     AdapterUpdate,
     AnchorRelease,
     BodyOutput,
@@ -29,8 +30,6 @@ from gaisnet.messages import (
     Split,
 )
 
-MOST = 2**31 - 1
-"""Of whatever is counted, where nothing smaller is known."""
 MAX_LOSS = 1e4
 """In nats per label token: no logits that float16 can hold are further apart than some times this."""
 MAX_ACTIVATION = 1e8
@@ -116,7 +115,7 @@ def anchor(party: str, found: AnchorRelease, hidden_size: int, most_positions: i
 
 
 def most_steps(num_examples: int, settings: FineTuneSettings) -> int:
-    """Of an optimizer, in a party's round."""
+    """Most optimizer steps that a party can make in a round."""
     return settings.passes_in_round * -(-num_examples // settings.batch_size)
 
 
@@ -126,12 +125,12 @@ def local_update(
     """Hold what a local device says that it learned against what it was given.
 
     Args:
-        name: Of the device.
-        update: That it sent.
+        name: The device's name.
+        update: The update that it sent.
         base: Version of the adapter that it was given.
         start: Tensors of it.
-        cycle: That it learned in.
-        settings: How.
+        cycle: The cycle in which it learned.
+        settings: How it learned.
 
     Raises:
         AdapterMismatch: Other tensors, or numbers that are not finite.
@@ -233,12 +232,12 @@ def smashed(
     """Raise ``OutOfBounds`` where activations cannot be those of examples that a device has.
 
     Args:
-        name: Of the device.
-        split: Of the examples.
-        found: That it sent.
+        name: The device's name.
+        split: The split that it was asked for.
+        found: The activations that it sent.
         next_layer: Where its head ends.
-        width: Of the model.
-        most_positions: Of one example.
+        width: Hidden size of the model.
+        most_positions: Longest example, in positions.
         classifies: Whether one label belongs to an example.
     """
     party = f"device '{name}'"
@@ -283,7 +282,7 @@ class Steepness:
         )
 
     def limit(self, rows_ND: Tensor, num_labels_total: int) -> float:
-        """Of the norm of an owner's gradient of the mean loss of a step, at the rows that it was sent."""
+        """Largest norm of an owner's gradient of the mean loss of a step, at the rows that it was sent."""
         each_N = torch.full((len(rows_ND),), self.at_row, dtype=torch.float64)
         if self.normed:
             each_N /= rows_ND.double().square().mean(dim=-1).sqrt().clamp_min(1e-6).cpu()

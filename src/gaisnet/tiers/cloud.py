@@ -13,6 +13,7 @@ from gaisnet.checkpoint import digest_of, under
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import AdapterError, OutOfBounds, StaleAdapter, UnexpectedMessage
 from gaisnet.messages import (
+    MOST,
     AdapterRelease,
     AdapterUpdate,
     AnchorRelease,
@@ -295,7 +296,7 @@ class Cloud:
     def _most_scored(self, edge: EdgeSettings, asked: Message) -> tuple[int, int]:
         """Examples and label tokens: of a score on the FM, those whose activations are here."""
         if not isinstance(asked, Evaluate) or asked.body != "foundation":
-            return bounds.MOST, bounds.MOST
+            return MOST, MOST
         keys = [(device.name, asked.split) for device in edge.devices]
         here = [self._activations[key] for key in keys if key in self._activations]
         return sum(map(len, here)), sum(sum(inputs.num_labels) for inputs in here)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import AdapterSpec, LoraSpec, activate, add_adapter
 from gaisnet.errors import ModelError
-from gaisnet.messages import AdapterRelease, AnchorRelease, Role
+from gaisnet.messages import MOST, AdapterRelease, AnchorRelease, Role
 from gaisnet.models.parts import Body
 from gaisnet.models.pauses import pause_within
 from gaisnet.models.ragged import Ragged
@@ -87,7 +87,7 @@ class DomainModel(LearningBody):
         Raises ``OutOfBounds`` where its rows are not this model's.
         """
         config = self._body.config
-        longest = getattr(config, "max_position_embeddings", bounds.MOST)
+        longest = getattr(config, "max_position_embeddings", MOST)
         bounds.anchor("the cloud", anchor, config.hidden_size, longest)
         if not len(anchor.lengths_E):
             return

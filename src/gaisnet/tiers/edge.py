@@ -136,7 +136,7 @@ class Edge:
 
     def _granted(self, split: Split) -> int:
         """Examples of a split that any device may have: of a built-in domain, all that it is dealt."""
-        if all(device.data is not None for device in self._settings.devices):
+        if not self._config.deals(self._settings):
             return 0
         return self._config.data.test_examples if split == "test" else self._config.data.train_examples
 
@@ -154,10 +154,11 @@ class Edge:
             release = held.release if held and same_model else self._ask_cloud(ModelRequest(), ModelRelease)
             anchor = self._ask_cloud(AnchorRequest(), AnchorRelease)
             turn, num_classes = self._outlet.turn, self._num_classes
-            self._holding = Holding(self._config, order.run, order.model, release, anchor, turn, num_classes)
-            self._holding.keep_model(self._shelf)
+            held = Holding(self._config, order.run, order.model, release, anchor, turn, num_classes)
+            held.keep_model(self._shelf)
             self._shelf.clear_arrivals()
-            self._begin(self._holding)
+            self._holding = held  # not before: where it could not be kept, the next order begins anew
+            self._begin(held)
             self._cloud_has.clear()
             self._cluster.forget()
             self._put_out_all()

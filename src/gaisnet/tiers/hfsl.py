@@ -53,7 +53,7 @@ class HybridLearning:
         self.start: AdapterRelease | None = None
         self._local = [device.name for device in settings.devices if device.mode == "local"]
         self._split = [device.name for device in settings.devices if device.mode == "split"]
-        self._built_in = any(device.data is None for device in settings.devices)
+        self._built_in = config.deals(settings)
 
     def edge_round(self, domain: DomainModel, rounds: Rounds) -> Rounds:
         """One round with whoever can be had. Raises ``TooFewDevices``, or why the only ones failed."""

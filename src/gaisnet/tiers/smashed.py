@@ -10,10 +10,9 @@ from torch import Tensor
 
 from gaisnet.config import EdgeSettings, FaultSettings
 from gaisnet.errors import GaisnetError
-from gaisnet.messages import SmashedData, SmashRequest, Split
+from gaisnet.messages import MOST, SmashedData, SmashRequest, Split
 from gaisnet.tiers import bounds
 from gaisnet.tiers.activations import Activations
-from gaisnet.tiers.bounds import MOST
 from gaisnet.tiers.cluster import Cluster
 from gaisnet.tiers.domain_model import DomainModel
 from gaisnet.tiers.on_disk import kept_within

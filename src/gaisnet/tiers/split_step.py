@@ -151,9 +151,9 @@ def checked(
     """The reply, clipped where that must be, or why it is none: one owner's must not spoil the step of the others.
 
     Args:
-        reply: Of the owner.
-        output: That it was sent.
-        name: Of the owner.
+        reply: The owner's reply.
+        output: The rows that it was sent.
+        name: The owner's name.
         where: Names the step in errors.
         steepness: Bounds its gradient; None where owner and asker are one.
     """

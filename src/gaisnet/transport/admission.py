@@ -31,7 +31,7 @@ class Admission:
     """Counts the calls of each caller. All methods may be called from any thread, and none waits.
 
     Args:
-        rate: Of each caller. A caller is the name in a certificate, so there are as many as the network has sites.
+        rate: Quota of each caller. A caller is the name in a certificate, so there are as many as sites.
     """
 
     def __init__(self, rate: Rate) -> None:

@@ -22,7 +22,7 @@ class _Place(Protocol):
     """Where the chunks of a parcel are kept until all are there."""
 
     digests: list[bytes]
-    """Of the chunks that are kept, which are the first ones."""
+    """Digests of the chunks that are kept, which are the first ones."""
 
     def keep(self, data: memoryview, digest: bytes) -> None:
         """Take the next chunk."""
@@ -112,7 +112,7 @@ class Arriving:
     """A parcel that comes in.
 
     Attributes:
-        offer: What was announced.
+        offer: The announcement.
     """
 
     def __init__(self, offer: Parcel, place: _Place, other: str) -> None:
@@ -155,21 +155,22 @@ class Arrivals:
 
     Args:
         codec: With the limits.
-        other: Who sends them, for errors.
+        other: Name of the sender, for errors.
         folder: For those that last: there they go on after a restart, until somebody empties it. None keeps all in
             memory.
+        most_bytes: Longest parcel that is taken; None for ``wire.max_transfer_bytes``.
     """
 
-    def __init__(self, codec: Codec, other: str, folder: Path | None = None) -> None:
+    def __init__(self, codec: Codec, other: str, folder: Path | None = None, most_bytes: int | None = None) -> None:
         self._codec = codec
         self._other = other
         self._folder = folder
+        self.most_bytes = min(codec.max_transfer_bytes, most_bytes or codec.max_transfer_bytes)
 
     def begin(self, offer: Parcel) -> Arriving:
         """Take a parcel, or go on with it. Raises ``ParcelRefused``, before there is memory for any of it."""
-        limit = self._codec.max_transfer_bytes
-        if offer.size_bytes > limit:
-            raise ParcelRefused(self._other, offer.message, f"{offer.size_bytes} bytes, the limit is {limit}")
+        if offer.size_bytes > self.most_bytes:
+            raise ParcelRefused(self._other, offer.message, f"{offer.size_bytes} bytes, the limit is {self.most_bytes}")
         if offer.chunk_bytes != self._codec.chunk_bytes:
             raise ParcelRefused(
                 self._other, offer.message, f"chunks of {offer.chunk_bytes} bytes, here {self._codec.chunk_bytes}"

@@ -76,7 +76,7 @@ class CodedLink:
             return failed(error)
 
     def _in_turn(self, begin: Callable[[], Future[Message]], is_long: bool) -> Future[Message]:
-        """What goes out in chunks is not overtaken by what is sent after it."""
+        """Keep later messages from overtaking one that goes out in chunks."""
         with self._lock:
             before = self._last_pushed
             if before is not None and not before.done():

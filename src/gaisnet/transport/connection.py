@@ -32,7 +32,7 @@ class End(Protocol):
         """A connection is being closed for what came in on it."""
 
     def next_frame(self, connection: "Connection", patient: bool) -> bytes | None:
-        """What to send next; None where there is nothing. Raises ``EOFError`` at the end of the connection."""
+        """The next frame to send; None where there is none. Raises ``EOFError`` at the end of the connection."""
 
 
 class Connection:
@@ -52,7 +52,7 @@ class Connection:
         """Set when ``frames`` has come to its end."""
 
     def frames(self) -> Iterator[bytes]:
-        """What to send, as it comes, until the connection ends."""
+        """Frames to send, as they come, until the connection ends."""
         patient = True
         try:
             while True:

@@ -92,11 +92,11 @@ def _is(error: LinkError, kind: type[LinkError]) -> bool:
 
 
 class Depot:
-    """The parcels of one asker, at the end that answers: what comes in, and what waits to be pulled."""
+    """The parcels of one asker, at the end that answers: those that come in, and those that wait to be pulled."""
 
-    def __init__(self, codec: Codec, asker: str, wrapper: Wrapper) -> None:
+    def __init__(self, codec: Codec, asker: str, wrapper: Wrapper, most_bytes: int | None = None) -> None:
         self._codec = codec
-        self._arrivals = Arrivals(codec, asker)
+        self._arrivals = Arrivals(codec, asker, most_bytes=most_bytes)
         self._wrapper = wrapper
         self._in: OrderedDict[str, Arriving] = OrderedDict()
         self._out: OrderedDict[str, Outgoing] = OrderedDict()
@@ -132,7 +132,7 @@ class Depot:
             return packed.whole()
         parcel = self._wrapper.wrap(reply, self._wrapper.hold(reply, packed))
         with self._lock:
-            self._put(self._out, parcel)
+            self._put(self._out, parcel, self._codec.max_transfer_bytes)
         return self._codec.encode(parcel.offer)
 
     def _take_in(self, offer: Parcel) -> int:
@@ -140,7 +140,7 @@ class Depot:
             arriving = self._in.get(offer.digest)
             if arriving is None:
                 arriving = self._arrivals.begin(offer)
-                self._put(self._in, arriving)
+                self._put(self._in, arriving, self._arrivals.most_bytes)
             return arriving.next
 
     def _unwrap(self, digest: str) -> Message:
@@ -150,13 +150,12 @@ class Depot:
             self._in.pop(digest, None)
         return message
 
-    def _put(self, parcels: OrderedDict[str, P], parcel: P) -> None:
+    def _put(self, parcels: OrderedDict[str, P], parcel: P, most_bytes: int) -> None:
         """Keep a parcel; the oldest ones make room for it."""
         parcels[parcel.offer.digest] = parcel
         parcels.move_to_end(parcel.offer.digest)
         while len(parcels) > _MOST_PARCELS or (
-            len(parcels) > 1
-            and sum(each.offer.size_bytes for each in parcels.values()) > self._codec.max_transfer_bytes
+            len(parcels) > 1 and sum(each.offer.size_bytes for each in parcels.values()) > most_bytes
         ):
             parcels.popitem(last=False)
 
@@ -168,10 +167,16 @@ class Depot:
 
 
 class Depots:
-    """A depot for every asker of a site."""
+    """A depot for every asker of a site.
 
-    def __init__(self, codec: Codec) -> None:
+    Args:
+        codec: Reads what arrives.
+        most_bytes: Longest request of an asker, by its name; None as a result for ``wire.max_transfer_bytes``.
+    """
+
+    def __init__(self, codec: Codec, most_bytes: Callable[[str], int | None] = lambda _: None) -> None:
         self._codec = codec
+        self._most_bytes = most_bytes
         self._wrapper = Wrapper(codec, "an asker")
         self._depots: dict[str, Depot] = {}
         self._lock = threading.Lock()
@@ -180,5 +185,5 @@ class Depots:
         """The depot of ``asker``."""
         with self._lock:
             if asker not in self._depots:
-                self._depots[asker] = Depot(self._codec, asker, self._wrapper)
+                self._depots[asker] = Depot(self._codec, asker, self._wrapper, self._most_bytes(asker))
             return self._depots[asker]

@@ -50,7 +50,7 @@ class Wrapper:
         self._lock = threading.Lock()
 
     def hold(self, message: Message, packed: Packed) -> Packed:
-        """What ``wrap`` may take its time with: a copy, unless the message lasts. Raises ``MessageTooLarge``."""
+        """Tensors for ``wrap`` that nobody changes: a copy, unless the message lasts. Raises ``MessageTooLarge``."""
         if packed.size_bytes > self._codec.max_transfer_bytes:
             raise MessageTooLarge(
                 self._other, packed.size_bytes, self._codec.max_transfer_bytes, "wire.max_transfer_bytes"

@@ -1,4 +1,4 @@
-"""Whose turn it is to answer at a site: tiers do one thing at a time, over however many links they are asked.
+"""Turns at a site: its tiers answer one request at a time, over however many links they are asked.
 
 Askers take turns, so that one with many requests holds up another by one of them.
 """

@@ -1,4 +1,4 @@
-"""What a thief may do with the cloud's kit: a server that asks nobody's leave, jobs of his own, and a shell."""
+"""A thief with the cloud's kit: a server that asks nobody's leave, jobs of his own, and a shell."""
 
 import json
 import threading

@@ -177,7 +177,7 @@ def answered(examples: Sequence[Tokens]) -> dict[str, Any]:
 def accuracy(model: Any, examples: Sequence[Tokens], shown: Sequence[int] = ()) -> float:
     """Share of examples whose every label is the likeliest token, given the ones before; nan for no examples.
 
-    Of several tokens that end an answer of the model, any will do for another.
+    Where the model has several tokens that end an answer, any of them counts for another.
 
     ``shown``: tokens that stand before every example. The model reads them once.
     """

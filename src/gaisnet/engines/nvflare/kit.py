@@ -23,7 +23,7 @@ AUDIT_FILE = "audit.log"
 
 ORGANIZATION = "gaisnet"
 ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
-"""Of NVFlare's processes: they and their job processes work in the kit, from where nothing may be imported."""
+"""Setting for NVFlare's processes: they and their jobs work in the kit, and nothing may be imported from there."""
 
 NARROWED = "gaisnet.engines.nvflare.narrowed"
 """Module that runs NVFlare's client with few commands: see there."""

@@ -55,7 +55,7 @@ def channel_credentials(certificates: Certificates) -> grpc.ChannelCredentials:
 
 
 def options(limits: Limits) -> list[tuple[str, Any]]:
-    """What holds for both ends."""
+    """Options of both ends."""
     frame_bytes = limits.part_bytes + _FRAME_SLACK_BYTES
     keepalive_ms = round(limits.keepalive_s * 1000)
     return [
@@ -73,7 +73,7 @@ def options(limits: Limits) -> list[tuple[str, Any]]:
 
 
 def options_of_dialer(listener: str, backoff_s: tuple[float, float] = BACKOFF_S) -> list[tuple[str, Any]]:
-    """What holds for the end that dials.
+    """Options of the end that dials.
 
     Args:
         listener: Name that the other end's certificate must have.

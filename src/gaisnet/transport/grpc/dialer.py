@@ -40,11 +40,11 @@ class Dialer:
 
     Args:
         address: ``host:port`` of the listener.
-        certificates: Of this site.
-        name: Of this site, as its certificate says.
+        certificates: Those of this site.
+        name: Name of this site, as its certificate says.
         listener: Name that the listener's certificate must have.
         handle: Answers its requests, see ``Listener``.
-        limits: What the listener may send.
+        limits: Bounds on what the listener may send.
         speaks_for: Name to be taken for, where ``name`` is the listener's own.
 
     Raises:

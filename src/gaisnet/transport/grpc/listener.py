@@ -52,15 +52,15 @@ class Listener:
 
     Args:
         address: ``host:port``; port 0 takes a free one.
-        certificates: Of this site.
-        name: Of this site. A dialer that shows a certificate of this same name may speak for others.
+        certificates: Those of this site.
+        name: Name of this site. A dialer that shows a certificate of this same name may speak for others.
         accepts: Names that may dial.
         handle: Answers requests, one after the other, each in any thread; those of one site in the order in which they
             came, and sites in turn. It may ask over all links.
-        limits: What dialers may send.
+        limits: Bounds on what dialers may send.
         status: Answers ``ask_status``, in threads of its own; must not wait for anything.
         aside: Those of ``accepts`` whose requests do not wait for requests of the others, nor the other way round.
-        limits_aside: What those may send; None for the same as the others.
+        limits_aside: Bounds on what those may send; None for the same as the others.
 
     Raises:
         ConfigError: The certificates cannot be read, or the address cannot be listened on.

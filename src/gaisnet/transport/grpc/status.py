@@ -20,11 +20,11 @@ from gaisnet.transport.stream import DEFAULT_LIMITS
 
 
 def ask_status(address: str, certificates: Certificates, listener: str, timeout_s: float) -> dict[str, JsonValue]:
-    """What a listener's ``status`` says; any site of the network may ask.
+    """Ask a listener for its status; any site of the network may.
 
     Args:
         address: ``host:port`` of the listener.
-        certificates: Of this site.
+        certificates: Those of this site.
         listener: Name that the listener's certificate must have.
         timeout_s: Seconds to wait.
 
