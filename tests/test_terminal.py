@@ -1,4 +1,4 @@
-"""What others wrote reaches terminals and logs as text, and as nothing else."""
+"""Text of others reaches terminals and logs as text, and as nothing else."""
 
 import io
 import json

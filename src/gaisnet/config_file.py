@@ -142,7 +142,8 @@ def _foundation(asked: str, base: Path | None) -> str:
         if not found.exists():
             do = f"correct it: it is taken from '{base}'; a hub id is written without a dot or slash in front"
             raise ConfigError(f"model.foundation '{asked}'", f"there is no '{found}'", do)
-        return str(found.resolve())
+        # The file's own name stays where it is a link: the hub's cache has it as a link to a file without an ending.
+        return str(found.resolve() if found.is_dir() else found.parent.resolve() / found.name)
     if not path.is_absolute() and path.is_dir():  # transformers would load it, and later another or none
         found_here = f"is not in the folder of the configuration, but in the current directory, '{Path.cwd()}'"
         do = f"write the path from the configuration's folder, or --set model.foundation={asked}"

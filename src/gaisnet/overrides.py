@@ -88,7 +88,7 @@ def _put(target: Any, parts: list[str], value: Any, override: str) -> None:
 
 
 def most_telling(error: ValidationError) -> ErrorDetails:
-    """Of what pydantic found wrong with settings.
+    """The most telling of the faults that pydantic found in settings.
 
     A misspelt key explains the missing one beside it, and of a union's members the one that got furthest was meant.
     """
@@ -96,7 +96,7 @@ def most_telling(error: ValidationError) -> ErrorDetails:
 
 
 def found_in(error: ErrorDetails, spelled: str | None = None) -> str:
-    """What is wrong with a value, and the value, shortened; ``spelled``: as it was written, if that is known."""
+    """The fault of a value, and the value, shortened; ``spelled``: as it was written, if that is known."""
     message, value = error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"] in ("missing", "value_error"):  # here the input is all that stands around it
         return message

@@ -41,7 +41,7 @@ def log_to_stderr(level: int, form: str) -> None:
     """Send the log of this process to standard error.
 
     Args:
-        level: Of ``logging``; less important messages are left out.
+        level: One of ``logging``'s; less important messages are left out.
         form: As ``logging.Formatter`` takes it.
     """
     handler = logging.StreamHandler()

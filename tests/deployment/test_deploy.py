@@ -26,10 +26,10 @@ from gaisnet.deployment.front_door import Door
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.one_machine import kits_in, run_kits, run_network, sites_of
-from gaisnet.deployment.outcome import OUTCOME_FILE, read_outcome, recorded
+from gaisnet.deployment.outcome import OUTCOME_FILE, read_outcome, record_failure, recorded
 from gaisnet.deployment.resident import Watched, links_status, run_cloud, run_device, run_edge
 from gaisnet.deployment.site import CLOUD, START_LOCK, Role, certificates, claimed, read_site
-from gaisnet.deployment.start import plans, start_site
+from gaisnet.deployment.start import failure_recorded, plans, start_site
 from gaisnet.deployment.status import exit_code, network_status
 from gaisnet.deployment.validity import check_validity
 from gaisnet.errors import (
@@ -290,6 +290,19 @@ def test_a_site_that_is_given_up_says_why_in_its_kit(kits: Mapping[str, Path], t
     outcome = read_outcome(kit)
     assert outcome is not None and outcome.stage == "failed" and "there is no such file" in outcome.reason
     assert re.fullmatch(rf"north-a: started as process \d+; its log is {kit}/logs/north-a\.log", lines[0])
+
+
+def test_a_failed_start_says_its_own_reason_and_not_that_of_an_earlier_one(tmp_path: Path) -> None:
+    record_failure(tmp_path, ConfigError("cycles", "is 0", "use 1 or more"))
+    with suppress(KitUnreadable), failure_recorded(tmp_path):
+        raise KitUnreadable(tmp_path, "it has no certificate")
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None and "it has no certificate" in outcome.reason
+    with suppress(ProcessFailed), failure_recorded(tmp_path):
+        record_failure(tmp_path, ConfigError("cycles", "is 0", "use 1 or more"))  # the site itself knows better
+        raise ProcessFailed("north", "ended with exit code 3", tmp_path / "log", "")
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None and "use 1 or more" in outcome.reason
 
 
 def in_days(kit: Path, role: Role, days: float) -> datetime:

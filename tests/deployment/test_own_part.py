@@ -1,4 +1,4 @@
-"""What each kit has of a network's configuration: enough to draw, learn and answer as before, and no more."""
+"""Each kit's part of a network's configuration: enough to draw, learn and answer as before, and no more."""
 
 from pathlib import Path
 from typing import Any

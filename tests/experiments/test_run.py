@@ -22,7 +22,7 @@ from gaisnet.experiments.card import render_card
 from gaisnet.experiments.data import load_domains
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import Run, local_build, run_experiment
-from gaisnet.experiments.summary import Summary
+from gaisnet.experiments.summary import Cycle, Summary
 from gaisnet.models.foundation import load_foundation
 from gaisnet.progress import silent
 from gaisnet.tiers.cloud_model import MERGED
@@ -303,6 +303,25 @@ def test_a_card_has_the_licence_that_is_given_and_words_of_others_as_they_are(fi
     assert yaml.safe_load(header)["base_model"] == "org/model" and yaml.safe_load(header)["license"] == "mit"
     assert not any(line.startswith(("# no", "---")) for line in text.splitlines())
     assert "base_model_name_or_path" not in text  # a hub id is found everywhere
+
+
+def test_a_card_tells_the_scores_there_are_where_an_edge_was_away_in_a_cycle(finished: Finished) -> None:
+    spec, summary = LoraSpec(2, 4, ("q_proj",), (3, 4)), finished.returned
+
+    def away(cycle: Cycle) -> Cycle:
+        return cycle.model_copy(update={"foundation": {"tastes": cycle.foundation["tastes"]}})
+
+    def card(name: str, cycles: list[Cycle]) -> str:
+        return render_card(
+            name, spec, "org/model", True, finished.config, summary.model_copy(update={"cycles": cycles})
+        )
+
+    first, last = summary.cycles[0], summary.cycles[-1]
+    for name, scores in (("shapes", last.foundation), (MERGED, last.merged)):
+        score = scores["shapes"]
+        row = f"| shapes | not scored | {score.accuracy:.1%} of {score.num_examples}, loss {score.loss:.3f} |"
+        assert row in card(name, [away(first), last])
+    assert "It was not scored in the last cycle." in card("shapes", [first, away(last)])
 
 
 # -- the same again ----------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
     Raises:
         OutputInUse: ``out`` holds something.
         ProvisionFailed: NVFlare refused a name or could not write.
-        ConfigError: What the cloud has to send does not fit ``wire.max_transfer_bytes``.
+        ConfigError: The model's release does not fit ``wire.max_transfer_bytes``.
         GaisnetError: The foundation model's tokenizer cannot be loaded, or built-in data are missing.
     """
     if out.exists() and any(out.iterdir()):

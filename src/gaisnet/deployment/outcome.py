@@ -1,4 +1,4 @@
-"""How a site's last start ended, in a file of its kit: it can be read when no process of the site is left to ask."""
+"""The end of a site's last start, in a file of its kit: it can be read when no process of the site is left to ask."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _LONGEST = 2000  # of a reason, in characters
 
 
 class Outcome(BaseModel):
-    """What became of a site.
+    """The end of a site, or that it runs.
 
     Attributes:
         stage: "running" also stands there when the site was killed, or its host went down.
@@ -34,7 +34,7 @@ class Outcome(BaseModel):
 
 @contextmanager
 def recorded(kit: Path, output: Path | None = None) -> Iterator[None]:
-    """Write down how what is done inside ends: in order, by an error, or stopped from outside.
+    """Write down how the block ends: in order, by an error, or stopped from outside.
 
     Args:
         kit: Folder of the site.
@@ -63,7 +63,7 @@ def record_failure(kit: Path, error: Exception, output: str = "") -> None:
 
 
 def read_outcome(kit: Path) -> Outcome | None:
-    """What was written last; None where nothing was, or nothing that can be read."""
+    """The outcome that was written last; None where there is none that can be read."""
     try:
         return Outcome.model_validate_json((kit / OUTCOME_FILE).read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError):

@@ -13,7 +13,7 @@ _AT_THE_CLOUD = "at the cloud"  # in place of the foundation model's name or pat
 
 
 def own_part(config: Config, site: str) -> Config:
-    """What the kit of ``site``, which ``config`` names, has of ``config``."""
+    """The part of ``config`` that is in the kit of ``site``, which it names."""
     if site == CLOUD:
         edges = tuple(_without_data(edge) for edge in config.edges)
         own_data = tuple(edge.name for edge, device in _first_devices(config) if device.data is not None)

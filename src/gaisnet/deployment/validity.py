@@ -1,4 +1,4 @@
-"""How long the certificates of a kit are valid: said in time, and explained afterwards.
+"""The validity of a kit's certificates: a warning before they expire, an explanation afterwards.
 
 Otherwise an expired certificate shows up as a failed handshake at the other end, which says neither whose nor why.
 """
@@ -18,7 +18,7 @@ WARN_BEFORE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Validity:
-    """Of a site's own certificate or that of its authority, whichever is valid for the shorter time; both in UTC."""
+    """Begin and end, in UTC, of a site's own certificate or of its authority's, whichever ends first."""
 
     file: Path
     begin: datetime
@@ -38,7 +38,7 @@ def check_validity(folder: Path, role: Role, now: datetime | None = None) -> Val
 
     Args:
         folder: The kit.
-        role: Of the site.
+        role: The site's.
         now: Time zone aware; None for this moment.
 
     Raises:

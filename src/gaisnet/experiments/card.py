@@ -47,12 +47,12 @@ def render_card(name: str, spec: AdapterSpec, base: str, reads_text: bool, confi
     """The card of an adapter, Markdown under a header of YAML.
 
     Args:
-        name: Of the adapter: its domain, or ``merged``.
+        name: The adapter's: its domain, or ``merged``.
         spec: Its shape.
         base: The base model, a hub id or an absolute path.
         reads_text: Whether that is a model of text.
         config: The run's.
-        summary: What was measured so far; the figures are those of the last cycle.
+        summary: Measurements so far; the figures are those of the last cycle.
     """
     parts = [
         f"---\n{yaml.safe_dump(_header(spec, base, config), sort_keys=False)}---",
@@ -61,7 +61,7 @@ def render_card(name: str, spec: AdapterSpec, base: str, reads_text: bool, confi
         "## How it was trained",
         _training(spec, config, summary),
         "## How good it is",
-        _figures(name, summary),
+        _figures(name, config, summary),
         "## How to load it",
         _loading(spec, base, reads_text),
         *([_if_moved(spec, base, config)] if _is_folder(base) else []),
@@ -120,17 +120,25 @@ def _shape(spec: AdapterSpec) -> str:
     return f"LoRA of rank {spec.rank} and alpha {spec.alpha} on {', '.join(spec.targets)} of {layers}"
 
 
-def _figures(name: str, summary: Summary) -> str:
+def _figures(name: str, config: Config, summary: Summary) -> str:
+    """A table of scores; an edge that was away has none in that cycle."""
     first, last = summary.cycles[0], summary.cycles[-1]
-    scores = last.merged if name not in last.foundation else {name: last.foundation[name]}
-    if len(summary.cycles) == 1 or not scores:
+    if len(summary.cycles) == 1:
         return "It has not learned anything yet."
+    own = name in {edge.domain for edge in config.learning_edges()}
+    scores = {domain: score for domain, score in last.foundation.items() if domain == name} if own else last.merged
+    if not scores:
+        return "It was not scored in the last cycle."
     lines = ["| domain | before training | with this adapter |", "|---|---|---|"]
-    lines += [f"| {domain} | {_said(first.foundation[domain])} | {_said(score)} |" for domain, score in scores.items()]
+    lines += [
+        f"| {domain} | {_said(first.foundation.get(domain))} | {_said(score)} |" for domain, score in scores.items()
+    ]
     return "\n".join(lines) + "\n\nOn examples that devices held out; an answer is right if it is so to the letter."
 
 
-def _said(score: Score) -> str:
+def _said(score: Score | None) -> str:
+    if score is None:
+        return "not scored"
     return f"{score.accuracy:.1%} of {score.num_examples}, loss {score.loss:.3f}"
 
 
@@ -146,7 +154,7 @@ def _loading(spec: AdapterSpec, base: str, reads_text: bool) -> str:
 
 
 def _if_moved(spec: AdapterSpec, base: str, config: Config) -> str:
-    """What to do where the base model's folder is not there."""
+    """Advice for a machine on which the base model's folder is not there."""
     said = f"The base model is a folder of the machine that this was trained on, `{base}`."
     if config.model.foundation != base:
         said += f" GaisNet has made it out of `{config.model.foundation}`, and makes it again where it loads that."

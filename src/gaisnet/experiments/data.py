@@ -143,7 +143,7 @@ def _followed(edge: EdgeSettings, config: Config) -> EdgeSettings:
 
 
 def dealt_share(edge: EdgeSettings, device: str, config: Config) -> DealtShare | None:
-    """Which part of a built-in data set is a device's; None where it reads its own."""
+    """A device's part of a built-in data set; None where it reads data of its own."""
     if not _is_dealt(edge, config):
         return None
     if config.elsewhere is not None and config.elsewhere.share is not None:

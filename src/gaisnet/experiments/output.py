@@ -213,7 +213,7 @@ def cycle_scalars(cycle: Cycle) -> dict[str, float]:
 
 
 def _take_lock(folder: Path) -> Lock:
-    """Of several processes exactly one gets it; the others see ``OutputInUse``. Also proves that we may write."""
+    """Take a run's lock, which exactly one process gets; others see ``OutputInUse``. Also proves that we may write."""
     try:
         return take(folder / LOCK_NAME)
     except LockTaken as error:
@@ -222,7 +222,7 @@ def _take_lock(folder: Path) -> Lock:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes to a folder that holds something else than a run. Raises as ``RunFolder.resume``.
+    """Inside, no other process writes to a folder that is not a run's. Raises as ``RunFolder.resume``.
 
     An error inside is never hidden by one of the end.
     """

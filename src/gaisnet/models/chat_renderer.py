@@ -22,9 +22,10 @@ def main(cpu_s: int, memory_bytes: int, characters: int) -> None:
 
     Args:
         cpu_s: Seconds of the processor for one template; beyond them SIGPROF ends this process.
-        memory_bytes: What it may take beyond what it has when it begins.
-        characters: Of the text that comes out.
+        memory_bytes: Limit on the memory that it takes beyond that with which it begins.
+        characters: Limit on the text that comes out.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which ends this one
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory(memory_bytes)

@@ -49,7 +49,7 @@ class Foundation:
         model: As transformers has it.
         reader: Its tokenizer; None where it takes images.
         source: A hub id or an absolute path, from which ``from_pretrained`` loads it anywhere on this machine.
-        digest: Of its weights, see ``digest_of_weights``.
+        digest: That of its weights, see ``digest_of_weights``.
     """
 
     name: str

@@ -97,7 +97,7 @@ def pretrained_tokenizer(source: str, asked: str, do: str = DO) -> PreTrainedTok
 
 
 def from_gguf(gguf: Path, asked: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What a GGUF file holds, dequantised to float32. Raises ``ModelError``."""
+    """Model and tokenizer out of a GGUF file, dequantised to float32. Raises ``ModelError``."""
     with _told(asked, "check the file", "the GGUF file cannot be converted"):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

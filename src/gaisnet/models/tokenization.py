@@ -24,13 +24,13 @@ from gaisnet.errors import SessionRefused
 from gaisnet.models.chat_template import rendered_chat
 
 BROKEN = "\ufffd"
-"""What a tokenizer makes of bytes that are no character, and of the first bytes of one."""
+"""The character that a tokenizer puts for bytes that are none, or only the first of one."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of a tokenizer with byte fallback
 _ANCHORS = ("a", ".", "\n")  # stand before a text that does not begin one; none of them merges with everything
 
 
 class _Facts:
-    """What has to be asked of a tokenizer once. Where it changes afterwards, that is not seen."""
+    """Facts that a tokenizer is asked for once. Changes to it afterwards are not seen."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         added = tokenizer.added_tokens_decoder.items()
@@ -42,7 +42,7 @@ class _Facts:
         starts = (i for i in range(len(whole)) if whole[i : i + len(text)] == text)
         at = next(starts, 0)
         self.opening, self.closing = tuple(whole[:at]), tuple(whole[at + len(text) :])
-        """What it writes around a text by itself."""
+        """Tokens that it writes around a text by itself."""
         self._tokenizer = copy.copy(tokenizer)  # of its own: a weak dictionary's value must not hold its key
 
     @cached_property
@@ -144,7 +144,7 @@ def closed_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Closed:
 class Pair:
     """A prompt and its completion in token ids."""
 
-    opening: tuple[int, ...]  # what the tokenizer writes before a text
+    opening: tuple[int, ...]  # tokens that the tokenizer writes before a text
     prompt: tuple[int, ...]  # the prompt's text
     completion: tuple[int, ...]
 
@@ -293,7 +293,7 @@ class GrowingText:
     tokens before that say whether a space is to be dropped, as at the beginning of a text.
 
     Args:
-        tokenizer: Of the model that writes.
+        tokenizer: That of the model that writes.
         continues: The text goes on from another, and so keeps a space that it begins with.
     """
 
@@ -321,7 +321,7 @@ class GrowingText:
         return new
 
     def rest(self) -> str:
-        """What more there is if no token comes any more."""
+        """The rest of the text, if no more tokens come."""
         return decoded(self._tokenizer, self._ids)[self._given :]
 
     def _forget(self) -> None:

@@ -20,7 +20,7 @@ class Choices:
     """Begins at once. Everything is called in the event loop.
 
     Args:
-        asks: What to write, one choice each.
+        asks: Answers to write, one choice each.
         start: Begins an answer, or raises where there is no room for it.
         room: Waits until there may be room for one more.
     """

@@ -102,7 +102,7 @@ class Request(_Strict):
 
         Args:
             tokenizer: The FM's.
-            limits: Of prompt and answer.
+            limits: Those of prompt and answer.
             room: Tokens that prompt and answer may have together.
 
         Raises:

@@ -70,7 +70,7 @@ class SessionEndpoint:
     Args:
         service: The body's.
         peer: Its name, by its certificate.
-        share: Of the service's sessions and their memory that the peer may hold.
+        share: The part of the service's sessions and their memory that the peer may hold.
     """
 
     def __init__(self, service: BodyService, peer: str, share: float = 1.0) -> None:

@@ -68,8 +68,8 @@ def asked_for(
     Args:
         raw: All fields.
         taken: Names of those that can be had.
-        neutral: Of OpenAI's that cannot, and the values of theirs that ask for nothing.
-        where: What the fields stand in, with a dot behind it, for messages.
+        neutral: OpenAI's other fields, and their values that ask for nothing.
+        where: Place of the fields in the request, with a dot behind it, for messages.
 
     Raises:
         BadRequest: The first field that cannot be had.

@@ -11,7 +11,7 @@ class Quota:
 
     Attributes:
         peer: Common name of its certificate; nothing that it says of itself.
-        share: Of all sessions and of all their memory, in (0, 1]; one session is always allowed.
+        share: The part of all sessions and of all their memory, in (0, 1]; one session is always allowed.
     """
 
     peer: str
