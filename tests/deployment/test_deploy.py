@@ -39,6 +39,7 @@ from gaisnet.errors import (
     KitInUse,
     KitUnreadable,
     OutputInUse,
+    OutputNotWritable,
     ProcessFailed,
 )
 from gaisnet.experiments.output import LOCK_NAME
@@ -152,6 +153,16 @@ def test_every_kit_has_the_context_that_the_model_lets_it(config: Config, tmp_pa
 def test_kits_are_not_written_over(config: Config, kits: Mapping[str, Path]) -> None:
     with pytest.raises(OutputInUse, match="is not empty"):
         prepare(config, kits[CLOUD].parent)
+    with pytest.raises(OutputNotWritable, match="Not a directory"):
+        prepare(config, kits[CLOUD] / "start.sh")
+
+
+def test_the_kits_of_a_run_in_the_current_directory_are_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sites_of(Path()) == tmp_path.with_name(f"{tmp_path.name}-sites")
+    assert sites_of(Path("out")) == Path("out-sites")
 
 
 def test_a_folder_that_is_no_kit(tmp_path: Path) -> None:
