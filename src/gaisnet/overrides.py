@@ -38,7 +38,9 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 def keys_of(overrides: Sequence[str]) -> list[str]:
     """The dotted key of each, list items by their plain index."""
     return [
-        ".".join(str(int(part)) if part.isdecimal() else part for part in override.partition("=")[0].split("."))
+        ".".join(
+            part.lstrip("0") or "0" if part.isdecimal() else part for part in override.partition("=")[0].split(".")
+        )
         for override in overrides
     ]
 

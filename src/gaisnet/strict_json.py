@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 DEEPEST = 64
 """Levels of lists and objects inside each other."""
 
+_MOST_DIGITS = 4300  # Python's own limit, which it states in words about its settings
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKETS = bytes.maketrans(b"[]{}", b"()()")
 _OTHERS = bytes(set(range(128)) - set(b"[]{}"))
@@ -31,7 +32,9 @@ def loads(text: str | bytes, most: int | None = None) -> Any:
         text = _decoded(text)
     _check_brackets(text, most)
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole
+        )
     except RecursionError:  # brackets that are never closed
         raise ValueError(_TOO_DEEP) from None
     if _SURROGATE.search(text) or not text.isascii():
@@ -47,6 +50,12 @@ def _decoded(text: bytes) -> str:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 def _check_brackets(text: str, most: int | None) -> None:

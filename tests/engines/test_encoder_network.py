@@ -487,7 +487,7 @@ def changed(index: int, **edge: Any) -> list[dict[str, Any]]:
         ({"evaluate": {"everywhere": True}}, "evaluate.everywhere: is true, but .*; set it to false"),
         ({"edges": changed(1, labels=[])}, r"edges.1.labels: are \[\], but .*; name the classes"),
         ({"edges": changed(0, labels=["one"])}, r"edges.0.labels: are \['one'\], but .* two or more"),
-        ({"edges": changed(0, labels=["a", "b", "a"])}, "edges.0.labels: .* each once"),
+        ({"edges": changed(0, labels=["a", "b", "a"])}, "edges.0: labels must differ, but these are given twice: a;"),
         (
             {"edges": changed(0, labels=[str(i) for i in range(32)])},
             "wire.body_output: is int4, in which the likeliest of the 32 classes of 'shapes' .*; use float16 or int8",

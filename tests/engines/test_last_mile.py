@@ -13,7 +13,7 @@ from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config, WireSettings
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
-from gaisnet.errors import ConfigError, DataError, LinkTimeout, UnexpectedMessage, WireFormatError
+from gaisnet.errors import ConfigError, DataError, LinkTimeout, OutOfBounds, UnexpectedMessage, WireFormatError
 from gaisnet.messages import (
     AdapterUpdate,
     AnchorRequest,
@@ -26,6 +26,8 @@ from gaisnet.messages import (
     LabelRequest,
     Message,
     ModelRequest,
+    Shared,
+    ShareRequest,
     SmashedData,
 )
 from gaisnet.models.ragged import Ragged
@@ -234,13 +236,9 @@ def test_where_nobody_is_left_the_merged_adapter_stays_as_it_was() -> None:
 
 
 def test_an_edge_cannot_name_whom_it_sent_nothing_of() -> None:
-    class Boasting(Reports):
-        def share(self) -> tuple[str, ...]:
-            return ("north-a",)
-
     tiers = tiers_of(config_of(absorb={"last_mile": {"epochs": 1}}))
-    with pytest.raises(WireFormatError, match="activations of north-a are here, which are not"):
-        tiers.cloud.absorb(updates_of(tiers), 0, Boasting(tiers, None))
+    with pytest.raises(OutOfBounds, match="devices whose activations came up of the edge of 'shapes': .*'north-a'"):
+        tiers.cloud.check("shapes", ShareRequest(), Shared(("north-a",)))
 
 
 def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:

@@ -158,7 +158,7 @@ BAD: dict[str, tuple[Edit, str]] = {
     "words for numbers": (config_says(num_hidden_layers="six"), "cannot be loaded"),
     "few positions": (
         config_says(max_position_embeddings=16),
-        "made for 16 positions and model.context is 48; set model.context to 16 or less",
+        "made for 16 positions and model.context is 48; set model.context to 15 or less",
     ),
 }
 

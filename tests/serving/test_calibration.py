@@ -48,6 +48,7 @@ def test_by_hand() -> None:
         adapters=(),
         num_trials=10,
         num_others=0,
+        most_escalated=0.5,
         domain_accuracy=0.4,
         foundation_accuracy=0.8,
         accuracy=0.7,

@@ -169,7 +169,12 @@ class RunFolder:
                 if events is not None:
                     events.close()
             finally:
-                self._lock.release()
+                self._lock.release(keep_file=self._is_broken_off())
+
+    def _is_broken_off(self) -> bool:
+        """Whether a run stops here before its first checkpoint; the lock's file then tells ``claim`` to begin anew."""
+        begun = any((self.path / name).exists() for name in (*_FILES, *_FOLDERS))
+        return begun and not (self.path / CHECKPOINT_NAME).is_dir()
 
     def __enter__(self) -> Self:
         """The folder itself."""

@@ -162,7 +162,8 @@ def _relay_lines(summary: Summary, domain: str) -> list[Line]:
 
 def _up_flow(summary: Summary) -> str:
     panels, lines = [], list[Line]()
-    for name in (name for name in summary.domains if name not in summary.follows):
+    scored = {name for cycle in summary.cycles for name in cycle.foundation}
+    for name in (name for name in summary.domains if name in scored):
         own = [accuracy(cycle.foundation, name) for cycle in summary.cycles]
         merged = [accuracy(cycle.merged, name) for cycle in summary.cycles]
         has_merged = any(value is not None for value in merged)

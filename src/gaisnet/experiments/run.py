@@ -36,7 +36,8 @@ from gaisnet.experiments.summary import (
     Traffic,
 )
 from gaisnet.messages import AdapterUpdate, EvaluationReport
-from gaisnet.models.foundation import Foundation, load_foundation, longest_example, with_context
+from gaisnet.models.foundation import Foundation, load_foundation, with_context
+from gaisnet.models.pretrained import longest_example
 from gaisnet.network import Network, Scores
 from gaisnet.overrides import keys_of, with_overrides
 from gaisnet.progress import Progress, silent

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from gaisnet.checkpoint import make_room_for, replacing_folder
 from gaisnet.config import Config
 from gaisnet.errors import CacheNotWritable, MissingPackage, ModelError, NoCache
-from gaisnet.learning_settings import CONTEXT_LIMIT, ModelSettings
+from gaisnet.learning_settings import ModelSettings
 from gaisnet.locks import one_at_a_time
 from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears
@@ -28,6 +28,7 @@ from gaisnet.models.pretrained import (
     check_context,
     check_tokens,
     from_gguf,
+    longest_example,
     pretrained_config,
     pretrained_model,
     pretrained_tokenizer,
@@ -196,6 +197,8 @@ def read_config(settings: ModelSettings) -> PretrainedConfig:
 def with_context(config: Config, model: PretrainedConfig | None = None) -> Config:
     """The same with a number for ``model.context``: with null, as much as the model takes, up to ``CONTEXT_LIMIT``.
 
+    Raises ``ModelError`` where the number is larger than the model takes.
+
     Args:
         config: A run's configuration.
         model: The foundation model's; None to read it. Raises ``ModelError`` or ``MissingPackage``.
@@ -207,12 +210,6 @@ def with_context(config: Config, model: PretrainedConfig | None = None) -> Confi
         longest_example(model or pretrained_config(_source_of(config.model), config.model.foundation)),
     )
     return config.model_copy(update={"model": config.model.model_copy(update={"context": context})})
-
-
-def longest_example(model: PretrainedConfig) -> int:
-    """Tokens that a model takes of an example; a decoder takes the one that ends it besides."""
-    positions = int(getattr(model, "max_position_embeddings", None) or CONTEXT_LIMIT + 1)
-    return positions if family_of(model).is_encoder else positions - 1
 
 
 def read_tokenizer(source: Path) -> PreTrainedTokenizerBase:

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from gaisnet.errors import GaisnetError, ModelError
-from gaisnet.models.families import ATTENTION, check_supported
+from gaisnet.learning_settings import CONTEXT_LIMIT
+from gaisnet.models.families import ATTENTION, check_supported, family_of
 from gaisnet.models.model_folder import (
     AGAIN,
     CONVERT,
@@ -131,11 +132,19 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int, asked: str) 
 
 
 def check_context(config: PretrainedConfig, context: int, asked: str) -> None:
-    """Raise ``ModelError`` where the model was made for fewer positions than ``model.context`` says."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and context > limit:
-        found = f"it was made for {limit} positions and model.context is {context}"
+    """Raise ``ModelError`` where the model was made for shorter examples than ``model.context`` says."""
+    limit = longest_example(config)
+    if context > limit:
+        found = f"it was made for {config.max_position_embeddings} positions and model.context is {context}"
         raise ModelError(asked, found, f"set model.context to {limit} or less")
+
+
+def longest_example(config: PretrainedConfig) -> int:
+    """Number of tokens of the longest example that a model takes; a decoder needs a position for its end besides."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        return CONTEXT_LIMIT
+    return positions if family_of(config).is_encoder else positions - 1
 
 
 def _check_finite(model: PreTrainedModel, asked: str) -> None:

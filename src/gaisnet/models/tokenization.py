@@ -197,7 +197,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
         ServiceFull: See there.
     """
     marks = _Marks.of(_controls(tokenizer, tokenizer.get_chat_template() if tokenizer.chat_template else ""))
-    text = rendered_chat(tokenizer, [{key: marks.put(value) for key, value in each.items()} for each in messages])
+    text = rendered_chat(tokenizer, [marks.put_into(each) for each in messages])
     ids: list[int] = []
     for number, piece in enumerate(marks.split(text)):
         if number % 2:
@@ -227,6 +227,10 @@ class _Marks:
         nonce = secrets.randbelow(10**18)  # digits: a template that changes the case of a message leaves them
         pattern = "|".join(map(re.escape, controls)) or "(?!)"
         return cls(re.compile(pattern), f"\ue000{nonce}\ue001", f"\ue002{nonce}\ue001")
+
+    def put_into(self, message: Mapping[str, str]) -> dict[str, str]:
+        """Mark a message, but for its role, which is one of a few words that a template compares with its own."""
+        return {key: text if key == "role" else self.put(text) for key, text in message.items()}
 
     def put(self, text: str) -> str:
         return self.controls.sub(lambda found: f"{self.start}{found[0]}{self.end}", text)

@@ -75,11 +75,9 @@ class Layout:
 
     def _check_labels(self) -> None:
         for index, edge in enumerate(self.config.edges):
-            if len(set(edge.labels)) < max(2, len(edge.labels)):
+            if len(edge.labels) < 2:
                 found = f"are {list(edge.labels)}, but the model is an encoder, which tells classes apart"
-                raise ConfigError(
-                    f"edges.{index}.labels", found, "name the classes of the domain, two or more, each once"
-                )
+                raise ConfigError(f"edges.{index}.labels", found, "name the classes of the domain, two or more")
             if edge.labels != self.labels(edge.adapter):
                 found = f"are not those of '{edge.adapter}', whose adapter and classes it takes over"
                 raise ConfigError(f"edges.{index}.labels", found, "name the same, in the same order")
