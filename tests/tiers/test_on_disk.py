@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gaisnet.config import Config
 from gaisnet.engines.local import build_network
-from gaisnet.errors import ActivationsNotKept
+from gaisnet.errors import ActivationsNotKept, TooFewEdges
 from gaisnet.network import Network
 from gaisnet.relay.downward import TaskShape
 from gaisnet.tiers.on_disk import kept_within
@@ -125,7 +125,7 @@ def test_an_edge_learns_the_same_with_its_activations_in_files(folder: Path) -> 
 def test_a_full_disk_ends_an_order_and_the_next_goes_on(folder: Path) -> None:
     network = installed(config(0))
     network.release()
-    with largest_file(64), pytest.raises(ActivationsNotKept):
+    with largest_file(64), pytest.raises(TooFewEdges, match="keeping 0 MiB of activations in a file of"):
         network.fine_tune()
     assert {name for name in network.fine_tune()} == {"shapes", "tastes"}
 
