@@ -342,6 +342,20 @@ class TestLoad:
         monkeypatch.chdir(site)
         assert load_config(Path("run.yaml")).model == model
 
+    def test_a_file_that_is_a_link_as_in_the_hub_s_cache_keeps_its_name(
+        self, tmp_path: Path, raw: dict[str, Any]
+    ) -> None:
+        (tmp_path / "blob").touch()
+        (tmp_path / "tiny.gguf").symlink_to("blob")
+        raw["model"] = {"foundation": "tiny.gguf"}
+        assert load_config(write(tmp_path / "run.yaml", raw)).model.foundation == str(tmp_path / "tiny.gguf")
+
+    @pytest.mark.parametrize("key", ["model.foundation", "model.public_inputs", "edges.0.devices.0.data"])
+    def test_the_home_of_an_unknown_user_is_no_path(self, tmp_path: Path, raw: dict[str, Any], key: str) -> None:
+        file = write(tmp_path / "run.yaml", raw)
+        with pytest.raises(ConfigError, match=rf"{key} '~nobody-of-this-name/x': begins with '~'.*; write the whole"):
+            load_config(file, [f"{key}=~nobody-of-this-name/x"])
+
     def test_a_hub_id_and_the_default_stay(
         self, tmp_path: Path, raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:

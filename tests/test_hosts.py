@@ -38,6 +38,7 @@ NO_HOSTS = {
     "": "it is empty; write a DNS name",
     " ": "it is empty; write a DNS name",
     "https://host.example.org": "is a URL, not a host; write the host alone, such as 'host.example.org'",
+    "http://[2001:db8::1]/": r"is a URL, not a host; write the host alone, such as '[2001:db8::1]'",
     "http://host.example.org:80/x": "such as 'host.example.org'",
     "host.example.org:8004": "has a port; write 'host.example.org', and the port as link_port",
     "[::1]:8004": "has a port; write '[::1]', and the port as link_port",

@@ -117,11 +117,13 @@ class ServiceSettings(Settings):
         0.5,
         gt=0.0,
         le=1.0,
-        description="Of these sessions and of their memory, the share that one peer may hold at once: a device at its "
+        description="The share of these sessions and of their memory that one peer may hold at once: a device at its "
         "edge, an edge at the cloud. The only peer of a site may hold all of it.",
     )
     max_request_mib: int = Field(
-        64, ge=1, description="Of a device's requests that its edge has not answered: rows of the answers it writes."
+        64,
+        ge=1,
+        description="Limit on a device's requests that its edge has not answered: rows of the answers it writes.",
     )
     chunk: int = Field(64, ge=1, description="Positions of one session that a step takes at most; splits long prompts.")
     step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")
@@ -193,8 +195,10 @@ class FrontSettings(Settings):
     max_connections: int = Field(
         256, ge=1, description="Open at once. One more ends the one that has owed a request for the longest time."
     )
-    head_timeout_s: float = Field(10.0, gt=0.0, description="Of a request, from its first byte to its last header.")
-    body_timeout_s: float = Field(30.0, gt=0.0, description="Of a request, from there to the end of its body.")
+    head_timeout_s: float = Field(
+        10.0, gt=0.0, description="Limit from the first byte of a request to its last header."
+    )
+    body_timeout_s: float = Field(30.0, gt=0.0, description="Limit from there to the end of its body.")
     idle_timeout_s: int = Field(5, ge=1, description="How long a connection may be silent between two requests.")
     send_timeout_s: float = Field(60.0, gt=0.0, description="How long a caller may take nothing of an answer.")
     cors_origins: tuple[Origin, ...] = Field(
@@ -315,7 +319,7 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 
 class DealtShare(Settings):
-    """Which part of a built-in data set is a device's, by numbers: it is drawn as for the whole network."""
+    """A device's part of a built-in data set, by numbers: it is drawn as for the whole network."""
 
     num_devices: int = Field(ge=1, description="Devices of the edge.")
     device: int = Field(ge=0, description="Place of this one among them.")
@@ -330,7 +334,7 @@ class Elsewhere(Settings):
     last_cut: int = Field(ge=0, description="The same of its deepest one.")
     num_learning: int = Field(ge=1, description="Domains that learn.")
     own_data: tuple[Name, ...] = Field((), description="Edges whose devices have data of their own: no paths are here.")
-    share: DealtShare | None = Field(None, description="Of a device that is dealt its examples.")
+    share: DealtShare | None = Field(None, description="The part of a device that is dealt its examples.")
 
 
 class Config(Settings):

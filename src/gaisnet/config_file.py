@@ -107,7 +107,7 @@ def with_absolute_paths(config: Config, overrides: Sequence[str], base: Path | N
 
     Raises:
         ConfigError: ``model.foundation`` is written as a path, and there is nothing; or it is none, and a folder of the
-            current directory would be taken for it.
+            current directory would be taken for it; or a path begins with '~' and a user who is unknown here.
     """
 
     def base_of(key: str) -> Path | None:
@@ -115,7 +115,7 @@ def with_absolute_paths(config: Config, overrides: Sequence[str], base: Path | N
 
     def resolved(path: Path | None, key: str) -> Path | None:
         folder = base_of(key)
-        return path if path is None or folder is None else folder / path.expanduser()
+        return path if path is None or folder is None else folder / _at_home(path, key)
 
     def edge(number: int, settings: EdgeSettings) -> EdgeSettings:
         devices = (
@@ -136,18 +136,28 @@ def _foundation(asked: str, base: Path | None) -> str:
     """A model's folder or file as an absolute path; a hub id, or the default, as it is."""
     if asked in ("", ModelSettings.model_fields["foundation"].default):
         return asked
-    path = Path(asked).expanduser()
+    path = _at_home(Path(asked), "model.foundation")
     if base is not None and (_is_path(asked) or (base / path).is_dir()):
         found = base / path
         if not found.exists():
             do = f"correct it: it is taken from '{base}'; a hub id is written without a dot or slash in front"
             raise ConfigError(f"model.foundation '{asked}'", f"there is no '{found}'", do)
-        return str(found.resolve())
+        # The file's own name stays where it is a link: the hub's cache has it as a link to a file without an ending.
+        return str(found.resolve() if found.is_dir() else found.parent.resolve() / found.name)
     if not path.is_absolute() and path.is_dir():  # transformers would load it, and later another or none
         found_here = f"is not in the folder of the configuration, but in the current directory, '{Path.cwd()}'"
         do = f"write the path from the configuration's folder, or --set model.foundation={asked}"
         raise ConfigError(f"model.foundation '{asked}'", found_here, do)
     return asked
+
+
+def _at_home(path: Path, key: str) -> Path:
+    """The same with ``~`` expanded. Raises ``ConfigError`` where there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        do = f"write the whole path, or './{path}' for a folder of this name"
+        raise ConfigError(f"{key} '{path}'", "begins with '~', and that user has no home folder here", do) from error
 
 
 def _is_path(text: str) -> bool:

@@ -29,7 +29,8 @@ def _checked(text: str) -> str:
     """The host without brackets. Raises ``ValueError`` with what was found and what to write."""
     if "://" in text:
         inner = text.split("://", 1)[1].split("/", 1)[0] or "cloud.example.org"
-        raise ValueError(f"'{text}' is a URL, not a host; write the host alone, such as '{inner.rsplit(':', 1)[0]}'")
+        name = inner if inner.endswith("]") else inner.rsplit(":", 1)[0]
+        raise ValueError(f"'{text}' is a URL, not a host; write the host alone, such as '{name}'")
     host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     try:
         found = ip_address(host)

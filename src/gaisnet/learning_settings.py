@@ -90,7 +90,7 @@ class AdapterSettings(Settings):
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$",
         max_length=64,
-        description="Of the adapters, as SPDX or the hub name it, such as 'apache-2.0': for their model cards.",
+        description="Licence of the adapters, as SPDX or the hub name it, such as 'apache-2.0': for their model cards.",
     )
 
 

@@ -31,7 +31,9 @@ class Holder(BaseModel):
 
     pid: int
     host: str = Field(max_length=255)
-    boot: str = Field(max_length=64, description="Of the kernel, which several containers share; '' where unknown.")
+    boot: str = Field(
+        max_length=64, description="Boot id of the kernel, which several containers share; '' where unknown."
+    )
     since: datetime
 
     @classmethod

@@ -88,7 +88,7 @@ def _put(target: Any, parts: list[str], value: Any, override: str) -> None:
 
 
 def most_telling(error: ValidationError) -> ErrorDetails:
-    """Of what pydantic found wrong with settings.
+    """The most telling of the faults that pydantic found in settings.
 
     A misspelt key explains the missing one beside it, and of a union's members the one that got furthest was meant.
     """

@@ -26,10 +26,10 @@ from gaisnet.deployment.front_door import Door
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.one_machine import kits_in, run_kits, run_network, sites_of
-from gaisnet.deployment.outcome import OUTCOME_FILE, read_outcome, recorded
+from gaisnet.deployment.outcome import OUTCOME_FILE, read_outcome, record_failure, recorded
 from gaisnet.deployment.resident import Watched, links_status, run_cloud, run_device, run_edge
 from gaisnet.deployment.site import CLOUD, START_LOCK, Role, certificates, claimed, read_site
-from gaisnet.deployment.start import plans, start_site
+from gaisnet.deployment.start import failure_recorded, plans, start_site
 from gaisnet.deployment.status import exit_code, network_status
 from gaisnet.deployment.validity import check_validity
 from gaisnet.errors import (
@@ -39,6 +39,7 @@ from gaisnet.errors import (
     KitInUse,
     KitUnreadable,
     OutputInUse,
+    OutputNotWritable,
     ProcessFailed,
 )
 from gaisnet.experiments.output import LOCK_NAME
@@ -152,6 +153,16 @@ def test_every_kit_has_the_context_that_the_model_lets_it(config: Config, tmp_pa
 def test_kits_are_not_written_over(config: Config, kits: Mapping[str, Path]) -> None:
     with pytest.raises(OutputInUse, match="is not empty"):
         prepare(config, kits[CLOUD].parent)
+    with pytest.raises(OutputNotWritable, match="Not a directory"):
+        prepare(config, kits[CLOUD] / "start.sh")
+
+
+def test_the_kits_of_a_run_in_the_current_directory_are_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sites_of(Path()) == tmp_path.with_name(f"{tmp_path.name}-sites")
+    assert sites_of(Path("out")) == Path("out-sites")
 
 
 def test_a_folder_that_is_no_kit(tmp_path: Path) -> None:
@@ -290,6 +301,19 @@ def test_a_site_that_is_given_up_says_why_in_its_kit(kits: Mapping[str, Path], t
     outcome = read_outcome(kit)
     assert outcome is not None and outcome.stage == "failed" and "there is no such file" in outcome.reason
     assert re.fullmatch(rf"north-a: started as process \d+; its log is {kit}/logs/north-a\.log", lines[0])
+
+
+def test_a_failed_start_says_its_own_reason_and_not_that_of_an_earlier_one(tmp_path: Path) -> None:
+    record_failure(tmp_path, ConfigError("cycles", "is 0", "use 1 or more"))
+    with suppress(KitUnreadable), failure_recorded(tmp_path):
+        raise KitUnreadable(tmp_path, "it has no certificate")
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None and "it has no certificate" in outcome.reason
+    with suppress(ProcessFailed), failure_recorded(tmp_path):
+        record_failure(tmp_path, ConfigError("cycles", "is 0", "use 1 or more"))  # the site itself knows better
+        raise ProcessFailed("north", "ended with exit code 3", tmp_path / "log", "")
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None and "use 1 or more" in outcome.reason
 
 
 def in_days(kit: Path, role: Role, days: float) -> datetime:

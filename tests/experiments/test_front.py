@@ -112,7 +112,7 @@ def test_a_threshold_is_kept_where_the_examples_are_gone_and_none_is_made_up(
             assert (routing.policy, routing.threshold) == ("auto", kept["shapes"].threshold)
         said = " ".join(capsys.readouterr().out.split())
         assert "Without the examples of device 'north-a' and of 2 other devices" in said and "are kept" in said
-        with pytest.raises(ConfigError, match=r"'auto' in domain 'shapes': none was calibrated.*give one with --thres"):
+        with pytest.raises(ConfigError, match=r"'auto' in domain 'shapes': none was calibrated.*use gaisnet serve"):
             with opened(new, None, auto, False, ApiKeys(), place):
                 pass
         for settings in (never, RoutingSettings(threshold=0.5)):

@@ -353,7 +353,7 @@ def test_a_run_that_is_under_way(short: Path) -> None:
         (
             "seed=1",
             "--set seed=1 on a run that goes on: would make it another run; "
-            "change cycles, evaluate, faults, service only, or where things are: model.foundation, ",
+            "change cycles, evaluate, faults, front, service only, or where things are: model.foundation, ",
         ),
         ("fine_tune.learning_rate=1", "would make it another run"),
         ("edges.0.devices.0.mode=local", "would make it another run"),

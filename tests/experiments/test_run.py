@@ -23,7 +23,7 @@ from gaisnet.experiments.card import render_card
 from gaisnet.experiments.data import load_domains
 from gaisnet.experiments.output import RunFolder
 from gaisnet.experiments.run import Run, local_build, run_experiment
-from gaisnet.experiments.summary import Summary
+from gaisnet.experiments.summary import Cycle, Summary
 from gaisnet.messages import Lengths
 from gaisnet.models.foundation import load_foundation
 from gaisnet.progress import silent
@@ -307,18 +307,29 @@ def test_a_card_has_the_licence_that_is_given_and_words_of_others_as_they_are(fi
     assert "base_model_name_or_path" not in text  # a hub id is found everywhere
 
 
-def test_a_card_says_what_was_not_measured_before_training(finished: Finished) -> None:
-    """The domain's edge was away when the run began."""
-    first, *rest = finished.returned.cycles
-    summary = finished.returned.model_copy(update={"cycles": [first.model_copy(update={"foundation": {}}), *rest]})
-    card = render_card("shapes", LoraSpec(2, 4, ("q_proj",), (3, 4)), "org/model", True, finished.config, summary)
-    assert "| shapes | not measured | " in card
-
-
 def test_the_lengths_of_examples_of_an_edge_that_is_away_are_missing() -> None:
     network = SimpleNamespace(lengths=lambda: {"tastes": {"south-a": Lengths(4, 1, 60)}})
     run: Any = SimpleNamespace(_network=network, _config=tiny_config())
     assert {name: each.longest for name, each in Run._examples(run).items()} == {"south-a": 60}
+
+
+def test_a_card_tells_the_scores_there_are_where_an_edge_was_away_in_a_cycle(finished: Finished) -> None:
+    spec, summary = LoraSpec(2, 4, ("q_proj",), (3, 4)), finished.returned
+
+    def away(cycle: Cycle) -> Cycle:
+        return cycle.model_copy(update={"foundation": {"tastes": cycle.foundation["tastes"]}})
+
+    def card(name: str, cycles: list[Cycle]) -> str:
+        return render_card(
+            name, spec, "org/model", True, finished.config, summary.model_copy(update={"cycles": cycles})
+        )
+
+    first, last = summary.cycles[0], summary.cycles[-1]
+    for name, scores in (("shapes", last.foundation), (MERGED, last.merged)):
+        score = scores["shapes"]
+        row = f"| shapes | not scored | {score.accuracy:.1%} of {score.num_examples}, loss {score.loss:.3f} |"
+        assert row in card(name, [away(first), last])
+    assert "It was not scored in the last cycle." in card("shapes", [first, away(last)])
 
 
 # -- the same again ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Chats as text: what transformers renders, and bounds for templates that have none."""
 
 import json
+import signal
 from collections.abc import Iterator
 
 import pytest
 
-from gaisnet.errors import SessionRefused
+from gaisnet.errors import ServiceFull, SessionRefused
 from gaisnet.models import chat_template
 from gaisnet.models.chat_template import rendered_chat
 from tests.tiny import tiny_tokenizer
@@ -80,6 +81,25 @@ def test_a_template_without_end_is_ended_and_the_next_chat_is_rendered(template:
     with pytest.raises(SessionRefused, match="takes more than 1 s|too much memory|more than 1048576 characters"):
         rendered(template)
     assert rendered("{{ messages[0].role }}") == "system"
+
+
+@pytest.mark.parametrize("command", ["/bin/false", "/nowhere"])
+def test_a_chat_is_put_off_where_no_process_can_render_it(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat_template._RENDERER.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", command)
+        with pytest.raises(ServiceFull, match="a chat: "):
+            rendered("{{ messages[0].role }}")
+    assert rendered("{{ messages[0].role }}") == "system"
+
+
+def test_ctrl_c_at_the_terminal_does_not_reach_the_process_that_renders() -> None:
+    rendered("{{ messages[0].role }}")
+    process = chat_template._RENDERER._process
+    assert process is not None
+    process.send_signal(signal.SIGINT)
+    assert rendered("{{ messages[0].role }}") == "system"
+    assert chat_template._RENDERER._process is process
 
 
 def test_the_process_that_renders_knows_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,16 +16,18 @@ from gaisnet.serving.address import ADDRESS_NAME, announced, found
 URL = "http://127.0.0.1:8000"
 SERVES = textwrap.dedent(
     """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
     from gaisnet.cli.serve import end_on_signals
     from gaisnet.serving.address import announced
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started with
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
     end_on_signals()
     try:
         with announced(Path(sys.argv[1]), "http://127.0.0.1:8000"):
             sys.stdout.write("up\\n")
             sys.stdout.flush()
-            if len(sys.argv) > 2:
+            if len(sys.argv) > 2 and "nohup" not in sys.argv:
                 raise RuntimeError(sys.argv[2])
             time.sleep(600)
     except KeyboardInterrupt:
@@ -100,3 +102,15 @@ def test_it_ends_with_its_process_however_that_ends(tmp_path: Path, ends: str) -
         process.wait(60)
     assert found(tmp_path) is None
     assert (tmp_path / ADDRESS_NAME).exists() == (ends == "SIGKILL")
+
+
+def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SERVES, str(tmp_path), "nohup"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGHUP)
+        assert found(tmp_path) == URL
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not (tmp_path / ADDRESS_NAME).exists()

@@ -105,9 +105,10 @@ def serve(
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: what is open is closed, and files are taken away."""
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: links are closed, and files are taken away."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # under nohup it is to outlive its terminal
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 
+from gaisnet.checkpoint import writing
 from gaisnet.config import Config
 from gaisnet.deployment.own_part import own_part
 from gaisnet.deployment.site import CLOUD, Role, Site, write_site
@@ -43,12 +44,14 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
 
     Raises:
         OutputInUse: ``out`` holds something.
+        OutputNotWritable: It is a file, or cannot be read.
         ProvisionFailed: NVFlare refused a name or could not write.
-        ConfigError: What the cloud has to send does not fit ``wire.max_transfer_bytes``.
+        ConfigError: The model's release does not fit ``wire.max_transfer_bytes``.
         GaisnetError: The foundation model's tokenizer cannot be loaded, or built-in data are missing.
     """
-    if out.exists() and any(out.iterdir()):
-        raise OutputInUse(out, "is not empty")
+    with writing(out):
+        if out.exists() and any(out.iterdir()):
+            raise OutputInUse(out, "is not empty")
     for edge in config.edges:
         load_public(edge, config)  # a missing package is better met here than by every device
     check_sizes(config)

@@ -42,7 +42,8 @@ def resume_network(out: Path, progress: Progress = silent) -> Summary:
 
 def sites_of(out: Path) -> Path:
     """Where the kits of a run on one machine are."""
-    return out.with_name(f"{out.name}-sites")
+    named = out if out.name else out.resolve()  # "." has no name
+    return named.with_name(f"{named.name}-sites")
 
 
 def kits_in(sites: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""How a site's last start ended, in a file of its kit: it can be read when no process of the site is left to ask."""
+"""The end of a site's last start, in a file of its kit: it can be read when no process of the site is left to ask."""
 
 import time
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class Outcome(BaseModel):
 
 @contextmanager
 def recorded(kit: Path, output: Path | None = None) -> Iterator[None]:
-    """Write down how what is done inside ends: in order, by an error, or stopped from outside.
+    """Write down how the block ends: in order, by an error, or stopped from outside.
 
     Args:
         kit: Folder of the site.

@@ -83,11 +83,12 @@ def start_site(
 @contextmanager
 def failure_recorded(folder: Path) -> Iterator[None]:
     """Leave in a kit why its site was given up, unless the site itself has said so."""
+    began = time.time()
     try:
         yield
     except GaisnetError as error:
         outcome = read_outcome(folder)
-        if outcome is None or outcome.stage != "failed":
+        if outcome is None or outcome.stage != "failed" or outcome.since < began:
             record_failure(folder, error, outcome.output if outcome else "")
         raise
 
@@ -130,7 +131,7 @@ class _Certificate:
         self._next = time.monotonic() + _DAY_S
         warning = check_validity(self._folder, self._role).warning(datetime.now(UTC))
         if warning:
-            self._tell(f"{self._folder.name}: {warning}")
+            self._tell(f"{self._folder.resolve().name}: {warning}")
 
     def look_daily(self) -> None:
         """The same once a day; links that stand outlive a certificate, so that nothing ends for it."""

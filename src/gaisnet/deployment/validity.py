@@ -1,4 +1,4 @@
-"""How long the certificates of a kit are valid: said in time, and explained afterwards.
+"""The validity of a kit's certificates: a warning before they expire, an explanation afterwards.
 
 Otherwise an expired certificate shows up as a failed handshake at the other end, which says neither whose nor why.
 """

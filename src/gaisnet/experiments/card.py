@@ -61,7 +61,7 @@ def render_card(name: str, spec: AdapterSpec, base: str, reads_text: bool, confi
         "## How it was trained",
         _training(spec, config, summary),
         "## How good it is",
-        _figures(name, summary),
+        _figures(name, config, summary),
         "## How to load it",
         _loading(spec, base, reads_text),
         *([_if_moved(spec, base, config)] if _is_folder(base) else []),
@@ -120,18 +120,26 @@ def _shape(spec: AdapterSpec) -> str:
     return f"LoRA of rank {spec.rank} and alpha {spec.alpha} on {', '.join(spec.targets)} of {layers}"
 
 
-def _figures(name: str, summary: Summary) -> str:
+def _figures(name: str, config: Config, summary: Summary) -> str:
+    """A table of scores; an edge that was away has none in that cycle."""
     first, last = summary.cycles[0], summary.cycles[-1]
-    scores = last.merged if name not in last.foundation else {name: last.foundation[name]}
-    if len(summary.cycles) == 1 or not scores:
+    if len(summary.cycles) == 1:
         return "It has not learned anything yet."
+    own = name in {edge.domain for edge in config.learning_edges()}
+    scores = {domain: score for domain, score in last.foundation.items() if domain == name} if own else last.merged
+    if not scores:
+        return "It was not scored in the last cycle."
     lines = ["| domain | before training | with this adapter |", "|---|---|---|"]
-    lines += [f"| {on} | {_said(first.foundation.get(on))} | {_said(score)} |" for on, score in scores.items()]
+    lines += [
+        f"| {domain} | {_said(first.foundation.get(domain))} | {_said(score)} |" for domain, score in scores.items()
+    ]
     return "\n".join(lines) + "\n\nOn examples that devices held out; an answer is right if it is so to the letter."
 
 
 def _said(score: Score | None) -> str:
-    return "not measured" if score is None else f"{score.accuracy:.1%} of {score.num_examples}, loss {score.loss:.3f}"
+    if score is None:
+        return "not scored"
+    return f"{score.accuracy:.1%} of {score.num_examples}, loss {score.loss:.3f}"
 
 
 def _loading(spec: AdapterSpec, base: str, reads_text: bool) -> str:

@@ -222,7 +222,7 @@ def _take_lock(folder: Path) -> Lock:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes to a folder that holds something else than a run. Raises as ``RunFolder.resume``.
+    """Inside, no other process writes to a folder that is not a run's. Raises as ``RunFolder.resume``.
 
     An error inside is never hidden by one of the end.
     """

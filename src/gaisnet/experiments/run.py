@@ -77,9 +77,9 @@ def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progre
 def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
     """The configuration of the run in a folder. Raises ``NothingToResume``, ``CheckpointError`` or ``ConfigError``.
 
-    ``overrides`` as for ``load_config``, of ``cycles``, ``evaluate``, ``faults`` and ``service``, and of where things
-    are that the run needs: ``model.foundation``, ``model.public_inputs``, ``model.device``, a device's ``data``; and
-    ``adapters.licence``.
+    ``overrides`` as for ``load_config``, of ``cycles``, ``evaluate``, ``faults``, ``front`` and ``service``, and of
+    the places of things that the run needs: ``model.foundation``, ``model.public_inputs``, ``model.device``, a device's
+    ``data``; and ``adapters.licence``.
     """
     raw = _checkpoint(folder)[0]["summary"]["config"]
     for override, key in zip(overrides, keys_of(overrides), strict=True):

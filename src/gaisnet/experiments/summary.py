@@ -32,7 +32,7 @@ class ModelFigures(Record):
 
 
 class Examples(Record):
-    """How long the examples of a device are, all splits together; only these counts leave it."""
+    """Lengths of a device's examples, all splits together; only these counts leave it."""
 
     num_examples: int = Field(ge=0)
     num_truncated: int = Field(ge=0, description="Those that have more tokens than the context holds.")

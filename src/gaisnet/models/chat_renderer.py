@@ -25,6 +25,7 @@ def main(cpu_s: int, memory_bytes: int, characters: int) -> None:
         memory_bytes: Memory that it may take beyond what it has when it begins.
         characters: Longest text that may come out.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which ends this one
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory(memory_bytes)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ CHARACTERS = 2**22
 
 _WAIT_S = 10.0  # for chats before this one
 _SCRIPT = Path(__file__).with_name("chat_renderer.py")
-_KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+_KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 
 
 def rendered_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
@@ -40,7 +41,7 @@ def rendered_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
     Raises:
         SessionRefused: The tokenizer has no template; or its template refuses these messages, fails, or exceeds its
             limits of time, memory or length.
-        ServiceFull: Other chats are being rendered, and take all the time.
+        ServiceFull: Other chats are being rendered, and take all the time; or no process can be started for it.
     """
     if not tokenizer.chat_template:
         found, do = "the model's tokenizer has no chat template", "use a completion, or a model made for chats"
@@ -118,7 +119,7 @@ def _line_of(process: subprocess.Popen[bytes]) -> dict[str, str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    with process:  # closes both pipes, and waits
+    with suppress(BrokenPipeError), process:  # closes both pipes, of which one may hold unread bytes, and waits
         pass
 
 

@@ -144,7 +144,7 @@ def closed_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Closed:
 class Pair:
     """A prompt and its completion in token ids."""
 
-    opening: tuple[int, ...]  # what the tokenizer writes before a text
+    opening: tuple[int, ...]  # tokens that the tokenizer writes before a text
     prompt: tuple[int, ...]  # the prompt's text
     completion: tuple[int, ...]
 

@@ -169,6 +169,6 @@ def _refuse_without_examples(device: ServedDevice, settings: RoutingSettings, kn
         raise ConfigError(
             f"a threshold for 'auto' in domain '{home}'",
             f"none was calibrated for this, and the examples to calibrate it on are not there ({why})",
-            "give one with --threshold, serve with --escalate never or always, or say where the examples are with "
-            "--set edges.N.devices.N.data=FOLDER",
+            "use gaisnet serve with --threshold, or with --escalate never or always; or say where the examples are "
+            "with --set edges.N.devices.N.data=FOLDER",
         )

@@ -50,8 +50,8 @@ class EdgeSessions:
         service: The edge's own body.
         cloud: Where the FM's body is.
         device: Its name, by its certificate.
-        share: Of the edge's sessions and their memory, and of those that the edge may have at the cloud, what the
-            device may hold.
+        share: The part that the device may hold of the edge's sessions and their memory, and of the sessions that
+            the edge may have at the cloud.
         max_at_cloud: Sessions that the edge may have there; None where the cloud alone counts.
     """
 

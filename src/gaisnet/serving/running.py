@@ -33,7 +33,6 @@ class Running:
         self._ended = ended
         self._answer: Answer | None = None
         self._stopped = False
-        self._ahead: str | _End | None = None
         self.error: Exception | None = None
         self._thread = self._loop.run_in_executor(pool, self._work)
 
@@ -54,25 +53,15 @@ class Running:
         """Nobody wanted the rest."""
         return self._stopped
 
-    async def first(self) -> None:
-        """Wait until there is text, or the end. Raises what went wrong."""
-        self._ahead = await self._pieces.get()
-        if isinstance(self._ahead, _End) and self._ahead.error is not None:
-            raise self._ahead.error
-
     async def text(self) -> AsyncIterator[str]:
         """Pieces as they come. Raises what went wrong."""
         while True:
-            piece, self._ahead = self._ahead if self._ahead is not None else await self._pieces.get(), None
+            piece = await self._pieces.get()
             if isinstance(piece, _End):
                 if piece.error is not None:
                     raise piece.error
                 return
             yield piece
-
-    async def whole(self) -> str:
-        """All of the text. Raises what went wrong."""
-        return "".join([piece async for piece in self.text()])
 
     def stop(self) -> None:
         """Nobody wants more: sessions are freed at once. Does no harm if it has ended."""

@@ -52,7 +52,7 @@ class Server:
                 http=connection_of(settings),
                 ws="none",
                 log_config=None,  # its lines go where ours go
-                log_level="error",  # what callers send wrong is no trouble of this server
+                log_level="error",  # callers' mistakes are no trouble of this server
                 access_log=False,  # prompts are private, and so is who asks when
                 server_header=False,
                 timeout_keep_alive=settings.idle_timeout_s,

@@ -50,7 +50,7 @@ class StopStrings:
 
 
 class _Search:
-    """How much of one stop string the text ends with."""
+    """Counts the characters of one stop string that the text ends with."""
 
     def __init__(self, stop: str) -> None:
         self._stop = stop
