@@ -83,7 +83,11 @@ class FaultSettings(Settings):
     round_deadline_s: float = Field(
         1800.0, gt=0.0, description="Same for its head's output, an installation, local learning."
     )
-    away_s: float = Field(60.0, ge=0.0, description="How long a device whose link is down is waited for.")
+    away_s: float = Field(
+        60.0,
+        ge=0.0,
+        description="How long a device whose link is down is waited for, and an edge that missed the cycle before.",
+    )
     min_devices: int = Field(1, ge=1, description="An edge round with fewer devices of an edge fails.")
     edge_deadline_s: float = Field(
         7200.0, gt=0.0, description="How long the cloud waits for an edge, restarts included."

@@ -96,6 +96,7 @@ class Network:
         self._ledger = ledger
         self._faults = faults
         self._out: dict[str, GaisnetError] = {}  # edges that are left out until the next cycle begins, and why
+        self._missed = set[str]()  # edges left out of the cycle before: not waited for again while they are away
         self._faults_of_edges: list[str] = []  # since they were last taken
         self._bytes: dict[str, TrafficReport] = {}  # as each edge reported last
         self._updates: dict[str, AdapterUpdate] = {}
@@ -132,7 +133,7 @@ class Network:
 
         Begins a cycle: edges that were left out of the one before are asked again.
         """
-        self._out.clear()
+        self._missed, self._out = set(self._out), {}
         results = {domain: self.cloud.distil(domain, self.cycle) for domain in self._edges}
         self.install()
         return {domain: result for domain, result in results.items() if result is not None}
@@ -273,6 +274,7 @@ class Network:
             try:
                 found[domain] = replies[domain].result()
                 self.cloud.check(domain, message, found[domain])
+                self._missed.discard(domain)
             except GaisnetError as error:
                 found.pop(domain, None)
                 failed[domain] = error
@@ -307,7 +309,8 @@ class Network:
         while True:
             left_s = max(until - time.monotonic(), 0.0)
             try:
-                reply = wait(link, sent, asked, left_s, left_s)
+                away_s = min(left_s, self._faults.away_s) if domain in self._missed else left_s
+                reply = wait(link, sent, asked, left_s, away_s)
             except LinkLost:  # a site on the way restarted; an order that was carried out is not carried out again
                 if left_s <= 0.0:
                     raise

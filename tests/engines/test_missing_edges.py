@@ -150,10 +150,8 @@ def test_with_fewer_edges_than_wanted_the_cycle_fails_and_says_so() -> None:
 class Restarting:
     """A link to an edge that loses a request, and answers the next one; or, if it hangs, none."""
 
-    peer = "here"
-
     def __init__(self, hangs: bool = False) -> None:
-        self._hangs, self._lost = hangs, False
+        self.peer, self._hangs, self._lost = "here", hangs, False
 
     def send(self, message: Message) -> Future[Message]:
         answer: Future[Message] = Future()
@@ -173,6 +171,17 @@ def test_an_edge_that_restarts_while_another_one_hangs_is_asked_again(monkeypatc
     assert asker._ask(dict.fromkeys(edges, Install("", "")), Done) == {TASTES: Done()}
     (fault,) = asker.take_faults()
     assert fault.startswith(f"{SHAPES}: cycle 0: ") and "no answer for 1 s" in fault
+
+
+def test_an_edge_that_missed_a_cycle_is_not_waited_for_again_while_it_is_away() -> None:
+    run, _ = run_with(fails(FineTune), faults={"edge_deadline_s": 3600.0, "away_s": 0.0})
+    run.network.install()
+    run.network.fine_tune()
+    away = Restarting(hangs=True)
+    away.peer = ""
+    run.network._edges = {**run.network._edges, TASTES: away}
+    run.network.release()  # at once, not after an hour
+    assert run.network.fine_tune().keys() == {SHAPES}
 
 
 def test_more_edges_than_there_are_cannot_be_asked_for() -> None:

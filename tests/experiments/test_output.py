@@ -243,3 +243,12 @@ def test_scalars_of_a_newcomer_are_those_of_its_domain_model() -> None:
     with_newcomer = cycle.model_copy(update={"domain": {**cycle.domain, "rural": cycle.domain["medical"]}})
     more = cycle_scalars(with_newcomer).keys() - cycle_scalars(cycle).keys()
     assert more == {"accuracy/domain/rural", "loss/domain/rural"}
+
+
+def test_a_run_that_is_stopped_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), RunFolder.claim(tmp_path / "run") as folder:
+        folder.scalar("loss", 1.0, 1)
+        raise KeyboardInterrupt
+    assert (tmp_path / "run" / "tensorboard").is_dir()
+    with RunFolder.claim(tmp_path / "run") as folder:
+        assert not folder.tensorboard_dir.exists()

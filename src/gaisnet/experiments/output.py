@@ -161,18 +161,21 @@ class RunFolder:
 
         write_text(self.report_path, render_report(summary))
 
-    def close(self) -> None:
-        """Close the event file and release the lock; closing twice is harmless. Raises ``OutputNotWritable``."""
+    def close(self, broken_off: bool = False) -> None:
+        """Close the event file and release the lock; closing twice is harmless. Raises ``OutputNotWritable``.
+
+        ``broken_off``: before the end; if there is no checkpoint, the lock's file then tells ``claim`` to begin anew.
+        """
         events, self._events = self._events, None
         with writing(self.path):
             try:
                 if events is not None:
                     events.close()
             finally:
-                self._lock.release(keep_file=self._is_broken_off())
+                self._lock.release(keep_file=broken_off and self._has_remains())
 
-    def _is_broken_off(self) -> bool:
-        """Whether a run stops here before its first checkpoint; the lock's file then tells ``claim`` to begin anew."""
+    def _has_remains(self) -> bool:
+        """Whether there is something of a run, and no checkpoint."""
         begun = any((self.path / name).exists() for name in (*_FILES, *_FOLDERS))
         return begun and not (self.path / CHECKPOINT_NAME).is_dir()
 
@@ -188,7 +191,7 @@ class RunFolder:
             self.close()
         else:
             with suppress(GaisnetError):
-                self.close()
+                self.close(broken_off=True)
 
     def _writer(self) -> Any:
         if self._events is None:

@@ -36,6 +36,7 @@ MAX_ACTIVATION = 1e8
 """In magnitude: far beyond any model's outliers, and its square is still finite in float32."""
 MAX_SENTENCE = 2000
 """Characters of what a party says went wrong."""
+_FEW = 100  # examples that a device may have however few the others have
 _ROUNDING_LOSS = 1e-3  # a cross entropy of nothing may be a little below zero
 _ADAM = 7.3  # |m| / sqrt(v) of AdamW is at most (1 - b1) / sqrt((1 - b2) (1 - b1**2 / b2)), by Cauchy and Schwarz
 _ROUNDED = 0.25  # an adapter that crosses in int4 comes back with errors of less than this share of its largest number
@@ -73,12 +74,12 @@ def sentences(party: str, found: Sequence[str], most: int) -> None:
 def outnumbering(counts: Mapping[str, int], ratio: float, granted: int) -> dict[str, OutOfBounds]:
     """Devices that say they have more than ``ratio`` times as many examples as the median of the others.
 
-    ``granted``: examples that any of them may have. One that is alone has nobody to outweigh.
+    ``granted``: examples that any of them may have; it is ``_FEW`` at least. One that is alone has nobody to outweigh.
     """
     beyond = {}
     for name, count in counts.items():
         others = [other for each, other in counts.items() if each != name]
-        most = max(ratio * median(others), granted) if others else MOST
+        most = max(ratio * median(others), granted, _FEW) if others else MOST
         if count > most:
             expected = f"at most {most:.0f} (faults.max_example_ratio)"
             beyond[name] = OutOfBounds(f"device '{name}'", "the number of examples", _shown(count), expected)

@@ -1,6 +1,7 @@
 """An edge: serves one domain, holds its domain model (DM), drives its devices in hybrid federated split learning."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -8,7 +9,7 @@ import torch
 
 from gaisnet.checkpoint import NoShelf, Shelf
 from gaisnet.config import Config, EdgeSettings
-from gaisnet.errors import GaisnetError, LinkError, OutOfBounds, UnexpectedMessage
+from gaisnet.errors import GaisnetError, LinkError, NotFinite, OutOfBounds, UnexpectedMessage
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
@@ -252,8 +253,8 @@ class Edge:
         failed, outputs = self._had(self._names, split), dict[str, BodyOutput]()
         for name in (name for name in self._names if name not in failed):
             try:
-                outputs[name] = output_of(name)
-            except LinkError as error:  # of the cloud: others' may pass
+                outputs[name] = self._finite(name, output_of(name))
+            except (LinkError, NotFinite) as error:  # others' may pass
                 failed[name] = error
         outcomes = self._cluster.ask(outputs, EvaluationReport, self._config.faults.round_deadline_s)
         reports = []
@@ -271,6 +272,12 @@ class Edge:
         if not reports:
             raise next(iter(failed.values()))
         return sum(reports, start=EvaluationReport(0, 0, 0, 0.0))
+
+    def _finite(self, name: str, output: BodyOutput) -> BodyOutput:
+        """The same. Raises ``NotFinite``: a loss of it would be none, and its device would be blamed."""
+        if not output.rows_ND.isfinite().all():
+            raise NotFinite("the output of the body", f"edge '{self.name}', scoring '{name}'", math.nan)
+        return output
 
     def _lengths(self) -> LengthsOfDevices:
         """How long the examples of all devices are that can be had."""

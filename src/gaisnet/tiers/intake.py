@@ -58,13 +58,22 @@ class Intake:
             verdicts = {domain: self._model.let_in(domain, tensors) for domain, tensors in adapters.items()}
             taken = {domain: domain for domain, verdict in verdicts.items() if verdict.accepted}
             after = reach.reports(taken) if self._asks and taken else {}
-            for domain, report in ((d, r) for d, r in after.items() if d in before):
-                devices_say = _compared(before[domain], report)
-                verdicts[domain] = replace(verdicts[domain], reported=devices_say)
-                if fell(before[domain], report, self._config.absorb.max_fall):
+            for domain in taken if self._asks else ():
+                verdicts[domain] = self._as_devices_say(verdicts[domain], before.get(domain), after.get(domain))
+                if not verdicts[domain].accepted:
                     self._put_back(domain, kept[domain])
-                    verdicts[domain] = refused(domain, devices_say)
         return list(verdicts.values())
+
+    def _as_devices_say(
+        self, verdict: Verdict, before: EvaluationReport | None, after: EvaluationReport | None
+    ) -> Verdict:
+        """The verdict after what devices report; an edge that falls silent when it is asked cannot get around them."""
+        if before is None or after is None:
+            return refused(verdict.adapter, "its devices could not be asked about it")
+        devices_say = _compared(before, after)
+        if fell(before, after, self._config.absorb.max_fall):
+            return refused(verdict.adapter, devices_say)
+        return replace(verdict, reported=devices_say)
 
     def merge(self, reach: Reach) -> Verdict | None:
         """Make one adapter of all in place; of several ways the one that devices say is best. None if there is none."""
