@@ -107,13 +107,15 @@ class _EvilServer(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
 
-def test_a_chat_shows_what_a_server_says_as_text() -> None:
+def test_a_chat_shows_what_a_server_says_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for console in (display.console, display._errors):
+        monkeypatch.setattr(console, "_width", 400)  # an escape is longer than its character, and a line is cut
     server = ThreadingHTTPServer(("127.0.0.1", 0), _EvilServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         url = f"http://127.0.0.1:{server.server_port}"
         said = "/models\nhello\n/model nothing\n"
-        result = CliRunner().invoke(app, ["chat", url, "--plain"], input=said, env={"TERM": "dumb", "COLUMNS": "400"})
+        result = CliRunner().invoke(app, ["chat", url, "--plain"], input=said, env={"TERM": "dumb"})
     finally:
         server.shutdown()
         server.server_close()
