@@ -27,6 +27,7 @@ def contest(folder: Path) -> Config:
     return parse_config(raw)
 
 
+@pytest.mark.slow  # a process for each contender; `make bench-quick`, which CI runs, has them all learn the real model
 @pytest.mark.integration
 def test_all_have_their_turns(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []

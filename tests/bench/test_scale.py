@@ -12,6 +12,7 @@ from gaisnet.cli.app import app
 from gaisnet.errors import ConfigError
 
 
+@pytest.mark.slow  # each size has a process of its own
 @pytest.mark.integration
 def test_the_command_lets_sizes_take_turns_and_writes_what_it_shows(tmp_path: Path) -> None:
     path = tmp_path / "scale.json"

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -421,14 +422,18 @@ def secrets(data: Mapping[str, DeviceData[Labelled]], config: Config) -> Iterato
                 yield from stretches(example.input)
 
 
+made_once = cache(tiny_bert_tokenizer)
+
+
 def stretches(private: Input) -> Iterator[list[bytes]]:
     if isinstance(private, Tensor):
         for row in private.flatten().split(STRETCH):
             yield raw_bytes(row, PIXEL_KINDS)
         return
+    tokenizer = made_once()
     for at in range(0, len(private) - STRETCH + 1, STRETCH):
         piece = private[at : at + STRETCH]
-        ids = tiny_bert_tokenizer().encode(piece, add_special_tokens=False)
+        ids = tokenizer.encode(piece, add_special_tokens=False)
         yield [piece.encode(), json.dumps(ids)[1:-1].encode(), *raw_bytes(torch.tensor(ids), TEXT_KINDS)]
 
 

@@ -189,8 +189,13 @@ def test_a_run_that_breaks_off_in_its_second_cycle_goes_on_to_the_same_end(
 
 @pytest.mark.parametrize(
     ("stage", "after"),
-    [("release", 0), ("relay", 1), ("fine_tune", 4), ("absorb", 1), ("evaluate", 1)],
-    ids=["before", "in a relay", "in a step", "after absorb", "after evaluate"],
+    [
+        pytest.param("release", 0, id="before", marks=pytest.mark.slow),
+        pytest.param("relay", 1, id="in a relay", marks=pytest.mark.slow),
+        pytest.param("fine_tune", 4, id="in a step"),
+        pytest.param("absorb", 1, id="after absorb", marks=pytest.mark.slow),
+        pytest.param("evaluate", 1, id="after evaluate"),
+    ],
 )
 def test_a_run_that_goes_on_may_break_off_as_well(short: Path, whole: Path, stage: str, after: int) -> None:
     with pytest.raises(Gone):
