@@ -660,7 +660,7 @@ def test_a_guest_that_does_not_fit_is_refused_and_the_host_stays(same_examples: 
     guest = same_examples.network._guest("tastes")
     narrow = {name: tensor[:1] for name, tensor in guest.domain.items()}
     with pytest.raises(AdapterMismatch):
-        same_examples.network._ask({"shapes": EvaluateGuest(guest.relay, narrow)}, EvaluationReport)
+        same_examples.network._edges["shapes"].send(EvaluateGuest(guest.relay, narrow)).result()
     assert same_examples.network.evaluate() == before
 
 
@@ -805,7 +805,7 @@ def test_a_device_without_examples_stops_before_the_model_runs() -> None:
 
 def test_too_little_public_text() -> None:
     absorb = {"retention_windows": 40, "retention_tokens": 16}
-    found = f"the public text for retention: it has {len(PUBLIC_TEXT)} tokens but 640 are wanted"
+    found = "the public text for retention: it fills 6 windows of 16 tokens but 40 are wanted"
     with pytest.raises(DataError, match=found):
         Run(tiny_config(absorb=absorb))
 

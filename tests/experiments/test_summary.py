@@ -51,7 +51,8 @@ def test_names_are_those_of_the_issue_and_survive_the_disk(tmp_path: Path) -> No
         {**cycle, "matrix": None, "retention": {**cycle["retention"], "drift": None}, "relay": relay}
         for cycle in _raw()["cycles"]
     ]
-    assert json.loads(text) == {**_raw(), **measured_later, "cycles": cycles}
+    sizes = {**_raw()["model"], "context": None, "longest_example": None}
+    assert json.loads(text) == {**_raw(), **measured_later, "model": sizes, "examples": {}, "cycles": cycles}
     assert Summary.model_validate_json(text) == summary
     assert summary.domains == ("medical",)
 

@@ -312,7 +312,7 @@ def offers(**changes: object) -> Callable[[Message], Message]:
     ("lie", "found"),
     [
         ({"size_bytes": 2**36 + 1}, "68719476737 bytes, the limit is 68719476736"),
-        ({"size_bytes": 2**63}, "9223372036854775808 bytes"),
+        ({"size_bytes": 2**62}, "4611686018427387904 bytes"),
         ({"chunk_bytes": 1}, f"chunks of 1 bytes, here {CHUNK}"),
         ({"chunk_bytes": 2**40}, "chunks of 1099511627776 bytes"),
     ],
