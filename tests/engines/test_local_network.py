@@ -419,9 +419,12 @@ def foundation_that_knows(text: str) -> Foundation:
     model = foundation.model.requires_grad_(True)
     ids_BT = torch.tensor(foundation.tokenizer.encode(text)[:32]).view(2, 16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(120):
+    for _ in range(1000):  # how many it takes depends on the processor
         optimizer.zero_grad()
-        model(ids_BT, labels=ids_BT).loss.backward()
+        loss = model(ids_BT, labels=ids_BT).loss
+        if loss.item() < 0.05:
+            break
+        loss.backward()
         optimizer.step()
     model.requires_grad_(False)
     return foundation
@@ -435,7 +438,7 @@ def test_a_ruinous_adapter_is_refused_and_what_was_in_place_stays() -> None:
     before = {name: cloud.adapter(name)[1] for name in ("shapes", "tastes")}
     run.go()
     limit = alone_perplexity(run)
-    assert limit < 1.5
+    assert limit < 1.1
     for verdict in run.verdicts[0][:2]:
         assert not verdict.accepted
         assert str(verdict).startswith(f"refused '{verdict.adapter}': perplexity on public text ")
