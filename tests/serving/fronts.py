@@ -153,14 +153,20 @@ def shared_bodies(tail_layers: int = 0) -> tuple[DeviceParts, LocalBodies]:
     return parts, LocalBodies(dict(edges), cloud)
 
 
-def tiny_bodies(settings: ServiceSettings | None = None, tail_layers: int = 0) -> tuple[DeviceParts, LocalBodies]:
-    """An FM, and DMs of it at two edges that have learned different things; nothing with layers in the tail."""
+def tiny_bodies(
+    settings: ServiceSettings | None = None, tail_layers: int = 0, precision: str = "int8"
+) -> tuple[DeviceParts, LocalBodies]:
+    """An FM, and DMs of it at two edges that have learned different things; nothing with layers in the tail.
+
+    In int8 an answer written beside others may differ from one written alone: beside other rows the last bit of a
+    float32 sum may be another one, which int8 can make a step of 1/63.
+    """
     settings = settings or ServiceSettings()
     model = lively_model()
     parts, cloud = served(model, CutLayers(1, tail_layers), settings)
     edges = {}
     for seed, name in enumerate(("shapes", "tastes")):
-        body = domain_body(lively_model(), 1, (0, 1, 3, 4, 5))
+        body = domain_body(lively_model(), 1, (0, 1, 3, 4, 5), precision)
         edges[name] = BodyService(body, range(1, NUM_LAYERS), settings)
         if tail_layers:
             continue
@@ -196,7 +202,7 @@ def front(
     service: ServiceSettings | None = None,
     speculate: bool = False,
 ) -> Iterator[Front]:
-    parts, bodies = tiny_bodies(service)
+    parts, bodies = tiny_bodies(service, precision="float32")
     domains = {name: Domain(Routing((name,), policy, threshold)) for name in bodies.edges}
     answering = Answering(parts, tokenizer or chat_tokenizer(), bodies, domains, "shapes", speculate)
     gauges = {"sessions": lambda: float(bodies.num_sessions)}

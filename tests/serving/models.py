@@ -34,10 +34,10 @@ def served(
     return DeviceParts(head, tail), BodyService(body, layers, settings or ServiceSettings())
 
 
-def domain_body(model: PreTrainedModel, first: int, kept: tuple[int, ...]) -> Body:
-    """A DM's body from layer ``first`` on: of layers 1 to 3 some dropped, the others in int8."""
+def domain_body(model: PreTrainedModel, first: int, kept: tuple[int, ...], precision: str = "int8") -> Body:
+    """A DM's body from layer ``first`` on: of layers 1 to 3 some dropped, the others in int8 or as they are."""
     middle = Middle(1, 4)
-    recipe = Recipe(kept, tuple(i for i in kept if i in middle))
+    recipe = Recipe(kept, tuple(i for i in kept if i in middle) if precision == "int8" else ())
     hidden_BTD = torch.randn(4, 9, 32, generator=torch.Generator().manual_seed(3))
     return make_domain_body(Decoder(model), first, NUM_LAYERS, recipe, middle, hidden_BTD)
 
