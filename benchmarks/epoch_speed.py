@@ -19,12 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from gaisnet.config import Config
-from gaisnet.config_file import parse_config
+from gaisnet.config.file import parse_config
+from gaisnet.data.devices import load_domains, public_text
+from gaisnet.data.examples import Tokens, tokenize
 from gaisnet.engines.local import build_network
-from gaisnet.experiments.data import load_domains, public_text
+from gaisnet.learning.relay import TaskShape
 from gaisnet.models.foundation import Foundation, load_foundation
-from gaisnet.relay.downward import TaskShape
-from gaisnet.tiers.examples import Tokens, tokenize
 
 
 def config_for(examples: int, epochs: int) -> Config:

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from gaisnet.deployment.one_machine import sites_of
 from gaisnet.deployment.resident import end_in_order
-from gaisnet.experiments.output import LOCK_NAME
+from gaisnet.runs.output import LOCK_NAME
 
 ROLES = ("device", "edge", "cloud")
 _LOOK_S = 0.05

@@ -15,17 +15,17 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "ACTIVE")  # for both, as the command has it
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
-from gaisnet.bench.rounds import Effort, Rounds
-from gaisnet.bench.sessions import single
-from gaisnet.bench.writing import Writers, in_one_piece
-from gaisnet.engines.services import LinkedBodies
-from gaisnet.experiments.front import device_of
-from gaisnet.experiments.serve import ServedRun, serve_run
+from gaisnet.engines.body_hosting import LinkedBodies
 from gaisnet.progress import silent
-from gaisnet.serving.bodies import Place, Target
-from gaisnet.serving.device import ServedDevice
-from gaisnet.serving.endpoint import SessionEndpoint
-from gaisnet.serving.escalation import EdgeSessions
+from gaisnet.research.bench.rounds import Effort, Rounds
+from gaisnet.research.bench.sessions import single
+from gaisnet.research.bench.writing import Writers, in_one_piece
+from gaisnet.runs.answering_device import device_of
+from gaisnet.runs.served_run import ServedRun, serve_run
+from gaisnet.serving.engine.endpoint import SessionEndpoint
+from gaisnet.serving.engine.escalation import EdgeSessions
+from gaisnet.serving.generation.bodies import Place, Target
+from gaisnet.serving.generation.device import ServedDevice
 from gaisnet.transport.base import Handler
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded

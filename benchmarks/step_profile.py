@@ -24,13 +24,13 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gaisnet.config import Config
-from gaisnet.config_file import load_config
+from gaisnet.config.file import load_config
+from gaisnet.data.devices import load_domains, public_text
 from gaisnet.engines.local import NoOutlets, build_tiers
-from gaisnet.experiments.data import load_domains, public_text
+from gaisnet.learning.relay import TaskShape
 from gaisnet.messages import Message
 from gaisnet.models.foundation import load_foundation
-from gaisnet.relay.downward import TaskShape
-from gaisnet.tiers.device import Device
+from gaisnet.tiers.device.device import Device
 from gaisnet.transport.ledger import Ledger
 
 EDGE, DEVICE = "edge", "device"

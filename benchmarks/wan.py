@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gaisnet.config import Config
-from gaisnet.config_file import load_config
+from gaisnet.config.file import load_config
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.one_machine import run_network, sites_of

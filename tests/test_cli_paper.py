@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gaisnet.experiments.paper import catalogue
-from tests.experiments.paper.test_running import experiment as of_sizes
+from gaisnet.research.paper import catalogue
+from tests.research.paper.test_running import experiment as of_sizes
 from tests.test_cli import gaisnet, words
 
 

@@ -15,11 +15,11 @@ from typer.testing import CliRunner, Result
 from gaisnet.cli import serve as serving
 from gaisnet.cli.app import app
 from gaisnet.config import FrontSettings, RoutingSettings
-from gaisnet.serving.address import ADDRESS_NAME, announced
-from gaisnet.serving.calibration import FILE_NAME, HeldOut
-from gaisnet.serving.device import ServedDevice, ServedDomain
-from gaisnet.serving.keys import ApiKeys
-from gaisnet.serving.server import Server
+from gaisnet.serving.generation.calibration import FILE_NAME, HeldOut
+from gaisnet.serving.generation.device import ServedDevice, ServedDomain
+from gaisnet.serving.http.address import ADDRESS_NAME, announced
+from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.http.server import Server
 from tests.serving.fronts import Front, chat_tokenizer, front, tiny_bodies, until
 from tests.serving.models import prompt
 

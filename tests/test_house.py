@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gaisnet.config_file import load_config
+from gaisnet.config.file import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "gaisnet"
@@ -165,8 +165,8 @@ def test_pretrained_models_have_one_way_in() -> None:
     assert [relative(path) for path in MODULES if list(loads(parse(path)))] == [relative(way_in)]
 
 
-def test_tensorboard_lives_in_experiments() -> None:
-    elsewhere = [path for path in MODULES if PACKAGE / "experiments" not in path.parents]
+def test_tensorboard_lives_in_runs() -> None:
+    elsewhere = [path for path in MODULES if PACKAGE / "runs" not in path.parents]
     assert [relative(path) for path in elsewhere if list(tensorboard_imports(parse(path)))] == []
 
 

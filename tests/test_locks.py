@@ -13,8 +13,8 @@ import pytest
 
 from gaisnet import locks
 from gaisnet.errors import LockTaken, NoLocks, OutputInUse
-from gaisnet.experiments.output import CHECKPOINT_NAME, LOCK_NAME, RunFolder
 from gaisnet.locks import Holder, holder_of, is_remote, locked, take
+from gaisnet.runs.output import CHECKPOINT_NAME, LOCK_NAME, RunFolder
 
 TAKE = """
 import sys

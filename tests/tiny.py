@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from gaisnet.config import Config, DevicePrecision
-from gaisnet.config_file import parse_config
+from gaisnet.config.file import parse_config
+from gaisnet.data.examples import DeviceData, Example, Labelled
 from gaisnet.models.families import Decoder
 from gaisnet.models.foundation import Foundation
-from gaisnet.rounding import from_int4, from_int8, to_int4, to_int8
-from gaisnet.tiers.examples import DeviceData, Example, Labelled
+from gaisnet.row_quant import from_int4, from_int8, to_int4, to_int8
 
 NUM_LAYERS = 6
 VOCAB = 300

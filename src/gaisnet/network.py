@@ -23,7 +23,9 @@ from torch import Tensor
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import FaultSettings
 from gaisnet.errors import GaisnetError, LinkLost, TooFewEdges, UnexpectedMessage
-from gaisnet.later import aside
+from gaisnet.futures import aside
+from gaisnet.learning.gate import Verdict
+from gaisnet.learning.relay import Distillation
 from gaisnet.messages import (
     AdapterUpdate,
     BodyOutput,
@@ -45,12 +47,10 @@ from gaisnet.messages import (
     TrafficReport,
     TrafficRequest,
 )
-from gaisnet.relay.downward import Distillation
-from gaisnet.relay.upward import Verdict
-from gaisnet.tiers.bounds import MAX_SENTENCE
-from gaisnet.tiers.cloud import Cloud
-from gaisnet.tiers.cloud_model import MERGED
-from gaisnet.tiers.split_step import Outcome
+from gaisnet.tiers.cloud.cloud import Cloud
+from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.tiers.split.bounds import MAX_SENTENCE
+from gaisnet.tiers.split.step import Outcome
 from gaisnet.transport.base import Link, wait
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 

@@ -21,8 +21,8 @@ import yaml
 
 from gaisnet.cli.serve import opened
 from gaisnet.config import Config, RoutingSettings
-from gaisnet.config_file import load_config
-from gaisnet.deployment.front_door import Door
+from gaisnet.config.file import load_config
+from gaisnet.deployment.http_endpoint import Door
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.one_machine import kits_in, run_kits, run_network, sites_of
@@ -42,12 +42,12 @@ from gaisnet.errors import (
     OutputNotWritable,
     ProcessFailed,
 )
-from gaisnet.experiments.output import LOCK_NAME
-from gaisnet.experiments.run import run_experiment
-from gaisnet.experiments.summary import Summary
-from gaisnet.serving.address import ADDRESS_NAME
-from gaisnet.serving.calibration import read_calibrations
-from gaisnet.serving.keys import ApiKeys
+from gaisnet.runs.output import LOCK_NAME
+from gaisnet.runs.run import run_experiment
+from gaisnet.runs.summary import Summary
+from gaisnet.serving.generation.calibration import read_calibrations
+from gaisnet.serving.http.address import ADDRESS_NAME
+from gaisnet.serving.http.keys import ApiKeys
 from gaisnet.transport.grpc.dialer import Dialer
 from gaisnet.transport.grpc.listener import Listener
 from tests.tiny import tiny_edge, write_tiny_bert_run, write_tiny_run, write_tiny_vit_run

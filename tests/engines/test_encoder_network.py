@@ -19,9 +19,12 @@ from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.state import save_adapter
 from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
-from gaisnet.config_file import parse_config
+from gaisnet.config.file import parse_config
+from gaisnet.data.examples import DeviceData, Example, Input, Labelled
 from gaisnet.engines.local import NoOutlets, build_network, build_tiers
 from gaisnet.errors import ConfigError, DataError, SessionRefused
+from gaisnet.learning.gate import Verdict
+from gaisnet.learning.relay import TaskShape
 from gaisnet.messages import (
     AdapterUpdate,
     AnchorRelease,
@@ -39,13 +42,10 @@ from gaisnet.models.families import ENCODERS, VIT
 from gaisnet.models.foundation import Foundation
 from gaisnet.network import Network, Scores
 from gaisnet.progress import silent
-from gaisnet.relay.downward import TaskShape
-from gaisnet.relay.upward import Verdict
-from gaisnet.tiers.device import Device
-from gaisnet.tiers.edge import Edge
-from gaisnet.tiers.examples import DeviceData, Example, Input, Labelled
-from gaisnet.tiers.inputs import Inputs
-from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.device.device import Device
+from gaisnet.tiers.edge.edge import Edge
+from gaisnet.tiers.split.inputs import Inputs
+from gaisnet.tiers.split.layout import Layout
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink

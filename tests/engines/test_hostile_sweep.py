@@ -15,7 +15,8 @@ from torch import Tensor
 from gaisnet.config import FaultSettings
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
 from gaisnet.errors import GaisnetError
-from gaisnet.later import as_future
+from gaisnet.futures import as_future
+from gaisnet.learning.relay import TaskShape
 from gaisnet.messages import (
     AdapterUpdate,
     AnchorRequest,
@@ -55,11 +56,10 @@ from gaisnet.messages import (
     Wanted,
 )
 from gaisnet.models.parts import CutLayers
-from gaisnet.relay.downward import TaskShape
-from gaisnet.serving.endpoint import RemoteSession, SessionEndpoint
-from gaisnet.tiers.cluster import Cluster
-from gaisnet.tiers.smashed import SmashedStore
-from gaisnet.tiers.split_step import checked
+from gaisnet.serving.engine.endpoint import RemoteSession, SessionEndpoint
+from gaisnet.tiers.edge.activation_store import SmashedStore
+from gaisnet.tiers.edge.device_pool import Cluster
+from gaisnet.tiers.split.step import checked
 from gaisnet.transport.arrivals import Arrivals
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.courier import Courier, Depot, Depots

@@ -12,8 +12,11 @@ from torch.nn.utils import clip_grad_norm_
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config, WireSettings
+from gaisnet.data.examples import DeviceData, Example
 from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
 from gaisnet.errors import ConfigError, DataError, LinkTimeout, OutOfBounds, UnexpectedMessage, WireFormatError
+from gaisnet.learning.gate import Verdict
+from gaisnet.learning.relay import TaskShape
 from gaisnet.messages import (
     AdapterUpdate,
     AnchorRequest,
@@ -32,12 +35,9 @@ from gaisnet.messages import (
 )
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import silent
-from gaisnet.relay.downward import TaskShape
-from gaisnet.relay.upward import Verdict
-from gaisnet.tiers.cloud_model import MERGED
-from gaisnet.tiers.examples import DeviceData, Example
-from gaisnet.tiers.split_step import Outcome
-from gaisnet.tiers.writing_model import WritingModel
+from gaisnet.tiers.cloud.decoder_model import WritingModel
+from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.tiers.split.step import Outcome
 from gaisnet.transport.codec import Codec
 from tests.frames import Frames
 from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_foundation, tiny_tokenizer

@@ -18,9 +18,12 @@ from gaisnet.adapters.arithmetic import side_by_side
 from gaisnet.adapters.state import AdapterTensors, save_adapter
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config, DevicePrecision, FaultSettings
+from gaisnet.config.learning import ModelSettings
+from gaisnet.data.examples import DeviceData, Example, tokenize
 from gaisnet.engines.local import build_network
 from gaisnet.errors import AdapterMismatch, CutError, DataError, UnexpectedMessage
-from gaisnet.learning_settings import ModelSettings
+from gaisnet.learning.gate import Verdict
+from gaisnet.learning.relay import Distillation, TaskShape
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
@@ -39,13 +42,10 @@ from gaisnet.messages import (
 )
 from gaisnet.models.foundation import Foundation, load_foundation
 from gaisnet.network import ALONE, Network, Scores
-from gaisnet.relay.downward import Distillation, TaskShape
-from gaisnet.relay.upward import Verdict
-from gaisnet.tiers.cloud_model import MERGED
-from gaisnet.tiers.device import Device
-from gaisnet.tiers.edge import Edge
-from gaisnet.tiers.examples import DeviceData, Example, tokenize
-from gaisnet.tiers.writing_model import WritingModel
+from gaisnet.tiers.cloud.decoder_model import WritingModel
+from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.tiers.device.device import Device
+from gaisnet.tiers.edge.edge import Edge
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
 from tests.frames import Frames
 from tests.tiny import (

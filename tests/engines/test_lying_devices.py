@@ -24,7 +24,7 @@ from gaisnet.messages import (
     SmashedData,
     TrafficReport,
 )
-from gaisnet.tiers.device import Device
+from gaisnet.tiers.device.device import Device
 from tests.engines.test_local_network import Run, quick
 
 pytestmark = pytest.mark.integration

@@ -10,7 +10,7 @@ import torch
 
 from gaisnet import network
 from gaisnet.config import FaultSettings
-from gaisnet.config_file import parse_config
+from gaisnet.config.file import parse_config
 from gaisnet.errors import ConfigError, LinkLost, LinkTimeout, PeerError, TooFewEdges
 from gaisnet.messages import (
     AdapterUpdate,
@@ -23,7 +23,7 @@ from gaisnet.messages import (
     Message,
     TrafficReport,
 )
-from gaisnet.tiers.cloud_model import MERGED
+from gaisnet.tiers.cloud.model import MERGED
 from gaisnet.transport.base import Link
 from gaisnet.transport.ledger import Ledger
 from tests.engines.test_local_network import Run, quick

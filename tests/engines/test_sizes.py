@@ -8,15 +8,15 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from gaisnet.config import Config, WireSettings
-from gaisnet.config_file import parse_config
+from gaisnet.config.file import parse_config
+from gaisnet.config.learning import ModelSettings
 from gaisnet.engines.sizes import check_sizes, planned_release
 from gaisnet.errors import ConfigError, CutError, DataError
-from gaisnet.learning_settings import ModelSettings
 from gaisnet.messages import Chunk, ModelRelease
-from gaisnet.models.domain import Recipe
 from gaisnet.models.foundation import read_shape
+from gaisnet.models.recipe import Recipe
 from gaisnet.models.release import restrict
-from gaisnet.tiers.device import Device
+from gaisnet.tiers.device.device import Device
 from gaisnet.transport.codec import Codec
 from tests.tiers.cohort import model_release
 from tests.tiny import (

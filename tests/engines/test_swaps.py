@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gaisnet.engines.services import BodyOutlet
-from gaisnet.engines.serving import ServedNetwork
-from gaisnet.serving.bodies import Place, Target
-from gaisnet.serving.decoding import Tokens, write
-from gaisnet.serving.sampling import Sampling
-from gaisnet.turn import SideBySide
-from tests.engines.test_serving import Versions, built, cycle, served_config, target
+from gaisnet.compute_lock import SideBySide
+from gaisnet.engines.body_hosting import BodyOutlet
+from gaisnet.engines.local_serving import ServedNetwork
+from gaisnet.serving.generation.bodies import Place, Target
+from gaisnet.serving.generation.decoding import Tokens, write
+from gaisnet.serving.generation.sampling import Sampling
+from tests.engines.test_local_serving import Versions, built, cycle, served_config, target
 from tests.serving.models import prompt
 from tests.tiny import tiny_edge
 

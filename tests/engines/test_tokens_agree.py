@@ -7,17 +7,17 @@ import torch
 from torch.nn import functional as F
 
 from gaisnet.config import Config
-from gaisnet.config_file import parse_config
+from gaisnet.config.file import parse_config
+from gaisnet.data.examples import DeviceData, Example
 from gaisnet.engines.local import build_network
+from gaisnet.learning.relay import TaskShape
 from gaisnet.messages import EvaluationReport
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import CutLayers
 from gaisnet.models.tokenization import ending_ids, prompt_ids
-from gaisnet.relay.downward import TaskShape
-from gaisnet.serving.decoding import write
-from gaisnet.serving.sampling import Sampling
-from gaisnet.serving.text import text_of
-from gaisnet.tiers.examples import DeviceData, Example
+from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.text import text_of
 from tests.serving.models import lively_model, served, session
 from tests.tiny import tiny_raw_config
 from tests.tiny_tokenizers import KINDS, tokenizer_of

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gaisnet.config.learning import CONTEXT_LIMIT, ModelSettings
 from gaisnet.errors import CacheNotWritable, MissingPackage, ModelError, NoCache
-from gaisnet.learning_settings import CONTEXT_LIMIT, ModelSettings
 from gaisnet.models import foundation as loading
 from gaisnet.models.families import ENCODERS
 from gaisnet.models.foundation import DEFAULT_MODEL, Foundation, load_foundation, with_context

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoConfig
 
+from gaisnet.config.learning import ModelSettings
 from gaisnet.errors import ModelError
-from gaisnet.learning_settings import ModelSettings
 from gaisnet.models.families import empty_decoder
 from gaisnet.models.foundation import Foundation, load_foundation
 from tests.tiny import save_tiny_encoder, save_tiny_foundation, tiny_model, tiny_tokenizer

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from gaisnet.config import DevicePrecision, WireSettings
+from gaisnet.config.learning import ModelSettings
 from gaisnet.errors import ModelError
-from gaisnet.learning_settings import ModelSettings
 from gaisnet.messages import ModelRelease
-from gaisnet.models.domain import Middle, Recipe, make_domain_body
 from gaisnet.models.families import LLAMA_SHAPED, Decoder
 from gaisnet.models.foundation import load_foundation
 from gaisnet.models.int8 import Int8Linear
 from gaisnet.models.parts import Body, CutLayers, Head, Tail, cut_decoder
+from gaisnet.models.recipe import Middle, Recipe, make_domain_body
 from gaisnet.models.release import ReleasedModel, release_model, restrict, rounded
 from gaisnet.transport.codec import Codec
 from tests.tiny import VOCAB, round_weights, save_tiny_foundation, tiny_model

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel, ViTModel
 
 from gaisnet.config import DevicePrecision, WireSettings
+from gaisnet.config.learning import DomainSettings
 from gaisnet.errors import ModelError
-from gaisnet.learning_settings import DomainSettings
 from gaisnet.messages import ModelRelease
-from gaisnet.models.domain import Middle, Recipe, choose_recipe, make_domain_body
 from gaisnet.models.encoders import EncoderBody, EncoderHead, cut_encoder, first_rows
 from gaisnet.models.families import ENCODERS, Decoder, Encoder
 from gaisnet.models.int8 import Int8Linear
 from gaisnet.models.parts import CutLayers, cut_decoder
+from gaisnet.models.recipe import Middle, Recipe, choose_recipe, make_domain_body
 from gaisnet.models.release import ReleasedEncoder, ReleasedModel, release_encoder, release_model, restrict, rounded
-from gaisnet.rounding import from_int4, from_int8, to_int4, to_int8
+from gaisnet.row_quant import from_int4, from_int8, to_int4, to_int8
 from gaisnet.transport.codec import Codec
 from tests.tiny import NUM_LAYERS, tiny_encoder, tiny_inputs, tiny_model
 

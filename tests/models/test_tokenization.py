@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from gaisnet.data.examples import Example, tokenize
 from gaisnet.errors import SessionRefused
 from gaisnet.models.tokenization import (
     chat_ids,
@@ -24,8 +25,7 @@ from gaisnet.models.tokenization import (
     text_ids,
     window_ids,
 )
-from gaisnet.serving.text import text_of
-from gaisnet.tiers.examples import Example, tokenize
+from gaisnet.serving.generation.text import text_of
 from tests.tiny import tiny_tokenizer
 from tests.tiny_tokenizers import KINDS, SPECIAL, tokenizer_of
 

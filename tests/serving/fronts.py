@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerFast
 from gaisnet.config import FrontSettings, ServiceSettings
 from gaisnet.errors import LinkLost
 from gaisnet.models.parts import CutLayers
-from gaisnet.serving.answering import Answering, Domain
-from gaisnet.serving.api import make_app
-from gaisnet.serving.bodies import EscalatingSession, Target
-from gaisnet.serving.body import BodyService
-from gaisnet.serving.decoding import DeviceParts
-from gaisnet.serving.keys import ApiKeys
-from gaisnet.serving.routing import Routing
-from gaisnet.serving.server import Server
-from gaisnet.serving.sessions import BodySession, LocalSession
+from gaisnet.serving.engine.body import BodyService
+from gaisnet.serving.engine.sessions import BodySession, LocalSession
+from gaisnet.serving.generation.answering import Answering, Domain
+from gaisnet.serving.generation.bodies import EscalatingSession, Target
+from gaisnet.serving.generation.decoding import DeviceParts
+from gaisnet.serving.generation.routing import Routing
+from gaisnet.serving.http.api import make_app
+from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.http.server import Server
 from tests.serving.models import DOMAIN, RELAY, adapter, domain_body, lively_model, served
 from tests.tiny import NUM_LAYERS, tiny_tokenizer
 

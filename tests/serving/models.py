@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
 from gaisnet.config import ServiceSettings
-from gaisnet.models.domain import Middle, Recipe, make_domain_body
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
-from gaisnet.serving.body import BodyService
-from gaisnet.serving.decoding import DeviceParts
-from gaisnet.serving.sessions import LocalSession
+from gaisnet.models.recipe import Middle, Recipe, make_domain_body
+from gaisnet.serving.engine.body import BodyService
+from gaisnet.serving.engine.sessions import LocalSession
+from gaisnet.serving.generation.decoding import DeviceParts
 from tests.tiny import NUM_LAYERS, VOCAB, tiny_model
 
 DOMAIN = LoraSpec(rank=2, alpha=8, targets=("q_proj", "v_proj", "down_proj"), layers=(4, 5))

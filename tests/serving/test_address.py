@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gaisnet.errors import ServerRefused
-from gaisnet.serving.address import ADDRESS_NAME, announced, found
+from gaisnet.serving.http.address import ADDRESS_NAME, announced, found
 
 URL = "http://127.0.0.1:8000"
 SERVES = textwrap.dedent(
@@ -19,7 +19,7 @@ SERVES = textwrap.dedent(
     import signal, sys, time
     from pathlib import Path
     from gaisnet.cli.serve import end_on_signals
-    from gaisnet.serving.address import announced
+    from gaisnet.serving.http.address import announced
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started with
     signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
     end_on_signals()

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from gaisnet.errors import ContextFull, LinkLost, SessionRefused, UnknownAdapter, UnknownModel
-from gaisnet.serving.answering import Answer, Answering, Ask, Domain
-from gaisnet.serving.bodies import Target
-from gaisnet.serving.decoding import write
-from gaisnet.serving.routing import Routing
-from gaisnet.serving.sampling import Sampling
+from gaisnet.serving.generation.answering import Answer, Answering, Ask, Domain
+from gaisnet.serving.generation.bodies import Target
+from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.routing import Routing
+from gaisnet.serving.generation.sampling import Sampling
 from tests.serving.fronts import LocalBodies, chat_tokenizer, shared_bodies
 from tests.serving.models import prompt
 

@@ -8,8 +8,8 @@ import pytest
 
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import CheckpointError
-from gaisnet.serving.bodies import Target
-from gaisnet.serving.calibration import (
+from gaisnet.serving.generation.bodies import Target
+from gaisnet.serving.generation.calibration import (
     FILE_NAME,
     Calibration,
     HeldOut,
@@ -19,9 +19,9 @@ from gaisnet.serving.calibration import (
     read_calibrations,
     write_calibrations,
 )
-from gaisnet.serving.decoding import write
-from gaisnet.serving.routing import top_probability
-from gaisnet.serving.sampling import Sampling
+from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.routing import top_probability
+from gaisnet.serving.generation.sampling import Sampling
 from tests.serving.fronts import shared_bodies
 from tests.serving.models import prompt
 

@@ -7,9 +7,9 @@ from transformers import DynamicCache
 from gaisnet.errors import ContextFull, SessionRefused
 from gaisnet.models.families import LLAMA_SHAPED
 from gaisnet.models.parts import CACHE, CutLayers
-from gaisnet.serving import decoding
-from gaisnet.serving.decoding import HeadSession, TailSession, write
-from gaisnet.serving.sampling import Sampling
+from gaisnet.serving.generation import decoding
+from gaisnet.serving.generation.decoding import HeadSession, TailSession, write
+from gaisnet.serving.generation.sampling import Sampling
 from tests.serving.models import (
     DOMAIN,
     RELAY,

@@ -16,7 +16,7 @@ from gaisnet.errors import (
     UnexpectedMessage,
     WireFormatError,
 )
-from gaisnet.later import as_future
+from gaisnet.futures import as_future
 from gaisnet.messages import (
     CloseSession,
     CropSession,
@@ -28,11 +28,11 @@ from gaisnet.messages import (
     SessionRows,
 )
 from gaisnet.models.parts import CutLayers
-from gaisnet.serving.body import BodyService
-from gaisnet.serving.decoding import DeviceParts, write
-from gaisnet.serving.endpoint import RemoteSession, SessionEndpoint
-from gaisnet.serving.sampling import Sampling
-from gaisnet.serving.speculation import write_speculatively
+from gaisnet.serving.engine.body import BodyService
+from gaisnet.serving.engine.endpoint import RemoteSession, SessionEndpoint
+from gaisnet.serving.generation.decoding import DeviceParts, write
+from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.speculation import write_speculatively
 from gaisnet.transport.codec import Codec
 from tests.serving.models import generated, lively_model, prompt, served, served_domain
 from tests.tiny import NUM_LAYERS

@@ -20,13 +20,13 @@ from gaisnet.errors import (
     UnexpectedMessage,
     UnknownAdapter,
 )
-from gaisnet.later import as_future, failed, then, then_ask
+from gaisnet.futures import as_future, failed, then, then_ask
 from gaisnet.messages import CloseSession, CropSession, Done, EscalateSession, ExtendSession, Message, OpenSession
 from gaisnet.models.parts import CutLayers
-from gaisnet.serving.body import BodyService
-from gaisnet.serving.decoding import DeviceParts, HeadSession, TailSession
-from gaisnet.serving.endpoint import RemoteSession, SessionEndpoint
-from gaisnet.serving.escalation import EdgeSessions
+from gaisnet.serving.engine.body import BodyService
+from gaisnet.serving.engine.endpoint import RemoteSession, SessionEndpoint
+from gaisnet.serving.engine.escalation import EdgeSessions
+from gaisnet.serving.generation.decoding import DeviceParts, HeadSession, TailSession
 from gaisnet.transport.codec import Codec
 from tests.serving.models import DOMAIN, adapter, generated, lively_model, prompt, served, served_domain, with_adapters
 

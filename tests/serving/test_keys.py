@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from gaisnet.errors import ConfigError
-from gaisnet.serving.keys import ENVIRONMENT, ApiKeys, check_bind, first_key, is_loopback, read_keys
-from gaisnet.serving.server import Server
+from gaisnet.serving.http.keys import ENVIRONMENT, ApiKeys, check_bind, first_key, is_loopback, read_keys
+from gaisnet.serving.http.server import Server
 
 KEY = "sk-0123456789abcdef"
 

@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from gaisnet.errors import SessionRefused
-from gaisnet.serving.bodies import Target
-from gaisnet.serving.decoding import DeviceParts, write
-from gaisnet.serving.routing import MEASURES, Routing, Trace, margin, negative_entropy, top_probability, write_routed
-from gaisnet.serving.sampling import Sampling
+from gaisnet.serving.generation.bodies import Target
+from gaisnet.serving.generation.decoding import DeviceParts, write
+from gaisnet.serving.generation.routing import (
+    MEASURES,
+    Routing,
+    Trace,
+    margin,
+    negative_entropy,
+    top_probability,
+    write_routed,
+)
+from gaisnet.serving.generation.sampling import Sampling
 from tests.serving.fronts import LocalBodies, shared_bodies
 from tests.serving.models import prompt
 

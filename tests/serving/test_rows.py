@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gaisnet.models.families import LLAMA_SHAPED, Decoder
 from gaisnet.models.parts import Body, CutLayers, Layers, cut_decoder
-from gaisnet.serving import rows
-from gaisnet.serving.cache import SessionCache
-from gaisnet.serving.rows import SessionLayers, Share
+from gaisnet.serving.engine import rows
+from gaisnet.serving.engine.cache import SessionCache
+from gaisnet.serving.engine.rows import SessionLayers, Share
 from tests.serving.models import lively_model
 from tests.tiny import NUM_LAYERS
 

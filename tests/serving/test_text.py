@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gaisnet.serving.text import text_of
+from gaisnet.serving.generation.text import text_of
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()  # one token per byte

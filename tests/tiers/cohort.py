@@ -8,18 +8,18 @@ import torch
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config import Config
+from gaisnet.data.examples import DeviceData, Example
 from gaisnet.errors import GaisnetError
 from gaisnet.messages import BodyOutput, BodyOutputGrad, ModelRelease, SmashedData, SmashRequest, Split
-from gaisnet.models.domain import Recipe, make_domain_body
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
+from gaisnet.models.recipe import Recipe, make_domain_body
 from gaisnet.models.release import ReleasedModel, release_model, restrict, rounded
-from gaisnet.tiers.activations import Activations
-from gaisnet.tiers.device import Device
-from gaisnet.tiers.domain_model import DomainModel
-from gaisnet.tiers.examples import DeviceData, Example
-from gaisnet.tiers.layout import Layout
-from gaisnet.tiers.split_step import Member, Outcome
+from gaisnet.tiers.device.device import Device
+from gaisnet.tiers.split.activations import Activations
+from gaisnet.tiers.split.domain_model import DomainModel
+from gaisnet.tiers.split.layout import Layout
+from gaisnet.tiers.split.step import Member, Outcome
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.local import LocalLink
 from tests.frames import Frames

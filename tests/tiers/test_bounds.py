@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gaisnet.errors import GaisnetError, OutOfBounds, WireFormatError
 from gaisnet.messages import MOST, AdapterUpdate, BodyOutputGrad, EvaluationReport, Message, SmashedData
-from gaisnet.tiers import bounds
-from gaisnet.tiers.bounds import Steepness
+from gaisnet.tiers.split import bounds
+from gaisnet.tiers.split.bounds import Steepness
 from gaisnet.transport.codec import Codec
 from tests.tiers.test_edge_faults import (
     ALL_NAMES,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gaisnet.data.examples import DeviceData, Example, tokenize
 from gaisnet.errors import AdapterMismatch, DataError, GaisnetError, UnexpectedMessage, WireFormatError
 from gaisnet.messages import (
     AdapterRelease,
@@ -26,10 +27,9 @@ from gaisnet.messages import (
     SmashRequest,
     Split,
 )
-from gaisnet.models.domain import Recipe
+from gaisnet.models.recipe import Recipe
 from gaisnet.models.release import restrict
-from gaisnet.tiers.device import Device
-from gaisnet.tiers.examples import DeviceData, Example, tokenize
+from gaisnet.tiers.device.device import Device
 from tests.tiers.cohort import ALL, EXAMPLES, Cohort, cohort_config, model_release
 from tests.tiny import tiny_tokenizer
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from gaisnet.adapters.state import AdapterTensors, take_out
 from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
+from gaisnet.data.examples import DeviceData, Example
 from gaisnet.errors import (
     CheckpointError,
     GaisnetError,
@@ -45,11 +46,10 @@ from gaisnet.messages import (
     TrafficReport,
     TrafficRequest,
 )
-from gaisnet.models.domain import Recipe
+from gaisnet.models.recipe import Recipe
 from gaisnet.progress import Progress, silent
-from gaisnet.tiers.device import Device
-from gaisnet.tiers.edge import Edge
-from gaisnet.tiers.examples import DeviceData, Example
+from gaisnet.tiers.device.device import Device
+from gaisnet.tiers.edge.edge import Edge
 from gaisnet.transport.base import Link
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger

@@ -19,8 +19,8 @@ from gaisnet.messages import (
     ModelRelease,
     ModelRequest,
 )
-from gaisnet.models.domain import Recipe
-from gaisnet.tiers.edge import Edge
+from gaisnet.models.recipe import Recipe
+from gaisnet.tiers.edge.edge import Edge
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded
 from gaisnet.transport.ledger import Ledger

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from gaisnet.adapters.state import AdapterTensors, take_out
 from gaisnet.adapters.tuning import LoraSpec, trainable
 from gaisnet.config import Config, DevicePrecision
+from gaisnet.data.examples import DeviceData, Example
 from gaisnet.errors import GaisnetError, LinkTimeout
 from gaisnet.messages import (
     AdapterRelease,
@@ -39,16 +40,15 @@ from gaisnet.messages import (
     ModelRequest,
     SmashedData,
 )
-from gaisnet.models.domain import Recipe
 from gaisnet.models.ragged import shuffled_batches
+from gaisnet.models.recipe import Recipe
 from gaisnet.progress import silent
-from gaisnet.tiers.activations import Activations
-from gaisnet.tiers.device import Device
-from gaisnet.tiers.edge import Edge
-from gaisnet.tiers.examples import DeviceData, Example
-from gaisnet.tiers.learning_body import Learned
-from gaisnet.tiers.split_step import Labels, Member, Outcome
-from gaisnet.tiers.stint import Stint
+from gaisnet.tiers.device.device import Device
+from gaisnet.tiers.edge.edge import Edge
+from gaisnet.tiers.split.activations import Activations
+from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.step import Labels, Member, Outcome
+from gaisnet.tiers.split.trainable_body import Learned
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink

@@ -6,9 +6,9 @@ import pytest
 
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.errors import CutError
-from gaisnet.models.domain import Middle
 from gaisnet.models.parts import CutLayers
-from gaisnet.tiers.layout import Layout
+from gaisnet.models.recipe import Middle
+from gaisnet.tiers.split.layout import Layout
 from tests.tiny import NUM_LAYERS, tiny_config
 
 

@@ -22,7 +22,7 @@ from gaisnet.adapters.full import FullSpec, add_full
 from gaisnet.adapters.prompts import PromptSpec, add_prompts
 from gaisnet.adapters.slot import IN_PLACE, Slot, peft_name
 from gaisnet.errors import AdapterMismatch
-from gaisnet.products import add_low_rank
+from gaisnet.onednn import add_low_rank
 
 
 @dataclass(frozen=True)

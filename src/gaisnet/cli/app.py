@@ -13,7 +13,7 @@ from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, output_folde
 from gaisnet.cli.paper import paper
 from gaisnet.cli.serve import serve
 from gaisnet.cli.sites import cloud, device, edge
-from gaisnet.config_file import load_config
+from gaisnet.config.file import load_config
 
 # How long OpenMP's threads spin before they sleep. Within a layer the next product comes in microseconds, and to be
 # woken takes longer than a small product; but on a machine that is shared, threads that spin for milliseconds, as they
@@ -51,7 +51,7 @@ def run(
     with told_errors():
         settings = load_config(config, overrides or []) if config else None
         quiet_libraries()
-        from gaisnet.experiments.run import resume_experiment, run_experiment
+        from gaisnet.runs.run import resume_experiment, run_experiment
 
         with LiveProgress(console) as progress:
             if settings is None:

@@ -12,7 +12,7 @@ from gaisnet.cli.options import ServiceOverrides
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gaisnet.experiments.summary import Summary
+    from gaisnet.runs.summary import Summary
 
 
 class Kind(StrEnum):
@@ -44,7 +44,7 @@ def baselines(
     """
     with told_errors():
         quiet_libraries()
-        from gaisnet.bench.baselines import KINDS, measure_baselines
+        from gaisnet.research.bench.baselines import KINDS, measure_baselines
 
         with LiveProgress(console) as progress:
             summary = measure_baselines(run, progress, only or KINDS, overrides or ())
@@ -56,7 +56,7 @@ def _table(summary: "Summary") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from gaisnet.experiments.table import against_rows
+    from gaisnet.runs.table import against_rows
 
     table = Table("", title="Accuracy on held-out examples")
     for name in summary.domains:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from gaisnet.bench.contest import LearningFigures
-    from gaisnet.bench.scale import ScaleFigures
-    from gaisnet.bench.serving import ServingFigures
+    from gaisnet.research.bench.contest import LearningFigures
+    from gaisnet.research.bench.scale import ScaleFigures
+    from gaisnet.research.bench.serving import ServingFigures
 
 
 def bench(
@@ -73,10 +73,10 @@ def bench(
 
 
 def _learning(file: Path, overrides: list[str], out: Path, rounds: int) -> None:
-    from gaisnet.bench.contest import measure_learning, write_learning
-    from gaisnet.bench.picture import draw_learning
     from gaisnet.checkpoint import make_room_for
-    from gaisnet.config_file import load_config
+    from gaisnet.config.file import load_config
+    from gaisnet.research.bench.contest import measure_learning, write_learning
+    from gaisnet.research.bench.picture import draw_learning
 
     picture = out.with_suffix(".png")
     if picture == out:
@@ -124,9 +124,9 @@ def _learning_tables(figures: "LearningFigures") -> "Iterator[Table]":
 
 
 def _serving(run: Path, out: Path | None, rounds: int, seconds: float) -> None:
-    from gaisnet.bench.rounds import Effort
-    from gaisnet.bench.serving import FILE_NAME, measure_serving, write_figures
     from gaisnet.checkpoint import make_room_for
+    from gaisnet.research.bench.rounds import Effort
+    from gaisnet.research.bench.serving import FILE_NAME, measure_serving, write_figures
 
     path = out or run / FILE_NAME
     if out is not None:  # the folder of a run is its own; what is wrong with it, reading it says
@@ -158,8 +158,8 @@ def _table(figures: "ServingFigures") -> "Table":
 
 
 def _scale(sizes: str, out: Path | None, rounds: int) -> None:
-    from gaisnet.bench.scale import FILE_NAME, measure_scale, write_scale
     from gaisnet.checkpoint import make_room_for
+    from gaisnet.research.bench.scale import FILE_NAME, measure_scale, write_scale
 
     try:
         numbers = [int(size) for size in sizes.split(",")]

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from gaisnet.cli.display import LiveProgress, console, quiet_libraries, tell_summary, told_errors
 from gaisnet.cli.options import ConfigFile, Out, Overrides, Resume, ServeOn, Stay, output_folder
-from gaisnet.config_file import load_config
+from gaisnet.config.file import load_config
 from gaisnet.errors import ConfigError
 
 deploy = typer.Typer(no_args_is_help=True, help="Cloud, edges and devices as separate sites.")

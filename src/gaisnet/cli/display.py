@@ -21,7 +21,7 @@ from gaisnet.errors import GaisnetError, MissingPackage, OutputNotWritable
 from gaisnet.terminal import safe, safe_line
 
 if TYPE_CHECKING:
-    from gaisnet.experiments.summary import Summary
+    from gaisnet.runs.summary import Summary
 
 
 class _Safe:
@@ -105,7 +105,7 @@ def told_errors(exit_code: int = 1) -> Iterator[None]:
 
 def tell_summary(summary: "Summary", folder: Path) -> None:
     """The closing table, and where the rest is."""
-    from gaisnet.experiments.table import closing_table
+    from gaisnet.runs.table import closing_table
 
     console.print(closing_table(summary))
     found = f"Open {folder / 'report.html'}; adapters for peft are in {folder / 'adapters'}"

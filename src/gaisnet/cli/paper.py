@@ -10,7 +10,7 @@ from gaisnet.cli.display import LiveProgress, console, quiet_libraries, told_err
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gaisnet.experiments.paper.results import Result
+    from gaisnet.research.paper.results import Result
 
 
 def paper(
@@ -54,9 +54,9 @@ def paper(
     folder = out or Path("runs") / ("paper-quick" if quick else "paper")
     with told_errors():
         quiet_libraries()
-        from gaisnet.experiments.paper.catalogue import EXPERIMENTS
-        from gaisnet.experiments.paper.experiment import Setup
-        from gaisnet.experiments.paper.running import REPORT, run_paper
+        from gaisnet.research.paper.catalogue import EXPERIMENTS
+        from gaisnet.research.paper.experiment import Setup
+        from gaisnet.research.paper.running import REPORT, run_paper
 
         with LiveProgress(console) as progress:
             results = run_paper(EXPERIMENTS, folder, Setup(quick, progress), only or ())
@@ -67,7 +67,7 @@ def paper(
 def _table(results: "dict[str, Result]") -> "Table":
     from rich.table import Table
 
-    from gaisnet.experiments.paper.catalogue import EXPERIMENTS
+    from gaisnet.research.paper.catalogue import EXPERIMENTS
 
     table = Table("", "Measured", "The paper's claim", title="The paper's claims, measured")
     for experiment in EXPERIMENTS:

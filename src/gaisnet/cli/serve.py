@@ -23,14 +23,14 @@ from gaisnet.cli.options import (
 )
 from gaisnet.config import RoutingSettings
 from gaisnet.progress import Progress, silent
-from gaisnet.serving.address import announced
+from gaisnet.serving.http.address import announced
 from gaisnet.terminal import log_to_stderr
 
 if TYPE_CHECKING:
-    from gaisnet.serving.answering import Answering
-    from gaisnet.serving.device import ServedDevice
-    from gaisnet.serving.keys import ApiKeys
-    from gaisnet.serving.server import Server
+    from gaisnet.serving.generation.answering import Answering
+    from gaisnet.serving.generation.device import ServedDevice
+    from gaisnet.serving.http.keys import ApiKeys
+    from gaisnet.serving.http.server import Server
 
 
 def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> "AbstractContextManager[ServedDevice]":
@@ -41,7 +41,7 @@ def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> "
         name: Which device; None for the first split one.
         overrides: As for ``serve_run``.
     """
-    from gaisnet.experiments.front import open_device as opened_device
+    from gaisnet.runs.answering_device import open_device as opened_device
 
     return opened_device(run, name, overrides)
 
@@ -90,7 +90,7 @@ def serve(
         quiet_libraries()
         log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
         end_on_signals()
-        from gaisnet.serving.keys import check_bind, read_keys
+        from gaisnet.serving.http.keys import check_bind, read_keys
 
         keys = read_keys(api_keys)
         check_bind(host, keys)  # before the models are loaded
@@ -122,9 +122,9 @@ def opened(
     overrides: Sequence[str] = (),
 ) -> "Iterator[tuple[Answering, Server]]":
     """Open a run to be served: its answers, and a server that listens and does not answer yet."""
-    from gaisnet.serving.api import make_app
-    from gaisnet.serving.device import calibrated, uncalibrated
-    from gaisnet.serving.server import Server
+    from gaisnet.serving.generation.device import calibrated, uncalibrated
+    from gaisnet.serving.http.api import make_app
+    from gaisnet.serving.http.server import Server
 
     with open_device(run, device, overrides) as served:
         # It takes minutes, but only once.

@@ -70,8 +70,8 @@ def device(
 
         if serve is None:
             run_device(kit)
-        from gaisnet.deployment.front_door import Door
-        from gaisnet.serving.keys import check_bind, read_keys
+        from gaisnet.deployment.http_endpoint import Door
+        from gaisnet.serving.http.keys import check_bind, read_keys
 
         keys = read_keys(api_keys)
         check_bind(host, keys)

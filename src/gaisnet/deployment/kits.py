@@ -6,12 +6,12 @@ from pathlib import Path
 
 from gaisnet.checkpoint import writing
 from gaisnet.config import Config
-from gaisnet.deployment.own_part import own_part
+from gaisnet.data.devices import load_public
 from gaisnet.deployment.site import CLOUD, Role, Site, write_site
+from gaisnet.deployment.site_config import own_part
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
 from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import OutputInUse
-from gaisnet.experiments.data import load_public
 from gaisnet.models.foundation import load_tokenizer, reads_text, with_context
 
 _NETWORK = "gaisnet"

@@ -10,9 +10,9 @@ from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.site import CLOUD, START_LOCK, certificates, claimed, read_site
 from gaisnet.deployment.start import failure_recorded, plans
 from gaisnet.errors import KitUnreadable, LinkError
-from gaisnet.experiments.run import read_summary
-from gaisnet.experiments.summary import Summary
 from gaisnet.progress import Progress, silent
+from gaisnet.runs.run import read_summary
+from gaisnet.runs.summary import Summary
 from gaisnet.transport.grpc.channel import Certificates
 from gaisnet.transport.grpc.status import ask_status
 

@@ -20,30 +20,30 @@ from pydantic import JsonValue
 
 from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
+from gaisnet.config.hosts import every_address
+from gaisnet.data.devices import load_device, load_public, public_inputs
+from gaisnet.data.examples import has_images
 from gaisnet.deployment.outcome import recorded
-from gaisnet.deployment.service import SiteService
 from gaisnet.deployment.site import CLOUD, Site, certificates, claimed, read_site
+from gaisnet.deployment.site_hosting import SiteService
 from gaisnet.deployment.validity import check_validity
+from gaisnet.engines.body_hosting import Front
+from gaisnet.engines.local_serving import machine_turn
 from gaisnet.engines.nvflare.job import JobKeeper
 from gaisnet.engines.nvflare.kit import ORDERS
-from gaisnet.engines.services import Front
-from gaisnet.engines.serving import machine_turn
 from gaisnet.errors import ConfigError, UnexpectedMessage
-from gaisnet.experiments.data import load_device, load_public, public_inputs
-from gaisnet.experiments.output import RunFolder
-from gaisnet.experiments.run import carry_out
-from gaisnet.experiments.summary import Summary
-from gaisnet.hosts import every_address
 from gaisnet.messages import BodyRequest, Message, SmashedData
 from gaisnet.models.foundation import Foundation, read_tokenizer
 from gaisnet.network import Network
 from gaisnet.progress import Progress
-from gaisnet.serving.endpoint import SessionEndpoint
-from gaisnet.serving.escalation import EdgeSessions
-from gaisnet.tiers.cloud import Cloud
-from gaisnet.tiers.device import Device
-from gaisnet.tiers.edge import Edge
-from gaisnet.tiers.examples import has_images
+from gaisnet.runs.output import RunFolder
+from gaisnet.runs.run import carry_out
+from gaisnet.runs.summary import Summary
+from gaisnet.serving.engine.endpoint import SessionEndpoint
+from gaisnet.serving.engine.escalation import EdgeSessions
+from gaisnet.tiers.cloud.cloud import Cloud
+from gaisnet.tiers.device.device import Device
+from gaisnet.tiers.edge.edge import Edge
 from gaisnet.transport.base import Handler, Link
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink
@@ -54,7 +54,7 @@ from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.stream import ByteLink, Limits, LinkState
 
 if TYPE_CHECKING:
-    from gaisnet.deployment.front_door import Door
+    from gaisnet.deployment.http_endpoint import Door
 
 _START_S = 600.0  # more than a tier takes to be there once its links are
 _ENDED_BY_SIGNAL = 128 + signal.SIGTERM
@@ -286,7 +286,7 @@ def _serve_device(folder: Path, site: Site, door: "Door | None") -> NoReturn:
         link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits_of_device(config))
         opened.callback(link.close)
         if door is not None:
-            from gaisnet.deployment.front_door import FrontDoor  # it needs packages that only answering needs
+            from gaisnet.deployment.http_endpoint import FrontDoor  # it needs packages that only answering needs
 
             to_edge = CodedLink(link, codec, Ledger(), "device_edge", "up", site.edge.name)
             opened.callback(FrontDoor(device, to_edge, site, folder, door, turn).close)

@@ -14,12 +14,12 @@ from pydantic import Field, ValidationError
 
 from gaisnet.checkpoint import writing
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
+from gaisnet.config.hosts import address
+from gaisnet.config.learning import Settings
+from gaisnet.config.yaml_text import load_yaml
 from gaisnet.errors import KitInUse, KitUnreadable, LockTaken
-from gaisnet.hosts import address
-from gaisnet.learning_settings import Settings
 from gaisnet.locks import locked
 from gaisnet.transport.grpc.channel import Certificates
-from gaisnet.yaml_text import load_yaml
 
 SITE_FILE = "site.yaml"
 SITE_LOCK = ".lock"

@@ -10,11 +10,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gaisnet.config import Config
+from gaisnet.config.hosts import address
 from gaisnet.deployment.outcome import Outcome, read_outcome
 from gaisnet.deployment.site import CLOUD, Site, certificates, read_site
 from gaisnet.deployment.validity import check_validity
 from gaisnet.errors import CertificateInvalid, GaisnetError, WireFormatError
-from gaisnet.hosts import address
 from gaisnet.transport.grpc.channel import Certificates
 from gaisnet.transport.grpc.status import ask_status
 

@@ -4,21 +4,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from gaisnet.compute_lock import Turn
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
+from gaisnet.data.examples import DeviceData, Input
+from gaisnet.learning.relay import TaskShape
 from gaisnet.models.foundation import Foundation, with_context
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
-from gaisnet.relay.downward import TaskShape
-from gaisnet.tiers.cloud import Cloud
-from gaisnet.tiers.device import Device
-from gaisnet.tiers.edge import Edge
-from gaisnet.tiers.examples import DeviceData, Input
-from gaisnet.tiers.outlet import NoOutlet, Outlet
-from gaisnet.tiers.stock import Stock
+from gaisnet.tiers.cloud.cloud import Cloud
+from gaisnet.tiers.device.device import Device
+from gaisnet.tiers.device.shared_weights import Stock
+from gaisnet.tiers.edge.edge import Edge
+from gaisnet.tiers.split.publisher import NoOutlet, Outlet
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
-from gaisnet.turn import Turn
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from gaisnet.models.foundation import read_shape
 from gaisnet.models.int8 import to_empty_int8
 from gaisnet.models.parts import Body
 from gaisnet.models.release import release_encoder, release_model
-from gaisnet.tiers.layout import Layout
+from gaisnet.tiers.split.layout import Layout
 from gaisnet.transport.codec import Codec
 
 

@@ -19,8 +19,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 
 from gaisnet.checkpoint import make_room_for, replacing_folder
 from gaisnet.config import Config
+from gaisnet.config.learning import ModelSettings
 from gaisnet.errors import CacheNotWritable, MissingPackage, ModelError, NoCache
-from gaisnet.learning_settings import ModelSettings
 from gaisnet.locks import one_at_a_time
 from gaisnet.models.families import Decoder, Encoder, Family, check_family, check_supported, family_of
 from gaisnet.models.frozen import freeze_linears

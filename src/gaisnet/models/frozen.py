@@ -1,4 +1,4 @@
-"""Frozen linear layers: their products run on oneDNN, see ``gaisnet.products``."""
+"""Frozen linear layers: their products run on oneDNN, see ``gaisnet.onednn``."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gaisnet.products import product
+from gaisnet.onednn import product
 
 
 class FrozenLinear(nn.Linear):

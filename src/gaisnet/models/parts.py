@@ -25,8 +25,8 @@ from transformers.masking_utils import (
 
 from gaisnet.errors import CutError, ModelError
 from gaisnet.models.families import Decoder, family_of, layer_types
-from gaisnet.models.few_bits import RoundedEmbedding
 from gaisnet.models.packing import Packing
+from gaisnet.models.weight_quant import RoundedEmbedding
 
 # transformers 5.24 renamed the argument of masks and layers together, from 'past_key_values'.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"

@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from gaisnet.config.learning import CONTEXT_LIMIT
 from gaisnet.errors import GaisnetError, ModelError
-from gaisnet.learning_settings import CONTEXT_LIMIT
 from gaisnet.models.families import ATTENTION, check_supported, family_of
 from gaisnet.models.model_folder import (
     AGAIN,

@@ -29,10 +29,10 @@ from gaisnet.models.families import (
     empty_encoder,
     family_of,
 )
-from gaisnet.models.few_bits import RoundedEmbedding, RoundedMatrix, empty_linear, empty_matrix, to_empty_few_bits
 from gaisnet.models.frozen import freeze_linears
 from gaisnet.models.int8 import to_empty_int8
 from gaisnet.models.parts import Body, CutLayers, Head, Layers, Tail
+from gaisnet.models.weight_quant import RoundedEmbedding, RoundedMatrix, empty_linear, empty_matrix, to_empty_few_bits
 from gaisnet.strict_json import loads
 
 _EMBEDDINGS = "embed_tokens."

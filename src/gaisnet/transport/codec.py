@@ -24,7 +24,7 @@ from torch import Tensor
 from gaisnet.config import TensorCode, WireSettings
 from gaisnet.errors import WireFormatError
 from gaisnet.messages import Message
-from gaisnet.rounding import GROUP, dither, from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
+from gaisnet.row_quant import GROUP, dither, from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
 from gaisnet.transport.packed import Packed, read_tensors
 
 _SCALE = "#scale"

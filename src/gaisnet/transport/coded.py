@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gaisnet.errors import LinkError, LinkLost
-from gaisnet.later import afterwards, aside, failed, then
+from gaisnet.futures import afterwards, aside, failed, then
 from gaisnet.messages import Message, Parcel
 from gaisnet.transport.arrivals import Arrivals
 from gaisnet.transport.base import Handler

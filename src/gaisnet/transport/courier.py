@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from gaisnet.errors import ChunkDamaged, LinkError, LinkLost, ParcelUnknown, PeerError, UnexpectedMessage
-from gaisnet.later import then
+from gaisnet.futures import then
 from gaisnet.messages import Chunk, ChunkRequest, Done, Message, Parcel, ParcelSent, ParcelTaken, Wanted
 from gaisnet.transport.arrivals import Arrivals, Arriving
 from gaisnet.transport.codec import Codec

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from gaisnet.later import as_future, failed
+from gaisnet.futures import as_future, failed
 from gaisnet.messages import Message
 from gaisnet.transport.base import Handler
 from gaisnet.transport.codec import Codec

@@ -1,0 +1,279 @@
+"""A run's configuration: pydantic models, checked once. Every field is documented where it is declared.
+
+``config.file`` reads one from YAML. Settings of training are in ``config.learning``, those of links and services in
+``config.infrastructure``.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, StringConstraints, model_validator
+
+from gaisnet.config.hosts import Host
+from gaisnet.config.infrastructure import (
+    CloudSettings,
+    FaultSettings,
+    FrontSettings,
+    ServiceSettings,
+    WireSettings,
+)
+from gaisnet.config.learning import (
+    AbsorbSettings,
+    AdapterSettings,
+    DomainSettings,
+    EvaluateSettings,
+    FineTuneSettings,
+    ModelSettings,
+    RelaySettings,
+    Settings,
+)
+
+DevicePrecision = Literal["float32", "int8", "int4"]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+RESERVED_DOMAINS = frozenset({"auto", "foundation", "merged", "none"})  # names of adapters in the cloud, and of models
+RESERVED_SITES = frozenset(
+    {"cloud", "admin", "authority", "logs"}
+)  # names of folders beside those of edges and devices
+
+
+class DataSettings(Settings):
+    """How a built-in data set is drawn and spread over an edge's devices."""
+
+    train_examples: int = Field(420, ge=1, description="Training examples per domain, all devices together.")
+    test_examples: int = Field(210, ge=1, description="Held-out examples per domain, all devices together.")
+    dirichlet_alpha: float = Field(0.5, gt=0.0, description="Label skew between devices; smaller is more non-IID.")
+    licence_categories: int = Field(6, ge=2, le=7, description="Balanced categories of the licences domain.")
+
+
+class DeviceSettings(Settings):
+    """One device and its private data."""
+
+    name: Name = Field(description="Unique in the run.")
+    mode: Literal["split", "local"] = Field(
+        "split", description="'split' holds head and tail; 'local' holds the whole DM and trains it by itself."
+    )
+    head_layers: int = Field(1, ge=0, description="The cut: layers that the device runs after the embeddings.")
+    activations_to: Literal["edge", "cloud"] = Field(
+        "edge",
+        description="How far its head's output on training examples may travel, and the gradients of what it is told "
+        "of them: with 'cloud' also there, for the last mile, if there is one. On what it holds out or back, it "
+        "travels there anyway, for scores.",
+    )
+    data: Path | None = Field(
+        None,
+        description="A folder, from that of this file if it is relative, with train.jsonl and test.jsonl, lines of "
+        "prompt and completion; for an encoder of text and label, or of image (a file beside them) and label.",
+    )
+
+
+class EdgeSettings(Settings):
+    """One edge server, the domain it serves and its devices."""
+
+    name: Name = Field(description="Unique in the run.")
+    domain: Name = Field(
+        description="'medical', 'licences' or 'languages' (built in), or any name where each device names its data."
+    )
+    follows: Name | None = Field(
+        None,
+        description="The domain of another edge, for a newcomer without data to learn from: what that domain has "
+        "learned is what it starts with, and a relay of its own. Its devices hold out examples, which say how good a "
+        "start that is; of a built-in domain it is dealt examples that no other edge has.",
+    )
+    template: str | None = Field(None, description="Public task template with {text}; shapes the generated text.")
+    labels: tuple[str, ...] = Field(
+        (),
+        description="Public label names, if the task has a closed set of answers; of an encoder the classes, in the "
+        "order of the classifier's rows.",
+    )
+    devices: tuple[DeviceSettings, ...] = Field(min_length=1, description="The devices of this edge's cluster.")
+    host: Host = Field("localhost", description="Deployed: DNS name or IP address by which its devices reach it.")
+    link_port: int = Field(0, ge=0, le=65535, description="Deployed: TCP port for its devices; 0 takes a free one.")
+
+    @property
+    def adapter(self) -> str:
+        """The domain whose adapter acts here."""
+        return self.follows or self.domain
+
+    @property
+    def travelling(self) -> tuple[str, ...]:
+        """Names of devices whose activations of training examples may come to the cloud."""
+        return tuple(device.name for device in self.devices if device.activations_to == "cloud")
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        if self.template is not None and self.template.count("{text}") != 1:
+            raise ValueError("template must contain {text} exactly once")
+        return self
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if not all(label.strip() for label in self.labels):
+            raise ValueError("a label is empty")
+        repeated = _repeated(self.labels)
+        if repeated:
+            raise ValueError(f"labels must differ, but these are given twice: {', '.join(repeated)}")
+        return self
+
+
+def _refuse_alike(names: Sequence[str]) -> None:
+    """Raise ``ValueError`` for names that are one folder, or one host, wherever case does not count."""
+    alike = _repeated(map(str.lower, names))
+    if alike:
+        both = [name for name in names if name.lower() == alike[0]]
+        raise ValueError(f"names must differ in more than upper and lower case, but there are {' and '.join(both)}")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+class DealtShare(Settings):
+    """A device's part of a built-in data set, by numbers: it is drawn as for the whole network."""
+
+    num_devices: int = Field(ge=1, description="Devices of the edge.")
+    device: int = Field(ge=0, description="Place of this one among them.")
+    num_newcomers: int = Field(ge=0, description="Edges that follow the domain and are dealt examples.")
+    newcomer: int = Field(0, ge=0, description="Place of this one's edge among them, if it is one of them.")
+
+
+class Elsewhere(Settings):
+    """Facts about sites that a site's configuration leaves out; see ``deployment.own_part``."""
+
+    first_cut: int = Field(ge=0, description="head_layers of the network's shallowest device.")
+    last_cut: int = Field(ge=0, description="The same of its deepest one.")
+    num_learning: int = Field(ge=1, description="Domains that learn.")
+    own_data: tuple[Name, ...] = Field((), description="Edges whose devices have data of their own: no paths are here.")
+    share: DealtShare | None = Field(None, description="The part of a device that is dealt its examples.")
+
+
+class Config(Settings):
+    """Everything that defines a run."""
+
+    seed: int = Field(0, ge=0, description="Of every random choice.")
+    cycles: int = Field(2, ge=1, description="release, fine_tune, absorb; over and over.")
+    tail_layers: int = Field(
+        0, ge=0, description="Last layers held by every device; with 0 only labelled positions travel to the tail."
+    )
+    device_precision: DevicePrecision = Field(
+        "float32",
+        description="Of the frozen matrices that every device holds: embeddings, vocabulary head, layers of its head "
+        "and tail. In int8 or int4 (weights only) they take a quarter or an eighth of the memory and of the download, "
+        "and a device's network is that of a model with these rounded; in float32 it is that of the model itself.",
+    )
+    model: ModelSettings = ModelSettings()
+    domain: DomainSettings = DomainSettings()
+    adapters: AdapterSettings = AdapterSettings()
+    relay: RelaySettings = RelaySettings()
+    fine_tune: FineTuneSettings = FineTuneSettings()
+    absorb: AbsorbSettings = AbsorbSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    wire: WireSettings = WireSettings()
+    faults: FaultSettings = FaultSettings()
+    service: ServiceSettings = ServiceSettings()
+    front: FrontSettings = FrontSettings()
+    data: DataSettings = DataSettings()
+    cloud: CloudSettings = CloudSettings()
+    edges: tuple[EdgeSettings, ...] = Field(min_length=1)
+    elsewhere: Elsewhere | None = Field(
+        None, description="In kits of 'deploy prepare', which leave other sites out; not to be written by hand."
+    )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [edge.name for edge in self.edges] + [device.name for _, device in self.each_device()]
+        repeated = _repeated(names)
+        if repeated:
+            raise ValueError(f"names must be unique, but these are used twice: {', '.join(repeated)}")
+        _refuse_alike(names)
+        if RESERVED_SITES.intersection(map(str.lower, names)):
+            raise ValueError(f"an edge or a device cannot be named {' or '.join(sorted(RESERVED_SITES))}")
+        domains = [edge.domain for edge in self.edges]
+        if RESERVED_DOMAINS.intersection(map(str.lower, domains)):
+            raise ValueError(f"a domain cannot be named {' or '.join(sorted(RESERVED_DOMAINS))}")
+        if len(set(domains)) < len(domains):
+            raise ValueError("each edge serves one domain of its own, but a domain is named twice")
+        _refuse_alike(domains)
+        return self
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        cloud = self.cloud
+        ports = [
+            (cloud.host, cloud.nvflare_port, "cloud.nvflare_port"),
+            (cloud.host, cloud.link_port, "cloud.link_port"),
+        ]
+        ports += [(edge.host, edge.link_port, f"link_port of edge '{edge.name}'") for edge in self.edges]
+        taken: dict[tuple[str, int], str] = {}
+        for host, port, setting in ports:
+            first = taken.setdefault((host.lower(), port), setting) if port else setting
+            if first != setting:
+                raise ValueError(f"{first} and {setting} are both {port} on host '{host}'; give each a port of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _check_followers(self) -> Self:
+        if self.elsewhere is not None:  # the domains that learn may be of edges that are not named here
+            return self
+        learning = [edge.domain for edge in self.learning_edges()]
+        for edge in self.edges:
+            if edge.adapter not in learning:
+                known = ", ".join(learning) or "none: every edge follows another"
+                raise ValueError(f"edge '{edge.name}' follows '{edge.follows}', but the domains that learn are {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_absorb(self) -> Self:
+        for edge in self.edges:
+            if edge.travelling and edge.follows is not None:
+                raise ValueError(f"device '{edge.travelling[0]}' has activations_to: cloud, but nothing to learn from")
+        ways = self.absorb.merge.ways
+        if not ways or len(set(ways)) < len(ways):
+            raise ValueError("absorb.merge.method must name one method, or several different ones")
+        travelling = any(edge.travelling for edge in self.learning_edges())
+        if self.absorb.last_mile.epochs and not travelling and self.elsewhere is None:
+            raise ValueError("absorb.last_mile needs a device with activations_to: cloud, at an edge that learns")
+        if len(ways) > 1 and not self.absorb.validation_share:
+            raise ValueError("of several in absorb.merge.method devices say which, so set absorb.validation_share")
+        return self
+
+    @model_validator(mode="after")
+    def _check_min_edges(self) -> Self:
+        if self.faults.min_edges > len(self.edges):
+            raise ValueError(f"faults.min_edges is {self.faults.min_edges}, but there are {len(self.edges)} edges")
+        return self
+
+    def learning_edges(self) -> list[EdgeSettings]:
+        """Those whose devices have examples to learn from."""
+        return [edge for edge in self.edges if edge.follows is None]
+
+    @property
+    def num_learning(self) -> int:
+        """Domains of the network that learn."""
+        return self.elsewhere.num_learning if self.elsewhere else len(self.learning_edges())
+
+    def deals(self, edge: EdgeSettings) -> bool:
+        """Whether an edge's devices are dealt examples of a built-in domain; otherwise all have data of their own."""
+        own_data = self.elsewhere.own_data if self.elsewhere else ()
+        return edge.name not in own_data and all(device.data is None for device in edge.devices)
+
+    @property
+    def cuts(self) -> tuple[int, int]:
+        """Layers of the network's shallowest device head and of its deepest."""
+        if self.elsewhere:
+            return self.elsewhere.first_cut, self.elsewhere.last_cut
+        layers = [device.head_layers for _, device in self.each_device()]
+        return min(layers), max(layers)
+
+    def each_device(self) -> Iterator[tuple[EdgeSettings, DeviceSettings]]:
+        """Every device with its edge, in the order of the file."""
+        for edge in self.edges:
+            for device in edge.devices:
+                yield edge, device
+
+    def seed_for(self, *purpose: object) -> int:
+        """A seed in [0, 2**63) of its own for every purpose, the same at every site and in every process."""
+        text = "/".join(map(str, (self.seed, *purpose)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,272 @@
+"""Every device's examples: read from its folder, or dealt out of a built-in data set, skewed by label."""
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gaisnet.config import Config, DealtShare, EdgeSettings
+from gaisnet.config.learning import AbsorbSettings
+from gaisnet.data.builtin import BUILT_IN, Drawn, domain_seed, draw_builtin
+from gaisnet.data.examples import DeviceData, Example, Input, Labelled
+from gaisnet.data.jsonl import read_examples, read_inputs
+from gaisnet.errors import DataError
+from gaisnet.learning.relay import TaskShape
+
+# How often the proportions are drawn again because a device would have got nothing. A skew at which so many draws
+# fail is one that the number of examples cannot show.
+MAX_DRAWS = 100
+# From here on the proportions are equal to a thousandth; near the largest float numpy's Dirichlet returns zeros.
+EVEN_ALPHA = 1e6
+_CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
+_Labelled = TypeVar("_Labelled")
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """A domain's public task description and, by device name, the private examples."""
+
+    template: str | None
+    labels: tuple[str, ...]
+    devices: dict[str, DeviceData[Any]]
+
+
+def load_domains(config: Config) -> dict[str, DomainData]:
+    """The data of each edge's domain, by the name of the domain. Raises ``DataError``."""
+    return {edge.domain: _load_edge(edge, config) for edge in config.edges}
+
+
+@dataclass(frozen=True)
+class AtHand:
+    """Data of a run that answers: what there is of it, for examples need not be there any more.
+
+    Attributes:
+        domains: As of ``load_domains``, without devices whose examples are not there.
+        absent: Those devices, and why.
+    """
+
+    domains: dict[str, DomainData]
+    absent: dict[str, str]
+
+
+def load_at_hand(config: Config) -> AtHand:
+    """All examples that can be read; nothing is raised for the others."""
+    absent: dict[str, str] = {}
+    return AtHand({edge.domain: _edge_at_hand(edge, config, absent) for edge in config.edges}, absent)
+
+
+def _edge_at_hand(edge: EdgeSettings, config: Config, absent: dict[str, str]) -> DomainData:
+    devices: dict[str, DeviceData[Any]] = {}
+    for device in edge.devices:
+        try:
+            devices[device.name] = load_device(config, device.name)
+        except DataError as error:
+            absent[device.name] = str(error)
+    try:
+        shape = load_public(edge, config).shape
+    except DataError:  # built in, and its package is not installed: nothing is learned, so no text is shaped
+        shape = TaskShape(None, ())
+    return DomainData(shape.template, shape.labels, devices)
+
+
+@dataclass(frozen=True)
+class Public:
+    """What the cloud may know of a domain. The majority of private examples is not among it."""
+
+    shape: TaskShape
+    majority: float | None
+
+
+def load_public(edge: EdgeSettings, config: Config) -> Public:
+    """What is public about an edge's domain: all of it where the data set is built in. Raises ``DataError``."""
+    if not config.deals(edge):
+        followed = _followed(edge, config)
+        return Public(TaskShape(edge.template or followed.template, edge.labels or followed.labels), None)
+    domain = _load_edge(edge, config)
+    return Public(TaskShape(domain.template, domain.labels), majority(domain))
+
+
+def load_device(config: Config, name: str) -> DeviceData[Any]:
+    """The examples of one device, and of no other where they are its own. Raises ``DataError``."""
+    edge, device = next((edge, device) for edge, device in config.each_device() if device.name == name)
+    if device.data is None:
+        return _load_edge(edge, config).devices[name]
+    return _read_device(device.data, name, edge).holding_back(config.absorb.validation_share, name)
+
+
+def _load_edge(edge: EdgeSettings, config: Config) -> DomainData:
+    found, share = _whole_edge(edge, config), config.absorb.validation_share
+    return replace(found, devices={name: mine.holding_back(share, name) for name, mine in found.devices.items()})
+
+
+def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
+    """Before anything is held back."""
+    folders = {device.name: device.data for device in edge.devices if device.data is not None}
+    without = [device.name for device in edge.devices if device.name not in folders]
+    followed = _followed(edge, config)
+    if not without:
+        devices = {name: _read_device(folder, name, edge) for name, folder in folders.items()}
+        return DomainData(edge.template or followed.template, edge.labels or followed.labels, devices)
+    asked = f"domain '{edge.domain}' of edge '{edge.name}'"
+    if folders:
+        found = f"some of its devices name 'data', but not {', '.join(without)}"
+        raise DataError(asked, found, "give every device of the edge a data folder, or none")
+    if not config.deals(edge):
+        found = "its devices have data of their own, which this site's configuration says nothing of"
+        do = "start the network's sites instead, or say where they are, with --set edges.N.devices.N.data=FOLDER"
+        raise DataError(asked, found, do)
+    if edge.adapter not in BUILT_IN or (edge.follows and not config.deals(followed)):
+        found = "is not built in, and its devices name no 'data'"
+        raise DataError(asked, found, f"give every device a data folder, or use one of: {', '.join(BUILT_IN)}")
+    if edge.template is not None or edge.labels:
+        found = "is built in, so its template and labels are fixed"
+        raise DataError(asked, found, "remove 'template' and 'labels', or give every device a data folder")
+    share = dealt_share(edge, edge.devices[0].name, config)
+    if share is None:
+        raise DataError(asked, "it is dealt no built-in data", "give every device a data folder")
+    return _deal(_drawn(edge, share, config), edge, share, config)
+
+
+def _followed(edge: EdgeSettings, config: Config) -> EdgeSettings:
+    """The edge whose domain's adapter acts at one; itself in a newcomer's kit, which has what the two share."""
+    return next((each for each in config.edges if each.domain == edge.adapter), edge)
+
+
+def dealt_share(edge: EdgeSettings, device: str, config: Config) -> DealtShare | None:
+    """Which part of a built-in data set is a device's; None where it reads its own."""
+    if not config.deals(edge):
+        return None
+    if config.elsewhere is not None and config.elsewhere.share is not None:
+        return config.elsewhere.share
+    newcomers = [each.domain for each in config.edges if each.follows == edge.adapter and config.deals(each)]
+    return DealtShare(
+        num_devices=len(edge.devices),
+        device=[each.name for each in edge.devices].index(device),
+        num_newcomers=len(newcomers),
+        newcomer=0 if edge.follows is None else newcomers.index(edge.domain),
+    )
+
+
+def _drawn(edge: EdgeSettings, share: DealtShare, config: Config) -> Drawn:
+    """An edge's share of a built-in data set."""
+    drawn = draw_builtin(edge.adapter, config.data, config.seed, share.num_newcomers)
+    if edge.follows is None:
+        return drawn
+    return replace(drawn, train=(), test=drawn.more[share.newcomer])
+
+
+def _deal(drawn: Drawn, edge: EdgeSettings, share: DealtShare, config: Config) -> DomainData:
+    """Give each device its part, with the same proportions of each label for learning and for holding out."""
+    names = _owners(edge, share)
+    alpha, seed = config.data.dirichlet_alpha, domain_seed(edge.domain, config.seed)
+
+    def parts(examples: Sequence[Example], draw: int) -> list[list[Example]]:
+        return partition(examples, _completion, len(names), alpha, np.random.default_rng([seed, draw]))
+
+    least = 2 if config.absorb.validation_share else 1  # one may be held back
+    for draw in range(MAX_DRAWS):
+        train, test = parts(drawn.train, draw), parts(drawn.test, draw)
+        if all(test) and (min(map(len, train)) >= least or not drawn.train):
+            break
+    else:
+        unlucky = next(i for i in range(len(names)) if drawn.train and len(train[i]) < least or not test[i])
+        raise DataError(
+            f"device '{names[unlucky]}' of domain '{edge.domain}', with data.dirichlet_alpha {alpha}",
+            f"got {len(train[unlucky])} training and {len(test[unlucky])} held-out examples in the last of {MAX_DRAWS} "
+            f"draws, out of {len(drawn.train)} and {len(drawn.test)} for {len(names)} devices",
+            "raise data.dirichlet_alpha, data.train_examples or data.test_examples, or use fewer devices",
+        )
+    devices = {name: DeviceData(tuple(train[i]), tuple(test[i])) for i, name in enumerate(names)}
+    return DomainData(drawn.template, drawn.labels, devices)
+
+
+def _owners(edge: EdgeSettings, share: DealtShare) -> list[str]:
+    """Names of an edge's devices in their order; numbers for those that a device's kit does not name."""
+    names = [device.name for device in edge.devices]
+    if len(names) == share.num_devices:
+        return names
+    return [names[0] if place == share.device else f"#{place}" for place in range(share.num_devices)]
+
+
+def _completion(example: Example) -> str:
+    return example.completion
+
+
+def partition(
+    examples: Sequence[_Labelled],
+    labels_of: Callable[[_Labelled], str],
+    num_devices: int,
+    alpha: float,
+    rng: np.random.Generator,
+) -> list[list[_Labelled]]:
+    """Deal ``examples`` to devices, each label in proportions drawn from a Dirichlet (Hsu et al., arXiv 1909.06335).
+
+    The smaller ``alpha``, the fewer devices share a label. A device keeps the order of ``examples``, and can end up
+    with none. Generators in the same state give a label the same proportions, whatever the other labels are: so
+    training and held-out examples of one domain can be dealt alike.
+    """
+    base = int(rng.integers(2**32))
+    by_label: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        by_label.setdefault(labels_of(example), []).append(i)
+    owner_of = np.empty(len(examples), dtype=np.int64)
+    for label, members in by_label.items():
+        label_rng = np.random.default_rng([base, zlib.crc32(label.encode())])
+        shares = label_rng.dirichlet(np.full(num_devices, min(alpha, EVEN_ALPHA)))
+        # Device i ends where the shares up to and with its own end, so that rounding loses and doubles no example.
+        ends = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
+        owner_of[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
+    parts: list[list[_Labelled]] = [[] for _ in range(num_devices)]
+    for example, owner in zip(examples, owner_of.tolist(), strict=True):
+        parts[owner].append(example)
+    return parts
+
+
+def _read_device(folder: Path, name: str, edge: EdgeSettings) -> DeviceData[Any]:
+    train: tuple[Example | Labelled, ...] = () if edge.follows else read_examples(folder / "train.jsonl", name)
+    return DeviceData(train, read_examples(folder / "test.jsonl", name))
+
+
+def public_inputs(config: Config) -> tuple[Input, ...]:
+    """What the cloud may show an encoder, if the configuration names a file of it. Raises ``DataError``."""
+    return () if config.model.public_inputs is None else read_inputs(config.model.public_inputs)
+
+
+def public_text(settings: AbsorbSettings) -> str:
+    """As much of ``retention_text`` as the gate's windows take."""
+    return retention_text(settings.retention_windows * settings.retention_tokens * _CHARACTERS_PER_TOKEN)
+
+
+def retention_text(num_chars: int) -> str:
+    """The first ``num_chars`` characters of Python's own documentation topics: real English that no domain trains on.
+
+    The same within one version of Python. Raises ``DataError`` where the topics are not installed or are shorter.
+    """
+    asked = f"{num_chars} characters of public text for the retention perplexity"
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError as error:
+        found = "this Python comes without pydoc_data"
+        raise DataError(asked, found, "use a Python with its whole standard library") from error
+    text = "\n".join(topics[name] for name in sorted(topics))
+    if len(text) < num_chars:
+        do = "lower absorb.retention_windows or absorb.retention_tokens"
+        raise DataError(asked, f"Python's documentation topics have {len(text)}", do)
+    return text[:num_chars]
+
+
+def majority(domain: DomainData) -> float:
+    """Share of a domain's held-out examples, all devices together, that have the commonest completion or label.
+
+    It is the accuracy of always naming that one: what a model must beat to have learned anything.
+    """
+    counts = Counter(_answer(example) for data in domain.devices.values() for example in data.test)
+    return max(counts.values()) / counts.total()
+
+
+def _answer(example: Example | Labelled) -> str:
+    return example.label if isinstance(example, Labelled) else example.completion

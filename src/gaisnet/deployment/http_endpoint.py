@@ -1,0 +1,170 @@
+"""The front door of a device's process: callers on the device are answered while the network learns."""
+
+import logging
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from gaisnet.compute_lock import Turn
+from gaisnet.config import RoutingSettings
+from gaisnet.deployment.site import Site
+from gaisnet.engines.body_hosting import LinkedBodies
+from gaisnet.errors import GaisnetError, OutputNotWritable, UnexpectedMessage
+from gaisnet.runs.answering_device import held_out_of
+from gaisnet.serving.generation.answering import Answering
+from gaisnet.serving.generation.bodies import Target
+from gaisnet.serving.generation.calibration import read_calibrations, write_calibrations
+from gaisnet.serving.generation.decoding import DeviceParts
+from gaisnet.serving.generation.device import ServedDevice, ServedDomain
+from gaisnet.serving.http.address import announced
+from gaisnet.serving.http.api import make_app
+from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.http.server import Server, listen
+from gaisnet.tiers.device.device import Device
+from gaisnet.transport.base import Link
+
+_LOOK_S = 2.0
+_LOOK_AT_CLOUD_S = 60.0  # many devices do; also looked at when the edge has another version
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Door:
+    """How callers are let in.
+
+    Attributes:
+        address: Where to listen.
+        keys: Of callers.
+        routing: When the FM is asked.
+        speculate: Whether the DM drafts what the FM writes, unless a request says.
+    """
+
+    address: tuple[str, int]
+    keys: ApiKeys
+    routing: RoutingSettings
+    speculate: bool = False
+
+
+@dataclass(frozen=True)
+class _Versions:
+    """Adapters that act, each as name@version."""
+
+    edge: tuple[str, ...] = ()
+    cloud: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join((*self.edge, *self.cloud))
+
+
+class FrontDoor:
+    """Answers callers on a device, from when it has a model.
+
+    Whenever its edge or the cloud serves another version, it finds out anew how sure is sure enough.
+
+    Args:
+        device: The tier.
+        link: To its edge.
+        site: Its kit.
+        folder: Where the kit is; thresholds and the address are put there.
+        door: How callers are let in.
+        turn: Of the machine.
+
+    Raises:
+        ConfigError: The address cannot be had.
+    """
+
+    def __init__(self, device: Device, link: Link, site: Site, folder: Path, door: Door, turn: Turn) -> None:
+        self._tier = device
+        self._domain = site.edge.domain
+        self._adapter = site.edge.adapter
+        self._bodies = LinkedBodies({self._domain: link}, site.config.faults.step_deadline_s)
+        self._relay = site.config.relay.enabled
+        self._settings = site.config.front
+        self._merged = site.config.num_learning > 1
+        self._folder = folder
+        self._door = door
+        self._turn = turn
+        self._socket = listen(*door.address)
+        self._seen = _Versions()  # that the threshold is for
+        self._last = _Versions()  # at the last look
+        self._looked_at_cloud = -_LOOK_AT_CLOUD_S
+        self._told = ""
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="front door", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what is under way, and let nobody in any more."""
+        self._ending.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            device = self._device()
+            if device is None:
+                self._socket.close()
+                return
+            answering = device.answering(self._door.routing, read_calibrations(self._folder), self._door.speculate)
+            with ExitStack() as opened:
+                app = make_app(answering, self._settings, self._door.keys, {})
+                server = Server(app, *self._door.address, self._door.keys, self._socket, self._settings)
+                url = opened.enter_context(server.in_thread())
+                opened.enter_context(announced(self._folder, url))
+                _log.info("serving %s at %s/v1", ", ".join(answering.models), url)
+                while not self._ending.wait(_LOOK_S):
+                    self._keep_calibrated(device, answering)
+        except Exception:
+            _log.exception("the front door is closed; learning goes on")
+
+    def _device(self) -> ServedDevice | None:
+        """The device, ready to write; None if it ends before it has a model."""
+        while not self._ending.wait(_LOOK_S):
+            try:
+                parts = DeviceParts(*self._tier.parts(), self._turn)
+            except UnexpectedMessage:  # the edge has not given it a model yet
+                continue
+            adapters = ("relay", "domain") if self._relay else ("domain",)
+            domain = ServedDomain(adapters, (self._adapter,), held_out_of(self._tier.test_tokens))
+            domains = {self._domain: domain}  # no other device's examples come here
+            return ServedDevice(self._domain, parts, self._tier.tokenizer, self._bodies, domains, self._merged)
+        return None
+
+    def _keep_calibrated(self, device: ServedDevice, answering: Answering) -> None:
+        """Where other versions are served than those that the threshold is for."""
+        if self._door.routing.escalate != "auto" or self._door.routing.threshold is not None:
+            return
+        try:
+            versions = self._versions(device)
+            settled, self._last = versions == self._last, versions  # edge and cloud change one after the other
+            if versions == self._seen or not settled:
+                return
+            calibration = device.calibration(self._domain, self._door.routing)
+        except GaisnetError as error:  # the edge or the cloud is away, or has nothing to serve yet
+            if self._told != str(error):
+                _log.info("not calibrated now: %s", error)
+            self._told = str(error)
+            return
+        found = {self._domain: calibration}
+        answering.route(self._domain, device.routing(self._domain, self._door.routing, found))
+        self._seen = versions
+        self._told = ""
+        _log.info("calibrated on %s: %s", versions, calibration.model_dump_json())
+        try:
+            write_calibrations(self._folder, found)
+        except OutputNotWritable as error:  # it holds as long as this process; a later one calibrates again
+            _log.warning("%s", error)
+
+    def _versions(self, device: ServedDevice) -> _Versions:
+        """What acts on the DM now, and on the FM where it is escalated to."""
+        edge, cloud, now = self._acting(device, device.target(self._domain)), self._last.cloud, time.monotonic()
+        if edge != self._last.edge or now - self._looked_at_cloud >= _LOOK_AT_CLOUD_S:
+            cloud = self._acting(device, device.escalation(self._domain, self._door.routing))
+            self._looked_at_cloud = now
+        return _Versions(edge, cloud)
+
+    def _acting(self, device: ServedDevice, target: Target) -> tuple[str, ...]:
+        session = self._bodies.open(target, device.parts.first, device.parts.stop, 0)
+        session.close()
+        return session.versions

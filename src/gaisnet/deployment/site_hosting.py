@@ -1,0 +1,50 @@
+"""What a site that stays adds to its tier: its body is served to its peers."""
+
+import threading
+from collections.abc import Callable
+
+from gaisnet.config import ServiceSettings
+from gaisnet.engines.body_hosting import BodyOutlet, Front, Sessions
+from gaisnet.engines.local_serving import machine_turn
+from gaisnet.serving.engine.body import BodyService
+from gaisnet.transport.base import Handler
+
+_LOOK_S = 2.0
+
+
+class SiteService:
+    """Serves the body of a site's tier to the peers of the site.
+
+    Args:
+        settings: Limits.
+        away_s: The sessions of a peer that is away for longer end.
+    """
+
+    def __init__(self, settings: ServiceSettings, away_s: float) -> None:
+        self.outlet = BodyOutlet(settings, machine_turn(settings))
+        self._away_s = away_s
+        self._fronts: list[Front] = []
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="looks for peers", daemon=True)
+        self._thread.start()
+
+    def front(
+        self, tier: Handler | None, peer: str, life: Callable[[], str], new_sessions: Callable[[BodyService], Sessions]
+    ) -> Front:
+        """What a peer meets; arguments as for ``Front``."""
+        front = Front(tier, self.outlet, new_sessions, peer, life)
+        self._fronts.append(front)
+        return front
+
+    def close(self) -> None:
+        """End all sessions."""
+        self._ending.set()
+        self._thread.join()
+        for front in self._fronts:
+            front.close()
+        self.outlet.close()
+
+    def _look(self) -> None:
+        while not self._ending.wait(_LOOK_S):
+            for front in list(self._fronts):
+                front.look(self._away_s)

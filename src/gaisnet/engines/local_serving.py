@@ -1,0 +1,194 @@
+"""Answers on one machine: the bodies of a network of local tiers are served, while it may go on learning.
+
+A device's sessions take the way that they take between machines: over a link to its edge, and from there to the cloud,
+every message as bytes.
+"""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+
+from gaisnet.compute_lock import SideBySide, Turn
+from gaisnet.config import Config, EdgeSettings, ServiceSettings
+from gaisnet.data.examples import DeviceData
+from gaisnet.engines.body_hosting import BodyOutlet, Front, LinkedBodies
+from gaisnet.engines.local import Tiers, build_tiers
+from gaisnet.errors import SessionRefused
+from gaisnet.learning.relay import TaskShape
+from gaisnet.models.foundation import Foundation
+from gaisnet.models.parts import Body
+from gaisnet.network import Network
+from gaisnet.progress import Progress, silent
+from gaisnet.serving.engine.body import BodyService
+from gaisnet.serving.engine.endpoint import SessionEndpoint
+from gaisnet.serving.engine.escalation import EdgeSessions
+from gaisnet.serving.generation.bodies import Place
+from gaisnet.serving.generation.decoding import DeviceParts
+from gaisnet.transport.codec import Codec
+from gaisnet.transport.ledger import Ledger
+from gaisnet.transport.local import LocalLink
+
+
+class MachineOutlets:
+    """An outlet for the body of every tier on one machine, whose time they share.
+
+    Args:
+        settings: Of each service.
+        domains: Of the edges.
+        turn: Of the machine; None for one that fits it.
+    """
+
+    def __init__(self, settings: ServiceSettings, domains: list[str], turn: Turn | None = None) -> None:
+        self.turn = turn or machine_turn(settings)
+        self.of_cloud = BodyOutlet(settings, self.turn)
+        self.of_edges = {domain: BodyOutlet(settings, self.turn) for domain in domains}
+
+    def cloud(self) -> BodyOutlet:
+        """The FM's."""
+        return self.of_cloud
+
+    def edge(self, domain: str) -> BodyOutlet:
+        """Of the DM of a domain."""
+        return self.of_edges[domain]
+
+    @property
+    def services(self) -> list[BodyService]:
+        """All that serve now."""
+        every = (*self.of_edges.values(), self.of_cloud)
+        return [outlet.service for outlet in every if outlet.serves]
+
+    def close(self) -> None:
+        """End all services."""
+        for outlet in (*self.of_edges.values(), self.of_cloud):
+            outlet.close()
+
+
+class ServedNetwork(LinkedBodies):
+    """A network of local tiers whose bodies are served: the ``Bodies`` of its devices.
+
+    Args:
+        config: The run's configuration.
+        tiers: Built with ``outlets``; has its models once ``network.install()`` was called.
+        outlets: Serve the bodies.
+    """
+
+    def __init__(self, config: Config, tiers: Tiers, outlets: MachineOutlets) -> None:
+        self.network: Network = tiers.network
+        self.turn = outlets.turn
+        """Of the machine: whoever computes for an answer, such as a device's head and tail, takes it to serve."""
+        self.ledger = Ledger()
+        """The bytes of answers; those of learning are the network's."""
+        self._config = config
+        self._tiers = tiers
+        self._outlets = outlets
+        self._settings = {settings.domain: settings for settings in config.edges}
+        self._parts: dict[str, DeviceParts] = {}
+        super().__init__(
+            {settings.domain: self._link(settings) for settings in config.edges}, config.faults.step_deadline_s
+        )
+
+    def adapters(self, body: Place, domain: str) -> list[str]:
+        """Names that a ``Target`` may have. Raises ``SessionRefused`` before the body has its model."""
+        return self._outlet(body, domain).service.adapters
+
+    def service(self, place: Place, domain: str) -> BodyService:
+        """What serves a body. Raises ``SessionRefused`` before there is a model."""
+        return self._outlet(place, domain).service
+
+    def body(self, place: Place, domain: str) -> Body:
+        """What is served there; learning may change it. Raises ``SessionRefused`` before there is a model."""
+        return self.service(place, domain).body
+
+    @property
+    def num_sessions(self) -> int:
+        """Open on all bodies together."""
+        return sum(service.num_sessions for service in self._outlets.services)
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory that is held for them."""
+        return sum(service.used_bytes for service in self._outlets.services)
+
+    def parts(self, device: str) -> DeviceParts:
+        """Head and tail of a device, to write answers with, of any domain; ask for them before learning goes on.
+
+        Raises ``SessionRefused`` for a device that the run does not have, or why it cannot be had.
+        """
+        if device not in self._parts:
+            domains = {one.name: edge.domain for edge, one in self._config.each_device()}
+            if device not in domains:
+                raise SessionRefused(f"device '{device}'", f"the run has {', '.join(domains)}", "name one of those")
+            self._tiers.edges[domains[device]].equip(device)
+            self._parts[device] = DeviceParts(*self._tiers.devices[device].parts(), self.turn)
+        return self._parts[device]
+
+    def device(self, domain: str) -> str:
+        """The device of a domain that answers are written on if nobody names one: the first that is split."""
+        devices = self._settings[domain].devices
+        return next((device.name for device in devices if device.mode == "split"), devices[0].name)
+
+    def close(self) -> None:
+        """End all sessions and services."""
+        self._outlets.close()
+
+    def _outlet(self, place: Place, domain: str) -> BodyOutlet:
+        return self._outlets.cloud() if place == "cloud" else self._outlets.edge(domain)
+
+    def _link(self, edge: EdgeSettings) -> LocalLink:
+        """From the device of an edge up to it; the edge has one of its own to the cloud."""
+        codec, device = Codec(self._config.wire), self.device(edge.domain)
+        of_edge = Front(None, self._outlets.cloud(), lambda service: SessionEndpoint(service, edge.name), edge.name)
+        cloud = LocalLink(of_edge, codec, self.ledger, "edge_cloud", "up")
+        outlet = self._outlets.edge(edge.domain)
+        of_device = Front(None, outlet, lambda service: EdgeSessions(service, cloud, device), device)
+        return LocalLink(of_device, codec, self.ledger, "device_edge", "up")
+
+
+def build_served_network(
+    config: Config,
+    foundation: Foundation,
+    shapes: Mapping[str, TaskShape],
+    data: Mapping[str, DeviceData],
+    retention_text: str,
+    progress: Progress = silent,
+    new_ledger: Callable[[], Ledger] = Ledger,
+    turn: Turn | None = None,
+    absent: Collection[str] = (),
+) -> ServedNetwork:
+    """``engines.local.build_network``, with bodies that are served; close it in the end. Raises ``GaisnetError``.
+
+    Args:
+        config: As there, and so are the others but the last.
+        foundation: The FM.
+        shapes: By domain.
+        data: By device.
+        retention_text: Public text.
+        progress: Told about every step.
+        new_ledger: For learning.
+        turn: Of this machine; None for one that fits it.
+        absent: Devices whose examples are not there; the network only answers then.
+    """
+    outlets = MachineOutlets(config.service, [edge.domain for edge in config.edges], turn)
+    try:
+        tiers = build_tiers(
+            config, foundation, shapes, data, retention_text, progress, new_ledger, outlets, absent=absent
+        )
+    except BaseException:
+        outlets.close()
+        raise
+    return ServedNetwork(config, tiers, outlets)
+
+
+def machine_turn(settings: ServiceSettings) -> Turn:
+    """Answers and learning side by side where this process has several cores."""
+    cores, most = num_cores(), torch.get_num_threads()
+    if cores < 2:
+        return Turn(settings.fine_tune_share)
+    return SideBySide(settings.fine_tune_share, cores, lambda some: torch.set_num_threads(min(some, most)))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux knows which cores are ours
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

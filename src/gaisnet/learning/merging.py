@@ -1,0 +1,71 @@
+"""The up flow's end: one adapter out of those of many domains.
+
+Every product B A acts wherever the adapter does, also on the text of other domains. Regression (RegMean, Jin et al.,
+arXiv 2212.09849, on text that the foundation model (FM) wrote) asks of the merged product that on what enters a module
+in a domain's text it gives what that domain's own gives, and nothing on free text; and, since no text of the FM's shows
+all that a domain's does, that it is near the weighted sum of the products. The least squares have a closed form: each A
+goes through a filter, (G_d + weight * ridge) S^-1, where G_d is the second moment of what enters in domain d's text,
+and S the sum of all, free text's and the ridge among them.
+
+``adapters.arithmetic`` has what looks at the adapters' weights alone.
+
+Shape legend: N rows, I inputs of a module, R rank of a domain's adapter.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gaisnet.adapters.arithmetic import side_by_side
+from gaisnet.adapters.state import AdapterTensors
+from gaisnet.config.learning import MergeSettings
+from gaisnet.learning.regression import moments, solved
+from gaisnet.models.ragged import Ragged
+
+Trace = Callable[[str | None, int, Ragged], tuple[dict[str, Ragged], Ragged]]
+"""Runs a layer with an adapter, or none, on what enters it: see ``relay.regression.traced``."""
+
+
+@torch.no_grad()
+def by_regression(
+    adapters: Mapping[str, AdapterTensors],
+    entering: Mapping[str, Ragged],
+    free: Ragged,
+    layers: Iterable[int],
+    trace: Trace,
+    settings: MergeSettings,
+) -> AdapterTensors:
+    """Merge adapters layer by layer, so that no more than one layer's moments are held.
+
+    Args:
+        adapters: By name, all of one shape.
+        entering: Hidden states that enter the first of ``layers`` in a domain's text, by the name of its adapter.
+        free: The same in text that belongs to no domain.
+        layers: FM numbers of the layers that have adapters, in order.
+        trace: Runs one of them.
+        settings: How much free text and the sum count.
+    """
+    merged, states = side_by_side(list(adapters.values())), dict(entering)
+    for layer in layers:
+        seen: dict[str, dict[str, Ragged]] = {}
+        for name in adapters:
+            seen[name], states[name] = trace(name, layer, states[name])
+        seen_free, free = trace(None, layer, free)
+        for path, rows in seen_free.items():
+            key = f"layers.{layer}.{path}.lora_A.weight"
+            factors = [adapter[key] for adapter in adapters.values()]
+            of_domains = [moments(seen[name].pop(path).later()) for name in adapters]
+            merged[key] = filtered(factors, of_domains, moments(rows.later()), settings)
+    return merged
+
+
+def filtered(factors: Sequence[Tensor], seen: Sequence[Tensor], free_II: Tensor, settings: MergeSettings) -> Tensor:
+    """Each A [R, I] times its filter, one below the other.
+
+    ``seen`` are second moments [I, I] in the text of each one's domain, ``free_II`` those in free text.
+    """
+    total_II = sum(seen, settings.free_text * free_II)
+    ridge = settings.ridge * float(total_II.diagonal().mean())
+    kept = [a.float() @ g_II + settings.weight * ridge * a.float() for a, g_II in zip(factors, seen, strict=True)]
+    return solved(total_II, ridge, torch.cat(kept).T).T.contiguous()

@@ -1,0 +1,47 @@
+"""Rounds of a measurement of answers: the prompts of each, and how far it is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import median
+
+from gaisnet.progress import Progress
+from gaisnet.research.bench.writing import Prompt, batches
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is done."""
+
+    rounds: int = 5
+    prompts: int = 4  # per round, to one session
+    tokens: int = 64
+    at_once: int = 16
+    beside: int = 4  # sessions that answer beside fine-tuning
+    seconds: float = 15.0  # of a window of answers without fine-tuning; with it, a window is a round of that
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What a stage goes through.
+
+    Attributes:
+        prompts: All that there are; taken in turn, and from the beginning again.
+        effort: How much is done.
+        progress: Told before every round, with the median of what was found so far.
+    """
+
+    prompts: Sequence[Prompt]
+    effort: Effort
+    progress: Progress
+
+    def of(self, stage: str, num_prompts: int, found: Sequence[float]) -> Iterator[list[Prompt]]:
+        """The prompts of every round. ``found`` grows by one in each."""
+        for number, prompts in enumerate(islice(batches(self.prompts, num_prompts), self.effort.rounds)):
+            self._tell(stage, number, found)
+            yield prompts
+        self._tell(stage, self.effort.rounds, found)
+
+    def _tell(self, stage: str, number: int, found: Sequence[float]) -> None:
+        figures = {"median": median(found)} if found else {}
+        self.progress(f"bench_{stage}", number, self.effort.rounds, figures)

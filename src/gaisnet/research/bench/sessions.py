@@ -1,0 +1,98 @@
+"""How fast sessions write: one against the model in one piece, many against one, and a pair that speculates."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gaisnet.research.bench.rounds import Rounds
+from gaisnet.research.bench.spread import Spread
+from gaisnet.research.bench.writing import Prompt, Unsplit, Writers, num_same
+from gaisnet.serving.generation.bodies import Target
+from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.speculation import DraftLength, Tally, write_speculatively
+
+
+@dataclass(frozen=True)
+class Single:
+    """One session, split, against the model in one piece."""
+
+    split: Spread  # tokens/s
+    whole: Spread  # tokens/s
+    ratio: Spread
+    num_same: int  # answers, of all rounds
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Many sessions at once against one."""
+
+    many: Spread  # tokens/s, once all have read their prompts
+    ratio: Spread
+    ratio_with_prompts: Spread
+
+
+@dataclass(frozen=True)
+class Speculated:
+    """Drafts of one body, checked by another one."""
+
+    tokens_per_check: Spread
+    num_same: int  # answers that are those without drafts
+
+
+def single(writers: Writers, target: Target, unsplit: Unsplit, rounds: Rounds, stage: str) -> Single:
+    """The same prompts in turn, round by round; first each writes once what does not count."""
+    num_tokens, same = rounds.effort.tokens, 0
+    split_s: list[float] = []
+    whole_s: list[float] = []
+    ratios: list[float] = []
+    writers.one_by_one(target, rounds.prompts[:1], num_tokens)  # whatever is done once only
+    unsplit.write(rounds.prompts[:1], num_tokens)
+    for prompts in rounds.of(stage, rounds.effort.prompts, ratios):
+        split, whole = writers.one_by_one(target, prompts, num_tokens), unsplit.write(prompts, num_tokens)
+        same += num_same(split.answers, whole.answers)
+        split_s.append(split.tokens_per_s)
+        whole_s.append(whole.tokens_per_s)
+        ratios.append(split.tokens_per_s / whole.tokens_per_s)
+    return Single(Spread.of(split_s), Spread.of(whole_s), Spread.of(ratios), same)
+
+
+def batch(writers: Writers, target: Target, rounds: Rounds, stage: str) -> Batch:
+    """The first of a round's prompts alone, then all of them together."""
+    effort = rounds.effort
+    speeds: list[float] = []
+    ratios: list[float] = []
+    with_prompts: list[float] = []
+    for prompts in rounds.of(stage, effort.at_once, ratios):
+        one = writers.one_by_one(target, prompts[:1], effort.tokens)
+        many = writers.at_once(target, prompts, effort.tokens)
+        speeds.append(many.writing_tokens_per_s)
+        ratios.append(many.writing_tokens_per_s / one.writing_tokens_per_s)
+        with_prompts.append(many.tokens_per_s / one.tokens_per_s)
+    return Batch(Spread.of(speeds), Spread.of(ratios), Spread.of(with_prompts))
+
+
+def speculation(writers: Writers, drafter: Target, checker: Target, rounds: Rounds) -> Speculated:
+    """With drafts, and without."""
+    calls: list[float] = []
+    same, num_tokens = 0, rounds.effort.tokens
+    for prompts in rounds.of("speculation", rounds.effort.prompts, calls):
+        length, tally = DraftLength(), Tally()
+        answers = [tuple(_drafted(writers, drafter, checker, p, num_tokens, length, tally)) for p in prompts]
+        same += num_same(answers, writers.one_by_one(checker, prompts, num_tokens).answers)
+        calls.append(tally.num_tokens / tally.num_checks)
+    return Speculated(Spread.of(calls), same)
+
+
+def _drafted(
+    writers: Writers,
+    drafter: Target,
+    checker: Target,
+    prompt: Prompt,
+    num_tokens: int,
+    length: DraftLength,
+    tally: Tally,
+) -> Iterator[int]:
+    parts, num_positions = writers.parts, len(prompt) + num_tokens
+    drafts, checks = (
+        writers.bodies.open(target, parts.first, parts.stop, num_positions) for target in (drafter, checker)
+    )
+    return write_speculatively(parts, drafts, checks, prompt, Sampling(max_tokens=num_tokens), length, tally)

@@ -1,0 +1,64 @@
+"""Devices with images: what the experiments on fine-tuning have in common, and what they differ in."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Literal
+
+from gaisnet.data.images import ImageData, deal, few
+from gaisnet.research.paper.experiment import Setup
+
+Kind = Literal["lora", "prompts", "full"]
+Mode = Literal["split", "local"]
+HEAD_LAYERS, FIRST_LAYER = 1, 3
+"""Layers of a device's head, and the first layer that learns; the model has six."""
+
+KINDS: tuple[Kind, ...] = ("prompts", "lora", "full")
+LEARNING_RATES: dict[Kind, float] = {"lora": 4e-3, "prompts": 3e-2, "full": 4e-3}
+"""Each kind's best of a few for devices that learn alone, found with a seed that no experiment uses."""
+
+NUM_DEVICES, PER_CLASS, EPOCHS = 8, 20, 2
+"""Devices, labelled images of each class that they have together, and passes over them in a round."""
+
+ROUNDS, QUICK_ROUNDS = 10, 4
+"""How many there are."""
+
+_NUM_TEST = 1000
+
+HOW = (
+    f"{NUM_DEVICES} devices hold {10 * PER_CLASS} labelled images of Fashion-MNIST together, and {_NUM_TEST} held-out "
+    "ones; each device's held-out images are skewed as those it learns from. They tune the last three of the "
+    f"pre-trained ViT's six layers; a split device holds {HEAD_LAYERS} of them, a local one the whole model. A round "
+    f"is {EPOCHS} passes, and there are {ROUNDS} of them, {QUICK_ROUNDS} in a quick run. A step takes up to 16 images "
+    "of those who learn together, so that devices that learn alone make fewer steps in a round; learning rates are the "
+    "best of a few for these. Frames are counted as they cross: activations in int4, logits, their gradients and "
+    "adapters in float32. Operations are computed from shapes, as if every layer were computed for every position."
+)
+"""What the experiments on fine-tuning have in common, for their reports."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A device: its images, and whether it holds a head or the whole domain model."""
+
+    data: ImageData
+    mode: Mode
+
+
+NETWORKS: Mapping[str, Sequence[Mode]] = {"hybrid": ("split", "local"), "federated": ("local",), "split": ("split",)}
+"""What devices are in each, in turn."""
+
+
+def sites(network: str, devices: Sequence[ImageData]) -> list[Site]:
+    """The devices as one of ``NETWORKS`` has them."""
+    return [Site(data, mode) for data, mode in zip(devices, cycle(NETWORKS[network]), strict=False)]
+
+
+def pooled(setup: Setup, seed: int) -> ImageData:
+    """What all devices have together."""
+    return few(setup.images("fashion"), PER_CLASS, _NUM_TEST, seed)
+
+
+def dealt(setup: Setup, alpha: float, seed: int) -> list[ImageData]:
+    """Each device's images; the smaller ``alpha``, the fewer labels it has most of. Raises ``DataError``."""
+    return deal(pooled(setup, seed), NUM_DEVICES, alpha, seed)

@@ -1,0 +1,79 @@
+"""A device of a run, opened to write answers on: all tiers are in this process, and so are the held-out examples."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from gaisnet.config import DeviceSettings, EdgeSettings
+from gaisnet.data.examples import Tokens, tokenize
+from gaisnet.errors import ConfigError
+from gaisnet.models.foundation import with_context
+from gaisnet.runs.served_run import ServedRun, serve_run
+from gaisnet.serving.generation.calibration import HeldOut
+from gaisnet.serving.generation.device import ServedDevice, ServedDomain
+
+
+@contextmanager
+def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> Iterator[ServedDevice]:
+    """Inside, a device of the run in a folder reaches all bodies, as of the run's last finished cycle.
+
+    Args:
+        run: The run's output folder.
+        name: Which device; None for the first split one.
+        overrides: As for ``serve_run``.
+
+    Raises:
+        ConfigError: The run has no such device.
+        GaisnetError: There is no run, or it is under way elsewhere.
+    """
+    with serve_run(run, overrides) as served:
+        yield device_of(served, name)
+
+
+def device_of(served: ServedRun, name: str | None) -> ServedDevice:
+    """A device of a run that is served; None for the first split one. Raises ``ConfigError`` if it has no such."""
+    edge, device = _device(served, name)
+    return ServedDevice(
+        domain=edge.domain,
+        parts=served.bodies.parts(device.name),
+        tokenizer=served.foundation.tokenizer,
+        bodies=served.bodies,
+        domains={each.domain: _domain(served, each) for each in served.config.edges},
+        merged=len(served.config.learning_edges()) > 1,
+        absent=served.absent,
+        front=served.config.front,
+        gauges={
+            "sessions": lambda: float(served.bodies.num_sessions),
+            "cache_bytes": lambda: float(served.bodies.used_bytes),
+        },
+    )
+
+
+def held_out_of(examples: Sequence[Tokens]) -> list[HeldOut]:
+    """Prompts, and the answers that they should have."""
+    return [HeldOut(t.input_ids[: len(t.input_ids) - len(t.label_ids) + 1], t.label_ids) for t in examples]
+
+
+def _device(served: ServedRun, name: str | None) -> tuple[EdgeSettings, DeviceSettings]:
+    every = list(served.config.each_device())
+    if name is None:
+        name = served.bodies.device(every[0][0].domain)
+    found = next(((edge, device) for edge, device in every if device.name == name), None)
+    if found is None:
+        known = ", ".join(device.name for _, device in every)
+        raise ConfigError(f"device '{name}'", "the run has none of this name", f"use one of: {known}")
+    return found
+
+
+def _domain(served: ServedRun, edge: EdgeSettings) -> ServedDomain:
+    tokenizer = served.foundation.tokenizer
+    context = with_context(served.config, served.foundation.model.config).model.most_tokens
+    held_out = [
+        example
+        for device in edge.devices
+        if device.name in served.data
+        for example in held_out_of(
+            tokenize(served.data[device.name].test, tokenizer, context, f"device '{device.name}', test")
+        )
+    ]
+    return ServedDomain(tuple(served.bodies.adapters("edge", edge.domain)), (edge.adapter,), held_out)

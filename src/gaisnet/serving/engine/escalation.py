@@ -1,0 +1,194 @@
+"""A device's sessions at its edge: on its own body, on the foundation model's (FM), or first on one and then the other.
+
+The device's rows fit both bodies. The edge keeps those of a session that may escalate, so that the FM's body can take
+over without a second uplink; a session that the FM's body has is only passed on.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from gaisnet.errors import BodyUnreachable, SessionClosed, SessionRefused, UnexpectedMessage
+from gaisnet.futures import failed, then, then_ask
+from gaisnet.messages import (
+    CloseSession,
+    CropSession,
+    EscalateSession,
+    ExtendSession,
+    Message,
+    OpenSession,
+    SessionOpened,
+    SessionRows,
+)
+from gaisnet.serving.engine.body import BodyService
+from gaisnet.serving.engine.endpoint import SessionEndpoint
+from gaisnet.serving.engine.quota import Quota
+
+M = TypeVar("M", bound=Message)
+_FM = "the foundation model"
+
+
+class Peer(Protocol):
+    """Another site, as ``transport.base.Link`` has it."""
+
+    @property
+    def peer(self) -> str:
+        """Names its present life; '' while it is away."""
+
+    def send(self, message: Message) -> Future[Message]:
+        """Ask."""
+
+
+class EdgeSessions:
+    """Answers one device. All methods may be called from any thread.
+
+    Args:
+        service: The edge's own body.
+        cloud: Where the FM's body is.
+        device: Its name, by its certificate.
+        share: The part that the device may hold of the edge's sessions and their memory, and of the sessions that
+            the edge may have at the cloud.
+        max_at_cloud: Sessions that the edge may have there; None where the cloud alone counts.
+    """
+
+    def __init__(
+        self, service: BodyService, cloud: Peer, device: str, share: float = 1.0, max_at_cloud: int | None = None
+    ) -> None:
+        self._service = service
+        self._own = SessionEndpoint(service, device, share)
+        self._cloud = cloud
+        self._quota = Quota(device, share)
+        self._max_at_cloud = max_at_cloud
+        self._there: dict[str, str] = {}  # names of sessions that the FM's body has: here, and at the cloud
+        self._moving: set[str] = set()  # between the two
+        self._opening = 0  # at the cloud
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def handle(self, message: Message) -> Message | Future[Message]:
+        """Answer ``message``. Raises ``UnexpectedMessage``, or what keeps it from being answered."""
+        match message:
+            case OpenSession(body="foundation"):
+                there = replace(message, may_escalate=False)
+                return self._counted(lambda: then(self._ask(there), self._opened))
+            case EscalateSession():
+                return self._escalate(message)
+            case CloseSession():
+                return self._close(message)
+            case ExtendSession() | CropSession() if message.session in self._there:
+                return self._ask(replace(message, session=self._there[message.session]))
+            case ExtendSession() | CropSession() if message.session in self._moving:
+                raise _on_its_way(message.session)
+        return self._own.handle(message)
+
+    def close(self) -> None:
+        """The device is gone: end all its sessions, those that are being opened as well."""
+        with self._lock:
+            self._closed, there, self._there = True, list(self._there.values()), {}
+        self._moving.clear()
+        self._own.close()
+        for name in there:
+            self._end(name)
+
+    def _opened(self, answer: Message) -> Message:
+        opened = _expect(SessionOpened, answer)
+        self._keep(opened.session, opened.session)
+        return opened
+
+    def _keep(self, name: str, there: str) -> None:
+        """Take note of a session at the cloud. Raises ``SessionClosed`` where the device has gone meanwhile."""
+        with self._lock:
+            if not self._closed:
+                self._there[name] = there
+                return
+        self._end(there)
+        raise SessionClosed(name)
+
+    def _close(self, message: CloseSession) -> Message | Future[Message]:
+        self._moving.discard(message.session)
+        there = self._there.pop(message.session, None)
+        return self._own.handle(message) if there is None else self._end(there)
+
+    # -- from one body to the other
+
+    def _escalate(self, message: EscalateSession) -> Future[Message]:
+        name = message.session
+        if name in self._there:
+            raise SessionRefused(f"escalating session '{name}'", f"{_FM} has it", "go on")
+        if name in self._moving:
+            raise _on_its_way(name)
+        rows_TD = self._service.rows(self._own.own(name))
+        if not 0 < len(rows_TD) >= message.want:
+            found = f"it has {len(rows_TD)}, {message.want} are wanted back"
+            raise SessionRefused(f"the rows of session '{name}'", found, "send some first, and want no more")
+        return self._counted(lambda: self._open_and_move(message, rows_TD))
+
+    def _open_and_move(self, message: EscalateSession, rows_TD: Tensor) -> Future[Message]:
+        name = message.session
+        first, stop, reserved = self._service.place(name)
+        self._moving.add(name)
+        opened = self._ask(OpenSession(first, stop, message.adapters, reserved, "foundation"))
+        moved = then_ask(opened, lambda answer: self._move(message, _expect(SessionOpened, answer).session, rows_TD))
+        moved.add_done_callback(lambda _: self._moving.discard(name))
+        return moved
+
+    def _move(self, message: EscalateSession, there: str, rows_TD: Tensor) -> Future[Message]:
+        """It is open over there: send what was kept. If that fails, everything is as it was."""
+        sent = self._ask(ExtendSession(there, 0, message.want, rows_TD))
+        sent.add_done_callback(lambda done: self._end(there) if done.cancelled() or done.exception() else None)
+        return then(sent, lambda answer: self._arrived(message.session, there, answer))
+
+    def _arrived(self, name: str, there: str, answer: Message) -> Message:
+        rows = _expect(SessionRows, answer)
+        if name not in self._moving:  # it was closed meanwhile
+            self._end(there)
+            return rows
+        self._keep(name, there)
+        self._own.handle(CloseSession(name))
+        return rows
+
+    # -- the cloud
+
+    def _counted(self, open_there: Callable[[], Future[Message]]) -> Future[Message]:
+        """Open a session at the cloud. Raises ``QuotaReached`` where the device has its part of the edge's there."""
+        with self._lock:
+            if self._max_at_cloud is not None:
+                self._quota.check_sessions(len(self._there) + self._opening, self._max_at_cloud)
+            self._opening += 1
+        try:
+            opened = open_there()
+        except BaseException:
+            self._is_open()
+            raise
+        opened.add_done_callback(lambda _: self._is_open())
+        return opened
+
+    def _is_open(self) -> None:
+        """It is open, and among those that are there, or it never will be."""
+        with self._lock:
+            self._opening -= 1
+
+    def _ask(self, message: Message) -> Future[Message]:
+        """Nobody waits here for a cloud that is away."""
+        if not self._cloud.peer:
+            return failed(BodyUnreachable(_FM, "the cloud is away"))
+        return self._cloud.send(message)
+
+    def _end(self, there: str) -> Future[Message]:
+        """End a session at the cloud, now or when that is back: else it would count against the edge for good."""
+        ended = self._cloud.send(CloseSession(there))
+        return ended if self._cloud.peer else failed(BodyUnreachable(_FM, "the cloud is away"))
+
+
+def _on_its_way(name: str) -> SessionRefused:
+    return SessionRefused(f"session '{name}'", f"it is on its way to {_FM}", "take that answer first")
+
+
+def _expect(kind: type[M], answer: Message) -> M:
+    if not isinstance(answer, kind):
+        raise UnexpectedMessage(f"an edge, waiting for a {kind.__name__} of the cloud,", type(answer).__name__)
+    return answer

@@ -1,0 +1,203 @@
+"""A device writes an answer: its head, a body anywhere, its tail, a token; then again.
+
+Shape legend: T new positions, W wanted ones, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gaisnet.compute_lock import Turn
+from gaisnet.errors import ContextFull, LinkTimeout, SessionRefused
+from gaisnet.models.parts import Head, Tail
+from gaisnet.serving.engine.cache import SessionCache
+from gaisnet.serving.engine.rows import SessionLayers, Share
+from gaisnet.serving.engine.sessions import BodySession, SendingSession
+from gaisnet.serving.generation.batching_call import Combined
+from gaisnet.serving.generation.sampling import Sampler, Sampling
+
+PREFILL_CHUNK = 64
+_MOST_ROWS = 256  # of all answers together, in one run of a part
+
+Tokens = Generator[int, None, None]
+"""Token ids, one by one; ``close`` it to break off."""
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """Body output of one answer on its way through the tail."""
+
+    output_TD: Tensor
+    want: int
+    cache: SessionCache
+
+
+class DeviceParts:
+    """A device's head and tail, for any number of answers in as many threads: those that come together run together.
+
+    A vocabulary head is read from memory as a whole for a single row, and once for the rows of all answers as well.
+
+    Args:
+        head: Its first layers.
+        tail: Its last.
+        turn: Of the machine that it is on, if others compute there too.
+    """
+
+    def __init__(self, head: Head, tail: Tail, turn: Turn | None = None) -> None:
+        self._computing: Callable[[], AbstractContextManager[None]] = turn.serving if turn is not None else nullcontext
+        self.head = head
+        self.tail = tail
+        self.head_layers = SessionLayers(head.stack)
+        self.tail_layers = SessionLayers(tail.stack)
+        norm = next(tail.norm.parameters())
+        self._placement = norm.device, norm.dtype
+        self.context = int(head.stack.config.max_position_embeddings)
+        self._begin: Combined[Share, Tensor] = Combined(self._begin_all, lambda s: len(s.rows_TD), _MOST_ROWS)
+        self._finish: Combined[_Finish, Tensor] = Combined(self._finish_all, lambda f: len(f.output_TD), _MOST_ROWS)
+
+    @property
+    def first(self) -> int:
+        """FM layer at which a body takes over."""
+        return len(self.head_layers.indices)
+
+    @property
+    def stop(self) -> int:
+        """FM layer before which it stops."""
+        return int(self.head.stack.config.num_hidden_layers) - len(self.tail_layers.indices)
+
+    @torch.no_grad()
+    def smash(self, ids: Sequence[int], cache: SessionCache) -> Tensor:
+        """Smashed rows [T, D] of the next tokens of the answer that ``cache`` belongs to."""
+        rows_TD: Tensor = self.head.embed_tokens(torch.tensor(ids, device=self._placement[0]))
+        return self._begin(Share(rows_TD, cache, 0, self.first)) if self.first else rows_TD
+
+    def logits(
+        self,
+        output_TD: "Tensor | Future[Tensor]",
+        want: int,
+        cache: SessionCache,
+        deadline_s: float | None = None,
+    ) -> Tensor:
+        """Logits [W, V] at the last ``want`` of the body's outputs [T, D], which may still be on their way.
+
+        Only with layers in the tail must the outputs at all new positions be there. Raises what they raise, and
+        ``LinkTimeout`` if they have not come after ``deadline_s``.
+        """
+
+        def finish(output_TD: Tensor) -> _Finish:
+            return _Finish(output_TD.to(*self._placement), want, cache)
+
+        if not isinstance(output_TD, Future):
+            return self._finish(finish(output_TD))
+        try:
+            return self._finish.after(output_TD, finish, deadline_s)
+        except CancelledError:
+            raise LinkTimeout("a session, waiting for output rows", f"none for {deadline_s} s") from None
+
+    def _begin_all(self, every: Sequence[Share]) -> Sequence[Tensor]:
+        with self._computing():
+            return self.head_layers.run(every)
+
+    @torch.no_grad()
+    def _finish_all(self, every: Sequence[_Finish]) -> Sequence[Tensor]:
+        with self._computing():
+            return self._logits(every)
+
+    def _logits(self, every: Sequence[_Finish]) -> Sequence[Tensor]:
+        outputs = [one.output_TD for one in every]
+        if layers := self.tail_layers.indices:  # they must see every position
+            first, stop = layers[0], layers[-1] + 1
+            outputs = self.tail_layers.run([Share(one.output_TD, one.cache, first, stop) for one in every])
+        wanted = [output_TD[len(output_TD) - one.want :] for one, output_TD in zip(every, outputs, strict=True)]
+        logits_NV = self.tail.logits(torch.cat(wanted))
+        return list(logits_NV.split([one.want for one in every]))
+
+
+class HeadSession:
+    """Token ids in, smashed rows out."""
+
+    def __init__(self, parts: DeviceParts) -> None:
+        self._parts = parts
+        self._cache = SessionCache()
+
+    def run(self, ids: Sequence[int]) -> Tensor:
+        """Smashed rows [T, D] of the next tokens."""
+        return self._parts.smash(ids, self._cache)
+
+    def crop(self, length: int) -> None:
+        """Forget tokens from ``length`` on."""
+        self._cache.crop(length)
+
+
+class TailSession:
+    """A body and the device's tail behind it: smashed rows in, logits out."""
+
+    def __init__(self, parts: DeviceParts, body: BodySession) -> None:
+        self._parts = parts
+        self._body = body
+        self._ask: Callable[[Tensor, int], Tensor | Future[Tensor]] = body.extend
+        self._deadline_s: float | None = None
+        if isinstance(body, SendingSession):
+            self._ask, self._deadline_s = body.send, body.deadline_s
+        self._cache = SessionCache()
+
+    def run(self, rows_TD: Tensor, want: int = 1) -> Tensor:
+        """Logits [W, V] at the last ``want`` of the new positions."""
+        needed = len(rows_TD) if self._parts.tail_layers.indices else want
+        return self._parts.logits(self._ask(rows_TD, needed), want, self._cache, self._deadline_s)
+
+    def crop(self, length: int) -> None:
+        """Forget positions from ``length`` on."""
+        self._body.crop(length)
+        self._cache.crop(length)
+
+
+def prefill(head: HeadSession, tails: Sequence[TailSession], ids: Sequence[int]) -> None:
+    """Let all see a prompt, a chunk at a time; the head runs once for all."""
+    for first in range(0, len(ids), PREFILL_CHUNK):
+        rows_TD = head.run(ids[first : first + PREFILL_CHUNK])
+        for tail in tails:
+            tail.run(rows_TD, want=0)
+
+
+def read(head: HeadSession, tail: TailSession, prompt: Sequence[int]) -> Sequence[int]:
+    """Let both see a prompt but for its last chunk; returns that one, which the first token comes of."""
+    last = (len(prompt) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
+    prefill(head, [tail], prompt[:last])
+    return prompt[last:]
+
+
+def check_prompt(parts: DeviceParts, prompt: Sequence[int], sampling: Sampling) -> None:
+    """Raise ``SessionRefused`` or ``ContextFull`` for a prompt that cannot be answered."""
+    if not prompt:
+        raise SessionRefused("a prompt", "it has no tokens", "begin with at least one")
+    num_tokens = parts.head.embed_tokens.num_embeddings
+    if min(prompt) < 0 or max(prompt) >= num_tokens:
+        raise SessionRefused("a prompt", "it has token ids that the model lacks", f"use 0 to {num_tokens - 1}")
+    if len(prompt) + sampling.max_tokens > parts.context:
+        raise ContextFull(len(prompt) + sampling.max_tokens, parts.context)
+
+
+def write(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling: Sampling) -> Tokens:
+    """Token ids of an answer, as they come; closes the session when the answer ends or nobody wants more of it.
+
+    Raises:
+        SessionRefused, ContextFull: At the first token, for a prompt that cannot be answered.
+        GaisnetError: What the body raises.
+    """
+    try:
+        check_prompt(parts, prompt, sampling)
+        head, tail, sampler = HeadSession(parts), TailSession(parts, body), Sampler(sampling)
+        ids = read(head, tail, prompt)
+        for _ in range(sampling.max_tokens):
+            token = sampler.draw(sampler.probabilities(tail.run(head.run(ids))[0]))
+            yield token
+            if token in sampling.stop_ids:
+                return
+            ids = [token]
+    finally:
+        body.close()

@@ -1,0 +1,174 @@
+"""A device that answers are written on, made ready: thresholds calibrated or read, every domain's routing set."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from gaisnet.config import FrontSettings, RoutingSettings
+from gaisnet.errors import ConfigError
+from gaisnet.progress import Progress, silent
+from gaisnet.serving.generation.answering import MERGED, Answering, Domain
+from gaisnet.serving.generation.bodies import Bodies, Target
+from gaisnet.serving.generation.calibration import (
+    Calibration,
+    HeldOut,
+    Trial,
+    calibrate,
+    collect,
+    read_calibrations,
+    write_calibrations,
+)
+from gaisnet.serving.generation.decoding import DeviceParts
+from gaisnet.serving.generation.routing import DEFAULT_MEASURE, Routing
+
+_AT_ONCE = 8  # held-out examples; they share the steps of the bodies
+
+
+@dataclass(frozen=True)
+class ServedDomain:
+    """A domain that a device reaches."""
+
+    adapters: tuple[str, ...]  # on the DM, names as its service knows them
+    foundation_adapters: tuple[str, ...]  # on the FM, of this domain alone
+    held_out: Sequence[HeldOut] = ()  # examples of this device, or of all that are in this process
+
+
+@dataclass(frozen=True)
+class ServedDevice:
+    """What an engine opens of a run for a front door."""
+
+    domain: str  # its own
+    parts: DeviceParts
+    tokenizer: PreTrainedTokenizerBase
+    bodies: Bodies
+    domains: Mapping[str, ServedDomain]
+    merged: bool = False  # whether the FM has an adapter of several domains
+    absent: Mapping[str, str] = field(default_factory=dict)  # devices whose held-out examples are not there, and why
+    gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # figures for /metrics, by name
+    front: FrontSettings = FrontSettings()  # limits of the endpoint
+
+    def answering(
+        self, settings: RoutingSettings, calibrations: Mapping[str, Calibration], speculate: bool
+    ) -> Answering:
+        """What writes answers on it. A domain without a threshold is never escalated by 'auto'."""
+        domains = {
+            name: Domain(self.routing(name, settings, calibrations), d.adapters) for name, d in self.domains.items()
+        }
+        return Answering(self.parts, self.tokenizer, self.bodies, domains, self.domain, speculate)
+
+    def trials(
+        self, name: str, settings: RoutingSettings, measure: str, progress: Progress = silent
+    ) -> tuple[list[Trial], list[Trial]]:
+        """A domain's DM, and the FM, on held-out examples of the domain and on ``others``; their text stays here.
+
+        Raises what the bodies raise.
+        """
+        target, adapters = self.target(name), self.escalation(name, settings).adapters
+        own, others = self.domains[name].held_out, self.others(name, settings)
+
+        def one(held_out: HeldOut) -> Trial:
+            return collect(self.parts, self.bodies, target, adapters, held_out, measure)
+
+        found: list[Trial] = []
+        total = len(own) + len(others)
+        progress("calibrate", 0, total, {})
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for trial in pool.map(one, [*own, *others]):
+                found.append(trial)
+                progress("calibrate", len(found), total, {})
+        return found[: len(own)], found[len(own) :]
+
+    def calibration(self, name: str, settings: RoutingSettings, progress: Progress = silent) -> Calibration:
+        """A threshold for a domain, found anew. Raises what the bodies raise."""
+        own, others = self.trials(name, settings, DEFAULT_MEASURE, progress)
+        adapters = self.escalation(name, settings).adapters
+        return calibrate([*own, *others], settings, DEFAULT_MEASURE, adapters, len(others))
+
+    def others(self, name: str, settings: RoutingSettings) -> list[HeldOut]:
+        """Examples of other domains that go with a domain's own, always the same; fewer where this process has few."""
+        known = self.domains[name].foundation_adapters  # a newcomer's domain is not another's
+        foreign = [domain for domain in self.domains.values() if domain.foundation_adapters != known]
+        every = [one for domain in foreign for one in domain.held_out]
+        share, own = settings.other_domains, len(self.domains[name].held_out)
+        return random.Random(f"others than {name}").sample(every, min(len(every), round(own * share / (1 - share))))
+
+    def target(self, name: str) -> Target:
+        """The DM of a domain."""
+        return Target("edge", self.domains[name].adapters, name)
+
+    def escalation(self, name: str, settings: RoutingSettings) -> Target:
+        """The FM, with what acts on it where a DM is not sure."""
+        merged = settings.escalate_to == "merged" and self.merged
+        return Target("cloud", (MERGED,) if merged else self.domains[name].foundation_adapters, name)
+
+    def fits(self, name: str, settings: RoutingSettings, calibration: Calibration) -> bool:
+        """Whether a threshold is for a domain's escalation and its limit, and from the mix that is expected.
+
+        Where examples are not there any more, the mix is that of earlier.
+        """
+        asked = self.escalation(name, settings).adapters, settings.most_escalated
+        if (calibration.adapters, calibration.most_escalated) != asked:
+            return False
+        return bool(self.absent) or calibration.num_others == len(self.others(name, settings))
+
+    def routing(self, name: str, settings: RoutingSettings, calibrations: Mapping[str, Calibration]) -> Routing:
+        """When the FM is asked in a domain."""
+        known = calibrations.get(name)
+        adapters = self.escalation(name, settings).adapters
+        if settings.threshold is not None:
+            return Routing(adapters, settings.escalate, settings.threshold)
+        if known is None or not self.fits(name, settings, known):
+            return Routing(adapters, "never" if settings.escalate == "auto" else settings.escalate)
+        return Routing(adapters, settings.escalate, known.threshold, known.measure)
+
+
+def uncalibrated(device: ServedDevice, settings: RoutingSettings, run: Path) -> list[str]:
+    """Domains that have examples, and in the run's folder no threshold that fits. Raises ``CheckpointError``."""
+    if settings.escalate != "auto" or settings.threshold is not None:
+        return []
+    known = read_calibrations(run)
+    return [
+        name
+        for name, domain in device.domains.items()
+        if domain.held_out and not (name in known and device.fits(name, settings, known[name]))
+    ]
+
+
+def calibrated(
+    device: ServedDevice, settings: RoutingSettings, run: Path, progress: Progress = silent
+) -> dict[str, Calibration]:
+    """Thresholds by domain: those in the run's folder, and new ones, put there, for what has none that fits.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        ConfigError: The device's own domain has no threshold, and the examples to find one on are not there.
+        OutputNotWritable: It cannot be written.
+        GaisnetError: What the bodies raise.
+    """
+    known, wanted = read_calibrations(run), uncalibrated(device, settings, run)
+    if settings.escalate == "auto" and settings.threshold is None:
+        _refuse_without_examples(device, settings, known)
+    for name in wanted:
+        known[name] = device.calibration(name, settings, progress)
+    if wanted:
+        write_calibrations(run, known)
+    return known
+
+
+def _refuse_without_examples(device: ServedDevice, settings: RoutingSettings, known: Mapping[str, Calibration]) -> None:
+    """Raise ``ConfigError`` where 'auto' would never escalate, because examples that there were are not there now."""
+    home = device.domain
+    if not device.absent or device.domains[home].held_out:
+        return
+    if home not in known or not device.fits(home, settings, known[home]):
+        why = next(iter(device.absent.values()))
+        raise ConfigError(
+            f"a threshold for 'auto' in domain '{home}'",
+            f"none was calibrated for this, and the examples to calibrate it on are not there ({why})",
+            "use gaisnet serve with --threshold, or with --escalate never or always; or say where the examples are "
+            "with --set edges.N.devices.N.data=FOLDER",
+        )

@@ -1,0 +1,107 @@
+"""The address of a server, in a file beside the run that it serves, as long as it does.
+
+Anybody who can write into the folder can write the file, so it is believed little: see ``found``.
+"""
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gaisnet.errors import ServerRefused
+from gaisnet.serving.http.keys import is_loopback
+
+ADDRESS_NAME = "serving.url"
+"""File in the folder of a run, or of a device's kit: the URL in its first line, who serves there in its second."""
+
+_LONGEST = 2000  # bytes; such a file has far fewer
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # hosts that stand for all of a machine
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A process, as no other is: its number is given again some time, but not at the same time."""
+
+    host: str
+    process: int
+    started: str
+
+    def __str__(self) -> str:
+        return f"{self.host} {self.process} {self.started}"
+
+    @property
+    def alive(self) -> bool:
+        return self.host == socket.gethostname() and _started(self.process) == self.started
+
+
+@contextmanager
+def announced(folder: Path, url: str) -> Iterator[None]:
+    """Keep the file in a folder as long as the block lasts; it is removed however the block ends."""
+    path = folder / ADDRESS_NAME
+    owner = _Owner(socket.gethostname(), os.getpid(), _started(os.getpid()))
+    text = f"{_near(url)}\n{owner}\n"
+    with suppress(OSError):  # it may lie where nobody writes
+        path.write_text(text, encoding="utf-8")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if path.read_text(encoding="utf-8") == text:
+                path.unlink()
+
+
+def found(folder: Path) -> str | None:
+    """URL of the server that a folder's file names; None if there is no file, or its process has ended.
+
+    Raises ``ServerRefused`` where it names anything but an address of this machine's own: such a file is forged, or it
+    came with the folder from elsewhere.
+    """
+    try:
+        with (folder / ADDRESS_NAME).open("rb") as file:
+            lines = file.read(_LONGEST).decode("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    url = lines[0].strip() if lines else ""
+    if not _is_own(url):
+        say = f"'{folder / ADDRESS_NAME}' names it, and it is no address of this machine; if it is right, give the URL"
+        raise ServerRefused(url, say)
+    host, _, rest = (lines[1] if len(lines) > 1 else "").partition(" ")
+    number, _, started = rest.partition(" ")
+    if not number.isdecimal() or not _Owner(host, int(number), started).alive:
+        return None
+    return url
+
+
+def _is_own(url: str) -> bool:
+    """Whether it is ``http://`` and a loopback address, with nothing else in it that could lead elsewhere."""
+    try:
+        parts = urlsplit(url)
+        plain = parts.username is None and parts.path in ("", "/") and not parts.query and not parts.fragment
+        return parts.scheme == "http" and plain and parts.port is not None and is_loopback(parts.hostname or "")
+    except ValueError:
+        return False
+
+
+def _near(url: str) -> str:
+    """A URL as this machine itself reaches it."""
+    parts = urlsplit(url)
+    host = _ANY.get(parts.hostname or "")
+    return url if host is None else f"http://{host}:{parts.port}"
+
+
+def _started(process: int) -> str:
+    """When a process began, in the system's own words; empty if there is no such process, or nobody says."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace")
+        return stat.rpartition(")")[2].split()[19]  # ticks since the machine began
+    except (OSError, IndexError):
+        pass
+    try:
+        told = subprocess.run(["ps", "-o", "lstart=", "-p", str(process)], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return " ".join(told.stdout.split())

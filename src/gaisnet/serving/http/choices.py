@@ -1,0 +1,95 @@
+"""The answers to one request, a choice for each of its prompts, written at the same time."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from gaisnet.serving.generation.answering import Ask, Course
+from gaisnet.serving.http.streaming import Running
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a choice's text; None behind the last."""
+
+    index: int
+    text: str | None
+
+
+class Choices:
+    """Begins at once. Everything is called in the event loop.
+
+    Args:
+        asks: One request for text per choice.
+        start: Begins an answer, or raises where there is no room for it.
+        room: Waits until there may be room for one more.
+    """
+
+    def __init__(
+        self, asks: Sequence[Ask], start: Callable[[Ask], Running], room: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._start = start
+        self._room = room
+        self._running: list[Running | None] = [None] * len(asks)
+        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._running[0] = start(asks[0])  # where not even this one can be had, the request is refused
+        self._tasks = [asyncio.create_task(self._follow(i, ask)) for i, ask in enumerate(asks)]
+        self._ahead: Piece | Exception | None = None
+
+    @property
+    def courses(self) -> list[Course]:
+        """Courses of all answers, of which each must have begun."""
+        return [self.course(index) for index in range(len(self._running))]
+
+    def course(self, index: int) -> Course:
+        """Course of an answer that has begun."""
+        running = self._running[index]
+        if running is None:
+            raise RuntimeError("an answer was asked how it goes before it had begun")
+        return running.course
+
+    async def first(self) -> None:
+        """Wait until there is text of some choice, or the end of one. Raises what went wrong."""
+        self._ahead = await self._pieces.get()
+        if isinstance(self._ahead, Exception):
+            raise self._ahead
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Pieces of all choices as they come. Raises what goes wrong with the first that fails."""
+        left = len(self._running)
+        while left:
+            piece, self._ahead = self._ahead if self._ahead is not None else await self._pieces.get(), None
+            if isinstance(piece, Exception):
+                raise piece
+            left -= piece.text is None
+            yield piece
+
+    async def whole(self) -> list[str]:
+        """The text of each choice. Raises what goes wrong with the first that fails."""
+        texts = [""] * len(self._running)
+        async for piece in self.pieces():
+            texts[piece.index] += piece.text or ""
+        return texts
+
+    def stop(self) -> None:
+        """Free all sessions at once, as nobody wants more. Does no harm if all have ended."""
+        for task in self._tasks:
+            task.cancel()
+        for running in self._running:
+            if running is not None:
+                running.stop()
+
+    async def _follow(self, index: int, ask: Ask) -> None:
+        try:
+            running = self._running[index] or await self._begun(index, ask)
+            async for text in running.text():
+                self._pieces.put_nowait(Piece(index, text))
+            self._pieces.put_nowait(Piece(index, None))
+        except Exception as error:
+            self._pieces.put_nowait(error)
+
+    async def _begun(self, index: int, ask: Ask) -> Running:
+        """An answer beside others of the same request, which make room for it if nobody else does."""
+        await self._room()
+        running = self._running[index] = self._start(ask)
+        return running

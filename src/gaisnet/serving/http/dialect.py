@@ -1,0 +1,310 @@
+"""Requests in OpenAI's words, and the few of our own.
+
+A request for something that cannot be done is refused, never ignored; fields that only tell who asks are let be. Any
+request costs time linear in its length, and nothing after the first thing that is wrong with it.
+"""
+
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+from transformers import PreTrainedTokenizerBase
+
+from gaisnet import strict_json
+from gaisnet.config import FrontSettings
+from gaisnet.models.tokenization import chat_ids, prompt_ids
+from gaisnet.serving.generation.answering import Ask
+from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.http.fields import (
+    FOREIGN_PARTS,
+    FOREIGN_ROLES,
+    NEUTRAL,
+    NEUTRAL_OF_MESSAGE,
+    BadRequest,
+    asked_for,
+    unsupported,
+)
+
+LONGEST_STOP = 1024
+"""Characters of a stop string; OpenAI takes four strings, and so do we."""
+_MOST_METADATA = 16  # pairs, as OpenAI has it
+_COMPLETION_TOKENS = 16  # OpenAI's default
+_SEEDS = 2**63
+_CHARACTERS_PER_TOKEN = 16  # more than of any text: what is longer is tokenized in part first
+_SLACK = 64  # tokens that the end of a part may change
+
+R = TypeVar("R", bound="Request")
+Prompt = str | list[int]
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MOST_METADATA:
+        raise ValueError(f"has {len(value)} pairs, the limit is {_MOST_METADATA}")
+    return value
+
+
+_Metadata = Annotated[dict[str, Annotated[str, StringConstraints(max_length=512)]], BeforeValidator(_few)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class StreamOptions(_Strict):
+    """Extras of a stream, beside its text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # taken, and nothing is padded
+
+
+class Request(_Strict):
+    """Fields that chats and completions have in common."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    seed: int | None = Field(None, ge=-_SEEDS, lt=_SEEDS)
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    domain: str | None = Field(None, description="Ours: the domain that 'auto' writes for, if not the device's own.")
+    speculate: bool | None = Field(None, description="Ours: the DM drafts, the FM checks; the text is the FM's.")
+    user: str | None = None
+    metadata: _Metadata | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, str] | None = None
+
+    @classmethod
+    def checked(cls, raw: dict[str, Any], limits: FrontSettings) -> dict[str, Any]:
+        """Fields as they are to be validated. Raises ``BadRequest`` where one cannot be had, or holds too much."""
+        found = asked_for(raw, cls.model_fields, NEUTRAL)
+        options = found.get("stream_options")
+        if isinstance(options, dict):
+            found["stream_options"] = asked_for(options, StreamOptions.model_fields, {}, "stream_options.")
+        return found
+
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+        """Answers that are to be written, one or several.
+
+        Args:
+            tokenizer: The FM's.
+            limits: Bounds on prompt and answer.
+            room: Tokens that prompt and answer may have together.
+
+        Raises:
+            BadRequest: It asks for more than the limits let it.
+            SessionRefused, ServiceFull: The prompt is a chat, see ``models.chat_template.rendered_chat``.
+        """
+        raise NotImplementedError
+
+    def ask(self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings, continues: bool = False) -> Ask:
+        """One of them. Raises ``BadRequest`` where it asks for more than the limits let it."""
+        check_num_tokens(len(prompt), limits, self.prompt_field())
+        if max_tokens > limits.max_answer_tokens:
+            raise BadRequest(f"max_tokens is {max_tokens}, the limit is {limits.max_answer_tokens}", "max_tokens")
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=secrets.randbelow(_SEEDS) if self.seed is None else self.seed,
+        )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Ask(self.model, prompt, sampling, stop, self.domain, self.speculate, continues)
+
+    @classmethod
+    def prompt_field(cls) -> str:
+        """Name of the field that holds the prompt."""
+        raise NotImplementedError
+
+
+class TextPart(_Strict):
+    """A part of a message; of the others that OpenAI knows the model could read none."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @classmethod
+    def checked(cls, raw: Any, where: str) -> Any:
+        """A message as it is to be validated. Raises ``BadRequest`` where it asks for something that cannot be had."""
+        if not isinstance(raw, dict):
+            return raw
+        if raw.get("role") in FOREIGN_ROLES:
+            raise unsupported(f"'{raw['role']}' is an OpenAI role", f"{where}.role")
+        found = asked_for(raw, cls.model_fields, NEUTRAL_OF_MESSAGE, f"{where}.")
+        parts = found.get("content")
+        if isinstance(parts, list):
+            found["content"] = [_part(part, f"{where}.content.{number}") for number, part in enumerate(parts)]
+        return found
+
+    def plain(self) -> dict[str, str]:
+        """The same for a chat template."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+def _part(raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        return raw
+    if raw.get("type") in FOREIGN_PARTS:
+        raise unsupported(f"'{raw['type']}' is an OpenAI kind of content", f"{where}.type")
+    return asked_for(raw, TextPart.model_fields, {}, f"{where}.")
+
+
+class ChatRequest(Request):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @classmethod
+    def prompt_field(cls) -> str:
+        """See ``Request.prompt_field``."""
+        return "messages"
+
+    @classmethod
+    def checked(cls, raw: dict[str, Any], limits: FrontSettings) -> dict[str, Any]:
+        """See ``Request.checked``."""
+        found = super().checked(raw, limits)
+        messages = found.get("messages")
+        if isinstance(messages, list):
+            parts = [m["content"] for m in messages if isinstance(m, dict) and isinstance(m.get("content"), list)]
+            num = max(len(messages), sum(map(len, parts)))
+            if num > limits.max_messages:
+                found_here = f"messages holds {num} messages or parts of them, the limit is {limits.max_messages}"
+                raise BadRequest(found_here, "messages")
+            found["messages"] = [ChatMessage.checked(each, f"messages.{i}") for i, each in enumerate(messages)]
+        return found
+
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+        """See ``Request.to_asks``."""
+        messages = [message.plain() for message in self.messages]
+        for message in messages:
+            check_text(tokenizer, message["content"], limits, "messages")
+        prompt = chat_ids(tokenizer, messages)
+        asked = self.max_completion_tokens or self.max_tokens
+        default = max(1, min(limits.default_chat_tokens, limits.max_answer_tokens, room - len(prompt)))
+        return [self.ask(prompt, asked or default, limits)]
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """A string, token ids, or a list of either."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("should be a valid string, a list of token ids, or a list of either")
+    if value and type(value[0]) is int:
+        return [_ids(value)]
+    return [each if isinstance(each, str) else _ids(each) for each in value]
+
+
+def _ids(value: Any) -> list[int]:
+    if not isinstance(value, list) or not all(type(token) is int for token in value):
+        raise ValueError("should be a valid string, a list of token ids, or a list of either")
+    return value
+
+
+class CompletionRequest(Request):
+    """``POST /v1/completions``."""
+
+    prompt: Annotated[Any, AfterValidator(_prompts)]
+    max_tokens: int | None = Field(None, ge=1)
+
+    @classmethod
+    def prompt_field(cls) -> str:
+        """See ``Request.prompt_field``."""
+        return "prompt"
+
+    @classmethod
+    def checked(cls, raw: dict[str, Any], limits: FrontSettings) -> dict[str, Any]:
+        """See ``Request.checked``."""
+        found = super().checked(raw, limits)
+        prompt = found.get("prompt")
+        if not isinstance(prompt, list):
+            return found
+        if prompt and type(prompt[0]) is int:
+            check_num_tokens(len(prompt), limits, "prompt")
+        elif not 0 < len(prompt) <= limits.max_prompts:
+            raise BadRequest(f"prompt holds {len(prompt)} prompts, send 1 to {limits.max_prompts}", "prompt")
+        return found
+
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+        """See ``Request.to_asks``."""
+        return [
+            self.ask(
+                self._tokens(prompt, tokenizer, limits), self.max_tokens or _COMPLETION_TOKENS, limits, continues=True
+            )
+            for prompt in self.prompt
+        ]
+
+    def _tokens(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        check_text(tokenizer, prompt, limits, "prompt")
+        return prompt_ids(tokenizer, prompt)
+
+
+def check_num_tokens(num: int, limits: FrontSettings, param: str, more: str = "") -> None:
+    """Raise ``BadRequest`` where a prompt has more tokens than it may."""
+    if num > limits.max_prompt_tokens:
+        found = f"the prompt has {more}{num} tokens, the limit is {limits.max_prompt_tokens}"
+        raise BadRequest(found, param, "context_length_exceeded")
+
+
+def check_text(tokenizer: PreTrainedTokenizerBase, text: str, limits: FrontSettings, param: str) -> None:
+    """Raise ``BadRequest`` where a text is far too long, before all of it is tokenized: that could take seconds."""
+    length = limits.max_prompt_tokens * _CHARACTERS_PER_TOKEN
+    if len(text) > length:
+        check_num_tokens(len(prompt_ids(tokenizer, text[:length])) - _SLACK, limits, param, "more than ")
+
+
+_KNOWN = {
+    name
+    for group in (ChatRequest, CompletionRequest, ChatMessage, TextPart, StreamOptions)
+    for name in group.model_fields
+}
+
+
+def read_request(kind: type[R], body: bytes, limits: FrontSettings) -> R:
+    """A request out of JSON. Raises ``BadRequest`` for the first thing that is wrong."""
+    raw = kind.checked(_object(body, limits), limits)
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        # Of the errors of a union's members, that which is not about the type is about the member that was meant.
+        first = min(error.errors(include_url=False, include_context=False), key=lambda e: e["type"].endswith("_type"))
+        where = ".".join(str(part) for part in first["loc"] if part in _KNOWN or isinstance(part, int))
+        raise BadRequest(f"{where}: {first['msg'].removeprefix('Value error, ')}", where) from None
+
+
+def _object(body: bytes, limits: FrontSettings) -> dict[str, Any]:
+    most = 3 * limits.max_messages + limits.max_prompts + strict_json.DEEPEST  # a message, its list and the part in it
+    try:
+        raw = strict_json.loads(body, most)
+    except ValueError as error:
+        raise BadRequest(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(raw, dict):
+        raise BadRequest("the body is not a JSON object", code="invalid_json")
+    return raw

@@ -1,0 +1,98 @@
+"""The foundation model's body as the cloud runs it: adapters are plugged in, of which one at a time acts.
+
+Shape legend: B sequences, T positions, D hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from gaisnet.adapters.tuning import AdapterSpec, activate, add_adapter
+from gaisnet.compute_lock import Turn
+from gaisnet.errors import UnexpectedMessage, WireFormatError
+from gaisnet.messages import SmashedData
+from gaisnet.models.parts import Body
+from gaisnet.models.ragged import Ragged
+from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.tiers.split.activations import Activations
+from gaisnet.tiers.split.layout import Layout
+from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, LearningBody
+
+
+class PluggedBody(LearningBody):
+    """The FM's body, whose weights stay as they are.
+
+    Args:
+        body: The FM's.
+        layout: Whose layers are whose.
+        turn: Held while the body runs or its adapters are switched, for others may serve it.
+    """
+
+    def __init__(self, body: Body, layout: Layout, turn: Turn) -> None:
+        super().__init__(body, layout, turn, MERGED)
+        self._is_learning = False
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, spec: AdapterSpec, seed: int) -> None:
+        """A new adapter: a LoRA does nothing yet, prompts and classifiers are random."""
+        with self._turn.learning():
+            add_adapter(self._body, name, spec, seed)
+
+    @contextmanager
+    def plugged_in(self, name: str | None) -> Iterator[None]:
+        """Inside, this adapter acts and no other; nobody else uses the model meanwhile, except to serve.
+
+        Raises ``UnexpectedMessage`` while an adapter learns: it would no longer act.
+        """
+        with self._turn.learning():
+            if self._is_learning:
+                asked = "request to run with another"
+                raise UnexpectedMessage("the foundation model, on which an adapter learns,", asked)
+            activate(self._body, () if name is None else (name,))
+            try:
+                yield
+            finally:
+                activate(self._body, ())
+
+    # -- running it ----------------------------------------------------------------------------------------------------
+
+    def prefix(self, smashed: SmashedData) -> Activations:
+        """Finish the frozen layers from where a device stopped. Raises ``WireFormatError`` if that cannot be."""
+        first_cut, first = self._layout.first_cut, self._layout.first_adapted
+        width, found = self._body.config.hidden_size, smashed.hidden_ND.shape[1]
+        if not self._causal and not bool((smashed.num_labels_E == 1).all()):
+            raise WireFormatError(f"examples of '{smashed.owner}' with more than the one label that a classifier takes")
+        if not first_cut <= smashed.next_layer <= first or found != width:
+            raise WireFormatError(
+                f"rows of width {found} for layer {smashed.next_layer}, the model has width "
+                f"{width} and takes layers {first_cut} to {first}"
+            )
+        return self._prefixed(Activations.of(smashed, self.device, self.dtype))
+
+    def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
+        """What goes to the owner of examples, of all in order, without gradients."""
+        with self.plugged_in(adapter):
+            return self._output_rows(inputs)
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def hold_to(self, inputs: Ragged) -> None:
+        """From now on what learns is pulled toward what the suffix makes of this without adapters."""
+        with self.plugged_in(None):
+            self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
+
+    @contextmanager
+    def _learning(self) -> Iterator[list[nn.Parameter]]:
+        """Inside, the merged adapter acts, too."""
+        with self._turn.learning():
+            activate(self._body, (self._learns,))
+            self._is_learning = True
+        try:
+            with super()._learning() as parameters:
+                yield parameters
+        finally:
+            with self._turn.learning():
+                self._is_learning = False
+                activate(self._body, ())

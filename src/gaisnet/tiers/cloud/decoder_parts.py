@@ -1,0 +1,167 @@
+"""The foundation model (FM) in parts, where it is a decoder: what it writes, and what is made of it.
+
+Shape legend: B sequences, T positions, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gaisnet.adapters.state import AdapterTensors
+from gaisnet.compute_lock import Turn
+from gaisnet.config.learning import RelaySettings
+from gaisnet.errors import DataError
+from gaisnet.learning.gate import CHUNK_ROWS, perplexity
+from gaisnet.learning.merging import by_regression
+from gaisnet.learning.regression import traced
+from gaisnet.learning.relay import TaskShape, generate_text
+from gaisnet.messages import ModelRelease
+from gaisnet.models.foundation import Foundation
+from gaisnet.models.parts import Body, CutLayers, cut_decoder
+from gaisnet.models.ragged import Ragged, token_rows
+from gaisnet.models.recipe import Recipe, choose_recipe, make_domain_body, num_parameters
+from gaisnet.models.release import release_model
+from gaisnet.models.tokenization import window_ids
+from gaisnet.tiers.cloud.adapted_body import PluggedBody
+from gaisnet.tiers.split.layout import Layout
+from gaisnet.tiers.split.trainable_body import PREFIX_BATCH
+
+_CHOICE_SEQUENCES, _CALIBRATION_SEQUENCES = 8, 16
+
+
+class FoundationModel(PluggedBody):
+    """A decoder in parts. Its weights stay as they are.
+
+    Args:
+        foundation: Model and tokenizer.
+        layout: Whose layers are whose.
+        turn: Held while the model runs or its adapters are switched, for others may serve it.
+    """
+
+    def __init__(self, foundation: Foundation, layout: Layout, turn: Turn) -> None:
+        cut = CutLayers(layout.first_cut, layout.config.tail_layers)
+        self._head, body, self._tail = cut_decoder(foundation.decoder, cut)
+        super().__init__(body, layout, turn)
+        self._foundation = foundation
+
+    @property
+    def body(self) -> Body:
+        """To serve it."""
+        return self._body
+
+    @property
+    def layers(self) -> range:
+        """The FM layers of the body."""
+        return range(self._layout.first_cut, self._layout.tail_start)
+
+    # -- what is made of it, before it has adapters --------------------------------------------------------------------
+
+    def free_text(self) -> Tensor:
+        """Token ids [B, T] of text that it writes when nobody asks for anything: for a DM, its anchor and its relay."""
+        config = self._layout.config
+        num = max(_CALIBRATION_SEQUENCES, config.fine_tune.anchor_sequences, config.relay.num_free)
+        ids = self.write(TaskShape(None, ()), num, config.relay, config.seed_for("free text"), None)
+        return torch.tensor(ids, device=self.device)
+
+    def make_domain_body(self, text_BT: Tensor) -> tuple[Recipe, Body]:
+        """The DM's body: the recipe filled in, int8 calibrated, both on the first sequences of ``text_BT`` (int64)."""
+        layout = self._layout
+        hidden_BTD = self.at_middle(text_BT[:_CALIBRATION_SEQUENCES])
+        recipe = choose_recipe(layout.config.domain, layout.middle, self._body, hidden_BTD[:_CHOICE_SEQUENCES])
+        decoder, first, stop = self._foundation.decoder, layout.first_cut, layout.tail_start
+        return recipe, make_domain_body(decoder, first, stop, recipe, layout.middle, hidden_BTD)
+
+    def release(self, recipe: Recipe, domain_body: Body) -> ModelRelease:
+        """What an edge and its devices need, once; the tensors are the FM's and the DM's own, not copies."""
+        layout = self._layout
+        return release_model(self._foundation.decoder, domain_body, recipe.int8, layout.last_cut, layout.tail_start)
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Parameters of the FM, and of the largest split device's parts."""
+        layout, layers = self._layout, self._foundation.decoder.layers
+        devices = [device for _, device in layout.config.each_device() if device.mode == "split"]
+        deepest = max((device.head_layers for device in devices), default=0)
+        held = [layers[i] for i in (*range(deepest), *range(layout.tail_start, layout.num_layers))]
+        of_device = num_parameters(self._head.embed_tokens, self._tail.norm, self._tail.lm_head, *held)
+        return num_parameters(self._foundation.model), of_device
+
+    # -- running it ----------------------------------------------------------------------------------------------------
+
+    def write(
+        self, shape: TaskShape, num: int, settings: RelaySettings, seed: int, adapter: str | None
+    ) -> list[list[int]]:
+        """Token ids of texts that it writes, as ``relay.downward.generate_text`` says."""
+        with self.plugged_in(adapter):
+            return generate_text(self._foundation.model, self._foundation.tokenizer, shape, num, settings, seed)
+
+    def windows(self, text: str, num: int, num_tokens: int) -> Tensor:
+        """The beginning of a text as token ids [num, num_tokens]. Raises ``DataError`` where it is too short."""
+        windows = window_ids(self._foundation.tokenizer, text, num, num_tokens)
+        if len(windows) < num:
+            found = f"it fills {len(windows)} windows of {num_tokens} tokens but {num} are wanted"
+            raise DataError("the public text for retention", found, "lower absorb.retention_windows")
+        return torch.tensor(windows, device=self.device)
+
+    def at_middle(self, ids_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] that enter the middle."""
+        with torch.no_grad(), self._turn.learning():
+            return self._body.run(self._head(ids_BT), self._layout.first_cut, self._layout.middle.start)
+
+    def between(self, hidden: Ragged, start: int, stop: int) -> Ragged:
+        """What the layers [start, stop) make of hidden states, without gradients."""
+        return hidden.map_batches(lambda hidden_BTD: self._run(hidden_BTD, start, stop), PREFIX_BATCH)
+
+    def at_suffix(self, sequences: Sequence[Sequence[int]]) -> Ragged:
+        """Hidden states that enter the suffix, where adapters begin, in texts of token ids."""
+        start, first = self._layout.first_cut, self._layout.first_adapted
+
+        def run(ids_BT1: Tensor) -> Tensor:
+            with self._turn.learning():
+                return self._body.run(self._head(ids_BT1[..., 0]), start, first)
+
+        return token_rows(sequences, self.device).map_batches(run, PREFIX_BATCH)
+
+    def merged(self, entering: Mapping[str, Ragged], free: Ragged) -> AdapterTensors:
+        """The adapters of ``entering`` as one, by regression: see ``relay.merging``.
+
+        The model is taken for a layer at a time, so that others may serve it in between.
+        """
+        adapters = {name: self.adapter(name) for name in entering}
+        some, layers = next(iter(adapters)), [i for i in self._body.indices if i >= self._layout.first_adapted]
+
+        def trace(name: str | None, layer: int, states: Ragged) -> tuple[dict[str, Ragged], Ragged]:
+            with self.plugged_in(name):
+                return traced(self._body, some, layer, states)
+
+        return by_regression(adapters, entering, free, layers, trace, self._layout.config.absorb.merge)
+
+    def perplexity(self, ids_BT: Tensor, entering: Ragged, adapter: str | None) -> float:
+        """On text, with an adapter or as it is; ``entering`` is what ``at_suffix`` gave for it."""
+        with self.plugged_in(adapter), torch.no_grad():
+            outputs = entering.map_batches(self.suffix, PREFIX_BATCH)
+            hidden_BTD = self._tail.stack.run(outputs.rows_ND.view(*ids_BT.shape, -1))
+            return perplexity(hidden_BTD, self._tail_logits, ids_BT)
+
+    def divergence(self, entering: Ragged, other: Ragged, adapter: str) -> float:
+        """Mean over positions of KL(p || q) of the next token, in nats.
+
+        Args:
+            entering: Hidden states that enter the suffix in the FM: p is what it makes of them.
+            other: What enters there in another model that goes on as this one, for q.
+            adapter: Acts on both.
+        """
+        with self.plugged_in(adapter), torch.no_grad():
+            chances = zip(self._log_chances(entering), self._log_chances(other), strict=True)
+            total = sum(float((p_RV.exp() * (p_RV - q_RV)).sum()) for p_RV, q_RV in chances)
+        return total / max(len(entering.rows_ND), 1)
+
+    def _log_chances(self, entering: Ragged) -> Iterator[Tensor]:
+        """Of the next token at some positions at a time, float32 [R, V]."""
+        outputs = entering.map_batches(lambda hidden_BTD: self._tail.stack.run(self.suffix(hidden_BTD)), PREFIX_BATCH)
+        for rows_RD in outputs.rows_ND.split(CHUNK_ROWS):
+            yield self._tail_logits(rows_RD).float().log_softmax(dim=-1)
+
+    def _tail_logits(self, rows_ND: Tensor) -> Tensor:
+        self._turn.pause()
+        return self._tail.logits(rows_ND)

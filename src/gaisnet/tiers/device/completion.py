@@ -1,0 +1,158 @@
+"""A device's examples that the model learns to complete: what its head makes of them, and the loss of its own labels.
+
+Shape legend: B sequences, T positions, D hidden size, N rows (positions picked out of several sequences), V vocabulary,
+R some rows at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from gaisnet.compute_lock import Turn
+from gaisnet.data.examples import DeviceData, Tokens, tokenize
+from gaisnet.errors import DataError, WireFormatError
+from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Lengths, Split
+from gaisnet.models.parts import Tail
+from gaisnet.models.ragged import Ragged, token_rows
+from gaisnet.models.tokenization import ending_ids
+from gaisnet.tiers.device.shared_weights import Parts
+
+HEAD_BATCH = 32
+_TAIL_ROWS = 64  # a vocabulary is long: more at once would keep answers on the same machine waiting
+
+
+class Completions:
+    """What a device does with its examples where the model is a decoder; see ``tiers.device.OwnExamples``.
+
+    Args:
+        name: Of the device.
+        data: Its private examples.
+        tokenizer: The FM's.
+        context: Longest example in tokens.
+        turn: Held while it computes.
+
+    Raises:
+        DataError: An empty completion, or one longer than the context.
+    """
+
+    def __init__(
+        self, name: str, data: DeviceData, tokenizer: PreTrainedTokenizerBase, context: int, turn: Turn
+    ) -> None:
+        self._name = name
+        self._turn = turn
+        self._tokenizer = tokenizer
+        self.tokens: dict[Split, list[Tokens]] = {
+            split: tokenize(examples, tokenizer, context, f"device '{name}', {split}")
+            for split, examples in data.splits().items()
+        }
+
+    def check(self, parts: Parts) -> None:
+        """Raise ``DataError`` where the model does not write, or where it would stop in the middle of a completion."""
+        if parts.tail is None:
+            found = "has prompts and completions, but the foundation model is an encoder, which tells classes apart"
+            raise DataError(f"device '{self._name}'", found, "give it texts or images with labels")
+        ends = ending_ids(self._tokenizer, parts.tail.stack.config)
+        for split, tokens in self.tokens.items():
+            for number, each in enumerate(tokens, 1):
+                if not ends.isdisjoint(each.label_ids[:-1]):
+                    asked = f"device '{self._name}', {split}, example {number}"
+                    raise DataError(asked, "its completion holds a token that ends an answer", "write it otherwise")
+
+    def num_rows(self, split: Split) -> int:
+        """One for every token."""
+        return sum(len(t.input_ids) for t in self.tokens[split])
+
+    def hidden(self, split: Split, parts: Parts) -> Ragged:
+        """What the head makes of a split."""
+        head, _ = parts.to_write()
+
+        def run(ids_BT1: Tensor) -> Tensor:
+            with self._turn.learning():
+                hidden_BTD: Tensor = head(ids_BT1[..., 0])
+            return hidden_BTD
+
+        return token_rows([t.input_ids for t in self.tokens[split]], torch.device("cpu")).map_batches(run, HEAD_BATCH)
+
+    def lengths(self) -> Lengths:
+        """See ``tiers.device.OwnExamples``."""
+        every = [tokens for split in self.tokens.values() for tokens in split]
+        longest = max((len(tokens.input_ids) + tokens.num_dropped for tokens in every), default=0)
+        return Lengths(len(every), sum(tokens.num_dropped > 0 for tokens in every), longest)
+
+    def num_labels(self, split: Split) -> list[int]:
+        """Label tokens of each example."""
+        return [len(t.label_ids) for t in self.tokens[split]]
+
+    def loss(self, output: BodyOutput, parts: Parts) -> BodyOutputGrad:
+        """Sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
+        _, tail = parts.to_write()
+        sent_ND = output.rows_ND.requires_grad_()
+        rows_ND, labels_N = self._before_logits(output, sent_ND, tail)
+        leaf_ND, loss_sum = rows_ND.detach().requires_grad_(), 0.0
+        for logits_RV, labels_R in self._logits(leaf_ND, labels_N, tail):
+            with self._turn.learning():
+                loss = F.cross_entropy(logits_RV.float(), labels_R, reduction="sum")
+                (loss / output.num_labels_total).backward()
+            loss_sum += loss.item()
+        with self._turn.learning():
+            (grad_ND,) = torch.autograd.grad(rows_ND, sent_ND, leaf_ND.grad)
+        return BodyOutputGrad(output.step, loss_sum, grad_ND)
+
+    @torch.no_grad()
+    def score(self, output: BodyOutput, parts: Parts) -> EvaluationReport:
+        """How many completions greedy decoding would write, and stop at any token that ends an answer; and the loss."""
+        _, tail = parts.to_write()
+        ends = torch.tensor(sorted(ending_ids(self._tokenizer, tail.stack.config)))
+        rows_ND, labels_N = self._before_logits(output, output.rows_ND, tail)
+        right, loss_sum = [], 0.0
+        for logits_RV, labels_R in self._logits(rows_ND, labels_N, tail):
+            written_R = logits_RV.argmax(dim=-1)
+            right.append((written_R == labels_R) | (torch.isin(written_R, ends) & torch.isin(labels_R, ends)))
+            loss_sum += F.cross_entropy(logits_RV.float(), labels_R, reduction="sum").item()
+        counts = [len(t.label_ids) for t in self._chosen(output)]
+        num_correct = sum(bool(rights.all()) for rights in torch.cat(right).split(counts))
+        return EvaluationReport(len(counts), num_correct, len(labels_N), loss_sum)
+
+    def _logits(self, rows_ND: Tensor, labels_N: Tensor, tail: Tail) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [R, V] and labels [R] of some rows at a time."""
+        for rows_RD, labels_R in zip(rows_ND.split(_TAIL_ROWS), labels_N.split(_TAIL_ROWS), strict=True):
+            with self._turn.learning():
+                logits_RV = tail.logits(rows_RD)
+            yield logits_RV, labels_R
+
+    def _before_logits(self, output: BodyOutput, rows_ND: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
+        """Rows [N, D] at the label positions that the last norm takes, and the labels [N]."""
+        chosen = self._chosen(output)
+        labels_N = torch.tensor([label for t in chosen for label in t.label_ids])
+        norm = next(tail.norm.parameters())
+        if rows_ND.shape[-1] != len(norm):
+            raise WireFormatError(f"rows of width {rows_ND.shape[-1]} where the model has {len(norm)}")
+        rows_ND = rows_ND.to(norm.dtype)
+        if tail.stack.indices:
+            with self._turn.learning():
+                rows_ND = _tail_layers(tail, rows_ND, chosen, self._name)
+        if len(rows_ND) != len(labels_N):
+            raise WireFormatError(f"{len(rows_ND)} rows for the {len(labels_N)} labels of device '{self._name}'")
+        return rows_ND, labels_N
+
+    def _chosen(self, output: BodyOutput) -> list[Tokens]:
+        tokens = self.tokens[output.split]
+        indices = output.examples_E.tolist()
+        if not indices or min(indices) < 0 or max(indices) >= len(tokens):
+            raise WireFormatError(f"example numbers that device '{self._name}' does not have")
+        return [tokens[index] for index in indices]
+
+
+def _tail_layers(tail: Tail, rows_ND: Tensor, chosen: Sequence[Tokens], name: str) -> Tensor:
+    """Run the tail's own layers over whole sequences; label rows [N, D] of the result."""
+    lengths = [len(t.input_ids) for t in chosen]
+    if len(rows_ND) != sum(lengths):
+        raise WireFormatError(f"{len(rows_ND)} rows for {sum(lengths)} positions of device '{name}'")
+    hidden_BTD = tail.stack.run(pad_sequence(list(rows_ND.split(lengths)), batch_first=True))
+    return torch.cat(
+        [hidden_BTD[b, n - len(t.label_ids) : n] for b, (n, t) in enumerate(zip(lengths, chosen, strict=True))]
+    )

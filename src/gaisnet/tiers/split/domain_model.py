@@ -1,0 +1,131 @@
+"""A domain model (DM) as an edge, or a local device, runs it: a body with its relay and its domain adapter."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gaisnet.adapters.state import AdapterTensors
+from gaisnet.adapters.tuning import AdapterSpec, LoraSpec, activate, add_adapter
+from gaisnet.compute_lock import Turn
+from gaisnet.errors import ModelError
+from gaisnet.messages import MOST, AdapterRelease, AnchorRelease, Role
+from gaisnet.models.parts import Body
+from gaisnet.models.preemption import pause_within
+from gaisnet.models.ragged import Ragged
+from gaisnet.tiers.split import bounds
+from gaisnet.tiers.split.activations import Activations
+from gaisnet.tiers.split.layout import Layout
+from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, LearningBody
+
+
+class DomainModel(LearningBody):
+    """Body with its two adapters.
+
+    Args:
+        body: Made by the recipe; it is this model's own from now on.
+        layout: Whose layers are whose.
+        turn: Held while the body runs or changes, for others may serve it; None where nobody does.
+        num_classes: Of the domain, where the body is an encoder's.
+
+    Raises:
+        ModelError: The layout is another family's, or the body has no layers.
+    """
+
+    def __init__(self, body: Body, layout: Layout, turn: Turn | None = None, num_classes: int = 0) -> None:
+        if body.family is not layout.family:
+            raise ModelError(body.config.model_type, "its body is laid out as another family's", "name its own")
+        if not body.indices:
+            raise ModelError(body.config.model_type, "its body has no layers", "update both ends")
+        super().__init__(body.to(layout.config.model.device), layout, turn or Turn(), "domain")
+        self.versions = {"relay": 0, "domain": -1}  # a relay starts as nothing; a domain adapter is given
+        spec = layout.domain_spec() if self._causal else layout.class_spec(num_classes)
+        self._specs: dict[Role, AdapterSpec] = {"domain": spec}
+        if layout.config.relay.enabled and (relay_spec := layout.relay_spec(tuple(body.indices))).layers:
+            self._specs["relay"] = relay_spec
+        for role, spec in self._specs.items():
+            add_adapter(body, role, spec, seed=0)
+        activate(body, ("relay", "domain"))
+        pause_within(body.layers.values(), self._turn.pause)
+
+    @property
+    def body(self) -> Body:
+        """To serve it."""
+        return self._body
+
+    @property
+    def layers(self) -> range:
+        """The FM layers that the body stands for."""
+        return range(self._layout.first_cut, self._layout.tail_start)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes answers, so that it can be served; an encoder only classifies."""
+        return self._causal
+
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """Where activations must be, and in which dtype, to enter the body."""
+        return self.device, self.dtype
+
+    def take(self, release: AdapterRelease) -> None:
+        """Put a released adapter in. Raises ``AdapterMismatch``."""
+        self.put(release.role, release.tensors)
+        self.versions[release.role] = release.version
+
+    def adapters(self) -> dict[Role, tuple[LoraSpec, AdapterTensors]]:
+        """Shape of both adapters, and copies of their tensors as they are now; no relay where it has none.
+
+        They are there to be served, so an encoder, which writes no answers, has none.
+        """
+        served = {role: spec for role, spec in self._specs.items() if isinstance(spec, LoraSpec) and self._causal}
+        return {role: (spec, self.adapter(role)) for role, spec in served.items()}
+
+    def take_anchor(self, anchor: AnchorRelease) -> None:
+        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter; if it wrote any.
+
+        Raises ``OutOfBounds`` where its rows are not this model's.
+        """
+        config = self._body.config
+        longest = getattr(config, "max_position_embeddings", MOST)
+        bounds.anchor("the cloud", anchor, config.hidden_size, longest)
+        if not len(anchor.lengths_E):
+            return
+        rows_ND = anchor.hidden_ND.to(*self.placement())
+        inputs = Ragged(rows_ND, tuple(anchor.lengths_E.tolist()))
+        with self._turn.learning():
+            activate(self._body, ("relay",))
+            self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
+            activate(self._body, ("relay", "domain"))
+
+    def domain_adapter(self) -> AdapterTensors:
+        """Copies of the domain adapter's tensors."""
+        return self.adapter("domain")
+
+    def put_domain_adapter(self, tensors: AdapterTensors) -> None:
+        """Overwrite the domain adapter."""
+        self.put("domain", tensors)
+
+    @contextmanager
+    def guest(self, relay: AdapterTensors, domain: AdapterTensors) -> Iterator[None]:
+        """Inside, it is another domain's model: with its adapters; ``relay`` is empty where models have none.
+
+        What is served does not change, nor do versions. Raises ``AdapterMismatch``.
+        """
+        own = {role: self.adapter(role) for role in self._specs}
+        try:
+            self.put("domain", domain)
+            if relay:
+                self.put("relay", relay)
+            yield
+        finally:
+            for role, tensors in own.items():
+                self.put(role, tensors)
+
+    def prefix(self, smashed: Activations) -> Activations:
+        """Finish the frozen layers from wherever the device stopped."""
+        return self._prefixed(smashed)
+
+    def output_rows(self, inputs: Activations) -> Tensor:
+        """Rows for the tail of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
+        return self._output_rows(inputs)

@@ -1,0 +1,181 @@
+"""A step of split learning laid open: whose rows are where in a batch, what each owner gets, and its gradient's place.
+
+Only rows that carry a label go to their owner (U-shaped split learning, Vepakomma et al., arXiv 1812.00564). Text that
+the FM wrote may learn beside the examples, in the same forward and backward: see ``Pull``.
+
+Shape legend: E examples, T positions of one, N rows, D hidden size.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from gaisnet.errors import GaisnetError, NotFinite, OutOfBounds, WireFormatError
+from gaisnet.messages import BodyOutput, BodyOutputGrad
+from gaisnet.models.packing import Packing
+from gaisnet.models.ragged import relative_square
+from gaisnet.tiers.split import bounds
+from gaisnet.tiers.split.activations import Activations, Wanted, tail_rows
+
+Outcome = BodyOutputGrad | GaisnetError
+Labels = Callable[[Mapping[str, BodyOutput]], Mapping[str, Outcome]]
+"""Asks all owners of a step's labels at once, by name; for one that fails, the error comes instead of a gradient."""
+
+Picked = tuple[int, int]
+"""A member's number, and that of one of its examples."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One device's share of a cohort: its examples at the suffix's input."""
+
+    name: str
+    inputs: Activations
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Toward the FM's own output, on text that it wrote (learning without forgetting, arXiv 1606.09282).
+
+    Attributes:
+        sequences: The text at the suffix's input, [T, D] each.
+        targets_ND: What the suffix should make of it, at every position but the first of each sequence: that one is an
+            attention sink, whose huge norm would drown the others.
+        weight: Of its loss, the mean of |found - target|^2 / |target|^2.
+    """
+
+    sequences: Sequence[Tensor]
+    targets_ND: Tensor
+    weight: float
+
+    def gradient(self, found_ND: Tensor) -> Tensor:
+        """Of its loss, at what the suffix makes of the text."""
+        leaf_ND = found_ND.detach().requires_grad_()
+        loss = self.weight * relative_square(leaf_ND, self.targets_ND)
+        (grad_ND,) = torch.autograd.grad(loss, leaf_ND)
+        return grad_ND
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Of one member, in a batch."""
+
+    rows: slice  # among those that are wanted
+    num_labels: int
+    examples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of some members, a member's together, and behind them what is pulled on."""
+
+    rows_1ND: Tensor
+    packing: Packing
+    wanted_N: Tensor  # which rows of the suffix's output are
+    shares: Mapping[str, _Share]
+    pull: Pull | None
+
+    @classmethod
+    def of(cls, members: Sequence[Member], picks: Sequence[Picked], pull: Pull | None, wanted: Wanted) -> "Batch":
+        """Out of ``picks``, sorted; ``wanted`` are the rows that go to their owners."""
+        lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
+        num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
+        hidden = {m: members[m].inputs.hidden.sequences() for m, _ in picks}
+        sequences, owned = [hidden[m][e] for m, e in picks], tail_rows(lengths, num_labels, wanted)
+        ends = list(accumulate((len(each) for each in owned), initial=0))
+        shares = {}
+        for m in hidden:
+            mine = [i for i, (owner, _) in enumerate(picks) if owner == m]
+            rows = slice(ends[mine[0]], ends[mine[-1] + 1])
+            examples = tuple(picks[i][1] for i in mine)
+            shares[members[m].name] = _Share(rows, sum(num_labels[i] for i in mine), examples)
+        if pull is not None:
+            pulled = [len(sequence) for sequence in pull.sequences]
+            owned += [range(sum(lengths) + end - n + 1, sum(lengths) + end) for n, end in _with_ends(pulled)]
+            sequences, lengths = [*sequences, *pull.sequences], [*lengths, *pulled]
+        device = sequences[0].device
+        packing = Packing(lengths, device)
+        wanted_N = torch.tensor([row for each in owned for row in each], device=device)
+        return cls(packing.rows(sequences), packing, wanted_N, shares, pull)
+
+    @property
+    def num_labels(self) -> int:
+        """Of all members."""
+        return sum(share.num_labels for share in self.shares.values())
+
+    def pick(self, output_1ND: Tensor) -> Tensor:
+        """The rows [N, D] that are wanted of the suffix's output."""
+        return output_1ND[0].index_select(0, self.wanted_N)
+
+    def outputs(self, found_ND: Tensor, step: int) -> dict[str, BodyOutput]:
+        """What goes to each owner."""
+        return {
+            name: BodyOutput(
+                "train",
+                step,
+                self.num_labels,
+                torch.tensor(share.examples, dtype=torch.int32),
+                found_ND[share.rows].detach(),
+            )
+            for name, share in self.shares.items()
+        }
+
+    def gradient(self, found_ND: Tensor, good: Mapping[str, BodyOutputGrad]) -> Tensor:
+        """At the rows that are wanted: of the mean over the labels of those that answered, and of the pull."""
+        grad_ND = torch.zeros_like(found_ND)
+        for name, reply in good.items():
+            grad_ND[self.shares[name].rows] = reply.grad_ND.to(grad_ND)
+        if len(good) < len(self.shares):  # owners divided by the labels of all
+            grad_ND *= self.num_labels / sum(self.shares[name].num_labels for name in good)
+        if self.pull is not None:
+            first = max(share.rows.stop for share in self.shares.values())
+            grad_ND[first:] = self.pull.gradient(found_ND[first:])
+        return grad_ND
+
+
+def picked(members: Sequence[Member], batch: Sequence[int]) -> list[Picked]:
+    """The examples of a batch, whose numbers count all members' examples, sorted so that a member's lie together."""
+    ends = list(accumulate(len(member.inputs) for member in members))
+    firsts, owners = [0, *ends], ((bisect_right(ends, number), number) for number in batch)
+    return sorted((m, number - firsts[m]) for m, number in owners)
+
+
+def checked(
+    reply: Outcome, output: BodyOutput, name: str, where: str, steepness: bounds.Steepness | None = None
+) -> Outcome:
+    """The reply, clipped where that must be, or why it is none: one owner's must not spoil the step of the others.
+
+    Args:
+        reply: The owner's reply.
+        output: The rows that it was sent.
+        name: The owner's name.
+        where: Names the step in errors.
+        steepness: Bounds its gradient; None where owner and asker are one.
+    """
+    if isinstance(reply, GaisnetError):
+        return reply
+    if reply.step != output.step or reply.grad_ND.shape != output.rows_ND.shape:
+        return WireFormatError(
+            f"device '{name}' answers step {output.step} and rows {tuple(output.rows_ND.shape)} "
+            f"with step {reply.step} and gradients {tuple(reply.grad_ND.shape)}"
+        )
+    if not math.isfinite(reply.loss_sum):
+        return NotFinite("the training loss", where, reply.loss_sum)
+    if not torch.isfinite(reply.grad_ND).all():
+        return NotFinite("the gradient of the training loss", where, math.nan)
+    if steepness is None:
+        return reply
+    try:
+        bounds.loss(f"device '{name}'", reply.loss_sum, output.num_labels_total)
+        return bounds.gradient(name, reply, steepness.limit(output.rows_ND, output.num_labels_total))
+    except OutOfBounds as error:
+        return error
+
+
+def _with_ends(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(lengths, accumulate(lengths), strict=True))

@@ -1,0 +1,128 @@
+"""Learning and answers on one body: at every pause something else runs on it, and neither notices.
+
+The turn of these tests does in the learning thread, at each pause, what other threads might do there.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaisnet.adapters.state import AdapterTensors
+from gaisnet.compute_lock import Turn
+from gaisnet.config import ServiceSettings
+from gaisnet.messages import BodyOutput
+from gaisnet.models.release import ReleasedModel
+from gaisnet.progress import silent
+from gaisnet.serving.engine.body import BodyService
+from gaisnet.tiers.split.domain_model import DomainModel
+from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.step import Outcome
+from gaisnet.tiers.split.trainable_body import Learned
+from tests.serving.models import DOMAIN, adapter
+from tests.tiers.cohort import Cohort, cohort_config, random_adapter
+from tests.tiny import NUM_LAYERS
+
+pytestmark = pytest.mark.numeric
+
+FIRST = 1
+
+
+class Busy(Turn):
+    """Does something at every pause of those who learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.do: Callable[[], object] = lambda: None
+        self.num_pauses = 0
+        self._inside = False
+
+    def pause(self) -> None:
+        if self._kind == "learning" and self._holder is not None and not self._inside:
+            self._inside = True
+            self.num_pauses += 1
+            self.do()
+            self._inside = False
+
+
+def rows(num: int, seed: int = 0) -> Tensor:
+    return torch.randn(num, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def cohort() -> Cohort:
+    settings = {"local_epochs": 2, "batch_size": 2, "learning_rate": 0.05, "anchor_weight": 0.0}
+    return Cohort(cohort_config([1, 2], fine_tune=settings))
+
+
+def new_model(cohort: Cohort, turn: Turn) -> DomainModel:
+    body = ReleasedModel(cohort.release).body(cohort.layout.first_cut, cohort.layout.tail_start)
+    domain = DomainModel(body, cohort.layout, turn)
+    domain.put_domain_adapter(random_adapter(domain.domain_adapter(), seed=5))
+    return domain
+
+
+def learn(cohort: Cohort, domain: DomainModel, labels: Any = None) -> tuple[Learned, AdapterTensors]:
+    settings = cohort.config.fine_tune
+    learned = domain.learn(cohort.members(), labels or cohort.labels, Stint(settings, 3, "here"), silent)
+    return learned, domain.domain_adapter()
+
+
+class Visitor:
+    """Opens sessions, runs rows, closes them and swaps their adapters, all within pauses."""
+
+    def __init__(self, service: BodyService) -> None:
+        self.service = service
+        self.found: list[tuple[int, Tensor]] = []
+        self._number = 0
+
+    def __call__(self) -> None:
+        number, self._number = self._number, self._number + 1
+        if number % 5 == 0:
+            self.service.put_adapter("law", number, DOMAIN, adapter(DOMAIN, number % 3))
+            self._version = number % 3
+            self._name = self.service.open(FIRST, NUM_LAYERS, ["law"])
+        answer = self.service.extend(self._name, rows(2, number))
+        self.service.step()
+        self.found.append((self._version, answer.result(timeout=0)))
+        if number % 5 == 4:
+            self.service.close(self._name)
+
+
+def test_neither_learning_nor_answers_notice_each_other(cohort: Cohort) -> None:
+    alone_learned, alone_adapter = learn(cohort, new_model(cohort, Turn()))
+    turn = Busy()
+    domain = new_model(cohort, turn)
+    visitor = Visitor(BodyService(domain.body, domain.layers, ServiceSettings(), turn))
+    turn.do = visitor
+    learned, tensors = learn(cohort, domain)
+    turn.do = lambda: None
+    assert learned == alone_learned
+    assert all(torch.equal(tensor, alone_adapter[key]) for key, tensor in tensors.items())
+    assert turn.num_pauses > 200
+    quiet = new_model(cohort, Turn())
+    service = BodyService(quiet.body, quiet.layers, ServiceSettings())
+    for first in range(0, 100, 5):
+        service.put_adapter("law", first, DOMAIN, adapter(DOMAIN, first % 3))
+        name = service.open(FIRST, NUM_LAYERS, ["law"])
+        for number in range(first, first + 5):
+            answer = service.extend(name, rows(2, number))
+            service.step()
+            torch.testing.assert_close(visitor.found[number][1], answer.result(timeout=0))
+        service.close(name)
+
+
+def test_all_of_a_step_can_be_paused_but_asking_for_labels_holds_nothing(cohort: Cohort) -> None:
+    turn = Busy()
+    domain = new_model(cohort, turn)
+    held: list[bool] = []
+
+    def labels(outputs: Mapping[str, BodyOutput]) -> Mapping[str, Outcome]:
+        held.append(turn._holder is not None)
+        return cohort.labels(outputs)
+
+    learn(cohort, domain, labels)
+    assert len(held) > 2 and not any(held)
+    assert turn._holder is None
