@@ -23,7 +23,7 @@ from gaisnet.config.file import parse_config
 from gaisnet.data.devices import load_domains, public_text
 from gaisnet.data.examples import Tokens, tokenize
 from gaisnet.engines.local import build_network
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.foundation import Foundation, load_foundation
 
 
@@ -43,7 +43,7 @@ def config_for(examples: int, epochs: int) -> Config:
 def seconds_of_gaisnet(config: Config, foundation: Foundation) -> float:
     """Smashed data, cache and all epochs of what learns; the network is set up before, devices' parts included."""
     domain = load_domains(config)["medical"]
-    shapes = {"medical": TaskShape(domain.template, domain.labels)}
+    shapes = {"medical": TaskTemplate(domain.template, domain.labels)}
     network = build_network(config, foundation, shapes, domain.devices, public_text(config.absorb))
     network.install()
     network.evaluate()  # hands the devices their parts

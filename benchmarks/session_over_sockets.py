@@ -25,7 +25,7 @@ from gaisnet.runs.served_run import ServedRun, serve_run
 from gaisnet.serving.engine.endpoint import SessionEndpoint
 from gaisnet.serving.engine.escalation import EdgeSessions
 from gaisnet.serving.generation.bodies import Place, Target
-from gaisnet.serving.generation.device import ServedDevice
+from gaisnet.serving.generation.device import AnsweringDevice
 from gaisnet.transport.base import Handler
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded
@@ -55,7 +55,7 @@ def main() -> None:
             write(row(served, device, writers, place, effort))
 
 
-def over_sockets(served: ServedRun, device: ServedDevice, authority: Authority, stack: ExitStack) -> LinkedBodies:
+def over_sockets(served: ServedRun, device: AnsweringDevice, authority: Authority, stack: ExitStack) -> LinkedBodies:
     """The bodies of a served run behind a listener of the edge and one of the cloud."""
     bodies, config, domain, name = served.bodies, served.config, device.domain, "device"
     codec, ledger = Codec(config.wire), Ledger()
@@ -74,7 +74,7 @@ def over_sockets(served: ServedRun, device: ServedDevice, authority: Authority, 
     return LinkedBodies({domain: link(name, "edge", of_device, "device_edge", "up")}, config.faults.step_deadline_s)
 
 
-def row(served: ServedRun, device: ServedDevice, writers: Writers, place: Place, effort: Effort) -> str:
+def row(served: ServedRun, device: AnsweringDevice, writers: Writers, place: Place, effort: Effort) -> str:
     """One line of the table."""
     domain = device.domains[device.domain]
     target = Target(place, domain.adapters if place == "edge" else (), device.domain)

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gaisnet.config import Config
 from gaisnet.config.file import load_config
 from gaisnet.data.devices import load_domains, public_text
-from gaisnet.engines.local import NoOutlets, build_tiers
-from gaisnet.learning.relay import TaskShape
+from gaisnet.engines.local import NoPublishers, build_tiers
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.messages import Message
 from gaisnet.models.foundation import load_foundation
 from gaisnet.tiers.device.device import Device
@@ -70,7 +70,7 @@ class Epochs:
         self.num_profiled += self._profile is not None
         per_epoch = total // self._num_epochs
         if done % per_epoch == 0:
-            self._turn(done // per_epoch)
+            self._compute_lock(done // per_epoch)
         self._since = time.perf_counter()
 
     def spent(self, place: str, seconds: float) -> None:
@@ -82,7 +82,7 @@ class Epochs:
     def _timed(self) -> bool:
         return self._epoch % 2 == 1
 
-    def _turn(self, epoch: int) -> None:
+    def _compute_lock(self, epoch: int) -> None:
         self._epoch = epoch
         if self._profile is not None:
             self._profile.stop()
@@ -119,9 +119,9 @@ def main() -> None:
 def learn(config: Config, epochs: Epochs) -> None:
     """One edge round of all tiers of ``config``, which has one domain."""
     ((name, domain),) = load_domains(config).items()
-    shapes = {name: TaskShape(domain.template, domain.labels)}
+    shapes = {name: TaskTemplate(domain.template, domain.labels)}
     foundation, text = load_foundation(config.model), public_text(config.absorb)
-    tiers = build_tiers(config, foundation, shapes, domain.devices, text, epochs, Ledger, NoOutlets())
+    tiers = build_tiers(config, foundation, shapes, domain.devices, text, epochs, Ledger, NoPublishers())
     for device in tiers.devices.values():
         watch(device, epochs)
     tiers.network.install()

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from gaisnet.cli import serve as serving
 from gaisnet.cli.app import app
 from gaisnet.config import FrontSettings, RoutingSettings
-from gaisnet.serving.generation.calibration import FILE_NAME, HeldOut
-from gaisnet.serving.generation.device import ServedDevice, ServedDomain
+from gaisnet.serving.generation.calibration import FILE_NAME, CalibrationExample
+from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain
 from gaisnet.serving.http.address import ADDRESS_NAME, announced
 from gaisnet.serving.http.keys import ApiKeys
 from gaisnet.serving.http.server import Server
@@ -34,16 +34,16 @@ def words(text: str) -> str:
 
 
 @contextmanager
-def tiny_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> Iterator[ServedDevice]:
+def tiny_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> Iterator[AnsweringDevice]:
     parts, bodies = tiny_bodies()
-    held_out = [HeldOut(tuple(prompt(7, seed=i)), (5, 257)) for i in range(3)]
+    held_out = [CalibrationExample(tuple(prompt(7, seed=i)), (5, 257)) for i in range(3)]
     domains = {
         name: ServedDomain(("relay", "domain"), (name,), held_out if name == "shapes" else ()) for name in bodies.edges
     }
     with ExitStack() as stack:
         for service in bodies.services:
             stack.enter_context(service.serving())
-        yield ServedDevice("shapes", parts, chat_tokenizer(), bodies, domains, front=FrontSettings(max_prompts=1))
+        yield AnsweringDevice("shapes", parts, chat_tokenizer(), bodies, domains, front=FrontSettings(max_prompts=1))
 
 
 @pytest.fixture

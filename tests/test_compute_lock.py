@@ -6,14 +6,14 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from gaisnet.compute_lock import Ration, SideBySide, Turn
+from gaisnet.compute_lock import ComputeLock, FairShare, PartitionedCores
 
 
 class Hands:
     """Threads that take a turn, do something while they have it, and give it back when told."""
 
-    def __init__(self, turn: Turn) -> None:
-        self.turn = turn
+    def __init__(self, compute_lock: ComputeLock) -> None:
+        self.compute_lock = compute_lock
         self.order: list[str] = []
         self._threads: list[threading.Thread] = []
 
@@ -39,7 +39,7 @@ class Hands:
         return self.order
 
     def _num_waiting(self) -> int:
-        return sum(map(len, self.turn._queues.values()))
+        return sum(map(len, self.compute_lock._queues.values()))
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -58,11 +58,11 @@ def now() -> Iterator[list[float]]:
 
 def queue_up(share: float, now: list[float], waited_s: float) -> list[str]:
     """Two who learn and two who serve queue up behind one who serves for some time; the order in which they run."""
-    turn = Turn(share, lambda: now[0])
-    hands = Hands(turn)
-    first = hands.begin("first", turn.serving)
-    others = [hands.begin(f"learn {i}", turn.learning) for i in range(2)]
-    others += [hands.begin(f"serve {i}", turn.serving) for i in range(2)]
+    compute_lock = ComputeLock(share, lambda: now[0])
+    hands = Hands(compute_lock)
+    first = hands.begin("first", compute_lock.serving)
+    others = [hands.begin(f"learn {i}", compute_lock.learning) for i in range(2)]
+    others += [hands.begin(f"serve {i}", compute_lock.serving) for i in range(2)]
     now[0] += waited_s
     for go in (*others, first):
         go.set()
@@ -82,38 +82,38 @@ def test_with_a_share_of_nothing_it_never_does(now: list[float]) -> None:
 
 
 def test_a_pause_lets_those_who_serve_go_before_all_who_learn(now: list[float]) -> None:
-    turn = Turn(0.5, lambda: now[0])
-    hands = Hands(turn)
-    with turn.learning():
-        go = [hands.begin("serve", turn.serving), hands.begin("learn", turn.learning)]
+    compute_lock = ComputeLock(0.5, lambda: now[0])
+    hands = Hands(compute_lock)
+    with compute_lock.learning():
+        go = [hands.begin("serve", compute_lock.serving), hands.begin("learn", compute_lock.learning)]
         for event in go:
             event.set()
-        turn.pause()
+        compute_lock.pause()
         assert hands.order == ["serve"]
-        turn.pause()
+        compute_lock.pause()
         assert hands.order == ["serve"]
     assert hands.end() == ["serve", "learn"]
 
 
 def test_a_pause_keeps_the_turn_while_learning_is_owed_time(now: list[float]) -> None:
-    turn = Turn(0.5, lambda: now[0])
-    hands = Hands(turn)
-    first = hands.begin("first", turn.serving)
+    compute_lock = ComputeLock(0.5, lambda: now[0])
+    hands = Hands(compute_lock)
+    first = hands.begin("first", compute_lock.serving)
     learned = threading.Event()
 
     def learn() -> None:
-        with turn.learning():  # 0.2 s of waiting, of which half is owed
+        with compute_lock.learning():  # 0.2 s of waiting, of which half is owed
             now[0] += 0.15
-            turn.pause()
+            compute_lock.pause()
             hands.order.append("learned")
             now[0] += 0.06
-            turn.pause()
+            compute_lock.pause()
             learned.set()
 
     thread = threading.Thread(target=learn, daemon=True)
     thread.start()
     until(lambda: hands._num_waiting() == 1)
-    second = hands.begin("second", turn.serving)
+    second = hands.begin("second", compute_lock.serving)
     now[0] += 0.2
     second.set()
     first.set()
@@ -122,48 +122,48 @@ def test_a_pause_keeps_the_turn_while_learning_is_owed_time(now: list[float]) ->
 
 
 def test_who_has_the_turn_may_take_it_again(now: list[float]) -> None:
-    turn = Turn(0.5, lambda: now[0])
-    hands = Hands(turn)
-    with turn.learning(), turn.serving(), turn.learning():
-        go = hands.begin("serve", turn.serving)
+    compute_lock = ComputeLock(0.5, lambda: now[0])
+    hands = Hands(compute_lock)
+    with compute_lock.learning(), compute_lock.serving(), compute_lock.learning():
+        go = hands.begin("serve", compute_lock.serving)
         go.set()
-        turn.pause()  # the whole of it is given away, and comes back
+        compute_lock.pause()  # the whole of it is given away, and comes back
         assert hands.end() == ["serve"]
-    with turn.serving():
+    with compute_lock.serving():
         pass
 
 
 def test_a_pause_of_someone_else_does_nothing(now: list[float]) -> None:
-    turn = Turn(0.5, lambda: now[0])
-    turn.pause()
-    hands = Hands(turn)
-    go = hands.begin("learn", turn.learning)
-    turn.pause()
+    compute_lock = ComputeLock(0.5, lambda: now[0])
+    compute_lock.pause()
+    hands = Hands(compute_lock)
+    go = hands.begin("learn", compute_lock.learning)
+    compute_lock.pause()
     go.set()
-    with turn.serving():
-        turn.pause()
+    with compute_lock.serving():
+        compute_lock.pause()
     hands.end()
 
 
 def test_an_error_gives_the_turn_back(now: list[float]) -> None:
-    turn = Turn()
-    with pytest.raises(KeyError), turn.learning():
+    compute_lock = ComputeLock()
+    with pytest.raises(KeyError), compute_lock.learning():
         raise KeyError
-    hands = Hands(turn)
-    hands.begin("next", turn.serving).set()
+    hands = Hands(compute_lock)
+    hands.begin("next", compute_lock.serving).set()
     assert hands.end() == ["next"]
 
 
 def test_many_who_come_and_go_are_never_there_together() -> None:
-    turn, inside, most = Turn(), [0], [0]
+    compute_lock, inside, most = ComputeLock(), [0], [0]
 
     def work(serves: bool) -> None:
         for _ in range(100):
-            with turn.serving() if serves else turn.learning():
+            with compute_lock.serving() if serves else compute_lock.learning():
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 inside[0] -= 1
-                turn.pause()
+                compute_lock.pause()
 
     threads = [threading.Thread(target=work, args=(i % 2 == 0,), daemon=True) for i in range(6)]
     for thread in threads:
@@ -174,26 +174,26 @@ def test_many_who_come_and_go_are_never_there_together() -> None:
     assert most == [1]
 
 
-def side_by_side(share: float, cores: int, now: list[float]) -> tuple[SideBySide, list[int]]:
+def side_by_side(share: float, cores: int, now: list[float]) -> tuple[PartitionedCores, list[int]]:
     """A machine, and the cores that threads were told to use."""
     limits: list[int] = []
-    return SideBySide(share, cores, limits.append, lambda: now[0]), limits
+    return PartitionedCores(share, cores, limits.append, lambda: now[0]), limits
 
 
 def test_with_several_cores_answers_and_learning_are_there_together(now: list[float]) -> None:
-    turn, _ = side_by_side(0.5, 4, now)
-    hands = Hands(turn)
-    hands.turn = turn._lanes["serving"]  # whose queue is watched
-    with turn.learning():
-        first = hands.begin("serve", turn.serving)
+    compute_lock, _ = side_by_side(0.5, 4, now)
+    hands = Hands(compute_lock)
+    hands.compute_lock = compute_lock._lanes["serving"]  # whose queue is watched
+    with compute_lock.learning():
+        first = hands.begin("serve", compute_lock.serving)
         until(lambda: hands.order == ["serve"])
-        second = hands.begin("serve too", turn.serving)
-        turn.pause()
+        second = hands.begin("serve too", compute_lock.serving)
+        compute_lock.pause()
         assert hands.order == ["serve"]  # answers one after another
         first.set()
         second.set()
         assert hands.end() == ["serve", "serve too"]
-        with turn.serving():  # as when a new version is put beside the others
+        with compute_lock.serving():  # as when a new version is put beside the others
             pass
 
 
@@ -204,27 +204,27 @@ def test_with_several_cores_answers_and_learning_are_there_together(now: list[fl
 def test_each_has_its_cores_while_the_other_is_there(
     share: float, cores: int, learns: int, serves: int, now: list[float]
 ) -> None:
-    turn, limits = side_by_side(share, cores, now)
+    compute_lock, limits = side_by_side(share, cores, now)
     for pass_s, take, expected in (
-        (0.0, turn.learning, cores),
-        (0.5, turn.serving, serves),
-        (0.5, turn.learning, learns),
-        (1.5, turn.learning, cores),
-        (1.0, turn.serving, cores),
+        (0.0, compute_lock.learning, cores),
+        (0.5, compute_lock.serving, serves),
+        (0.5, compute_lock.learning, learns),
+        (1.5, compute_lock.learning, cores),
+        (1.0, compute_lock.serving, cores),
     ):
         now[0] += pass_s
         with take():
             assert limits[-1] == expected
     assert len(limits) <= 5
-    with turn.learning():
+    with compute_lock.learning():
         now[0] += 30.0
-        with turn.serving():
+        with compute_lock.serving():
             assert limits[-1] == serves  # it has had no end yet
 
 
 def steady_load(share: float, piece_s: float, step_s: float, between_s: float, until_s: float = 60.0) -> float:
     """The share of time that learning has beside one answer whose rows come ``between_s`` after each step."""
-    ration, now, learned_s, arrives_s = Ration(share), 0.0, 0.0, 0.0
+    ration, now, learned_s, arrives_s = FairShare(share), 0.0, 0.0, 0.0
     while now < until_s:
         serves = now >= arrives_s and not ration.owed
         passed = step_s if serves else piece_s
@@ -248,7 +248,7 @@ def test_idle_time_counts() -> None:
 
 
 def test_what_is_long_past_does_not_matter() -> None:
-    ration = Ration(0.5, memory_s=1.0)
+    ration = FairShare(0.5, memory_s=1.0)
     ration.passed(3600.0, learning=True)
     ration.passed(2.0, learning=False)
     assert not ration.owed

@@ -4,25 +4,25 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from gaisnet.futures import as_future, failed, recast, then, then_ask
+from gaisnet.futures import as_future, failed, flat_map, map_error, map_result
 
 
 def test_an_answer_is_changed_when_it_comes() -> None:
     source: Future[int] = Future()
-    result = then(source, lambda number: number + 1)
+    result = map_result(source, lambda number: number + 1)
     assert not result.done()
     source.set_result(1)
     assert result.result(timeout=0) == 2
 
 
 def test_one_that_is_there_is_changed_at_once() -> None:
-    assert then(as_future(1), str).result(timeout=0) == "1"
+    assert map_result(as_future(1), str).result(timeout=0) == "1"
 
 
 def test_a_change_that_takes_longer() -> None:
     source: Future[int] = Future()
     longer: Future[str] = Future()
-    result = then_ask(source, lambda _: longer)
+    result = flat_map(source, lambda _: longer)
     source.set_result(1)
     assert not result.done()
     longer.set_result("there")
@@ -32,9 +32,9 @@ def test_a_change_that_takes_longer() -> None:
 def test_what_is_raised_on_the_way_comes_through() -> None:
     later: Future[int] = failed(KeyError("late"))
     for result in (
-        then(failed(KeyError("first")), str),
-        then(as_future(0), lambda number: 1 // number),
-        then_ask(as_future(0), lambda _: later),
+        map_result(failed(KeyError("first")), str),
+        map_result(as_future(0), lambda number: 1 // number),
+        flat_map(as_future(0), lambda _: later),
     ):
         with pytest.raises((KeyError, ZeroDivisionError)):
             result.result(timeout=0)
@@ -42,17 +42,17 @@ def test_what_is_raised_on_the_way_comes_through() -> None:
 
 def test_what_is_raised_can_be_put_in_other_words() -> None:
     with pytest.raises(KeyError, match="no 1"):
-        recast(failed(ValueError("1")), lambda error: KeyError(f"no {error}")).result(timeout=0)
-    assert recast(as_future(1), lambda error: error).result(timeout=0) == 1
+        map_error(failed(ValueError("1")), lambda error: KeyError(f"no {error}")).result(timeout=0)
+    assert map_error(as_future(1), lambda error: error).result(timeout=0) == 1
     source: Future[int] = Future()
-    result = recast(source, lambda error: error)
+    result = map_error(source, lambda error: error)
     assert result.cancel() and source.cancelled()
 
 
 def test_to_give_up_reaches_what_is_waited_for() -> None:
     first: Future[int] = Future()
     second: Future[int] = Future()
-    before, after = then(first, str), then_ask(as_future(1), lambda _: second)
+    before, after = map_result(first, str), flat_map(as_future(1), lambda _: second)
     assert before.cancel() and after.cancel()
     assert first.cancelled() and second.cancelled()
     with pytest.raises(CancelledError):
@@ -63,7 +63,7 @@ def test_what_was_given_up_and_comes_nevertheless_is_dropped() -> None:
     source: Future[int] = Future()
     assert source.set_running_or_notify_cancel()  # too late to give it up
     changed: list[int] = []
-    result = then(source, changed.append)
+    result = map_result(source, changed.append)
     assert result.cancel()
     source.set_result(1)
     assert result.cancelled() and changed == []
@@ -71,7 +71,7 @@ def test_what_was_given_up_and_comes_nevertheless_is_dropped() -> None:
 
 def test_a_source_that_somebody_else_gives_up_leaves_nobody_waiting() -> None:
     source: Future[int] = Future()
-    result = then(source, str)
+    result = map_result(source, str)
     source.cancel()
     with pytest.raises(CancelledError):
         result.result(timeout=0)

@@ -13,7 +13,7 @@ import pytest
 
 from gaisnet import locks
 from gaisnet.errors import LockTaken, NoLocks, OutputInUse
-from gaisnet.locks import Holder, holder_of, is_remote, locked, take
+from gaisnet.locks import LockOwner, holder_of, is_remote, locked, take
 from gaisnet.runs.output import CHECKPOINT_NAME, LOCK_NAME, RunFolder
 
 TAKE = """
@@ -87,7 +87,9 @@ def test_of_processes_that_race_for_a_run_exactly_one_gets_it_also_after_a_death
         RunFolder.resume(run)
     winner.kill()
     with RunFolder.resume(run):  # at once: the kernel freed it
-        assert holder_of(run / LOCK_NAME) == Holder.model_validate_json((run / LOCK_NAME).read_text(encoding="utf-8"))
+        assert holder_of(run / LOCK_NAME) == LockOwner.model_validate_json(
+            (run / LOCK_NAME).read_text(encoding="utf-8")
+        )
     assert not (run / LOCK_NAME).exists()
 
 
@@ -163,7 +165,7 @@ def test_a_run_that_another_host_left_is_refused_only_where_its_locks_may_not_be
     (run.parent / "mounts").write_text(MOUNTS.format(shared=run.parent, kind=kind), encoding="utf-8")
     monkeypatch.setattr(locks, "_MOUNTS", run.parent / "mounts")
     assert is_remote(run) is (kind != "xfs") and not is_remote(Path("/usr"))
-    this = Holder.this()
+    this = LockOwner.this()
     update = {"pid": 7, "host": host or this.host, "boot": this.boot if boot == "this" else boot}
     (run / LOCK_NAME).write_text(this.model_copy(update=update).model_dump_json(), encoding="utf-8")
     if refused:

@@ -1,8 +1,8 @@
-"""Whose turn it is to compute on a machine: answers go first, learning has what is left, and at least its share.
+"""Priority for computation on one machine: answers go first; training gets the rest, and at least its share.
 
-One ``Turn`` stands for a machine that one at a time computes on. Learning is cut into small pieces: between two of them
-it *pauses*, which costs nothing while nobody waits. ``SideBySide`` stands for one with several cores: answers and
-learning run at the same time, each on some of them.
+A ``ComputeLock`` admits one computation at a time. Training is cut into small pieces, between which it *pauses*; a
+pause costs nothing while no answer waits. ``PartitionedCores`` is for machines with several cores: answers and training
+run at the same time, each on some of the cores.
 """
 
 import threading
@@ -17,7 +17,7 @@ _MEMORY_S = 1.0
 _RECENT_S = 1.0
 
 
-class Ration:
+class FairShare:
     """How much time learning is owed. It is owed its share of all time in which it wants to run.
 
     Idle time counts as well: where answers leave it more than its share, it takes nothing from them.
@@ -47,7 +47,7 @@ class _Ticket:
     """A place in one of the queues."""
 
 
-class Turn:
+class ComputeLock:
     """A lock with two queues, each first come, first served. Who holds it may take it again.
 
     Args:
@@ -62,7 +62,7 @@ class Turn:
         self._holder: int | None = None  # a thread
         self._kind: Kind = "serving"
         self._depth = 0
-        self._ration = Ration(share)
+        self._fair_share = FairShare(share)
         self._owed = False  # as it was at the last change of hands: who goes next must not change while they wake up
         self._since = 0.0
 
@@ -90,7 +90,7 @@ class Turn:
             return
         with self._changed:
             self._count()
-            if not self._queues["serving"] or self._ration.owed:
+            if not self._queues["serving"] or self._fair_share.owed:
                 return
             depth, ticket = self._depth, _Ticket()
             self._queues["learning"].appendleft(ticket)  # before others: its piece of work is not at an end
@@ -135,7 +135,7 @@ class Turn:
         self._holder, self._kind = threading.get_ident(), kind
 
     def _release(self) -> None:
-        self._holder, self._owed = None, self._ration.owed
+        self._holder, self._owed = None, self._fair_share.owed
         self._changed.notify_all()
 
     def _next(self) -> _Ticket | None:
@@ -152,11 +152,11 @@ class Turn:
         now = self._clock()
         learns = self._holder is not None and self._kind == "learning"
         if learns or self._queues["learning"]:
-            self._ration.passed(now - self._since, learns)
+            self._fair_share.passed(now - self._since, learns)
         self._since = now
 
 
-class SideBySide(Turn):
+class PartitionedCores(ComputeLock):
     """Answers and learning at the same time, one thread of each, with all cores while the other has had none to do.
 
     Args:
@@ -174,7 +174,7 @@ class SideBySide(Turn):
         self._limit = limit
         learning = min(max(1, round(share * cores)), cores - 1)
         self._part: dict[Kind, int] = {"learning": learning, "serving": cores - learning}
-        self._lanes: dict[Kind, Turn] = {"learning": Turn(), "serving": Turn()}
+        self._lanes: dict[Kind, ComputeLock] = {"learning": ComputeLock(), "serving": ComputeLock()}
         self._busy: dict[Kind, float] = {"learning": -_RECENT_S, "serving": -_RECENT_S}  # when it last had a turn
         self._limited = threading.local()
 

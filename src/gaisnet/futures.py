@@ -9,7 +9,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def then(source: Future[A], change: Callable[[A], B]) -> Future[B]:
+def map_result(source: Future[A], change: Callable[[A], B]) -> Future[B]:
     """What ``change`` makes of an answer when it comes, or what it or ``source`` raises.
 
     ``change`` runs in the thread that brings the answer and must not wait. To cancel the result gives up what it waits
@@ -20,7 +20,7 @@ def then(source: Future[A], change: Callable[[A], B]) -> Future[B]:
     return result
 
 
-def then_ask(source: Future[A], ask: Callable[[A], Future[B]]) -> Future[B]:
+def flat_map(source: Future[A], ask: Callable[[A], Future[B]]) -> Future[B]:
     """The same, where what is made of an answer comes later, too."""
     result: _Dependent[B] = _Dependent(source)
     source.add_done_callback(lambda _: _pass_on(source, ask, result))
@@ -31,10 +31,10 @@ def afterwards(source: Future[Any], ask: Callable[[], Future[B]]) -> Future[B]:
     """Call ``ask`` once ``source`` has ended in any way. Cancelling the result leaves ``source`` alone."""
     ended: Future[None] = Future()
     source.add_done_callback(lambda _: _settle(ended))
-    return then_ask(ended, lambda _: ask())
+    return flat_map(ended, lambda _: ask())
 
 
-def recast(source: Future[A], change: Callable[[Exception], Exception]) -> Future[A]:
+def map_error(source: Future[A], change: Callable[[Exception], Exception]) -> Future[A]:
     """The same answer; what it raises instead is what ``change`` makes of it."""
     result: _Dependent[A] = _Dependent(source)
 

@@ -24,7 +24,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "afs", "fuse.")
 
 
-class Holder(BaseModel):
+class LockOwner(BaseModel):
     """The process that has a lock, or had it when it died."""
 
     model_config = ConfigDict(frozen=True)
@@ -45,7 +45,7 @@ class Holder(BaseModel):
     @property
     def is_near(self) -> bool:
         """Whether its locks and ours are the same kernel's, or it ran on this host."""
-        this = Holder.this()
+        this = LockOwner.this()
         return self.host == this.host or bool(self.boot) and self.boot == this.boot
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Lock:
     def __init__(self, path: Path, flock: FileLock, was_left: bool) -> None:
         self._path = path
         self._flock = flock
-        self._holder = Holder.this()
+        self._holder = LockOwner.this()
         self.was_left = was_left
         path.write_text(self._holder.model_dump_json() + "\n", encoding="utf-8")
 
@@ -148,10 +148,10 @@ def one_at_a_time(made: Path) -> Iterator[None]:
             flock.release()
 
 
-def holder_of(path: Path) -> Holder | None:
+def holder_of(path: Path) -> LockOwner | None:
     """The process that a lock's file names; None where it names none."""
     try:
-        return Holder.model_validate_json(path.read_text(encoding="utf-8"))
+        return LockOwner.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError):
         return None
 

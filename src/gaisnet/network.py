@@ -71,7 +71,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Everywhere:
+class CrossDomainScores:
     """How every model does on every domain: by whose it is, then by the domain whose held-out examples are scored."""
 
     domain: dict[str, dict[str, EvaluationReport]]  # every DM
@@ -168,18 +168,18 @@ class Network:
     # -- what the cloud may have of devices meanwhile: see ``tiers.reach`` ---------------------------------------------
 
     def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
-        """See ``Reach``."""
+        """See ``DeviceClient``."""
         asked = {domain: Evaluate("foundation", adapter, "validate") for domain, adapter in adapters.items()}
         return self._ask(asked, EvaluationReport)
 
     def share(self) -> tuple[str, ...]:
-        """See ``Reach``."""
+        """See ``DeviceClient``."""
         shared = self._ask(dict.fromkeys(self.cloud.learning, ShareRequest()), Shared)
         self._owners = {owner: domain for domain, reply in shared.items() for owner in reply.owners}
         return tuple(self._owners)
 
     def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-        """See ``Reach``."""
+        """See ``DeviceClient``."""
         requests = {owner: LabelRequest.of(owner, output) for owner, output in outputs.items()}
         sent = {owner: self._edges[self._owners[owner]].send(request) for owner, request in requests.items()}
         until = time.monotonic() + self._faults.edge_deadline_s  # for all: an edge may have many owners
@@ -211,7 +211,7 @@ class Network:
         """Score every DM on its own domain."""
         return self._ask(dict.fromkeys(self._edges, Evaluate("domain", None)), EvaluationReport)
 
-    def evaluate_everywhere(self, scores: Scores) -> Everywhere:
+    def evaluate_everywhere(self, scores: Scores) -> CrossDomainScores:
         """Score every model on every domain that learns; ``scores`` are a part of that.
 
         Adapters travel for it, examples do not.
@@ -221,7 +221,7 @@ class Network:
             self._alone = dict(scores.foundation)
             as_own = {on: scores.domain[on] for on in learning if on in scores.domain}
             foundation = dict.fromkeys([*learning, ALONE], self._alone)
-            return Everywhere(dict.fromkeys(learning, as_own), {**foundation, MERGED: scores.merged})
+            return CrossDomainScores(dict.fromkeys(learning, as_own), {**foundation, MERGED: scores.merged})
         domain, foundation = {d: _of(scores.domain, d) for d in learning}, {}
         for whose in learning:
             others = [on for on in learning if on != whose]
@@ -232,7 +232,7 @@ class Network:
         lacking = [on for on in learning if on not in self._alone]  # it never changes, nor does what is held out
         self._alone |= self._ask(dict.fromkeys(lacking, Evaluate("foundation", None)), EvaluationReport)
         foundation[ALONE] = self._alone
-        return Everywhere(domain, foundation)
+        return CrossDomainScores(domain, foundation)
 
     def _guest(self, domain: str) -> EvaluateGuest:
         """A domain's DM with the adapter that it has now, also one that the gate has refused."""

@@ -17,7 +17,7 @@ import pytest
 from gaisnet.config import Config, DataSettings
 from gaisnet.config.file import parse_config
 from gaisnet.data import builtin as domains
-from gaisnet.data.builtin import CATEGORIES, CHAPTERS, LANGUAGES, Drawn, clean_notice, draw_builtin
+from gaisnet.data.builtin import CATEGORIES, CHAPTERS, LANGUAGES, DrawnExamples, clean_notice, draw_builtin
 from gaisnet.data.devices import (
     DomainData,
     load_device,
@@ -370,8 +370,8 @@ def test_a_newcomers_folder_needs_nothing_to_learn_from(tmp_path: Path) -> None:
 
 def test_hash_randomisation_changes_nothing(loaded: dict[str, DomainData]) -> None:
     code = (
-        "import sys, zlib; sys.path.insert(0, sys.argv[1]); import test_data\n"
-        "data = test_data.load_domains(test_data.config_of('medical', 'licences', 'languages'))\n"
+        "import sys, zlib; sys.path.insert(0, sys.argv[1]); import test_devices\n"
+        "data = test_devices.load_domains(test_devices.config_of('medical', 'licences', 'languages'))\n"
         "sys.stdout.write(str(zlib.crc32(repr(data).encode())))"
     )
     found = subprocess.run(
@@ -737,5 +737,5 @@ def test_majority_of_a_balanced_domain_is_chance(loaded: dict[str, DomainData]) 
 
 
 def test_a_drawn_data_set_is_shuffled() -> None:
-    drawn: Drawn = draw_builtin("licences", DataSettings(), 0)
+    drawn: DrawnExamples = draw_builtin("licences", DataSettings(), 0)
     assert len({example.completion for example in drawn.train[:20]}) > 3

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import ServiceSettings
-from gaisnet.engines.body_hosting import BodyOutlet, Front
+from gaisnet.engines.body_hosting import BodyPublisher, PeerRouter
 from gaisnet.errors import QuotaReached, SessionClosed, SessionRefused, UnexpectedMessage
 from gaisnet.messages import (
     CloseSession,
@@ -36,11 +36,11 @@ def new_body() -> Body:
 
 
 @pytest.fixture
-def outlet() -> Iterator[BodyOutlet]:
-    outlet = BodyOutlet(ServiceSettings(), Turn())
-    outlet.put_body(new_body(), range(NUM_LAYERS))
-    yield outlet
-    outlet.close()
+def publisher() -> Iterator[BodyPublisher]:
+    publisher = BodyPublisher(ServiceSettings(), ComputeLock())
+    publisher.publish_body(new_body(), range(NUM_LAYERS))
+    yield publisher
+    publisher.close()
 
 
 class Tier:
@@ -57,9 +57,13 @@ class Tier:
 class Peer:
     """Has a front of its own."""
 
-    def __init__(self, outlet: BodyOutlet, tier: Tier | None = None, name: str = "clinic", share: float = 1.0) -> None:
+    def __init__(
+        self, publisher: BodyPublisher, tier: Tier | None = None, name: str = "clinic", share: float = 1.0
+    ) -> None:
         self.life = "first"
-        self.front = Front(tier, outlet, lambda service: SessionEndpoint(service, name, share), name, lambda: self.life)
+        self.front = PeerRouter(
+            tier, publisher, lambda service: SessionEndpoint(service, name, share), name, lambda: self.life
+        )
 
     def open(self, asked: OpenSession = OPEN) -> str:
         opened = self.front.handle(asked)
@@ -72,59 +76,59 @@ class Peer:
         return answer.result(timeout=60)
 
 
-def test_sessions_go_to_the_service_and_all_else_to_the_tier(outlet: BodyOutlet) -> None:
+def test_sessions_go_to_the_service_and_all_else_to_the_tier(publisher: BodyPublisher) -> None:
     tier = Tier()
-    peer = Peer(outlet, tier)
+    peer = Peer(publisher, tier)
     assert isinstance(peer.extend(peer.open()), SessionRows)
     assert peer.front.handle(SmashRequest("test")) == Done()
     assert tier.taken == [SmashRequest("test")]
     with pytest.raises(UnexpectedMessage, match="'clinic' does not take a SmashRequest"):
-        Peer(outlet).front.handle(SmashRequest("test"))
+        Peer(publisher).front.handle(SmashRequest("test"))
 
 
-def test_a_peer_cannot_reach_the_sessions_of_another(outlet: BodyOutlet) -> None:
-    name = Peer(outlet).open()
+def test_a_peer_cannot_reach_the_sessions_of_another(publisher: BodyPublisher) -> None:
+    name = Peer(publisher).open()
     with pytest.raises(SessionClosed):
-        Peer(outlet).extend(name)
+        Peer(publisher).extend(name)
 
 
-def test_a_peer_that_restarted_has_no_sessions(outlet: BodyOutlet) -> None:
-    peer, other = Peer(outlet), Peer(outlet)
+def test_a_peer_that_restarted_has_no_sessions(publisher: BodyPublisher) -> None:
+    peer, other = Peer(publisher), Peer(publisher)
     name, others = peer.open(), other.open()
     peer.life = "second"
     with pytest.raises(SessionClosed):
         peer.extend(name)
-    assert outlet.service.num_sessions == 1
+    assert publisher.service.num_sessions == 1
     assert isinstance(other.extend(others), SessionRows)
 
 
-def test_what_a_restarted_peer_left_goes_before_it_asks_again(outlet: BodyOutlet) -> None:
-    peer = Peer(outlet)
+def test_what_a_restarted_peer_left_goes_before_it_asks_again(publisher: BodyPublisher) -> None:
+    peer = Peer(publisher)
     peer.open()
     peer.front.look(60.0)
-    assert outlet.service.num_sessions == 1
+    assert publisher.service.num_sessions == 1
     peer.life = "second"
     peer.front.look(60.0)
-    assert outlet.service.num_sessions == 0
+    assert publisher.service.num_sessions == 0
 
 
-def test_a_peer_that_stays_away_loses_its_sessions(outlet: BodyOutlet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_stays_away_loses_its_sessions(publisher: BodyPublisher, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     clock.install(monkeypatch, "gaisnet.engines.body_hosting")
-    peer = Peer(outlet)
+    peer = Peer(publisher)
     name = peer.open()
     for away_s, num_left in ((50.0, 1), (0.0, 1), (50.0, 1), (11.0, 0)):
         peer.life = "" if away_s else "first"  # it comes back once
         clock.sleep(away_s)
         peer.front.look(60.0)
-        assert outlet.service.num_sessions == num_left
+        assert publisher.service.num_sessions == num_left
     peer.life = "first"
     with pytest.raises(SessionClosed):
         peer.extend(name)
 
 
-def test_a_drop_of_the_link_ends_nothing(outlet: BodyOutlet) -> None:
-    peer = Peer(outlet)
+def test_a_drop_of_the_link_ends_nothing(publisher: BodyPublisher) -> None:
+    peer = Peer(publisher)
     name = peer.open()
     peer.life = ""
     peer.front.look(60.0)
@@ -132,10 +136,10 @@ def test_a_drop_of_the_link_ends_nothing(outlet: BodyOutlet) -> None:
     assert isinstance(peer.extend(name), SessionRows)
 
 
-def test_another_body_ends_the_sessions_of_the_one_before(outlet: BodyOutlet) -> None:
-    peer = Peer(outlet)
-    before, name = outlet.service, peer.open()
-    outlet.put_body(new_body(), range(NUM_LAYERS))
+def test_another_body_ends_the_sessions_of_the_one_before(publisher: BodyPublisher) -> None:
+    peer = Peer(publisher)
+    before, name = publisher.service, peer.open()
+    publisher.publish_body(new_body(), range(NUM_LAYERS))
     assert (before.num_sessions, before.in_thread) == (0, False)
     with pytest.raises(SessionClosed):
         peer.extend(name)
@@ -143,35 +147,35 @@ def test_another_body_ends_the_sessions_of_the_one_before(outlet: BodyOutlet) ->
 
 
 def test_before_there_is_a_body_nobody_is_served() -> None:
-    outlet = BodyOutlet(ServiceSettings(), Turn())
-    outlet.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))  # that of a model that is gone
+    publisher = BodyPublisher(ServiceSettings(), ComputeLock())
+    publisher.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))  # that of a model that is gone
     with pytest.raises(SessionRefused, match="no model here yet"):
-        Peer(outlet).open()
-    outlet.put_body(new_body(), range(NUM_LAYERS))
-    outlet.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
-    assert outlet.service.adapters == ["law"]
-    outlet.close()
+        Peer(publisher).open()
+    publisher.publish_body(new_body(), range(NUM_LAYERS))
+    publisher.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
+    assert publisher.service.adapters == ["law"]
+    publisher.close()
     with pytest.raises(SessionRefused):
-        Peer(outlet).open()
+        Peer(publisher).open()
 
 
-def test_the_end_of_a_front_ends_its_sessions(outlet: BodyOutlet) -> None:
-    peer = Peer(outlet)
+def test_the_end_of_a_front_ends_its_sessions(publisher: BodyPublisher) -> None:
+    peer = Peer(publisher)
     peer.open()
     peer.front.close()
     peer.front.close()
-    assert outlet.service.num_sessions == 0
+    assert publisher.service.num_sessions == 0
 
 
-def limited(**settings: int) -> BodyOutlet:
-    outlet = BodyOutlet(ServiceSettings.model_validate(settings), Turn())
-    outlet.put_body(new_body(), range(NUM_LAYERS))
-    return outlet
+def limited(**settings: int) -> BodyPublisher:
+    publisher = BodyPublisher(ServiceSettings.model_validate(settings), ComputeLock())
+    publisher.publish_body(new_body(), range(NUM_LAYERS))
+    return publisher
 
 
 def test_one_peer_cannot_have_all_sessions() -> None:
-    with closing(limited(max_sessions=5)) as outlet:
-        greedy, ward = (Peer(outlet, name=name, share=0.5) for name in ("clinic", "ward"))
+    with closing(limited(max_sessions=5)) as publisher:
+        greedy, ward = (Peer(publisher, name=name, share=0.5) for name in ("clinic", "ward"))
         for _ in range(2):
             greedy.open()
         with pytest.raises(QuotaReached, match="a new session of 'clinic': it has 2 open, and one peer may have 2"):
@@ -184,10 +188,10 @@ def test_one_peer_cannot_have_all_sessions() -> None:
 
 def test_one_peer_cannot_have_all_memory() -> None:
     wanted = OpenSession(0, NUM_LAYERS, (), 100)
-    with closing(limited(max_cache_mib=1, max_sessions=64)) as outlet:
-        greedy, ward = (Peer(outlet, name=name, share=0.5) for name in ("clinic", "ward"))
+    with closing(limited(max_cache_mib=1, max_sessions=64)) as publisher:
+        greedy, ward = (Peer(publisher, name=name, share=0.5) for name in ("clinic", "ward"))
         first = greedy.open(wanted)
-        while outlet.service.used_bytes + outlet.service.used_bytes // outlet.service.num_sessions <= 2**19:
+        while publisher.service.used_bytes + publisher.service.used_bytes // publisher.service.num_sessions <= 2**19:
             greedy.open(wanted)
         for _ in range(2):
             with pytest.raises(QuotaReached, match="memory for a session of 'clinic': it holds .* one peer may hold"):
@@ -197,16 +201,16 @@ def test_one_peer_cannot_have_all_memory() -> None:
         assert isinstance(greedy.extend(greedy.open(wanted)), SessionRows)
 
 
-def test_a_peer_that_has_gone_leaves_no_session_that_was_being_opened(outlet: BodyOutlet) -> None:
-    endpoint = SessionEndpoint(outlet.service, "clinic")
-    take = outlet.service.open
+def test_a_peer_that_has_gone_leaves_no_session_that_was_being_opened(publisher: BodyPublisher) -> None:
+    endpoint = SessionEndpoint(publisher.service, "clinic")
+    take = publisher.service.open
 
     def leave_meanwhile(*args: Any, **more: Any) -> str:
         name = take(*args, **more)
         endpoint.close()
         return name
 
-    outlet.service.open = leave_meanwhile  # type: ignore[method-assign]
+    publisher.service.open = leave_meanwhile  # type: ignore[method-assign]
     with pytest.raises(SessionClosed):
         endpoint.handle(OPEN)
-    assert outlet.service.num_sessions == 0
+    assert publisher.service.num_sessions == 0

@@ -21,10 +21,10 @@ from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
 from gaisnet.config.file import parse_config
 from gaisnet.data.examples import DeviceData, Example, Input, Labelled
-from gaisnet.engines.local import NoOutlets, build_network, build_tiers
+from gaisnet.engines.local import NoPublishers, build_network, build_tiers
 from gaisnet.errors import ConfigError, DataError, SessionRefused
 from gaisnet.learning.gate import Verdict
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.messages import (
     AdapterUpdate,
     AnchorRelease,
@@ -95,7 +95,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.data = self.data or encoder_data(self.config, self.family)
-        shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in self.config.edges}
+        shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in self.config.edges}
         self.network: Network = build_network(
             self.config,
             self.foundation or tiny_encoder_foundation(self.family),
@@ -558,7 +558,7 @@ def test_examples_for_another_kind_of_model_are_refused() -> None:
     raw = encoder_raw_config(edges=changed(0)[:1], absorb={"retention_windows": 1, "retention_tokens": 8})
     decoding = parse_config(raw | {"edges": changed(0, devices=[{"name": "clinic"}])[:1]})
     labelled = DeviceData((Labelled("x", "long"),), (Labelled("x", "long"),))
-    shapes = {"shapes": TaskShape(None, ())}
+    shapes = {"shapes": TaskTemplate(None, ())}
     network = build_network(decoding, tiny_foundation(), shapes, {"clinic": labelled}, "some public text " * 9)
     network.install()
     with pytest.raises(DataError, match="'clinic': has examples with labels, but the foundation model is a decoder"):
@@ -577,12 +577,12 @@ def test_a_device_of_an_encoder_writes_no_answers() -> None:
     tiers = build_tiers(
         config,
         tiny_encoder_foundation("bert"),
-        {edge.domain: TaskShape(None, edge.labels) for edge in config.edges},
+        {edge.domain: TaskTemplate(None, edge.labels) for edge in config.edges},
         encoder_data(config, "bert"),
         "",
         silent,
         Frames,
-        NoOutlets(),
+        NoPublishers(),
     )
     tiers.network.install()
     tiers.edges["shapes"].equip("north-a")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gaisnet.config import FaultSettings
-from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
+from gaisnet.engines.local import NoPublishers, Tiers, build_tiers
 from gaisnet.errors import GaisnetError
 from gaisnet.futures import as_future
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.messages import (
     AdapterUpdate,
     AnchorRequest,
@@ -57,8 +57,8 @@ from gaisnet.messages import (
 )
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.endpoint import RemoteSession, SessionEndpoint
-from gaisnet.tiers.edge.activation_store import SmashedStore
-from gaisnet.tiers.edge.device_pool import Cluster
+from gaisnet.tiers.edge.activation_store import ActivationStore
+from gaisnet.tiers.edge.device_pool import DevicePool
 from gaisnet.tiers.split.step import checked
 from gaisnet.transport.arrivals import Arrivals
 from gaisnet.transport.codec import Codec
@@ -103,11 +103,11 @@ class World:
             fine_tune={"local_epochs": 1, "batch_size": 8},
             absorb={"last_mile": last_mile, "retention_windows": 2, "retention_tokens": 16},
         )
-        shapes = {each.domain: TaskShape(each.template, each.labels) for each in config.edges}
+        shapes = {each.domain: TaskTemplate(each.template, each.labels) for each in config.edges}
         foundation = tiny_foundation(initializer_range=WEIGHTS)
         self.config = config
         self.tiers: Tiers = build_tiers(
-            config, foundation, shapes, tiny_data(config, 2, 2), PUBLIC_TEXT, lambda *_: None, Ledger, NoOutlets()
+            config, foundation, shapes, tiny_data(config, 2, 2), PUBLIC_TEXT, lambda *_: None, Ledger, NoPublishers()
         )
         network = self.tiers.network
         network.install()
@@ -138,7 +138,7 @@ class World:
         """The edge, which asked a device for activations."""
         held, settings = self.edge._holding, self.config.edges[0]
         asked = type("Asked", (), {"ask": lambda *_: {OWNER: reply}})
-        store = SmashedStore(settings, FaultSettings(), cast(Cluster, asked()))
+        store = ActivationStore(settings, FaultSettings(), cast(DevicePool, asked()))
         store.begin(held.hidden_size, False, held.longest)
         return _raised(store.fetch([OWNER], "train").get(OWNER))
 
@@ -157,7 +157,7 @@ class World:
     def stepped(self, reply: Message) -> object:
         """The edge, which asked for a gradient."""
         output = BodyOutput("train", 7, 4, _ints(0), torch.randn(3, 32))
-        return _raised(checked(cast(Any, reply), output, OWNER, "here", self.edge._model().steepness))
+        return _raised(checked(cast(Any, reply), output, OWNER, "here", self.edge._model().gradient_bounds))
 
     def reported(self, reply: Message) -> object:
         self.edge._had([OWNER], "test")  # an order to install another run may have come before

@@ -13,10 +13,10 @@ from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config import Config, WireSettings
 from gaisnet.data.examples import DeviceData, Example
-from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
+from gaisnet.engines.local import NoPublishers, Tiers, build_tiers
 from gaisnet.errors import ConfigError, DataError, LinkTimeout, OutOfBounds, UnexpectedMessage, WireFormatError
 from gaisnet.learning.gate import Verdict
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.messages import (
     AdapterUpdate,
     AnchorRequest,
@@ -35,7 +35,7 @@ from gaisnet.messages import (
 )
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import silent
-from gaisnet.tiers.cloud.decoder_model import WritingModel
+from gaisnet.tiers.cloud.decoder_model import DecoderCloudModel
 from gaisnet.tiers.cloud.model import MERGED
 from gaisnet.tiers.split.step import Outcome
 from gaisnet.transport.codec import Codec
@@ -59,11 +59,11 @@ def config_of(travelling: tuple[str, str] = ("b", "b"), absorb: Mapping[str, Any
 
 
 def tiers_of(config: Config, ledger: Frames | None = None) -> Tiers:
-    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
+    shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in config.edges}
     share = config.absorb.validation_share
     data = {name: mine.holding_back(share, name) for name, mine in tiny_data(config).items()}
     foundation, frames = tiny_foundation(initializer_range=WEIGHTS), ledger or Frames()
-    tiers = build_tiers(config, foundation, shapes, data, PUBLIC_TEXT, silent, frames.another, NoOutlets())
+    tiers = build_tiers(config, foundation, shapes, data, PUBLIC_TEXT, silent, frames.another, NoPublishers())
     tiers.network.install()
     return tiers
 
@@ -248,11 +248,11 @@ def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:
         absorb = {"last_mile": {"epochs": 8, "learning_rate": 0.02}}
         tiers, _ = merged_with(config_of(absorb=absorb, fine_tune=tune))
         model = tiers.cloud._model
-        assert isinstance(model, WritingModel)
+        assert isinstance(model, DecoderCloudModel)
         inputs = Ragged(tiers.cloud.anchor_release.hidden_ND, tuple(tiers.cloud.anchor_release.lengths_E.tolist()))
         found = []
         for adapter in (None, MERGED):
-            with model._model.plugged_in(adapter):
+            with model._model.active_adapter(adapter):
                 found.append(inputs.map_batches(model._model.suffix, 8).later())
         return float((found[0] - found[1]).square().mean())
 
@@ -338,7 +338,7 @@ def test_devices_speak_of_an_adapter_as_strong_as_it_is_plugged_in() -> None:
     free, _ = merged_with(config_of())
     costs = free.cloud.retention
     before = free.cloud._model
-    assert isinstance(before, WritingModel)
+    assert isinstance(before, DecoderCloudModel)
     limit = 0.7 * (max(costs["shapes"], costs["tastes"]) / before.perplexity_before - 1.0)
     absorb = {"validation_share": 0.2, "max_retention_increase": limit, "least_share": 0.01}
     tiers = tiers_of(config_of(absorb=absorb))
@@ -386,7 +386,7 @@ def test_a_way_to_merge_that_the_gate_refuses_is_not_taken_however_good() -> Non
         strong(tiers)
         tiers.cloud.absorb({}, 0, tiers.network)
         model = tiers.cloud._model
-        assert isinstance(model, WritingModel)
+        assert isinstance(model, DecoderCloudModel)
         made[way] = tiers.cloud.adapter(MERGED)[1]
         costs[way] = tiers.cloud.retention[MERGED] / model.perplexity_before - 1.0
     cheap, dear = sorted(costs, key=lambda way: costs[way])
@@ -545,9 +545,9 @@ def test_training_examples_are_not_scored() -> None:
 
 def test_who_is_asked_must_have_held_something_back() -> None:
     config = config_of(absorb={"validation_share": 0.2})
-    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
+    shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in config.edges}
     with pytest.raises(DataError, match="device 'north-a': has no validate examples; call DeviceData.holding_back"):
-        build_tiers(config, tiny_foundation(), shapes, tiny_data(config), PUBLIC_TEXT, silent, Frames, NoOutlets())
+        build_tiers(config, tiny_foundation(), shapes, tiny_data(config), PUBLIC_TEXT, silent, Frames, NoPublishers())
 
 
 # -- before any work ---------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from gaisnet.data.examples import DeviceData, Example, tokenize
 from gaisnet.engines.local import build_network
 from gaisnet.errors import AdapterMismatch, CutError, DataError, UnexpectedMessage
 from gaisnet.learning.gate import Verdict
-from gaisnet.learning.relay import Distillation, TaskShape
+from gaisnet.learning.relay import Distillation, TaskTemplate
 from gaisnet.messages import (
     AdapterRelease,
     AdapterUpdate,
@@ -42,7 +42,7 @@ from gaisnet.messages import (
 )
 from gaisnet.models.foundation import Foundation, load_foundation
 from gaisnet.network import ALONE, Network, Scores
-from gaisnet.tiers.cloud.decoder_model import WritingModel
+from gaisnet.tiers.cloud.decoder_model import DecoderCloudModel
 from gaisnet.tiers.cloud.model import MERGED
 from gaisnet.tiers.device.device import Device
 from gaisnet.tiers.edge.edge import Edge
@@ -90,7 +90,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.foundation = self.foundation or tiny_foundation(initializer_range=WEIGHTS)
-        shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in self.config.edges}
+        shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in self.config.edges}
         data = self.data or tiny_data(self.config)
         self.network: Network = build_network(
             self.config, self.foundation, shapes, data, PUBLIC_TEXT, self.note, self.ledger.another
@@ -124,7 +124,7 @@ def alone(edge: str = "north", **changes: Any) -> Config:
 def alone_perplexity(run: Run) -> float:
     """Of the FM without an adapter."""
     model = run.network.cloud._model
-    assert isinstance(model, WritingModel)
+    assert isinstance(model, DecoderCloudModel)
     return model.perplexity_before
 
 
@@ -234,13 +234,13 @@ def test_the_merged_adapter_is_fitted_to_each_domain_on_its_own_text(finished: R
     cloud, foundation = finished.network.cloud, finished.foundation
     spec, merged = cloud.adapter(MERGED)
     assert foundation is not None and isinstance(spec, LoraSpec) and (spec.rank, spec.alpha) == (2 * 2, 2 * 4)
-    assert isinstance(cloud._model, WritingModel)
+    assert isinstance(cloud._model, DecoderCloudModel)
     parts = {domain: cloud.adapter(domain)[1] for domain in ("shapes", "tastes")}
     weight = finished.config.absorb.merge.weight
     sums = side_by_side(list(parts.values()), weight)
     whole = side_by_side(list(parts.values()))
     assert all(torch.equal(t, whole[key]) for key, t in merged.items() if ".lora_B." in key)  # they stay
-    texts = {domain: cloud._model._texts.of[domain] for domain in parts}
+    texts = {domain: cloud._model._text.of[domain] for domain in parts}
     assert texts["shapes"] != texts["tastes"]
 
     def apart(found: AdapterTensors) -> float:

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.compute_lock import SideBySide, Turn
+from gaisnet.compute_lock import ComputeLock, PartitionedCores
 from gaisnet.config import Config, DevicePrecision
-from gaisnet.engines.body_hosting import BodyOutlet
+from gaisnet.engines.body_hosting import BodyPublisher
 from gaisnet.engines.local import build_network
 from gaisnet.engines.local_serving import ServedNetwork, build_served_network
 from gaisnet.errors import SessionRefused, UnknownAdapter
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.foundation import Foundation
 from gaisnet.serving.generation.bodies import Place, Target
 from gaisnet.serving.generation.decoding import HeadSession, TailSession, write
@@ -47,10 +47,10 @@ def served_config(**changes: Any) -> Config:
     return tiny_config(**{**raw, **changes})
 
 
-def built(config: Config, turn: Turn | None = None) -> ServedNetwork:
-    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
+def built(config: Config, compute_lock: ComputeLock | None = None) -> ServedNetwork:
+    shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in config.edges}
     foundation = Foundation("tiny", lively_model(), tiny_tokenizer())
-    return build_served_network(config, foundation, shapes, tiny_data(config), PUBLIC_TEXT, turn=turn)
+    return build_served_network(config, foundation, shapes, tiny_data(config), PUBLIC_TEXT, compute_lock=compute_lock)
 
 
 @pytest.fixture(scope="module")
@@ -165,25 +165,31 @@ class Versions:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of: dict[tuple[int, str], tuple[LoraSpec, Mapping[str, Tensor]]] = {}
         self._models: dict[tuple[int, str], PreTrainedModel] = {}
-        put = BodyOutlet.put_adapter
+        put = BodyPublisher.put_adapter
 
-        def record(outlet: BodyOutlet, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
-            put(outlet, name, version, spec, tensors)
-            self.of[id(outlet), outlet.service._adapters._newest[name]] = spec, tensors
+        def record(
+            publisher: BodyPublisher, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]
+        ) -> None:
+            put(publisher, name, version, spec, tensors)
+            self.of[id(publisher), publisher.service._adapters._newest[name]] = spec, tensors
 
-        monkeypatch.setattr(BodyOutlet, "put_adapter", record)
+        monkeypatch.setattr(BodyPublisher, "put_adapter", record)
 
-    def model(self, outlet: BodyOutlet, served: str) -> PreTrainedModel:
-        key = id(outlet), served
+    def model(self, publisher: BodyPublisher, served: str) -> PreTrainedModel:
+        key = id(publisher), served
         if key not in self._models:
             spec, tensors = self.of[key]
             self._models[key] = with_adapters(lively_model(), it=(spec, dict(tensors)))
         return self._models[key]
 
 
-@pytest.mark.parametrize("turn", [Turn(), SideBySide(0.5, 2, lambda _: None)], ids=["one at a time", "side by side"])
+@pytest.mark.parametrize(
+    "turn", [ComputeLock(), PartitionedCores(0.5, 2, lambda _: None)], ids=["one at a time", "side by side"]
+)
 @pytest.mark.parametrize("edge_rounds", [1, 2])
-def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds: int, turn: Turn) -> None:
+def test_it_answers_while_it_learns(
+    monkeypatch: pytest.MonkeyPatch, edge_rounds: int, compute_lock: ComputeLock
+) -> None:
     """No answer fails or mixes versions, and what is learned is what a network learns that nobody asks for anything."""
     rounds = {
         "local_epochs": 1,
@@ -194,7 +200,7 @@ def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds
     }
     config = served_config(fine_tune=rounds)
     versions = Versions(monkeypatch)
-    served = built(config, turn)
+    served = built(config, compute_lock)
     served.network.install()
     for device in ("north-a", "south-a"):
         served.parts(device)
@@ -222,8 +228,8 @@ def test_it_answers_while_it_learns(monkeypatch: pytest.MonkeyPatch, edge_rounds
     assert not failed and len({versions for _, _, versions, _ in found}) > 3
     served.close()
     for to, ids, (name,), tokens in found:
-        outlet = served._outlets.cloud() if to.body == "cloud" else served._outlets.edge(to.domain)
-        assert tokens == likeliest(versions.model(outlet, name), ids, tokens), (to, name)
+        publisher = served._publishers.cloud() if to.body == "cloud" else served._publishers.edge(to.domain)
+        assert tokens == likeliest(versions.model(publisher, name), ids, tokens), (to, name)
     assert_learned_alike(config, served)
 
 
@@ -235,7 +241,7 @@ def likeliest(model: PreTrainedModel, ids: list[int], tokens: list[int]) -> list
 
 
 def assert_learned_alike(config: Config, served: ServedNetwork) -> None:
-    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
+    shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in config.edges}
     foundation = Foundation("tiny", lively_model(), tiny_tokenizer())
     alone = build_network(config, foundation, shapes, tiny_data(config), PUBLIC_TEXT)
     for _ in range(2):

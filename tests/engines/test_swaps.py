@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gaisnet.compute_lock import SideBySide
-from gaisnet.engines.body_hosting import BodyOutlet
+from gaisnet.compute_lock import PartitionedCores
+from gaisnet.engines.body_hosting import BodyPublisher
 from gaisnet.engines.local_serving import ServedNetwork
 from gaisnet.serving.generation.bodies import Place, Target
 from gaisnet.serving.generation.decoding import Tokens, write
@@ -104,7 +104,7 @@ def test_no_answer_fails_or_mixes_versions(monkeypatch: pytest.MonkeyPatch, num_
     """
     versions = Versions(monkeypatch)
     config = served_config(edges=[tiny_edge("north", "shapes")], fine_tune=LEARNING)
-    served = built(config, SideBySide(0.5, 2, lambda _: None))
+    served = built(config, PartitionedCores(0.5, 2, lambda _: None))
     served.network.install()
     served.parts("north-a")
     askers, witnesses = Askers(served, num_requests), list[tuple[Asked, str]]()
@@ -169,8 +169,8 @@ def likeliest(model: PreTrainedModel, answers: list[Asked]) -> list[list[int]]:
     return choices
 
 
-def outlet_of(served: ServedNetwork, body: Place) -> BodyOutlet:
-    return served._outlets.cloud() if body == "cloud" else served._outlets.edge("shapes")
+def outlet_of(served: ServedNetwork, body: Place) -> BodyPublisher:
+    return served._publishers.cloud() if body == "cloud" else served._publishers.edge("shapes")
 
 
 def held(served: ServedNetwork, body: Place) -> list[str]:

@@ -10,7 +10,7 @@ from gaisnet.config import Config
 from gaisnet.config.file import parse_config
 from gaisnet.data.examples import DeviceData, Example
 from gaisnet.engines.local import build_network
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.messages import EvaluationReport
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import CutLayers
@@ -53,7 +53,7 @@ def one_device(**model: Any) -> Config:
 def scored(tokenizer: Any, model: Any) -> EvaluationReport:
     """The network's score of the FM before anything is learned."""
     data = {"d": DeviceData(EXAMPLES, EXAMPLES)}
-    shapes = {"facts": TaskShape("Is {text} so?", ("yes", "no"))}
+    shapes = {"facts": TaskTemplate("Is {text} so?", ("yes", "no"))}
     network = build_network(one_device(), Foundation("tiny", model, tokenizer), shapes, data, "the inn is so. " * 60)
     network.install()
     return network.evaluate().foundation["facts"]

@@ -18,7 +18,7 @@ from gaisnet.learning.regression import fit_low_rank
 from gaisnet.learning.relay import (
     RELAY,
     Lesson,
-    TaskShape,
+    TaskTemplate,
     generate_text,
     leaving,
     relative_error,
@@ -32,8 +32,8 @@ from tests.tiny import VOCAB, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.numeric
 
-SHAPE = TaskShape("Is {text} so?", ("yes", "no"))
-FREE = TaskShape(None, ())
+SHAPE = TaskTemplate("Is {text} so?", ("yes", "no"))
+FREE = TaskTemplate(None, ())
 BOS, EOS = 256, 257
 NEWLINE = tiny_tokenizer().encode("\n")[0]
 
@@ -43,7 +43,7 @@ def settings(**changes: object) -> RelaySettings:
 
 
 def written(
-    shape: TaskShape = SHAPE, num: int = 12, seed: int = 1, model: PreTrainedModel | None = None, **changes: object
+    shape: TaskTemplate = SHAPE, num: int = 12, seed: int = 1, model: PreTrainedModel | None = None, **changes: object
 ) -> list[list[int]]:
     return generate_text(model or tiny_model(), tiny_tokenizer(), shape, num, settings(**changes), seed)
 
@@ -78,7 +78,7 @@ def model_that_says_by_chance(chances: Mapping[int, float]) -> PreTrainedModel:
 
 @pytest.mark.parametrize(("num", "tokens"), [(8, 4), (12, 24), (131, 4)])  # the last needs a second batch
 @pytest.mark.parametrize("shape", [FREE, SHAPE])
-def test_as_many_sequences_as_asked_none_too_long(num: int, tokens: int, shape: TaskShape) -> None:
+def test_as_many_sequences_as_asked_none_too_long(num: int, tokens: int, shape: TaskTemplate) -> None:
     texts = written(shape, num, tokens=tokens)
     assert len(texts) == num
     assert all(2 <= len(ids) <= tokens and all(0 <= i < VOCAB for i in ids) for ids in texts)
@@ -126,22 +126,22 @@ def test_shaped_text_fills_the_template_and_ends_with_a_label() -> None:
 
 
 def test_without_labels_the_text_ends_with_the_template() -> None:
-    texts = [text_of(ids) for ids in written(TaskShape("Is {text} so?", ()))]
+    texts = [text_of(ids) for ids in written(TaskTemplate("Is {text} so?", ()))]
     assert all(text.startswith("Is ") and text.endswith(" so?") for text in texts)
 
 
 def test_without_a_template_nothing_is_shaped() -> None:
-    assert all(ids[0] == BOS for ids in written(TaskShape(None, ("yes", "no"))))
+    assert all(ids[0] == BOS for ids in written(TaskTemplate(None, ("yes", "no"))))
 
 
 def test_a_long_ending_leaves_at_least_the_beginning() -> None:
-    shape = TaskShape("{text}" + " and so on" * 10, ("yes",))
+    shape = TaskTemplate("{text}" + " and so on" * 10, ("yes",))
     for ids in written(shape):  # one token is left to write, and it may be a space
         assert len(ids) >= 23 and " and so on and" in text_of(ids)
 
 
-@pytest.mark.parametrize("shape", [TaskShape("{text}", ()), TaskShape("{text}", ("a",)), SHAPE])
-def test_a_model_that_writes_nothing_still_gives_text_to_learn_from(shape: TaskShape) -> None:
+@pytest.mark.parametrize("shape", [TaskTemplate("{text}", ()), TaskTemplate("{text}", ("a",)), SHAPE])
+def test_a_model_that_writes_nothing_still_gives_text_to_learn_from(shape: TaskTemplate) -> None:
     texts = written(shape, model=model_that_says(NEWLINE))
     assert len(texts) == 12 and all(len(ids) >= 2 for ids in texts)
 

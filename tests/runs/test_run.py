@@ -28,7 +28,7 @@ from gaisnet.runs.model_card import render_card
 from gaisnet.runs.output import RunFolder
 from gaisnet.runs.run import Run, local_build, run_experiment
 from gaisnet.runs.summary import Cycle, Summary
-from gaisnet.tiers.cloud.decoder_model import WritingModel
+from gaisnet.tiers.cloud.decoder_model import DecoderCloudModel
 from gaisnet.tiers.cloud.model import MERGED
 from gaisnet.transport.ledger import Ledger
 from tests.frames import Frames
@@ -386,8 +386,8 @@ def test_finished_cycles_stay_when_a_later_one_breaks_off(tmp_path: Path) -> Non
         run = Run(config, folder, silent, local_build(config, domains, Ledger), {})
         run.cycle()
         model = run._network.cloud._model
-        assert isinstance(model, WritingModel)
-        body = model._teacher._body
+        assert isinstance(model, DecoderCloudModel)
+        body = model._relay_trainer._body
         (middle, *_) = (index for index in body.indices if index in (2, 3))
         body.get_parameter(f"layers.{middle}.input_layernorm.weight").data[0] = math.inf
         run.cycle()

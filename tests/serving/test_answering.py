@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gaisnet.errors import ContextFull, LinkLost, SessionRefused, UnknownAdapter, UnknownModel
-from gaisnet.serving.generation.answering import Answer, Answering, Ask, Domain
+from gaisnet.serving.generation.answering import Answer, Answering, Domain, GenerationRequest
 from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.decoding import write
 from gaisnet.serving.generation.routing import Routing
@@ -29,8 +29,8 @@ def tiny_answering(
     return Answering(parts, chat_tokenizer(), bodies, domains, "shapes", speculate), bodies
 
 
-def ask(model: str, **changes: Any) -> Ask:
-    return Ask(**{"model": model, "prompt": IDS, "sampling": Sampling(max_tokens=TOKENS), **changes})
+def ask(model: str, **changes: Any) -> GenerationRequest:
+    return GenerationRequest(**{"model": model, "prompt": IDS, "sampling": Sampling(max_tokens=TOKENS), **changes})
 
 
 def text_by(answering: Answering, bodies: LocalBodies, target: Target) -> str:
@@ -40,7 +40,7 @@ def text_by(answering: Answering, bodies: LocalBodies, target: Target) -> str:
     return str(answering.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def finished(answering: Answering, wanted: Ask) -> tuple[str, Answer]:
+def finished(answering: Answering, wanted: GenerationRequest) -> tuple[str, Answer]:
     answer = answering.begin(wanted)
     return "".join(answer), answer
 
@@ -146,7 +146,7 @@ def test_what_speculation_opened_is_closed_if_the_other_body_cannot_be_had() -> 
         (ask("auto", prompt=(5,) * 120), ContextFull, "the model takes 128"),
     ],
 )
-def test_what_cannot_be_answered(wanted: Ask, error: type[Exception], said: str) -> None:
+def test_what_cannot_be_answered(wanted: GenerationRequest, error: type[Exception], said: str) -> None:
     answering, bodies = tiny_answering("never")
     with pytest.raises(error, match=said):
         answering.begin(wanted)

@@ -12,7 +12,7 @@ from gaisnet.errors import LinkTimeout
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.generation import decoding
-from gaisnet.serving.generation.batching_call import Combined
+from gaisnet.serving.generation.batching_call import BatchingCall
 from gaisnet.serving.generation.decoding import DeviceParts, write
 from gaisnet.serving.generation.sampling import Sampling
 from tests.serving.models import generated, lively_model, prompt, served, session
@@ -40,7 +40,7 @@ class Held:
         return [number * number for number in numbers]
 
 
-def all_behind_one(held: Held, combined: Combined[int, int], numbers: Sequence[int]) -> dict[int, "Future[int]"]:
+def all_behind_one(held: Held, combined: BatchingCall[int, int], numbers: Sequence[int]) -> dict[int, "Future[int]"]:
     """Calls of as many threads that all wait while the first of them runs."""
     pool = ThreadPoolExecutor(len(numbers))
     calls = {numbers[0]: pool.submit(combined, numbers[0])}
@@ -60,14 +60,14 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_who_waits_runs_together() -> None:
     held = Held()
-    calls = all_behind_one(held, Combined(held, lambda number: 1, most=100), range(1, 9))
+    calls = all_behind_one(held, BatchingCall(held, lambda number: 1, most=100), range(1, 9))
     assert {number: call.result() for number, call in calls.items()} == {n: n * n for n in range(1, 9)}
     assert [len(batch) for batch in held.batches] == [1, 7]
 
 
 def test_a_batch_has_its_limit_and_one_question_may_be_beyond_it() -> None:
     held = Held()
-    calls = all_behind_one(held, Combined(held, lambda number: number, most=9), [1, 4, 5, 50, 6])
+    calls = all_behind_one(held, BatchingCall(held, lambda number: number, most=9), [1, 4, 5, 50, 6])
     assert all(call.result() == number**2 for number, call in calls.items())
     assert all(sum(batch) <= 9 or len(batch) == 1 for batch in held.batches)
     assert sorted(number for batch in held.batches for number in batch) == [1, 4, 5, 6, 50]
@@ -75,7 +75,7 @@ def test_a_batch_has_its_limit_and_one_question_may_be_beyond_it() -> None:
 
 def test_only_the_culprit_fails() -> None:
     held = Held()
-    calls = all_behind_one(held, Combined(held, lambda number: 1, most=100), [1, 2, 13, 3])
+    calls = all_behind_one(held, BatchingCall(held, lambda number: 1, most=100), [1, 2, 13, 3])
     assert [calls[number].result() for number in (1, 2, 3)] == [1, 4, 9]
     with pytest.raises(ValueError, match="unlucky"):
         calls[13].result()
@@ -84,7 +84,7 @@ def test_only_the_culprit_fails() -> None:
 def test_questions_that_are_made_together_run_together() -> None:
     held = Held()
     held.entered.set()
-    combined = Combined(held, lambda number: 1, most=100)
+    combined = BatchingCall(held, lambda number: 1, most=100)
     before: list[Future[int]] = [Future() for _ in range(8)]
     with ThreadPoolExecutor(9) as pool:
         calls = [pool.submit(combined.after, future, lambda number: number + 1) for future in before]
@@ -100,7 +100,9 @@ def test_questions_that_are_made_together_run_together() -> None:
 
 
 def test_what_does_not_come_is_not_waited_for_for_ever() -> None:
-    combined: Combined[int, list[int]] = Combined(lambda numbers: [[number] for number in numbers], lambda n: 1, 9)
+    combined: BatchingCall[int, list[int]] = BatchingCall(
+        lambda numbers: [[number] for number in numbers], lambda n: 1, 9
+    )
     with pytest.raises(CancelledError):
         combined.after(Future[int](), lambda number: number, deadline_s=0.01)
     assert combined(4) == [4]  # nothing is left of it

@@ -387,7 +387,7 @@ def test_a_body_serves_while_it_learns() -> None:
     found = []
     for token in write(parts, session(parts, service, ("law",)), prompt(7), Sampling(max_tokens=12)):
         found.append(token)
-        with service.turn.learning():
+        with service.compute_lock.learning():
             body.run(rows(5)[None], 1).square().mean().backward()
             optimizer.step()
         service.put_adapter("law", len(found), DOMAIN, take_out(body, "law"))

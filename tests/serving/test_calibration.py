@@ -12,7 +12,7 @@ from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.calibration import (
     FILE_NAME,
     Calibration,
-    HeldOut,
+    CalibrationExample,
     Trial,
     calibrate,
     collect,
@@ -117,7 +117,7 @@ def test_trials_of_real_bodies() -> None:
     assert answers[dm] != answers[fm]
 
     def trial(answer: tuple[int, ...]) -> Trial:
-        return collect(parts, bodies, dm, ("shapes",), HeldOut(tuple(prompt(7)), answer), "top_probability")
+        return collect(parts, bodies, dm, ("shapes",), CalibrationExample(tuple(prompt(7)), answer), "top_probability")
 
     as_domain, as_foundation = trial(answers[dm]), trial(answers[fm])
     assert (as_domain.wrong_at, as_domain.foundation_right, len(as_domain.confidences)) == (None, False, 5)
@@ -133,7 +133,7 @@ def test_an_answer_may_end_with_any_token_that_ends_one(monkeypatch: pytest.Monk
     dm = Target("edge", ("relay", "domain"), "shapes")
     session = bodies.open(dm, parts.first, parts.stop, 0)
     written = tuple(write(parts, session, prompt(7), Sampling(max_tokens=4)))
-    answer = HeldOut(tuple(prompt(7)), (*written[:3], 257))
+    answer = CalibrationExample(tuple(prompt(7)), (*written[:3], 257))
     assert collect(parts, bodies, dm, ("shapes",), answer, "margin").wrong_at == 3
     monkeypatch.setattr(parts.head.stack.config, "eos_token_id", [257, written[3]])
     assert collect(parts, bodies, dm, ("shapes",), answer, "margin").wrong_at is None

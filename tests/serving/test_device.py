@@ -7,9 +7,9 @@ import pytest
 
 from gaisnet.config import RoutingSettings
 from gaisnet.serving.generation.bodies import Target
-from gaisnet.serving.generation.calibration import HeldOut, read_calibrations
+from gaisnet.serving.generation.calibration import CalibrationExample, read_calibrations
 from gaisnet.serving.generation.decoding import write
-from gaisnet.serving.generation.device import ServedDevice, ServedDomain, calibrated, uncalibrated
+from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain, calibrated, uncalibrated
 from gaisnet.serving.generation.routing import DEFAULT_MEASURE
 from gaisnet.serving.generation.sampling import Sampling
 from tests.serving.fronts import LocalBodies, chat_tokenizer, shared_bodies
@@ -18,14 +18,16 @@ from tests.serving.models import prompt
 MERGED, OWN = ("merged",), ("shapes",)
 
 
-def held_out(seed: int, num: int) -> list[HeldOut]:
-    return [HeldOut(tuple(prompt(7, seed=seed + i)), (5, 6, 257)) for i in range(num)]
+def held_out(seed: int, num: int) -> list[CalibrationExample]:
+    return [CalibrationExample(tuple(prompt(7, seed=seed + i)), (5, 6, 257)) for i in range(num)]
 
 
-def tiny_device(examples: Mapping[str, list[HeldOut]], merged: bool = True) -> tuple[ServedDevice, LocalBodies]:
+def tiny_device(
+    examples: Mapping[str, list[CalibrationExample]], merged: bool = True
+) -> tuple[AnsweringDevice, LocalBodies]:
     parts, bodies = shared_bodies()
     domains = {name: ServedDomain(("relay", "domain"), (name,), examples.get(name, ())) for name in bodies.edges}
-    return ServedDevice("shapes", parts, chat_tokenizer(), bodies, domains, merged), bodies
+    return AnsweringDevice("shapes", parts, chat_tokenizer(), bodies, domains, merged), bodies
 
 
 BOTH = {"shapes": held_out(0, 8), "tastes": held_out(100, 8)}
@@ -71,10 +73,10 @@ def test_a_question_of_another_domain_is_what_the_threshold_comes_from() -> None
     """The DM does as well as the FM on its own domain; only the other's examples are worth an escalation."""
     parts, bodies = shared_bodies()
 
-    def answered(target: Target, seed: int) -> HeldOut:
+    def answered(target: Target, seed: int) -> CalibrationExample:
         asked = tuple(prompt(7, seed=seed))
         session = bodies.open(target, parts.first, parts.stop, 0)
-        return HeldOut(asked, tuple(write(parts, session, asked, Sampling(max_tokens=1))))
+        return CalibrationExample(asked, tuple(write(parts, session, asked, Sampling(max_tokens=1))))
 
     dm, fm = Target("edge", ("relay", "domain"), "shapes"), Target("cloud", MERGED, "shapes")
     own, others = [answered(dm, 0), answered(fm, 1)], [answered(fm, 100), answered(fm, 101)]

@@ -20,7 +20,7 @@ from gaisnet.errors import (
     UnexpectedMessage,
     UnknownAdapter,
 )
-from gaisnet.futures import as_future, failed, then, then_ask
+from gaisnet.futures import as_future, failed, flat_map, map_result
 from gaisnet.messages import CloseSession, CropSession, Done, EscalateSession, ExtendSession, Message, OpenSession
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
@@ -53,7 +53,7 @@ class Cloud:
             answer = as_future(self.endpoint.handle(EXACT.decode(EXACT.encode(message))))
         except Exception as error:
             return failed(error)
-        return then(answer, lambda reply: EXACT.decode(EXACT.encode(reply)))
+        return map_result(answer, lambda reply: EXACT.decode(EXACT.encode(reply)))
 
 
 @dataclass
@@ -213,7 +213,7 @@ class Held(Cloud):
     def send(self, message: Message) -> Future[Message]:
         gate: Future[None] = Future()
         self.gates.append(gate)
-        return then_ask(gate, lambda _: Cloud.send(self, message))
+        return flat_map(gate, lambda _: Cloud.send(self, message))
 
 
 def test_what_a_device_does_while_its_session_is_on_the_way(place: Place) -> None:

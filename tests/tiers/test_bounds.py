@@ -11,7 +11,7 @@ from torch import Tensor
 from gaisnet.errors import GaisnetError, OutOfBounds, WireFormatError
 from gaisnet.messages import MOST, AdapterUpdate, BodyOutputGrad, EvaluationReport, Message, SmashedData
 from gaisnet.tiers.split import bounds
-from gaisnet.tiers.split.bounds import Steepness
+from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.transport.codec import Codec
 from tests.tiers.test_edge_faults import (
     ALL_NAMES,
@@ -152,7 +152,7 @@ def test_no_label_makes_a_gradient_steeper_than_the_limit() -> None:
     generator = torch.Generator().manual_seed(0)
     norm, head_VD = torch.nn.RMSNorm(8), 3.0 * torch.randn(20, 8, generator=generator)
     norm.weight.data = torch.randn(8, generator=generator)
-    steepness = Steepness(
+    gradient_bounds = GradientBounds(
         2.0 * float(head_VD.norm(dim=-1).max()) * float(norm.weight.detach().abs().max()), normed=True
     )
     for size in (1e-3, 1.0, 1e3):
@@ -161,7 +161,7 @@ def test_no_label_makes_a_gradient_steeper_than_the_limit() -> None:
         worst_N = logits_NV.argmin(dim=-1)
         torch.nn.functional.cross_entropy(logits_NV, worst_N).backward()
         assert rows_ND.grad is not None
-        assert 0.0 < float(rows_ND.grad.norm()) <= steepness.limit(rows_ND.detach(), 5)
+        assert 0.0 < float(rows_ND.grad.norm()) <= gradient_bounds.limit(rows_ND.detach(), 5)
 
 
 def test_adamw_never_comes_further_than_the_reach() -> None:

@@ -28,11 +28,11 @@ from gaisnet.models.ragged import Ragged, by_length
 from gaisnet.models.release import ReleasedEncoder, release_encoder, restrict
 from gaisnet.progress import silent
 from gaisnet.tiers.device.classification import class_loss, class_score
-from gaisnet.tiers.edge.activation_store import SmashedStore
+from gaisnet.tiers.edge.activation_store import ActivationStore
 from gaisnet.tiers.split.activations import Activations, tail_rows
 from gaisnet.tiers.split.domain_model import DomainModel
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Member, Outcome
 from gaisnet.transport.codec import Codec
 from tests.tiers.cohort import ONE_STEP, cohort_config
@@ -162,7 +162,7 @@ def test_a_split_step_is_that_of_the_unsplit_model(family: str, kind: str, heads
     for name, parameter in parameters_of(cohort.body, "domain").items():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3, msg=name)
 
-    learned = cohort.domain.learn(members, cohort.labels, Stint(cohort.config.fine_tune, 1, "here"), silent)
+    learned = cohort.domain.learn(members, cohort.labels, TrainingSchedule(cohort.config.fine_tune, 1, "here"), silent)
     assert (learned.num_examples, learned.num_steps) == (len(CLASSES), 1)
     assert learned.loss == pytest.approx(loss.item(), rel=1e-5)
     settings = cohort.config.fine_tune
@@ -212,7 +212,9 @@ def test_only_logits_go_to_the_owners(kind: str) -> None:
 def test_learning_makes_the_classes_known() -> None:
     changes = {"fine_tune": {**ONE_STEP, "local_epochs": 30, "batch_size": 4}}
     cohort = ClassCohort("vit", class_config((1, 2), "prompts", **changes))
-    learned = cohort.domain.learn(cohort.members(), cohort.labels, Stint(cohort.config.fine_tune, 1, "here"), silent)
+    learned = cohort.domain.learn(
+        cohort.members(), cohort.labels, TrainingSchedule(cohort.config.fine_tune, 1, "here"), silent
+    )
     assert learned.loss < 0.1
 
 
@@ -223,8 +225,8 @@ def test_a_member_that_is_away_is_left_out_and_the_others_learn_as_without_it() 
         return {**cohort.labels(outputs), "device-1": LinkTimeout("device-1", "away")}
 
     settings = cohort.config.fine_tune
-    learned = cohort.domain.learn(cohort.members(), labels, Stint(settings, 1, "here"), silent)
-    alone = without.domain.learn(without.members()[:1], without.labels, Stint(settings, 1, "here"), silent)
+    learned = cohort.domain.learn(cohort.members(), labels, TrainingSchedule(settings, 1, "here"), silent)
+    alone = without.domain.learn(without.members()[:1], without.labels, TrainingSchedule(settings, 1, "here"), silent)
     assert learned.left.keys() == {"device-1"} and learned.loss == pytest.approx(alone.loss, rel=1e-5)
     found = cohort.domain.domain_adapter()
     for name, tensor in without.domain.domain_adapter().items():
@@ -319,7 +321,7 @@ def test_an_example_that_is_classified_has_one_label(classifies: bool) -> None:
         def ask(self, *_: object) -> dict[str, SmashedData]:
             return {"north-a": sent}
 
-    store = SmashedStore(settings, FaultSettings(), cast(Any, Asked()))
+    store = ActivationStore(settings, FaultSettings(), cast(Any, Asked()))
     store.begin(8, classifies, longest=3)
     failed = store.fetch(["north-a"], "train")
     assert failed.keys() == ({"north-a"} if classifies else set())

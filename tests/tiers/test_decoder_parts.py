@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.models.ragged import Ragged
-from gaisnet.tiers.cloud.decoder_parts import FoundationModel
+from gaisnet.tiers.cloud.decoder_parts import DecoderParts
 from gaisnet.tiers.split.layout import Layout
 from tests.tiny import NUM_LAYERS, tiny_config, tiny_foundation
 
 TEXTS = [[256, 7, 9, 30, 2], [256, 40, 41], [3, 4, 5, 6, 7, 8]]
 
 
-def model(tail_layers: int = 0) -> FoundationModel:
+def model(tail_layers: int = 0) -> DecoderParts:
     layout = Layout(tiny_config(tail_layers=tail_layers), NUM_LAYERS)
-    found = FoundationModel(tiny_foundation(initializer_range=0.2), layout, Turn())
+    found = DecoderParts(tiny_foundation(initializer_range=0.2), layout, ComputeLock())
     found.add("shapes", layout.domain_spec(), seed=1)
     tensors = found.adapter("shapes")
     generator = torch.Generator().manual_seed(2)
@@ -36,7 +36,7 @@ def test_divergence_is_that_of_the_whole_model_by_hand(tail_layers: int) -> None
 
     def log_chances(states: Ragged) -> Tensor:
         """Sequence by sequence, through the body with the adapter and the rest of the whole model."""
-        with found.plugged_in("shapes"), torch.no_grad():
+        with found.active_adapter("shapes"), torch.no_grad():
             rows = []
             for sequence in states.sequences():
                 hidden = found.body.run(sequence[None], 4)

@@ -14,7 +14,7 @@ from gaisnet.messages import (
     Install,
     Message,
 )
-from gaisnet.tiers.edge.device_pool import Cluster
+from gaisnet.tiers.edge.device_pool import DevicePool
 from tests.clock import Awaited, Clock
 
 AWAY_S = 30.0
@@ -96,7 +96,7 @@ class Bench:
         self.a, self.b, self.c = (Site(clock) for _ in range(3))
         self.sites = {"a": self.a, "b": self.b, "c": self.c}
         faults = FaultSettings(round_deadline_s=DEADLINE_S, away_s=AWAY_S)
-        self.cluster = Cluster("edge 'north'", self.sites, faults, lambda name: KIT)
+        self.cluster = DevicePool("edge 'north'", self.sites, faults, lambda name: KIT)
 
     def ask(self, *names: str, deadline_s: float = DEADLINE_S) -> dict[str, EvaluationReport | GaisnetError]:
         return self.cluster.ask(dict.fromkeys(names, ASK), EvaluationReport, deadline_s)
@@ -124,9 +124,9 @@ def lives(site: Site) -> list[tuple[str, Sequence[Message]]]:
 
 
 def test_a_newcomer_is_given_its_kit_once_and_before_it_is_asked(bench: Bench) -> None:
-    assert bench.cluster.gather(["a", "b"]) == {}
+    assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert bench.ask("a", "b") == {"a": REPORT, "b": REPORT}
-    assert bench.cluster.gather(["a", "b"]) == {}
+    assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert bench.ask("a") == {"a": REPORT}
     assert lives(bench.a) == [("first", [*KIT, ASK, ASK])]
     assert lives(bench.b) == [("first", [*KIT, ASK])]
@@ -134,14 +134,14 @@ def test_a_newcomer_is_given_its_kit_once_and_before_it_is_asked(bench: Bench) -
 
 
 def test_after_a_forgetting_all_are_given_their_kit_again(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b"])
+    bench.cluster.ensure_ready(["a", "b"])
     bench.cluster.forget()
-    assert bench.cluster.gather(["a", "b"]) == {}
+    assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert lives(bench.a) == lives(bench.b) == [("first", [*KIT, *KIT])]
 
 
 def test_one_that_restarts_in_the_middle_is_given_its_kit_again_and_asked_once_more(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b"])
+    bench.cluster.ensure_ready(["a", "b"])
     bench.a.delay_s = 10.0
     bench.clock.after(3.0, bench.a.die)
     bench.clock.after(8.0, lambda: bench.a.restart("second"))
@@ -151,7 +151,7 @@ def test_one_that_restarts_in_the_middle_is_given_its_kit_again_and_asked_once_m
 
 
 def test_one_that_restarts_every_time_is_not_asked_for_ever(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b"])
+    bench.cluster.ensure_ready(["a", "b"])
     bench.a.delay_s = 4.0
     for number in range(50):
         bench.clock.after(6.0 * number + 2.0, lambda n=number: bench.a.restart(f"life {n}"))  # type: ignore[misc]
@@ -161,7 +161,7 @@ def test_one_that_restarts_every_time_is_not_asked_for_ever(bench: Bench) -> Non
 
 
 def test_one_that_restarted_between_two_requests_is_given_its_kit_before_the_second(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b"])
+    bench.cluster.ensure_ready(["a", "b"])
     bench.ask("a", "b")
     bench.a.restart("second")
     assert bench.ask("a", "b") == {"a": REPORT, "b": REPORT}
@@ -170,23 +170,23 @@ def test_one_that_restarted_between_two_requests_is_given_its_kit_before_the_sec
 
 def test_one_that_refuses_its_kit_is_not_had_and_tried_again_the_next_time(bench: Bench) -> None:
     bench.a.fails[Install] = PeerError("a", "ModelError", "no memory")
-    missing = bench.cluster.gather(["a", "b"])
+    missing = bench.cluster.ensure_ready(["a", "b"])
     assert missing.keys() == {"a"} and "no memory" in str(missing["a"])
     bench.a.fails.clear()
-    assert bench.cluster.gather(["a", "b"]) == {}
+    assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert bench.ask("a", "b") == {"a": REPORT, "b": REPORT}
 
 
 def test_one_that_answers_its_kit_with_something_else_is_not_had(bench: Bench) -> None:
     bench.a.fails[Install] = REPORT
-    missing = bench.cluster.gather(["a", "b"])
+    missing = bench.cluster.ensure_ready(["a", "b"])
     assert missing.keys() == {"a"} and isinstance(missing["a"], UnexpectedMessage)
 
 
 def test_one_that_stalls_over_its_kit_is_waited_for_until_the_deadline(bench: Bench) -> None:
     bench.a.delay_s = STALL_S
     missing: dict[str, GaisnetError] = {}
-    seconds = bench.seconds(lambda: missing.update(bench.cluster.gather(["a", "b"])))
+    seconds = bench.seconds(lambda: missing.update(bench.cluster.ensure_ready(["a", "b"])))
     assert missing.keys() == {"a"} and isinstance(missing["a"], LinkTimeout)
     assert DEADLINE_S <= seconds <= DEADLINE_S + LOOK_S
 
@@ -197,22 +197,22 @@ def test_one_that_stalls_over_its_kit_is_waited_for_until_the_deadline(bench: Be
 def test_one_that_is_away_is_waited_for_once_until_it_is_back(bench: Bench) -> None:
     bench.a.die()
     missing: dict[str, GaisnetError] = {}
-    seconds = bench.seconds(lambda: missing.update(bench.cluster.gather(["a", "b"])))
+    seconds = bench.seconds(lambda: missing.update(bench.cluster.ensure_ready(["a", "b"])))
     assert missing.keys() == {"a"} and isinstance(missing["a"], LinkTimeout)
     assert str(missing["a"]).startswith("edge 'north' needs device 'a': it is away; ")
     assert AWAY_S <= seconds <= AWAY_S + LOOK_S
-    assert bench.seconds(lambda: bench.cluster.gather(["a", "b"])) < LOOK_S
+    assert bench.seconds(lambda: bench.cluster.ensure_ready(["a", "b"])) < LOOK_S
     bench.a.restart("second")
-    assert bench.cluster.gather(["a", "b"]) == {}
+    assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert bench.ask("a", "b") == {"a": REPORT, "b": REPORT}
     bench.a.die()
-    assert AWAY_S <= bench.seconds(lambda: bench.cluster.gather(["a"])) <= AWAY_S + LOOK_S
+    assert AWAY_S <= bench.seconds(lambda: bench.cluster.ensure_ready(["a"])) <= AWAY_S + LOOK_S
 
 
 def test_one_that_comes_back_in_time_is_had(bench: Bench) -> None:
     bench.a.die()
     bench.clock.after(AWAY_S / 2, lambda: bench.a.restart("second"))
-    assert bench.cluster.gather(["a", "b"]) == {}
+    assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert lives(bench.a) == [("second", [*KIT])]
 
 
@@ -220,13 +220,13 @@ def test_several_that_are_away_are_waited_for_together(bench: Bench) -> None:
     for site in bench.sites.values():
         site.die()
     missing: dict[str, GaisnetError] = {}
-    seconds = bench.seconds(lambda: missing.update(bench.cluster.gather(["a", "b", "c"])))
+    seconds = bench.seconds(lambda: missing.update(bench.cluster.ensure_ready(["a", "b", "c"])))
     assert missing.keys() == {"a", "b", "c"}
     assert seconds <= AWAY_S + LOOK_S
 
 
 def test_one_that_goes_away_while_it_is_asked_is_given_up_and_others_answer_meanwhile(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b"])
+    bench.cluster.ensure_ready(["a", "b"])
     bench.a.delay_s = bench.b.delay_s = 10.0
     bench.clock.after(5.0, bench.a.die)
     outcomes: dict[str, EvaluationReport | GaisnetError] = {}
@@ -235,11 +235,11 @@ def test_one_that_goes_away_while_it_is_asked_is_given_up_and_others_answer_mean
     assert outcomes["b"] == REPORT
     assert 5.0 + AWAY_S - LOOK_S <= seconds <= 5.0 + AWAY_S + LOOK_S
     assert bench.seconds(lambda: bench.ask("a")) < LOOK_S
-    assert bench.seconds(lambda: bench.cluster.gather(["a"])) < LOOK_S
+    assert bench.seconds(lambda: bench.cluster.ensure_ready(["a"])) < LOOK_S
 
 
 def test_what_it_was_asked_before_it_was_given_up_is_dropped(bench: Bench) -> None:
-    bench.cluster.gather(["a"])
+    bench.cluster.ensure_ready(["a"])
     bench.a.die()
     asked = bench.cluster.start({"a": ASK})
     assert isinstance(bench.cluster.collect(asked, EvaluationReport, DEADLINE_S)["a"], LinkTimeout)
@@ -247,11 +247,11 @@ def test_what_it_was_asked_before_it_was_given_up_is_dropped(bench: Bench) -> No
 
 
 def test_a_link_that_drops_for_a_moment_costs_no_kit(bench: Bench) -> None:
-    bench.cluster.gather(["a"])
+    bench.cluster.ensure_ready(["a"])
     bench.a.die()
     bench.clock.after(5.0, lambda: bench.a.reconnect("first"))
     assert bench.ask("a") == {"a": REPORT}
-    assert bench.cluster.gather(["a"]) == {}
+    assert bench.cluster.ensure_ready(["a"]) == {}
     assert lives(bench.a) == [("first", [*KIT, ASK])]
 
 
@@ -259,7 +259,7 @@ def test_a_link_that_drops_for_a_moment_costs_no_kit(bench: Bench) -> None:
 
 
 def test_those_that_stall_are_waited_for_together_and_others_answer_meanwhile(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b", "c"])
+    bench.cluster.ensure_ready(["a", "b", "c"])
     bench.a.delay_s = bench.b.delay_s = STALL_S
     bench.c.delay_s = 12.0
     outcomes: dict[str, EvaluationReport | GaisnetError] = {}
@@ -273,7 +273,7 @@ def test_those_that_stall_are_waited_for_together_and_others_answer_meanwhile(be
 
 
 def test_the_deadline_holds_over_a_restart_as_well(bench: Bench) -> None:
-    bench.cluster.gather(["a"])
+    bench.cluster.ensure_ready(["a"])
     bench.a.delay_s = 8.0
     bench.clock.after(7.0, lambda: bench.a.restart("second"))
     outcomes: dict[str, EvaluationReport | GaisnetError] = {}
@@ -283,7 +283,7 @@ def test_the_deadline_holds_over_a_restart_as_well(bench: Bench) -> None:
 
 
 def test_work_goes_on_between_asking_and_waiting(bench: Bench) -> None:
-    bench.cluster.gather(["a"])
+    bench.cluster.ensure_ready(["a"])
     bench.a.delay_s = 50.0
     asked = bench.cluster.start({"a": ASK})
     bench.clock.sleep(49.0)
@@ -291,7 +291,7 @@ def test_work_goes_on_between_asking_and_waiting(bench: Bench) -> None:
 
 
 def test_a_wrong_answer_is_the_error_of_one_device(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b", "c"])
+    bench.cluster.ensure_ready(["a", "b", "c"])
     bench.b.fails[Evaluate] = Done()
     outcomes = bench.ask("a", "b", "c")
     assert (outcomes["a"], outcomes["c"]) == (REPORT, REPORT)
@@ -299,7 +299,7 @@ def test_a_wrong_answer_is_the_error_of_one_device(bench: Bench) -> None:
 
 
 def test_an_error_of_one_device_is_its_own(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b"])
+    bench.cluster.ensure_ready(["a", "b"])
     bench.a.fails[Evaluate] = error = PeerError("a", "DataError", "no examples")
     assert bench.ask("a", "b") == {"a": error, "b": REPORT}
     assert bench.a.asked() == 1
@@ -309,26 +309,26 @@ def test_an_error_of_one_device_is_its_own(bench: Bench) -> None:
 
 
 def test_news_goes_to_those_that_have_their_kit(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b"])
+    bench.cluster.ensure_ready(["a", "b"])
     assert bench.cluster.tell(["a", "b", "c"], NEWS) == {}
     assert lives(bench.a) == lives(bench.b) == [("first", [*KIT, NEWS])]
     assert bench.c.heard == []
 
 
 def test_one_that_does_not_take_the_news_is_given_its_kit_again(bench: Bench) -> None:
-    bench.cluster.gather(["a", "b"])
+    bench.cluster.ensure_ready(["a", "b"])
     bench.a.fails[AdapterRelease] = PeerError("a", "AdapterMismatch", "no")
     assert bench.cluster.tell(["a", "b"], NEWS).keys() == {"a"}
     bench.a.fails.clear()
-    assert bench.cluster.gather(["a", "b"]) == {}
+    assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert lives(bench.a) == [("first", [*KIT, NEWS, *KIT])]
     assert lives(bench.b) == [("first", [*KIT, NEWS])]
 
 
 def test_one_that_answers_the_news_with_something_else_is_given_its_kit_again(bench: Bench) -> None:
-    bench.cluster.gather(["a"])
+    bench.cluster.ensure_ready(["a"])
     bench.a.fails[AdapterRelease] = REPORT
     failed = bench.cluster.tell(["a"], NEWS)
     assert isinstance(failed["a"], UnexpectedMessage)
-    bench.cluster.gather(["a"])
+    bench.cluster.ensure_ready(["a"])
     assert lives(bench.a) == [("first", [*KIT, NEWS, *KIT])]

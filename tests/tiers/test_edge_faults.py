@@ -679,7 +679,9 @@ def test_a_local_device_that_restarts_is_given_what_it_was_told_to_begin_with(
 
     def look(message: Message, reply: Message) -> Message:
         if isinstance(message, FineTune):
-            kits.extend(m for m in world.edge._kit("local-a") if isinstance(m, AdapterRelease) and m.role == "domain")
+            kits.extend(
+                m for m in world.edge._setup_messages("local-a") if isinstance(m, AdapterRelease) and m.role == "domain"
+            )
         return reply
 
     local = world.links["local-a"]

@@ -46,9 +46,9 @@ from gaisnet.progress import silent
 from gaisnet.tiers.device.device import Device
 from gaisnet.tiers.edge.edge import Edge
 from gaisnet.tiers.split.activations import Activations
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Labels, Member, Outcome
-from gaisnet.tiers.split.trainable_body import Learned
+from gaisnet.tiers.split.trainable_body import TrainingResult
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
@@ -146,8 +146,10 @@ def gradients(cohort: Cohort, members: Sequence[Member], batch: Sequence[int]) -
     return loss, {n: p.grad.clone() for n, p in zip(names, parameters, strict=True) if p.grad is not None}
 
 
-def learn(cohort: Cohort, members: Sequence[Member], seed: int = 1, labels: Labels | None = None) -> Learned:
-    return cohort.domain.learn(members, labels or cohort.labels, Stint(cohort.config.fine_tune, seed, "here"), silent)
+def learn(cohort: Cohort, members: Sequence[Member], seed: int = 1, labels: Labels | None = None) -> TrainingResult:
+    return cohort.domain.learn(
+        members, labels or cohort.labels, TrainingSchedule(cohort.config.fine_tune, seed, "here"), silent
+    )
 
 
 # -- (a), (d): split equals unsplit ------------------------------------------------------------------------------------
@@ -351,7 +353,7 @@ def test_epochs_over_devices_are_epochs_over_one() -> None:
     changes: dict[str, Any] = {"fine_tune": {"local_epochs": 3, "batch_size": 2, "learning_rate": 0.002}}
     one, many = Cohort(cohort_config((1,), **changes)), Cohort(cohort_config((1, 1), **changes))
     first, second = learn(one, one.members()), learn(many, many.members())
-    assert replace(second, loss=0.0) == replace(first, loss=0.0) == Learned(5, 9, 0.0)
+    assert replace(second, loss=0.0) == replace(first, loss=0.0) == TrainingResult(5, 9, 0.0)
     assert second.loss == pytest.approx(first.loss, rel=1e-4)
     assert_same(many.domain.domain_adapter(), one.domain.domain_adapter(), 1e-4)
 
@@ -543,13 +545,13 @@ def fine_tuned(edge: Edge, cycle: int = 0) -> AdapterUpdate:
 
 def learned_alone(
     config: Config, names: Sequence[str], start: AdapterTensors, seed: int, edge_round: int = 0
-) -> tuple[AdapterTensors, Learned]:
+) -> tuple[AdapterTensors, TrainingResult]:
     """What devices that learn together, without an edge around them, make of an adapter."""
     examples = [example for name in names for example in PRIVATE[name]]
     cohort = Cohort(cohort_config([1], fine_tune=config.fine_tune.model_dump()), examples)
     cohort.domain.put_domain_adapter(start)
     learned = cohort.domain.learn(
-        cohort.members(), cohort.labels, Stint(config.fine_tune, seed, "here", edge_round), silent
+        cohort.members(), cohort.labels, TrainingSchedule(config.fine_tune, seed, "here", edge_round), silent
     )
     return cohort.domain.domain_adapter(), learned
 
@@ -569,7 +571,7 @@ def test_parties_that_learn_in_parallel_are_averaged_by_their_examples(
     edge, adapter = hybrid_edge(config)
     update = fine_tuned(edge, cycle=4)
     local, split = [name for name in names if name.startswith("local")], [n for n in names if n.startswith("split")]
-    learned: list[tuple[AdapterTensors, Learned]] = []
+    learned: list[tuple[AdapterTensors, TrainingResult]] = []
     for edge_round in range(edge_rounds):
         cohort = learned_alone(config, split, adapter, config.seed_for("fine_tune", "edge", 4, edge_round))
         begun = adapter if local_devices == "parallel" else cohort[0]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gaisnet.config.learning import FineTuneSettings
-from gaisnet.tiers.split.schedule import Step, Stint
+from gaisnet.tiers.split.schedule import Step, TrainingSchedule
 from tests.tiers.cohort import cohort_config
 
 LENGTHS = [5, 9, 3, 7, 7, 2, 8, 4, 6, 3, 5]
@@ -18,7 +18,7 @@ def steps_of(
     config = cohort_config(
         (1,), fine_tune={"batch_size": 2, "anchor_weight": 1.0, "anchor_every": 2, "edge_rounds": 24, **changes}
     )
-    return Stint.of(config, "edge", name, cycle, edge_round).passes(LENGTHS, sequences)
+    return TrainingSchedule.of(config, "edge", name, cycle, edge_round).passes(LENGTHS, sequences)
 
 
 def flat(passes: Sequence[Sequence[Step]]) -> list[Step]:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import ServiceSettings
 from gaisnet.messages import BodyOutput
 from gaisnet.models.release import ReleasedModel
 from gaisnet.progress import silent
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.tiers.split.domain_model import DomainModel
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Outcome
-from gaisnet.tiers.split.trainable_body import Learned
+from gaisnet.tiers.split.trainable_body import TrainingResult
 from tests.serving.models import DOMAIN, adapter
 from tests.tiers.cohort import Cohort, cohort_config, random_adapter
 from tests.tiny import NUM_LAYERS
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.numeric
 FIRST = 1
 
 
-class Busy(Turn):
+class Busy(ComputeLock):
     """Does something at every pause of those who learn."""
 
     def __init__(self) -> None:
@@ -57,16 +57,16 @@ def cohort() -> Cohort:
     return Cohort(cohort_config([1, 2], fine_tune=settings))
 
 
-def new_model(cohort: Cohort, turn: Turn) -> DomainModel:
+def new_model(cohort: Cohort, compute_lock: ComputeLock) -> DomainModel:
     body = ReleasedModel(cohort.release).body(cohort.layout.first_cut, cohort.layout.tail_start)
-    domain = DomainModel(body, cohort.layout, turn)
+    domain = DomainModel(body, cohort.layout, compute_lock)
     domain.put_domain_adapter(random_adapter(domain.domain_adapter(), seed=5))
     return domain
 
 
-def learn(cohort: Cohort, domain: DomainModel, labels: Any = None) -> tuple[Learned, AdapterTensors]:
+def learn(cohort: Cohort, domain: DomainModel, labels: Any = None) -> tuple[TrainingResult, AdapterTensors]:
     settings = cohort.config.fine_tune
-    learned = domain.learn(cohort.members(), labels or cohort.labels, Stint(settings, 3, "here"), silent)
+    learned = domain.learn(cohort.members(), labels or cohort.labels, TrainingSchedule(settings, 3, "here"), silent)
     return learned, domain.domain_adapter()
 
 
@@ -92,17 +92,17 @@ class Visitor:
 
 
 def test_neither_learning_nor_answers_notice_each_other(cohort: Cohort) -> None:
-    alone_learned, alone_adapter = learn(cohort, new_model(cohort, Turn()))
-    turn = Busy()
-    domain = new_model(cohort, turn)
-    visitor = Visitor(BodyService(domain.body, domain.layers, ServiceSettings(), turn))
-    turn.do = visitor
+    alone_learned, alone_adapter = learn(cohort, new_model(cohort, ComputeLock()))
+    compute_lock = Busy()
+    domain = new_model(cohort, compute_lock)
+    visitor = Visitor(BodyService(domain.body, domain.layers, ServiceSettings(), compute_lock))
+    compute_lock.do = visitor
     learned, tensors = learn(cohort, domain)
-    turn.do = lambda: None
+    compute_lock.do = lambda: None
     assert learned == alone_learned
     assert all(torch.equal(tensor, alone_adapter[key]) for key, tensor in tensors.items())
-    assert turn.num_pauses > 200
-    quiet = new_model(cohort, Turn())
+    assert compute_lock.num_pauses > 200
+    quiet = new_model(cohort, ComputeLock())
     service = BodyService(quiet.body, quiet.layers, ServiceSettings())
     for first in range(0, 100, 5):
         service.put_adapter("law", first, DOMAIN, adapter(DOMAIN, first % 3))
@@ -115,14 +115,14 @@ def test_neither_learning_nor_answers_notice_each_other(cohort: Cohort) -> None:
 
 
 def test_all_of_a_step_can_be_paused_but_asking_for_labels_holds_nothing(cohort: Cohort) -> None:
-    turn = Busy()
-    domain = new_model(cohort, turn)
+    compute_lock = Busy()
+    domain = new_model(cohort, compute_lock)
     held: list[bool] = []
 
     def labels(outputs: Mapping[str, BodyOutput]) -> Mapping[str, Outcome]:
-        held.append(turn._holder is not None)
+        held.append(compute_lock._holder is not None)
         return cohort.labels(outputs)
 
     learn(cohort, domain, labels)
     assert len(held) > 2 and not any(held)
-    assert turn._holder is None
+    assert compute_lock._holder is None

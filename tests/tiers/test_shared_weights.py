@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import Config
 from gaisnet.engines.local import build_network
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.messages import AdapterUpdate, BodyOutput, FineTune, Message, ModelRelease, SmashRequest
 from gaisnet.models.release import restrict
 from gaisnet.network import Network
 from gaisnet.tiers.device.device import Device
-from gaisnet.tiers.device.shared_weights import Stock
+from gaisnet.tiers.device.shared_weights import SharedWeights
 from gaisnet.transport.codec import Codec
 from tests.tiny import tiny_config, tiny_data, tiny_edge, tiny_foundation, tiny_tokenizer
 
@@ -30,19 +30,21 @@ def config() -> Config:
 
 
 def network(settings: Config) -> Network:
-    shapes = {"shapes": TaskShape(None, ())}
+    shapes = {"shapes": TaskTemplate(None, ())}
     return build_network(settings, tiny_foundation(), shapes, tiny_data(settings), "some public text " * 40)
 
 
-def devices(settings: Config, stock: Stock | None) -> dict[str, Device]:
+def devices(settings: Config, stock: SharedWeights | None) -> dict[str, Device]:
     data = tiny_data(settings)
     return {
-        one.name: Device(one, settings, tiny_tokenizer(), data[one.name], stock=stock)
+        one.name: Device(one, settings, tiny_tokenizer(), data[one.name], shared_weights=stock)
         for _, one in settings.each_device()
     }
 
 
-def equipped(settings: Config, stock: Stock | None, release: ModelRelease, kit: list[Message]) -> dict[str, Device]:
+def equipped(
+    settings: Config, stock: SharedWeights | None, release: ModelRelease, kit: list[Message]
+) -> dict[str, Device]:
     """Every device with its part, which crossed a link of its own."""
     codec, every = Codec(settings.wire), devices(settings, stock)
     for one in settings.edges[0].devices:
@@ -72,7 +74,7 @@ def test_shared_parts_change_no_result() -> None:
     release = cloud.model_release
     kit: list[Message] = [cloud.anchor_release, *(cloud.release(role, "shapes") for role in ("relay", "domain"))]
     alone = equipped(settings, None, release, kit)
-    together = equipped(settings, Stock(settings, Turn()), release, kit)
+    together = equipped(settings, SharedWeights(settings, ComputeLock()), release, kit)
     for one in settings.edges[0].devices:
         local = one.mode == "local"
         expected, found = answers(alone[one.name], local), answers(together[one.name], local)
@@ -84,7 +86,7 @@ def test_shared_parts_change_no_result() -> None:
 
 def test_embeddings_are_there_once_whatever_the_cuts() -> None:
     settings = config()
-    every = equipped(settings, Stock(settings, Turn()), network(settings).cloud.model_release, [])
+    every = equipped(settings, SharedWeights(settings, ComputeLock()), network(settings).cloud.model_release, [])
     heads = [device.parts()[0] for device in every.values()]
     layers = [dict(head.stack.layers["0"].named_parameters())["mlp.up_proj.weight"] for head in heads]
     assert len({next(head.embed_tokens.parameters()).data_ptr() for head in heads}) == 1
@@ -96,7 +98,7 @@ def test_embeddings_are_there_once_whatever_the_cuts() -> None:
 
 def test_other_weights_are_others() -> None:
     settings = config()
-    stock, release = Stock(settings, Turn()), restrict(network(settings).cloud.model_release, range(1))
+    stock, release = SharedWeights(settings, ComputeLock()), restrict(network(settings).cloud.model_release, range(1))
     one = settings.edges[0].devices[0]
     changed = ModelRelease(
         release.config_json,
@@ -114,7 +116,7 @@ def test_other_weights_are_others() -> None:
 
 def test_nothing_is_kept_for_nobody() -> None:
     settings = config()
-    stock, release = Stock(settings, Turn()), network(settings).cloud.model_release
+    stock, release = SharedWeights(settings, ComputeLock()), network(settings).cloud.model_release
     every = equipped(settings, stock, release, [])
     head = weakref.ref(every["north-a"].parts()[0])
     assert head() is not None

@@ -12,7 +12,7 @@ from torch import Tensor
 from gaisnet.config import Config
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ActivationsNotKept, TooFewEdges
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.network import Network
 from gaisnet.tiers.edge.spill import kept_within
 from tests.disk import largest_file
@@ -97,7 +97,7 @@ def config(max_mib: int | None) -> Config:
 
 def installed(config: Config) -> Network:
     foundation = tiny_foundation(initializer_range=0.1)
-    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
+    shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in config.edges}
     network = build_network(config, foundation, shapes, tiny_data(config), "some public text " * 40)
     network.install()
     return network

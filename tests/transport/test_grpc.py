@@ -127,7 +127,7 @@ class RawDialer:
         ]
         self._channel = grpc.secure_channel(f"localhost:{port}", credentials, options, compression)
         self._out: SimpleQueue[bytes | None] = SimpleQueue()
-        self.life = os.urandom(16)
+        self.incarnation = os.urandom(16)
         talk: Any = self._channel.stream_stream("/gaisnet.Link/Talk")
         self._call = talk(iter(self._out.get, None), timeout=DEADLINE_S)
 
@@ -138,7 +138,7 @@ class RawDialer:
         return decode_frame(next(self._call), Limits())
 
     def greet(self) -> None:
-        self.send(Frame(self.life, Kind.HELLO))
+        self.send(Frame(self.incarnation, Kind.HELLO))
         assert self.receive().kind is Kind.WELCOME
 
     def ends(self) -> tuple[grpc.StatusCode, str]:
@@ -184,7 +184,7 @@ def test_both_ends_ask(sites: Sites) -> None:
     assert answer(clinic.send(b"up")) == b"edge to clinic: up"
     assert answer(edge.link("clinic").send(b"down")) == b"clinic to edge: down"
     state = edge.states()["clinic"]
-    assert (state.connected, state.life, state.rejected_frames) == (True, edge.link("clinic").peer, 0)
+    assert (state.connected, state.incarnation, state.rejected_frames) == (True, edge.link("clinic").peer, 0)
     assert state.last_seen_s is not None and 0 <= state.last_seen_s <= DEADLINE_S
 
 
@@ -407,7 +407,7 @@ def test_a_dialer_that_does_not_read_its_answer_holds_up_nobody(sites: Sites) ->
     stuck = sites.raw(edge.port, "clinic")
     stuck.greet()
     for step in range(1, 65):
-        stuck.send(Frame(stuck.life, Kind.REQUEST, step))
+        stuck.send(Frame(stuck.incarnation, Kind.REQUEST, step))
     ward = sites.dialer(edge.port, "ward")
     for _ in range(3):
         assert len(answer(ward.send(b"?"))) == size
@@ -674,7 +674,7 @@ def test_a_hostile_frame_closes_its_own_link_only(sites: Sites, case: str, caplo
     for _ in range(2):
         hostile = sites.raw(edge.port, "clinic")
         hostile.greet()
-        for frame in HOSTILE[case](hostile.life):
+        for frame in HOSTILE[case](hostile.incarnation):
             hostile.send(frame)
         code, text = hostile.ends()
         assert code is grpc.StatusCode.INVALID_ARGUMENT and "cannot be read" in text
@@ -690,7 +690,7 @@ def test_a_message_above_the_limit_of_grpc_is_refused_by_grpc(sites: Sites) -> N
     edge = sites.listener("clinic", "ward", limits=SMALL)
     hostile = sites.raw(edge.port, "clinic")
     hostile.greet()
-    hostile.send(Frame(hostile.life, Kind.REQUEST, 1, 0, 2**19, 0, bytes(2**19)))
+    hostile.send(Frame(hostile.incarnation, Kind.REQUEST, 1, 0, 2**19, 0, bytes(2**19)))
     assert hostile.ends()[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert answer(sites.dialer(edge.port, "ward", limits=SMALL).send(b"other")) == b"other"
     assert answer(sites.dialer(edge.port, "clinic", limits=SMALL).send(b"well again")) == b"well again"
@@ -700,7 +700,7 @@ def test_a_compressed_frame_is_not_unpacked(sites: Sites) -> None:
     edge = sites.listener("clinic", limits=SMALL)
     bomb = RawDialer(edge.port, sites.authority.site("clinic"), grpc.Compression.Gzip)
     sites.stack.callback(bomb.close)
-    bomb.send(Frame(bomb.life, Kind.HELLO))
+    bomb.send(Frame(bomb.incarnation, Kind.HELLO))
     bomb.send(bytes(2**24))
     assert len(gzip.compress(bytes(2**24))) < SMALL.part_bytes
     assert bomb.ends()[0] in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT)
@@ -785,7 +785,7 @@ def test_a_site_that_restarts_again_and_again_leaves_no_more_requests_than_two_l
         restless = sites.raw(edge.port, "clinic")
         restless.greet()
         for step in range(1, SMALL.max_requests + 1):
-            restless.send(Frame(restless.life, Kind.REQUEST, step))
+            restless.send(Frame(restless.incarnation, Kind.REQUEST, step))
         if life < 2:
             asked = edge._endpoints["clinic"]
             until(lambda asked=asked, life=life: asked._queued == SMALL.max_requests * (life + 1), "requests")  # type: ignore[misc]
@@ -806,7 +806,7 @@ def test_those_aside_have_limits_of_their_own(sites: Sites) -> None:
         ward.send(bytes(2**17 + 1))
     greedy = sites.raw(edge.port, "ward")
     greedy.greet()
-    greedy.send(Frame(greedy.life, Kind.REQUEST, 1, 0, 2**17 + 1, 0, b"x"))
+    greedy.send(Frame(greedy.incarnation, Kind.REQUEST, 1, 0, 2**17 + 1, 0, b"x"))
     assert greedy.ends()[0] is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -950,11 +950,11 @@ def all_at_once(sites: Sites, number: int) -> None:
     names = [f"device-{i}" for i in range(number)]
     edge = sites.listener(*names, handle=lambda asker, payload: asker.encode() + payload)
     dialers = {name: sites.dialer(edge.port, name) for name in names}
-    for turn in (b"1", b"2", b"3"):
-        up = {name: dialer.send(turn) for name, dialer in dialers.items()}
-        down = {name: edge.link(name).send(name.encode() + turn) for name in names}
+    for compute_lock in (b"1", b"2", b"3"):
+        up = {name: dialer.send(compute_lock) for name, dialer in dialers.items()}
+        down = {name: edge.link(name).send(name.encode() + compute_lock) for name in names}
         for name in names:
-            assert answer(up[name]) == answer(down[name]) == name.encode() + turn
+            assert answer(up[name]) == answer(down[name]) == name.encode() + compute_lock
     assert all(state.connected for state in edge.states().values())
 
 

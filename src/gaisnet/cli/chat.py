@@ -95,10 +95,10 @@ def _converse(talk: Conversation) -> None:
         if line in ("/quit", "/exit"):
             return
         if line:
-            _turn(talk, line)
+            _compute_lock(talk, line)
 
 
-def _turn(talk: Conversation, line: str) -> None:
+def _compute_lock(talk: Conversation, line: str) -> None:
     """A command, or something to answer; what goes wrong is said, and the conversation goes on."""
     try:
         if line.startswith("/"):

@@ -28,12 +28,14 @@ from gaisnet.terminal import log_to_stderr
 
 if TYPE_CHECKING:
     from gaisnet.serving.generation.answering import Answering
-    from gaisnet.serving.generation.device import ServedDevice
+    from gaisnet.serving.generation.device import AnsweringDevice
     from gaisnet.serving.http.keys import ApiKeys
     from gaisnet.serving.http.server import Server
 
 
-def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> "AbstractContextManager[ServedDevice]":
+def open_device(
+    run: Path, name: str | None, overrides: Sequence[str] = ()
+) -> "AbstractContextManager[AnsweringDevice]":
     """A device of a finished run, and the bodies that it reaches, as long as the block lasts.
 
     Args:
@@ -138,7 +140,7 @@ def opened(
         yield answering, Server(app, *address, keys, settings=served.front)
 
 
-def _tell_absent(device: "ServedDevice") -> None:
+def _tell_absent(device: "AnsweringDevice") -> None:
     """Say whose examples are not there, and the consequence."""
     if device.absent:
         name, why = next(iter(device.absent.items()))

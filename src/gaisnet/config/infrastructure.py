@@ -12,7 +12,7 @@ Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[A-Za-z0-9.\[\
 
 
 class WireSettings(Settings):
-    """How tensors are written on a link: int8 and int4 with scales, see ``gaisnet.row_quant``; others as plain casts."""
+    """How tensors are written on a link: int8 and int4 with scales (``gaisnet.row_quant``), others as plain casts."""
 
     smashed: TensorCode = Field("int4", description="Activations of examples, device -> edge -> cloud.")
     session: TensorCode = Field(

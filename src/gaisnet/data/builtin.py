@@ -85,7 +85,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnExamples:
     """A built-in data set, drawn and shuffled, before it is dealt to devices.
 
     Attributes:
@@ -116,7 +116,7 @@ def domain_seed(domain: str, seed: int) -> int:
     return zlib.crc32(f"{seed}/{domain}".encode())
 
 
-def draw_builtin(domain: str, settings: DataSettings, seed: int, num_newcomers: int = 0) -> Drawn:
+def draw_builtin(domain: str, settings: DataSettings, seed: int, num_newcomers: int = 0) -> DrawnExamples:
     """Draw ``settings.train_examples`` and ``test_examples`` out of the built-in ``domain``, balanced over its labels.
 
     Newcomers hold out as many each, of what is left: nobody else's examples depend on them. Raises ``MissingPackage``,
@@ -144,7 +144,7 @@ def draw_builtin(domain: str, settings: DataSettings, seed: int, num_newcomers: 
     rng.shuffle(train)
     rng.shuffle(test)
     every = [_examples(some, source.template) for some in (train, test, *_dealt(more, num_newcomers, rng))]
-    return Drawn(source.template, labels, every[0], every[1], tuple(every[2:]))
+    return DrawnExamples(source.template, labels, every[0], every[1], tuple(every[2:]))
 
 
 def _left(available: Mapping[str, int], asked: int, domain: str) -> dict[str, int]:

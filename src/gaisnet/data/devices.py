@@ -11,11 +11,11 @@ import numpy as np
 
 from gaisnet.config import Config, DealtShare, EdgeSettings
 from gaisnet.config.learning import AbsorbSettings
-from gaisnet.data.builtin import BUILT_IN, Drawn, domain_seed, draw_builtin
+from gaisnet.data.builtin import BUILT_IN, DrawnExamples, domain_seed, draw_builtin
 from gaisnet.data.examples import DeviceData, Example, Input, Labelled
 from gaisnet.data.jsonl import read_examples, read_inputs
 from gaisnet.errors import DataError
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 
 # How often the proportions are drawn again because a device would have got nothing. A skew at which so many draws
 # fail is one that the number of examples cannot show.
@@ -41,7 +41,7 @@ def load_domains(config: Config) -> dict[str, DomainData]:
 
 
 @dataclass(frozen=True)
-class AtHand:
+class LoadedData:
     """Data of a run that answers: what there is of it, for examples need not be there any more.
 
     Attributes:
@@ -53,10 +53,10 @@ class AtHand:
     absent: dict[str, str]
 
 
-def load_at_hand(config: Config) -> AtHand:
+def load_at_hand(config: Config) -> LoadedData:
     """All examples that can be read; nothing is raised for the others."""
     absent: dict[str, str] = {}
-    return AtHand({edge.domain: _edge_at_hand(edge, config, absent) for edge in config.edges}, absent)
+    return LoadedData({edge.domain: _edge_at_hand(edge, config, absent) for edge in config.edges}, absent)
 
 
 def _edge_at_hand(edge: EdgeSettings, config: Config, absent: dict[str, str]) -> DomainData:
@@ -69,7 +69,7 @@ def _edge_at_hand(edge: EdgeSettings, config: Config, absent: dict[str, str]) ->
     try:
         shape = load_public(edge, config).shape
     except DataError:  # built in, and its package is not installed: nothing is learned, so no text is shaped
-        shape = TaskShape(None, ())
+        shape = TaskTemplate(None, ())
     return DomainData(shape.template, shape.labels, devices)
 
 
@@ -77,7 +77,7 @@ def _edge_at_hand(edge: EdgeSettings, config: Config, absent: dict[str, str]) ->
 class Public:
     """What the cloud may know of a domain. The majority of private examples is not among it."""
 
-    shape: TaskShape
+    shape: TaskTemplate
     majority: float | None
 
 
@@ -85,9 +85,9 @@ def load_public(edge: EdgeSettings, config: Config) -> Public:
     """What is public about an edge's domain: all of it where the data set is built in. Raises ``DataError``."""
     if not config.deals(edge):
         followed = _followed(edge, config)
-        return Public(TaskShape(edge.template or followed.template, edge.labels or followed.labels), None)
+        return Public(TaskTemplate(edge.template or followed.template, edge.labels or followed.labels), None)
     domain = _load_edge(edge, config)
-    return Public(TaskShape(domain.template, domain.labels), majority(domain))
+    return Public(TaskTemplate(domain.template, domain.labels), majority(domain))
 
 
 def load_device(config: Config, name: str) -> DeviceData[Any]:
@@ -151,7 +151,7 @@ def dealt_share(edge: EdgeSettings, device: str, config: Config) -> DealtShare |
     )
 
 
-def _drawn(edge: EdgeSettings, share: DealtShare, config: Config) -> Drawn:
+def _drawn(edge: EdgeSettings, share: DealtShare, config: Config) -> DrawnExamples:
     """An edge's share of a built-in data set."""
     drawn = draw_builtin(edge.adapter, config.data, config.seed, share.num_newcomers)
     if edge.follows is None:
@@ -159,7 +159,7 @@ def _drawn(edge: EdgeSettings, share: DealtShare, config: Config) -> Drawn:
     return replace(drawn, train=(), test=drawn.more[share.newcomer])
 
 
-def _deal(drawn: Drawn, edge: EdgeSettings, share: DealtShare, config: Config) -> DomainData:
+def _deal(drawn: DrawnExamples, edge: EdgeSettings, share: DealtShare, config: Config) -> DomainData:
     """Give each device its part, with the same proportions of each label for learning and for holding out."""
     names = _owners(edge, share)
     alpha, seed = config.data.dirichlet_alpha, domain_seed(edge.domain, config.seed)

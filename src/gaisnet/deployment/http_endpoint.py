@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import RoutingSettings
 from gaisnet.deployment.site import Site
 from gaisnet.engines.body_hosting import LinkedBodies
@@ -17,7 +17,7 @@ from gaisnet.serving.generation.answering import Answering
 from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.calibration import read_calibrations, write_calibrations
 from gaisnet.serving.generation.decoding import DeviceParts
-from gaisnet.serving.generation.device import ServedDevice, ServedDomain
+from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain
 from gaisnet.serving.http.address import announced
 from gaisnet.serving.http.api import make_app
 from gaisnet.serving.http.keys import ApiKeys
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Door:
+class OpenEndpoint:
     """How callers are let in.
 
     Attributes:
@@ -58,7 +58,7 @@ class _Versions:
         return ", ".join((*self.edge, *self.cloud))
 
 
-class FrontDoor:
+class HttpEndpoint:
     """Answers callers on a device, from when it has a model.
 
     Whenever its edge or the cloud serves another version, it finds out anew how sure is sure enough.
@@ -69,13 +69,15 @@ class FrontDoor:
         site: Its kit.
         folder: Where the kit is; thresholds and the address are put there.
         door: How callers are let in.
-        turn: Of the machine.
+        compute_lock: Of the machine.
 
     Raises:
         ConfigError: The address cannot be had.
     """
 
-    def __init__(self, device: Device, link: Link, site: Site, folder: Path, door: Door, turn: Turn) -> None:
+    def __init__(
+        self, device: Device, link: Link, site: Site, folder: Path, door: OpenEndpoint, compute_lock: ComputeLock
+    ) -> None:
         self._tier = device
         self._domain = site.edge.domain
         self._adapter = site.edge.adapter
@@ -85,7 +87,7 @@ class FrontDoor:
         self._merged = site.config.num_learning > 1
         self._folder = folder
         self._door = door
-        self._turn = turn
+        self._compute_lock = compute_lock
         self._socket = listen(*door.address)
         self._seen = _Versions()  # that the threshold is for
         self._last = _Versions()  # at the last look
@@ -118,20 +120,20 @@ class FrontDoor:
         except Exception:
             _log.exception("the front door is closed; learning goes on")
 
-    def _device(self) -> ServedDevice | None:
+    def _device(self) -> AnsweringDevice | None:
         """The device, ready to write; None if it ends before it has a model."""
         while not self._ending.wait(_LOOK_S):
             try:
-                parts = DeviceParts(*self._tier.parts(), self._turn)
+                parts = DeviceParts(*self._tier.parts(), self._compute_lock)
             except UnexpectedMessage:  # the edge has not given it a model yet
                 continue
             adapters = ("relay", "domain") if self._relay else ("domain",)
             domain = ServedDomain(adapters, (self._adapter,), held_out_of(self._tier.test_tokens))
             domains = {self._domain: domain}  # no other device's examples come here
-            return ServedDevice(self._domain, parts, self._tier.tokenizer, self._bodies, domains, self._merged)
+            return AnsweringDevice(self._domain, parts, self._tier.tokenizer, self._bodies, domains, self._merged)
         return None
 
-    def _keep_calibrated(self, device: ServedDevice, answering: Answering) -> None:
+    def _keep_calibrated(self, device: AnsweringDevice, answering: Answering) -> None:
         """Where other versions are served than those that the threshold is for."""
         if self._door.routing.escalate != "auto" or self._door.routing.threshold is not None:
             return
@@ -156,7 +158,7 @@ class FrontDoor:
         except OutputNotWritable as error:  # it holds as long as this process; a later one calibrates again
             _log.warning("%s", error)
 
-    def _versions(self, device: ServedDevice) -> _Versions:
+    def _versions(self, device: AnsweringDevice) -> _Versions:
         """What acts on the DM now, and on the FM where it is escalated to."""
         edge, cloud, now = self._acting(device, device.target(self._domain)), self._last.cloud, time.monotonic()
         if edge != self._last.edge or now - self._looked_at_cloud >= _LOOK_AT_CLOUD_S:
@@ -164,7 +166,7 @@ class FrontDoor:
             self._looked_at_cloud = now
         return _Versions(edge, cloud)
 
-    def _acting(self, device: ServedDevice, target: Target) -> tuple[str, ...]:
+    def _acting(self, device: AnsweringDevice, target: Target) -> tuple[str, ...]:
         session = self._bodies.open(target, device.parts.first, device.parts.stop, 0)
         session.close()
         return session.versions

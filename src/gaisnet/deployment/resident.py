@@ -27,8 +27,8 @@ from gaisnet.deployment.outcome import recorded
 from gaisnet.deployment.site import CLOUD, Site, certificates, claimed, read_site
 from gaisnet.deployment.site_hosting import SiteService
 from gaisnet.deployment.validity import check_validity
-from gaisnet.engines.body_hosting import Front
-from gaisnet.engines.local_serving import machine_turn
+from gaisnet.engines.body_hosting import PeerRouter
+from gaisnet.engines.local_serving import compute_lock_for
 from gaisnet.engines.nvflare.job import JobKeeper
 from gaisnet.engines.nvflare.kit import ORDERS
 from gaisnet.errors import ConfigError, UnexpectedMessage
@@ -54,7 +54,7 @@ from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.stream import ByteLink, Limits, LinkState
 
 if TYPE_CHECKING:
-    from gaisnet.deployment.http_endpoint import Door
+    from gaisnet.deployment.http_endpoint import OpenEndpoint
 
 _START_S = 600.0  # more than a tier takes to be there once its links are
 _ENDED_BY_SIGNAL = 128 + signal.SIGTERM
@@ -155,7 +155,7 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
 
             def build(foundation: Foundation, text: str, progress: Progress) -> Network:
                 shapes = {name: one.shape for name, one in public.items()}
-                cloud = Cloud(foundation, config, shapes, text, progress, service.outlet, inputs)
+                cloud = Cloud(foundation, config, shapes, text, progress, service.publisher, inputs)
                 return _cloud_network(site, folder, cloud, service, watched, keeper, opened)
 
             majorities = {name: one.majority for name, one in public.items()}
@@ -207,7 +207,7 @@ def _cloud_network(
     return network
 
 
-def _front_of_edge(service: SiteService, cloud: Cloud, name: str, link: ByteLink, share: float) -> Front:
+def _front_of_edge(service: SiteService, cloud: Cloud, name: str, link: ByteLink, share: float) -> PeerRouter:
     return service.front(cloud, name, lambda: link.peer, lambda body: SessionEndpoint(body, name, share))
 
 
@@ -240,7 +240,7 @@ def run_edge(folder: Path) -> NoReturn:
         devices = {name: CodedLink(listener.link(name), codec, ledger, "device_edge", "down", name) for name in names}
         shelf = FolderShelf(folder / "state")
         cloud = CodedLink(to_cloud, codec, ledger, "edge_cloud", "up", CLOUD, shelf.arrivals)
-        edge = Edge(settings, config, cloud, devices, ledger, shelf, watched, service.outlet)
+        edge = Edge(settings, config, cloud, devices, ledger, shelf, watched, service.publisher)
         # Orders come from the cloud, by way of this host's own NVFlare process; devices may ask for answers only.
         # The bytes of answers are not those of a run.
         asked = CodedLink(to_cloud, codec, Ledger(), "edge_cloud", "up", CLOUD)
@@ -250,11 +250,13 @@ def run_edge(folder: Path) -> NoReturn:
         _until_ended()
 
 
-def _front_of_device(service: SiteService, cloud: Link, name: str, link: ByteLink, quota: tuple[float, int]) -> Front:
+def _front_of_device(
+    service: SiteService, cloud: Link, name: str, link: ByteLink, quota: tuple[float, int]
+) -> PeerRouter:
     return service.front(None, name, lambda: link.peer, lambda body: EdgeSessions(body, cloud, name, *quota))
 
 
-def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
+def run_device(folder: Path, door: "OpenEndpoint | None" = None) -> NoReturn:
     """Serve a device's kit until the process is ended. Raises ``GaisnetError``.
 
     Args:
@@ -269,13 +271,13 @@ def run_device(folder: Path, door: "Door | None" = None) -> NoReturn:
         _serve_device(folder, site, door)
 
 
-def _serve_device(folder: Path, site: Site, door: "Door | None") -> NoReturn:
+def _serve_device(folder: Path, site: Site, door: "OpenEndpoint | None") -> NoReturn:
     config, codec, watched = site.config, Codec(site.config.wire), Watched()
     answers = _Answers(codec)
-    turn = machine_turn(config.service)
+    compute_lock = compute_lock_for(config.service)
     data, learns = load_device(config, site.name), site.edge.follows is None
     tokenizer = None if has_images(data) else read_tokenizer(folder / "tokenizer")
-    device = Device(site.device, config, tokenizer, data, watched, turn, learns=learns, labels=site.edge.labels)
+    device = Device(site.device, config, tokenizer, data, watched, compute_lock, learns=learns, labels=site.edge.labels)
     if door is not None and not device.writes:
         found = "its examples have labels, and a model that classifies writes no text"
         raise ConfigError(f"answers of device '{site.name}'", found, "start it without --serve")
@@ -286,10 +288,10 @@ def _serve_device(folder: Path, site: Site, door: "Door | None") -> NoReturn:
         link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits_of_device(config))
         opened.callback(link.close)
         if door is not None:
-            from gaisnet.deployment.http_endpoint import FrontDoor  # it needs packages that only answering needs
+            from gaisnet.deployment.http_endpoint import HttpEndpoint  # it needs packages that only answering needs
 
             to_edge = CodedLink(link, codec, Ledger(), "device_edge", "up", site.edge.name)
-            opened.callback(FrontDoor(device, to_edge, site, folder, door, turn).close)
+            opened.callback(HttpEndpoint(device, to_edge, site, folder, door, compute_lock).close)
         _until_ended()
 
 

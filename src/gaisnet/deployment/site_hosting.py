@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 
 from gaisnet.config import ServiceSettings
-from gaisnet.engines.body_hosting import BodyOutlet, Front, Sessions
-from gaisnet.engines.local_serving import machine_turn
+from gaisnet.engines.body_hosting import BodyPublisher, PeerRouter, Sessions
+from gaisnet.engines.local_serving import compute_lock_for
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.transport.base import Handler
 
@@ -21,18 +21,22 @@ class SiteService:
     """
 
     def __init__(self, settings: ServiceSettings, away_s: float) -> None:
-        self.outlet = BodyOutlet(settings, machine_turn(settings))
+        self.publisher = BodyPublisher(settings, compute_lock_for(settings))
         self._away_s = away_s
-        self._fronts: list[Front] = []
+        self._fronts: list[PeerRouter] = []
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._look, name="looks for peers", daemon=True)
         self._thread.start()
 
     def front(
-        self, tier: Handler | None, peer: str, life: Callable[[], str], new_sessions: Callable[[BodyService], Sessions]
-    ) -> Front:
-        """What a peer meets; arguments as for ``Front``."""
-        front = Front(tier, self.outlet, new_sessions, peer, life)
+        self,
+        tier: Handler | None,
+        peer: str,
+        incarnation: Callable[[], str],
+        new_sessions: Callable[[BodyService], Sessions],
+    ) -> PeerRouter:
+        """What a peer meets; arguments as for ``PeerRouter``."""
+        front = PeerRouter(tier, self.publisher, new_sessions, peer, incarnation)
         self._fronts.append(front)
         return front
 
@@ -42,7 +46,7 @@ class SiteService:
         self._thread.join()
         for front in self._fronts:
             front.close()
-        self.outlet.close()
+        self.publisher.close()
 
     def _look(self) -> None:
         while not self._ending.wait(_LOOK_S):

@@ -31,7 +31,7 @@ class _Link(BaseModel):
 
     connected: bool
     since_s: float
-    life: str
+    incarnation: str
     rejected_frames: int
     problem: str
 
@@ -149,5 +149,5 @@ def _device(name: str, edge: str, link: _Link) -> SiteState:
     if link.connected:
         return SiteState(name, "device", "up", f"linked to '{edge}' {since}{rejected}")
     why = f": {link.problem}" if link.problem else ""
-    seen = f"away {since}" if link.life else "has not come yet"
+    seen = f"away {since}" if link.incarnation else "has not come yet"
     return SiteState(name, "device", "away", f"{seen}{why}{rejected}")

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import ServiceSettings
 from gaisnet.errors import SessionRefused, UnexpectedMessage
 from gaisnet.messages import CloseSession, CropSession, EscalateSession, ExtendSession, Message, OpenSession, Whose
@@ -24,16 +24,16 @@ _WHOSE: dict[Place, Whose] = {"edge": "domain", "cloud": "foundation"}
 _OF_SESSIONS = (OpenSession, ExtendSession, EscalateSession, CropSession, CloseSession)
 
 
-class BodyOutlet:
-    """An ``Outlet`` of a tier: serves its body in a thread, until it is closed or the tier has another body.
+class BodyPublisher:
+    """An ``Publisher`` of a tier: serves its body in a thread, until it is closed or the tier has another body.
 
     Args:
         settings: Of the service.
-        turn: Of the machine that the tier is on.
+        compute_lock: Of the machine that the tier is on.
     """
 
-    def __init__(self, settings: ServiceSettings, turn: Turn) -> None:
-        self.turn = turn
+    def __init__(self, settings: ServiceSettings, compute_lock: ComputeLock) -> None:
+        self.compute_lock = compute_lock
         self._settings = settings
         self._opened = ExitStack()
         self._service: BodyService | None = None
@@ -50,15 +50,15 @@ class BodyOutlet:
         """Whether there is a body."""
         return self._service is not None
 
-    def put_body(self, body: Body, layers: range) -> None:
-        """See ``Outlet``; sessions on the body before end."""
+    def publish_body(self, body: Body, layers: range) -> None:
+        """See ``Publisher``; sessions on the body before end."""
         self.close()
-        service = BodyService(body, layers, self._settings, self.turn)
+        service = BodyService(body, layers, self._settings, self.compute_lock)
         self._opened.enter_context(service.serving())
         self._service = service
 
     def put_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
-        """See ``Outlet``."""
+        """See ``Publisher``."""
         service = self._service
         if service is not None:
             service.put_adapter(name, version, spec, tensors)
@@ -107,14 +107,14 @@ class Sessions(Protocol):
         """The peer is gone: end all its sessions."""
 
 
-class Front:
+class PeerRouter:
     """What one peer meets: messages of sessions go to the body's service, all others to the tier.
 
     The sessions of a peer end when it restarts, when it has been away for too long, and when the tier has another body.
 
     Args:
         tier: Behind; None where the peer has nothing else to ask.
-        outlet: Of the tier's body.
+        publisher: Of the tier's body.
         new_sessions: Answers the peer on a service.
         peer: For errors.
         life: Names the peer's present life; '' while it is away. None for one that is always there.
@@ -123,16 +123,16 @@ class Front:
     def __init__(
         self,
         tier: Handler | None,
-        outlet: BodyOutlet,
+        publisher: BodyPublisher,
         new_sessions: Callable[[BodyService], Sessions],
         peer: str,
-        life: Callable[[], str] | None = None,
+        incarnation: Callable[[], str] | None = None,
     ) -> None:
         self._tier = tier
-        self._outlet = outlet
+        self._publisher = publisher
         self._new_sessions = new_sessions
         self._peer = peer
-        self._life = life or (lambda: "here")
+        self._incarnation = incarnation or (lambda: "here")
         self._lock = threading.Lock()
         self._sessions: Sessions | None = None
         self._of: tuple[BodyService, str] | None = None  # the service and the peer's life that they belong to
@@ -148,10 +148,10 @@ class Front:
 
     def look(self, away_s: float) -> None:
         """End the sessions of a peer that has another life, or has been away for ``away_s``; call it now and then."""
-        now, life = time.monotonic(), self._life()
+        now, incarnation = time.monotonic(), self._incarnation()
         with self._lock:
-            self._seen = now if life else self._seen
-            restarted = bool(life) and self._of is not None and self._of[1] != life
+            self._seen = now if incarnation else self._seen
+            restarted = bool(incarnation) and self._of is not None and self._of[1] != incarnation
             if restarted or now - self._seen > away_s:
                 self._end()
 
@@ -161,12 +161,12 @@ class Front:
             self._end()
 
     def _present(self) -> Sessions:
-        service, life = self._outlet.service, self._life()
+        service, incarnation = self._publisher.service, self._incarnation()
         with self._lock:
-            if life and self._of is not None and self._of != (service, life):
+            if incarnation and self._of is not None and self._of != (service, incarnation):
                 self._end()
             if self._sessions is None:
-                self._sessions, self._of = self._new_sessions(service), (service, life)
+                self._sessions, self._of = self._new_sessions(service), (service, incarnation)
             return self._sessions
 
     def _end(self) -> None:

@@ -4,18 +4,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
 from gaisnet.data.examples import DeviceData, Input
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.foundation import Foundation, with_context
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
 from gaisnet.tiers.cloud.cloud import Cloud
 from gaisnet.tiers.device.device import Device
-from gaisnet.tiers.device.shared_weights import Stock
+from gaisnet.tiers.device.shared_weights import SharedWeights
 from gaisnet.tiers.edge.edge import Edge
-from gaisnet.tiers.split.publisher import NoOutlet, Outlet
+from gaisnet.tiers.split.publisher import NoPublisher, Publisher
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
@@ -31,37 +31,37 @@ class Tiers:
     network: Network
 
 
-class Outlets(Protocol):
+class Publishers(Protocol):
     """Makes the outlets of the tiers on a machine."""
 
-    turn: Turn
+    compute_lock: ComputeLock
 
-    def cloud(self) -> Outlet:
+    def cloud(self) -> Publisher:
         """The FM's."""
 
-    def edge(self, domain: str) -> Outlet:
+    def edge(self, domain: str) -> Publisher:
         """Of the DM of a domain."""
 
 
-class NoOutlets:
+class NoPublishers:
     """For a run that answers nobody."""
 
     def __init__(self) -> None:
-        self.turn = Turn()
+        self.compute_lock = ComputeLock()
 
-    def cloud(self) -> Outlet:
+    def cloud(self) -> Publisher:
         """Drops all."""
-        return NoOutlet(self.turn)
+        return NoPublisher(self.compute_lock)
 
-    def edge(self, domain: str) -> Outlet:
+    def edge(self, domain: str) -> Publisher:
         """Drops all."""
-        return NoOutlet(self.turn)
+        return NoPublisher(self.compute_lock)
 
 
 def build_network(
     config: Config,
     foundation: Foundation,
-    shapes: Mapping[str, TaskShape],
+    shapes: Mapping[str, TaskTemplate],
     data: Mapping[str, DeviceData[Any]],
     retention_text: str,
     progress: Progress = silent,
@@ -70,19 +70,19 @@ def build_network(
 ) -> Network:
     """Cloud, edges and devices of a run, joined by local links; arguments as for ``build_tiers``."""
     return build_tiers(
-        config, foundation, shapes, data, retention_text, progress, new_ledger, NoOutlets(), public_inputs
+        config, foundation, shapes, data, retention_text, progress, new_ledger, NoPublishers(), public_inputs
     ).network
 
 
 def build_tiers(
     config: Config,
     foundation: Foundation,
-    shapes: Mapping[str, TaskShape],
+    shapes: Mapping[str, TaskTemplate],
     data: Mapping[str, DeviceData[Any]],
     retention_text: str,
     progress: Progress,
     new_ledger: Callable[[], Ledger],
-    outlets: Outlets,
+    publishers: Publishers,
     public_inputs: Sequence[Input] = (),
     absent: Collection[str] = (),
 ) -> Tiers:
@@ -96,7 +96,7 @@ def build_tiers(
         retention_text: Public text to watch general ability with; of no use to an encoder.
         progress: Told about every step.
         new_ledger: Makes what counts the bytes, one per site that asks others.
-        outlets: Where bodies and adapters are served.
+        publishers: Where bodies and adapters are served.
         public_inputs: Of an encoder, in place of public text: unlabelled texts or images.
         absent: Devices whose examples are not there; the network cannot learn then, nor be evaluated.
 
@@ -104,18 +104,20 @@ def build_tiers(
         GaisnetError: Something does not fit, before any work.
     """
     config = with_context(config, foundation.model.config)
-    codec, turn = Codec(config.wire), outlets.turn
-    stock = Stock(config, turn)
+    codec, compute_lock = Codec(config.wire), publishers.compute_lock
+    shared_weights = SharedWeights(config, compute_lock)
     nothing: DeviceData[Any] = DeviceData((), ())
 
     def device_of(edge: EdgeSettings, one: DeviceSettings) -> Device:
         present = one.name not in absent
         mine, learns = data[one.name] if present else nothing, present and not edge.follows
-        return Device(one, config, foundation.reader, mine, progress, turn, stock, learns, present, edge.labels)
+        return Device(
+            one, config, foundation.reader, mine, progress, compute_lock, shared_weights, learns, present, edge.labels
+        )
 
     # First: they check their examples, the cloud works for seconds.
     devices = {one.name: device_of(edge, one) for edge, one in config.each_device()}
-    cloud = Cloud(foundation, config, shapes, retention_text, progress, outlets.cloud(), public_inputs)
+    cloud = Cloud(foundation, config, shapes, retention_text, progress, publishers.cloud(), public_inputs)
     cloud_ledger = new_ledger()
 
     def edge_of(settings: EdgeSettings) -> Edge:
@@ -125,8 +127,8 @@ def build_tiers(
             device.name: LocalLink(devices[device.name], codec, ledger, "device_edge", "down")
             for device in settings.devices
         }
-        outlet = outlets.edge(settings.domain)
-        return Edge(settings, config, to_cloud, links, ledger, progress=progress, outlet=outlet)
+        publisher = publishers.edge(settings.domain)
+        return Edge(settings, config, to_cloud, links, ledger, progress=progress, publisher=publisher)
 
     edges = {settings.domain: edge_of(settings) for settings in config.edges}
     to_edges = {name: LocalLink(edge, codec, cloud_ledger, "edge_cloud", "down") for name, edge in edges.items()}

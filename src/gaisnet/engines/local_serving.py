@@ -9,13 +9,13 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 
-from gaisnet.compute_lock import SideBySide, Turn
+from gaisnet.compute_lock import ComputeLock, PartitionedCores
 from gaisnet.config import Config, EdgeSettings, ServiceSettings
 from gaisnet.data.examples import DeviceData
-from gaisnet.engines.body_hosting import BodyOutlet, Front, LinkedBodies
+from gaisnet.engines.body_hosting import BodyPublisher, LinkedBodies, PeerRouter
 from gaisnet.engines.local import Tiers, build_tiers
 from gaisnet.errors import SessionRefused
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import Body
 from gaisnet.network import Network
@@ -30,25 +30,25 @@ from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
 
 
-class MachineOutlets:
+class MachinePublishers:
     """An outlet for the body of every tier on one machine, whose time they share.
 
     Args:
         settings: Of each service.
         domains: Of the edges.
-        turn: Of the machine; None for one that fits it.
+        compute_lock: Of the machine; None for one that fits it.
     """
 
-    def __init__(self, settings: ServiceSettings, domains: list[str], turn: Turn | None = None) -> None:
-        self.turn = turn or machine_turn(settings)
-        self.of_cloud = BodyOutlet(settings, self.turn)
-        self.of_edges = {domain: BodyOutlet(settings, self.turn) for domain in domains}
+    def __init__(self, settings: ServiceSettings, domains: list[str], compute_lock: ComputeLock | None = None) -> None:
+        self.compute_lock = compute_lock or compute_lock_for(settings)
+        self.of_cloud = BodyPublisher(settings, self.compute_lock)
+        self.of_edges = {domain: BodyPublisher(settings, self.compute_lock) for domain in domains}
 
-    def cloud(self) -> BodyOutlet:
+    def cloud(self) -> BodyPublisher:
         """The FM's."""
         return self.of_cloud
 
-    def edge(self, domain: str) -> BodyOutlet:
+    def edge(self, domain: str) -> BodyPublisher:
         """Of the DM of a domain."""
         return self.of_edges[domain]
 
@@ -56,12 +56,12 @@ class MachineOutlets:
     def services(self) -> list[BodyService]:
         """All that serve now."""
         every = (*self.of_edges.values(), self.of_cloud)
-        return [outlet.service for outlet in every if outlet.serves]
+        return [publisher.service for publisher in every if publisher.serves]
 
     def close(self) -> None:
         """End all services."""
-        for outlet in (*self.of_edges.values(), self.of_cloud):
-            outlet.close()
+        for publisher in (*self.of_edges.values(), self.of_cloud):
+            publisher.close()
 
 
 class ServedNetwork(LinkedBodies):
@@ -69,19 +69,19 @@ class ServedNetwork(LinkedBodies):
 
     Args:
         config: The run's configuration.
-        tiers: Built with ``outlets``; has its models once ``network.install()`` was called.
-        outlets: Serve the bodies.
+        tiers: Built with ``publishers``; has its models once ``network.install()`` was called.
+        publishers: Serve the bodies.
     """
 
-    def __init__(self, config: Config, tiers: Tiers, outlets: MachineOutlets) -> None:
+    def __init__(self, config: Config, tiers: Tiers, publishers: MachinePublishers) -> None:
         self.network: Network = tiers.network
-        self.turn = outlets.turn
+        self.compute_lock = publishers.compute_lock
         """Of the machine: whoever computes for an answer, such as a device's head and tail, takes it to serve."""
         self.ledger = Ledger()
         """The bytes of answers; those of learning are the network's."""
         self._config = config
         self._tiers = tiers
-        self._outlets = outlets
+        self._publishers = publishers
         self._settings = {settings.domain: settings for settings in config.edges}
         self._parts: dict[str, DeviceParts] = {}
         super().__init__(
@@ -90,11 +90,11 @@ class ServedNetwork(LinkedBodies):
 
     def adapters(self, body: Place, domain: str) -> list[str]:
         """Names that a ``Target`` may have. Raises ``SessionRefused`` before the body has its model."""
-        return self._outlet(body, domain).service.adapters
+        return self._publisher(body, domain).service.adapters
 
     def service(self, place: Place, domain: str) -> BodyService:
         """What serves a body. Raises ``SessionRefused`` before there is a model."""
-        return self._outlet(place, domain).service
+        return self._publisher(place, domain).service
 
     def body(self, place: Place, domain: str) -> Body:
         """What is served there; learning may change it. Raises ``SessionRefused`` before there is a model."""
@@ -103,12 +103,12 @@ class ServedNetwork(LinkedBodies):
     @property
     def num_sessions(self) -> int:
         """Open on all bodies together."""
-        return sum(service.num_sessions for service in self._outlets.services)
+        return sum(service.num_sessions for service in self._publishers.services)
 
     @property
     def used_bytes(self) -> int:
         """Memory that is held for them."""
-        return sum(service.used_bytes for service in self._outlets.services)
+        return sum(service.used_bytes for service in self._publishers.services)
 
     def parts(self, device: str) -> DeviceParts:
         """Head and tail of a device, to write answers with, of any domain; ask for them before learning goes on.
@@ -120,7 +120,7 @@ class ServedNetwork(LinkedBodies):
             if device not in domains:
                 raise SessionRefused(f"device '{device}'", f"the run has {', '.join(domains)}", "name one of those")
             self._tiers.edges[domains[device]].equip(device)
-            self._parts[device] = DeviceParts(*self._tiers.devices[device].parts(), self.turn)
+            self._parts[device] = DeviceParts(*self._tiers.devices[device].parts(), self.compute_lock)
         return self._parts[device]
 
     def device(self, domain: str) -> str:
@@ -130,30 +130,32 @@ class ServedNetwork(LinkedBodies):
 
     def close(self) -> None:
         """End all sessions and services."""
-        self._outlets.close()
+        self._publishers.close()
 
-    def _outlet(self, place: Place, domain: str) -> BodyOutlet:
-        return self._outlets.cloud() if place == "cloud" else self._outlets.edge(domain)
+    def _publisher(self, place: Place, domain: str) -> BodyPublisher:
+        return self._publishers.cloud() if place == "cloud" else self._publishers.edge(domain)
 
     def _link(self, edge: EdgeSettings) -> LocalLink:
         """From the device of an edge up to it; the edge has one of its own to the cloud."""
         codec, device = Codec(self._config.wire), self.device(edge.domain)
-        of_edge = Front(None, self._outlets.cloud(), lambda service: SessionEndpoint(service, edge.name), edge.name)
+        of_edge = PeerRouter(
+            None, self._publishers.cloud(), lambda service: SessionEndpoint(service, edge.name), edge.name
+        )
         cloud = LocalLink(of_edge, codec, self.ledger, "edge_cloud", "up")
-        outlet = self._outlets.edge(edge.domain)
-        of_device = Front(None, outlet, lambda service: EdgeSessions(service, cloud, device), device)
+        publisher = self._publishers.edge(edge.domain)
+        of_device = PeerRouter(None, publisher, lambda service: EdgeSessions(service, cloud, device), device)
         return LocalLink(of_device, codec, self.ledger, "device_edge", "up")
 
 
 def build_served_network(
     config: Config,
     foundation: Foundation,
-    shapes: Mapping[str, TaskShape],
+    shapes: Mapping[str, TaskTemplate],
     data: Mapping[str, DeviceData],
     retention_text: str,
     progress: Progress = silent,
     new_ledger: Callable[[], Ledger] = Ledger,
-    turn: Turn | None = None,
+    compute_lock: ComputeLock | None = None,
     absent: Collection[str] = (),
 ) -> ServedNetwork:
     """``engines.local.build_network``, with bodies that are served; close it in the end. Raises ``GaisnetError``.
@@ -166,26 +168,26 @@ def build_served_network(
         retention_text: Public text.
         progress: Told about every step.
         new_ledger: For learning.
-        turn: Of this machine; None for one that fits it.
+        compute_lock: Of this machine; None for one that fits it.
         absent: Devices whose examples are not there; the network only answers then.
     """
-    outlets = MachineOutlets(config.service, [edge.domain for edge in config.edges], turn)
+    publishers = MachinePublishers(config.service, [edge.domain for edge in config.edges], compute_lock)
     try:
         tiers = build_tiers(
-            config, foundation, shapes, data, retention_text, progress, new_ledger, outlets, absent=absent
+            config, foundation, shapes, data, retention_text, progress, new_ledger, publishers, absent=absent
         )
     except BaseException:
-        outlets.close()
+        publishers.close()
         raise
-    return ServedNetwork(config, tiers, outlets)
+    return ServedNetwork(config, tiers, publishers)
 
 
-def machine_turn(settings: ServiceSettings) -> Turn:
+def compute_lock_for(settings: ServiceSettings) -> ComputeLock:
     """Answers and learning side by side where this process has several cores."""
     cores, most = num_cores(), torch.get_num_threads()
     if cores < 2:
-        return Turn(settings.fine_tune_share)
-    return SideBySide(settings.fine_tune_share, cores, lambda some: torch.set_num_threads(min(some, most)))
+        return ComputeLock(settings.fine_tune_share)
+    return PartitionedCores(settings.fine_tune_share, cores, lambda some: torch.set_num_threads(min(some, most)))
 
 
 def num_cores() -> int:

@@ -37,7 +37,7 @@ _TEXT = "{text}"
 
 
 @dataclass(frozen=True)
-class TaskShape:
+class TaskTemplate:
     """What is public about a task: a template with ``{text}``, which the answer follows, and the answers' names."""
 
     template: str | None
@@ -99,7 +99,7 @@ class Lesson:
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    shape: TaskShape,
+    shape: TaskTemplate,
     num: int,
     settings: RelaySettings,
     seed: int,

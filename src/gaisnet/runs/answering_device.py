@@ -9,12 +9,12 @@ from gaisnet.data.examples import Tokens, tokenize
 from gaisnet.errors import ConfigError
 from gaisnet.models.foundation import with_context
 from gaisnet.runs.served_run import ServedRun, serve_run
-from gaisnet.serving.generation.calibration import HeldOut
-from gaisnet.serving.generation.device import ServedDevice, ServedDomain
+from gaisnet.serving.generation.calibration import CalibrationExample
+from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain
 
 
 @contextmanager
-def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> Iterator[ServedDevice]:
+def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> Iterator[AnsweringDevice]:
     """Inside, a device of the run in a folder reaches all bodies, as of the run's last finished cycle.
 
     Args:
@@ -30,10 +30,10 @@ def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> I
         yield device_of(served, name)
 
 
-def device_of(served: ServedRun, name: str | None) -> ServedDevice:
+def device_of(served: ServedRun, name: str | None) -> AnsweringDevice:
     """A device of a run that is served; None for the first split one. Raises ``ConfigError`` if it has no such."""
     edge, device = _device(served, name)
-    return ServedDevice(
+    return AnsweringDevice(
         domain=edge.domain,
         parts=served.bodies.parts(device.name),
         tokenizer=served.foundation.tokenizer,
@@ -49,9 +49,9 @@ def device_of(served: ServedRun, name: str | None) -> ServedDevice:
     )
 
 
-def held_out_of(examples: Sequence[Tokens]) -> list[HeldOut]:
+def held_out_of(examples: Sequence[Tokens]) -> list[CalibrationExample]:
     """Prompts, and the answers that they should have."""
-    return [HeldOut(t.input_ids[: len(t.input_ids) - len(t.label_ids) + 1], t.label_ids) for t in examples]
+    return [CalibrationExample(t.input_ids[: len(t.input_ids) - len(t.label_ids) + 1], t.label_ids) for t in examples]
 
 
 def _device(served: ServedRun, name: str | None) -> tuple[EdgeSettings, DeviceSettings]:

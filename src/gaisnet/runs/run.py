@@ -19,7 +19,7 @@ from gaisnet.data.devices import DomainData, load_domains, majority, public_inpu
 from gaisnet.engines.local import build_network
 from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import CheckpointError, ConfigError, NothingToResume
-from gaisnet.learning.relay import Distillation, TaskShape
+from gaisnet.learning.relay import Distillation, TaskTemplate
 from gaisnet.messages import AdapterUpdate, EvaluationReport
 from gaisnet.models.foundation import Foundation, load_foundation, with_context
 from gaisnet.models.pretrained import longest_example
@@ -141,7 +141,7 @@ def read_summary(out: Path) -> Summary:
 def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: Callable[[], Ledger]) -> Build:
     """All tiers in this process."""
     data = {name: data for domain in domains.values() for name, data in domain.devices.items()}
-    shapes = {name: TaskShape(domain.template, domain.labels) for name, domain in domains.items()}
+    shapes = {name: TaskTemplate(domain.template, domain.labels) for name, domain in domains.items()}
     inputs = public_inputs(config)
     return lambda foundation, text, progress: build_network(
         config, foundation, shapes, data, text, progress, new_ledger, inputs

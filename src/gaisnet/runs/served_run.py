@@ -7,11 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gaisnet.config import Config
-from gaisnet.data.devices import AtHand, load_at_hand
+from gaisnet.data.devices import LoadedData, load_at_hand
 from gaisnet.data.examples import DeviceData
 from gaisnet.engines.local_serving import ServedNetwork, build_served_network
 from gaisnet.errors import ConfigError, DataError
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.foundation import Foundation
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
@@ -35,7 +35,7 @@ class ServedRun:
     """
 
     def __init__(
-        self, config: Config, at_hand: AtHand, run: Run, foundation: Foundation, bodies: ServedNetwork
+        self, config: Config, at_hand: LoadedData, run: Run, foundation: Foundation, bodies: ServedNetwork
     ) -> None:
         self.config = config
         self.data = _by_device(at_hand)
@@ -112,7 +112,7 @@ def serve_run(out: Path, overrides: Sequence[str] = (), progress: Progress = sil
 @contextmanager
 def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[ServedRun]:
     at_hand = load_at_hand(config)
-    shapes = {name: TaskShape(domain.template, domain.labels) for name, domain in at_hand.domains.items()}
+    shapes = {name: TaskTemplate(domain.template, domain.labels) for name, domain in at_hand.domains.items()}
     made: list[tuple[Foundation, ServedNetwork]] = []
     served: list[ServedRun] = []
 
@@ -142,5 +142,5 @@ def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[S
             bodies.close()
 
 
-def _by_device(at_hand: AtHand) -> dict[str, DeviceData]:
+def _by_device(at_hand: LoadedData) -> dict[str, DeviceData]:
     return {name: data for domain in at_hand.domains.values() for name, data in domain.devices.items()}

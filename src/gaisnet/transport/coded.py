@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gaisnet.errors import LinkError, LinkLost
-from gaisnet.futures import afterwards, aside, failed, then
+from gaisnet.futures import afterwards, aside, failed, map_result
 from gaisnet.messages import Message, Parcel
 from gaisnet.transport.arrivals import Arrivals
 from gaisnet.transport.base import Handler
@@ -89,7 +89,7 @@ class CodedLink:
         return begin()
 
     def _post(self, frame: bytes) -> Callable[[], Future[Message]]:
-        return lambda: then(self._exchange(frame), self._arrived)  # type: ignore[arg-type]
+        return lambda: map_result(self._exchange(frame), self._arrived)  # type: ignore[arg-type]
 
     def _push(self, message: Message, packed: Packed) -> Callable[[], Future[Message]]:
         held = self._wrapper.hold(message, packed)

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from gaisnet.errors import ChunkDamaged, LinkError, LinkLost, ParcelUnknown, PeerError, UnexpectedMessage
-from gaisnet.futures import then
+from gaisnet.futures import map_result
 from gaisnet.messages import Chunk, ChunkRequest, Done, Message, Parcel, ParcelSent, ParcelTaken, Wanted
 from gaisnet.transport.arrivals import Arrivals, Arriving
 from gaisnet.transport.codec import Codec
@@ -123,7 +123,7 @@ class Depot:
                 return self._reply(handle(message))
 
     def _reply(self, reply: Message | Future[Message]) -> bytes | Future[bytes]:
-        return then(reply, self._frame) if isinstance(reply, Future) else self._frame(reply)
+        return map_result(reply, self._frame) if isinstance(reply, Future) else self._frame(reply)
 
     def _frame(self, reply: Message) -> bytes:
         """The frame of a reply, or of its offer."""

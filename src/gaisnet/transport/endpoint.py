@@ -50,11 +50,11 @@ class Endpoint:
     """
 
     def __init__(
-        self, other: str, life: bytes, limits: Limits, handle: ByteHandler, worker: Worker, dials: bool
+        self, other: str, incarnation: bytes, limits: Limits, handle: ByteHandler, worker: Worker, dials: bool
     ) -> None:
         self.other = other
         self.limits = limits
-        self._session = Session(life, limits, dials)
+        self._session = Session(incarnation, limits, dials)
         self._ask_bytes = limits.request_bytes(dials)
         self._handle = handle
         self._worker = worker
@@ -100,7 +100,7 @@ class Endpoint:
                 connected=self._session.met,
                 since_s=now - self._since,
                 last_seen_s=None if self._last_seen is None else now - self._last_seen,
-                life=self._session.peer.hex(),
+                incarnation=self._session.peer.hex(),
                 rejected_frames=self._rejected,
                 problem=self._problem,
             )

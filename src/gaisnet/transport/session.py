@@ -138,10 +138,10 @@ class Session:
             the end that dials asks again.
     """
 
-    def __init__(self, life: bytes, limits: Limits, dials: bool) -> None:
+    def __init__(self, incarnation: bytes, limits: Limits, dials: bool) -> None:
         self.peer = b""
         """Life of the other end; the last one while there is no connection, empty before the first."""
-        self._life = life
+        self._incarnation = incarnation
         self._limits = limits
         self._dials = dials
         self._ask_bytes, self._take_bytes = limits.request_bytes(dials), limits.request_bytes(not dials)
@@ -224,7 +224,7 @@ class Session:
             return None
         if not talk.greeted:
             talk.greeted = self._dials or talk.met
-            return Frame(self._life, Kind.HELLO if self._dials else Kind.WELCOME) if talk.greeted else None
+            return Frame(self._incarnation, Kind.HELLO if self._dials else Kind.WELCOME) if talk.greeted else None
         out = talk.outgoing
         if out is None and (talk.to_answer or talk.to_ask) and talk.met:
             out = talk.outgoing = self._next_outgoing(talk)
@@ -234,7 +234,7 @@ class Session:
 
     def _acknowledgement(self, talk: _Talk) -> Frame:
         talk.owed = 0
-        return Frame(self._life, Kind.ACK, acknowledged=talk.heard)
+        return Frame(self._incarnation, Kind.ACK, acknowledged=talk.heard)
 
     def _may_ask(self, talk: _Talk) -> bool:
         """A request is waiting to be sent, and the other end takes it."""
@@ -260,7 +260,7 @@ class Session:
         total = len(out.payload)
         stop = min(out.sent + self._limits.part_bytes, total)
         piece = out.payload if total == stop - out.sent else memoryview(out.payload)[out.sent : stop]
-        frame = Frame(self._life, out.kind, out.step, out.part, total, talk.heard, piece)
+        frame = Frame(self._incarnation, out.kind, out.step, out.part, total, talk.heard, piece)
         out.part, out.sent = out.part + 1, stop
         if stop == total:
             talk.outgoing = None

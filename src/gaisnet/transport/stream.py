@@ -68,6 +68,6 @@ class LinkState:
     connected: bool
     since_s: float
     last_seen_s: float | None
-    life: str
+    incarnation: str
     rejected_frames: int
     problem: str

@@ -20,7 +20,7 @@ class Worker:
         self._left = 0  # tasks that are not done
         self._lock = threading.Lock()
         self._calls: SimpleQueue[bool] = SimpleQueue()
-        self._turn = threading.Lock()
+        self._compute_lock = threading.Lock()
         self._whose_turn = 0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -35,10 +35,10 @@ class Worker:
 
     def claim(self) -> bool:
         """Whether the calling thread may do a thing itself, at once; it calls ``release`` when that is done."""
-        if self._left or not self._turn.acquire(blocking=False):
+        if self._left or not self._compute_lock.acquire(blocking=False):
             return False
         if self._closed:
-            self._turn.release()
+            self._compute_lock.release()
             return False
         self._whose_turn = threading.get_ident()
         return True
@@ -46,18 +46,18 @@ class Worker:
     def release(self) -> None:
         """Give back what ``claim`` gave."""
         self._whose_turn = 0
-        self._turn.release()
+        self._compute_lock.release()
 
     def close(self, timeout_s: float) -> None:
         """Begin nothing more. What is still under way after ``timeout_s`` is left to itself."""
         self._closed = True
         self._calls.put(False)
-        if self._whose_turn != threading.get_ident() and self._turn.acquire(timeout=timeout_s):
-            self._turn.release()
+        if self._whose_turn != threading.get_ident() and self._compute_lock.acquire(timeout=timeout_s):
+            self._compute_lock.release()
 
     def _work(self) -> None:
         while self._calls.get():
-            with self._turn:
+            with self._compute_lock:
                 if self._closed:
                     return
                 self._whose_turn = threading.get_ident()

@@ -65,7 +65,7 @@ class Sites:
 
     def life(self, edge: str) -> str:
         """Of the bridge that carries the edge's orders."""
-        return self.cloud.states()[ORDERS + edge].life
+        return self.cloud.states()[ORDERS + edge].incarnation
 
     def pid(self, name: str) -> int:
         found = self.launcher.states()[name].pid

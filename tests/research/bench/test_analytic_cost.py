@@ -11,7 +11,7 @@ from gaisnet.config import Config, DevicePrecision
 from gaisnet.config.file import parse_config
 from gaisnet.data.examples import Tokens, tokenize
 from gaisnet.engines.local import build_network
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import CutLayers, cut_decoder
 from gaisnet.models.release import restrict, rounded
@@ -36,7 +36,7 @@ def test_bytes_as_the_ledger_counts_them(smashed: str) -> None:
     run = config(wire={"smashed": smashed})
     data, foundation = tiny_data(run, num_train=16), tiny_foundation(**WIDE)
     tokens = {name: tokenize(mine.train, foundation.tokenizer, 48, name) for name, mine in data.items()}
-    network = build_network(run, foundation, {"shapes": TaskShape(None, ())}, data, "some public text " * 40)
+    network = build_network(run, foundation, {"shapes": TaskTemplate(None, ())}, data, "some public text " * 40)
     network.install()
     network.evaluate()  # hands the devices their parts
     before = network.traffic()["device_edge"]
@@ -51,7 +51,7 @@ def test_bytes_as_the_ledger_counts_them(smashed: str) -> None:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_a_device_s_weights_in_few_bits(precision: DevicePrecision) -> None:
     run, foundation = config(device_precision=precision), tiny_foundation(**WIDE)
-    network = build_network(run, foundation, {"shapes": TaskShape(None, ())}, tiny_data(run), "some text " * 60)
+    network = build_network(run, foundation, {"shapes": TaskTemplate(None, ())}, tiny_data(run), "some text " * 60)
     held = rounded(restrict(network.cloud.model_release, (0, 1)), (0, 1), precision)
     paper = cost(foundation.model.config, run, Work(10, 2, 1))
     assert paper.device_weights_bytes == sum(tensor.nbytes for tensor in held.tensors.values())
@@ -60,7 +60,7 @@ def test_a_device_s_weights_in_few_bits(precision: DevicePrecision) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_as_they_are_held(tied: bool) -> None:
     run, foundation = config(), tiny_foundation(tied=tied, **WIDE)
-    shapes = {"shapes": TaskShape(None, ())}
+    shapes = {"shapes": TaskTemplate(None, ())}
     network = build_network(run, foundation, shapes, tiny_data(run), "some public text " * 40)
     tensors = network.cloud.model_release.tensors
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}

@@ -9,7 +9,7 @@ import torch
 
 from gaisnet.config.file import parse_config
 from gaisnet.data.examples import DeviceData, Example, Tokens, tokenize
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.families import Decoder
 from gaisnet.models.foundation import load_foundation
 from gaisnet.models.release import ReleasedModel
@@ -81,7 +81,7 @@ def test_devices_start_an_epoch_with_the_average_of_the_last(task: Task) -> None
 
 
 def test_gaisnet_itself(task: Task) -> None:
-    contender = GaisNet(data(), TaskShape("{text}", ("yes", "no")), "some public text " * 40)
+    contender = GaisNet(data(), TaskTemplate("{text}", ("yes", "no")), "some public text " * 40)
     result = contender.run(task, 0)
     assert result.num_samples == 40
     assert len(result.losses) == 10
@@ -98,7 +98,9 @@ def test_the_domain_model_in_one_piece_without_a_recipe_is_the_foundation_model(
 
 def test_the_domain_model_in_one_piece_is_the_one_that_an_edge_has(task: Task) -> None:
     model, config = unsplit_domain_model(task, seed=5), task.config.model_copy(update={"seed": 5})
-    cloud = Cloud(load_foundation(config.model), config, {"d": TaskShape("{text}", ("yes", "no"))}, "public text " * 40)
+    cloud = Cloud(
+        load_foundation(config.model), config, {"d": TaskTemplate("{text}", ("yes", "no"))}, "public text " * 40
+    )
     released = ReleasedModel(cloud.model_release)
     body, layers = released.body(1, NUM_LAYERS), Decoder(model).layers
     assert len(body.indices) == NUM_LAYERS - 2  # without the head's layer, and the one that the recipe drops

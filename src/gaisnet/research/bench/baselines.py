@@ -18,7 +18,7 @@ from gaisnet.data.devices import DomainData, load_domains, public_text
 from gaisnet.data.examples import Tokens
 from gaisnet.engines.local import build_network
 from gaisnet.errors import ConfigError
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.families import ATTENTION
 from gaisnet.models.foundation import load_foundation, read_config
 from gaisnet.models.tokenization import continuing_ids, opening_ids
@@ -102,7 +102,7 @@ def without_relay(
     They learn for as many cycles, but nothing goes up or down in between. Newcomers learn nothing.
     """
     config = config.model_copy(update={"relay": config.relay.model_copy(update={"enabled": False})})
-    shapes = {name: TaskShape(data.template, data.labels) for name, data in domains.items()}
+    shapes = {name: TaskTemplate(data.template, data.labels) for name, data in domains.items()}
     devices = {name: mine for data in domains.values() for name, mine in data.devices.items()}
     foundation, text = load_foundation(config.model), public_text(config.absorb)
     network = build_network(config, foundation, shapes, devices, text, progress)

@@ -19,7 +19,7 @@ from gaisnet.config import Config
 from gaisnet.data.devices import load_domains, public_text
 from gaisnet.engines.local_serving import num_cores
 from gaisnet.errors import ConfigError
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.progress import Progress, silent
 from gaisnet.research.bench.contenders.centralised import Centralised
 from gaisnet.research.bench.contenders.federated import Federated
@@ -129,7 +129,7 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
     check_contest(config)
     ((domain, data),) = load_domains(config).items()
     task = Task.of(config, data)
-    shape = TaskShape(data.template, data.labels)
+    shape = TaskTemplate(data.template, data.labels)
     contenders: dict[str, Contender] = {
         "centralised_all": Centralised("centralised_all", late=False),
         "centralised_late": Centralised("centralised_late", late=True),

@@ -9,7 +9,7 @@ from gaisnet.config import RoutingSettings
 from gaisnet.progress import Progress
 from gaisnet.research.bench.spread import Spread
 from gaisnet.serving.generation.calibration import Trial, calibrate
-from gaisnet.serving.generation.device import ServedDevice
+from gaisnet.serving.generation.device import AnsweringDevice
 from gaisnet.serving.generation.routing import DEFAULT_MEASURE
 
 _HALVINGS = 100
@@ -33,7 +33,7 @@ class AutoFigures(BaseModel):
     foundation_accuracy: Spread = Field(description="Of the FM, always asked, with what 'auto' escalates to.")
 
 
-def measure_auto(device: ServedDevice, name: str, progress: Progress) -> dict[str, AutoFigures]:
+def measure_auto(device: AnsweringDevice, name: str, progress: Progress) -> dict[str, AutoFigures]:
     """Of a domain's own requests, and of a mix with those of others if there are any."""
     settings = RoutingSettings()
     own, others = device.trials(name, settings, DEFAULT_MEASURE, progress)

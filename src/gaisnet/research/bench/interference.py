@@ -14,7 +14,7 @@ from gaisnet.serving.generation.bodies import Target
 
 
 @dataclass(frozen=True)
-class Beside:
+class InterferenceFigures:
     """What one costs the other. Times are those between two tokens, 95th percentile."""
 
     idle_s: Spread
@@ -32,7 +32,7 @@ class Learning(Protocol):
         """One round of all edges."""
 
 
-def beside_learning(writers: Writers, target: Target, network: Learning, rounds: Rounds) -> Beside:
+def beside_learning(writers: Writers, target: Target, network: Learning, rounds: Rounds) -> InterferenceFigures:
     """What is learned changes the body that writes, so this comes last.
 
     Learning is timed by whole rounds: its steps are of different lengths, those of one domain and of another above all.
@@ -62,7 +62,7 @@ def beside_learning(writers: Writers, target: Target, network: Learning, rounds:
             tuning_s.append(p95(together.done))
             ratios.append(tuning_s[-1] / idle_s[-1])
             kept.append(alone_s / together.result())
-    return Beside(*map(Spread.of, (idle_s, tuning_s, ratios, kept)))
+    return InterferenceFigures(*map(Spread.of, (idle_s, tuning_s, ratios, kept)))
 
 
 def _after(seconds: float) -> Callable[[], bool]:

@@ -14,7 +14,7 @@ from gaisnet.engines.local_serving import num_cores
 from gaisnet.errors import MeasureError
 from gaisnet.progress import Progress, silent
 from gaisnet.research.bench.escalation import AutoFigures, measure_auto
-from gaisnet.research.bench.interference import Beside, beside_learning
+from gaisnet.research.bench.interference import InterferenceFigures, beside_learning
 from gaisnet.research.bench.rounds import Effort, Rounds
 from gaisnet.research.bench.sessions import Batch, Single, batch, single, speculation
 from gaisnet.research.bench.spread import Spread
@@ -134,7 +134,7 @@ def _worst(ratios: Iterable[Spread]) -> Spread:
 
 
 def _by_body(
-    singles: Mapping[Place, Single], many: Mapping[Place, Batch], beside: Beside
+    singles: Mapping[Place, Single], many: Mapping[Place, Batch], beside: InterferenceFigures
 ) -> dict[str, dict[str, Spread]]:
     """What the ratios are made of; the DM is the one that learns."""
     found: dict[str, dict[str, Spread]] = {

@@ -8,8 +8,8 @@ from gaisnet.config import Config
 from gaisnet.config.file import parse_config
 from gaisnet.data.devices import retention_text
 from gaisnet.data.examples import DeviceData, Example
-from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
-from gaisnet.learning.relay import TaskShape
+from gaisnet.engines.local import NoPublishers, Tiers, build_tiers
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.families import ATTENTION
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.frozen import freeze_linears
@@ -25,10 +25,10 @@ _RETENTION_CHARS = 1000
 def simulate(num_devices: int) -> Tiers:
     """Cloud, edges and split devices, so many at each edge, with two examples each to learn from."""
     config = _config(num_devices)
-    shapes = {edge.domain: TaskShape(None, ()) for edge in config.edges}
+    shapes = {edge.domain: TaskTemplate(None, ()) for edge in config.edges}
     data = {device.name: _data(device.name) for _, device in config.each_device()}
     text = retention_text(_RETENTION_CHARS)
-    return build_tiers(config, _foundation(config.seed), shapes, data, text, silent, Ledger, NoOutlets())
+    return build_tiers(config, _foundation(config.seed), shapes, data, text, silent, Ledger, NoPublishers())
 
 
 def equip(tiers: Tiers) -> None:

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.models.foundation import load_foundation
 from gaisnet.models.parts import Body
 from gaisnet.runs.served_run import ServedRun
 from gaisnet.serving.generation.bodies import Bodies, Place, Target
 from gaisnet.serving.generation.decoding import DeviceParts, Tokens, write
-from gaisnet.serving.generation.device import ServedDevice
+from gaisnet.serving.generation.device import AnsweringDevice
 from gaisnet.serving.generation.sampling import Sampling
 
 Prompt = tuple[int, ...]
@@ -131,12 +131,12 @@ class Unsplit:
 
     Args:
         model: Freshly loaded; it is taken over.
-        turn: Of the machine.
+        compute_lock: Of the machine.
     """
 
-    def __init__(self, model: PreTrainedModel, turn: Turn) -> None:
+    def __init__(self, model: PreTrainedModel, compute_lock: ComputeLock) -> None:
         self._model: Any = model
-        self._turn = turn
+        self._compute_lock = compute_lock
         model.generation_config.eos_token_id = None  # answers have all their tokens, as those they are compared with
         self._pad = model.config.vocab_size - 1
 
@@ -155,7 +155,7 @@ class Unsplit:
     @torch.no_grad()
     def _answer(self, prompt: Prompt, num_tokens: int) -> Prompt:
         input_ids = torch.tensor([prompt])
-        with self._turn.serving():
+        with self._compute_lock.serving():
             output = self._model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -166,10 +166,10 @@ class Unsplit:
         return tuple(output[0, len(prompt) :].tolist())
 
 
-def in_one_piece(served: ServedRun, device: ServedDevice, place: Place) -> Unsplit:
+def in_one_piece(served: ServedRun, device: AnsweringDevice, place: Place) -> Unsplit:
     """The model that writes for ``device`` at ``place``: the foundation model as transformers loads it, or the DM."""
     model = load_foundation(served.config.model, plain=place == "cloud").model
-    unsplit = Unsplit(model, served.bodies.turn)
+    unsplit = Unsplit(model, served.bodies.compute_lock)
     if place == "cloud":
         return unsplit
     return unsplit.with_body(served.bodies.body("edge", device.domain), device.parts.first)

@@ -14,9 +14,9 @@ from gaisnet.config import Config
 from gaisnet.config.file import parse_config
 from gaisnet.data.examples import DeviceData, Labelled
 from gaisnet.data.images import ImageData, Images
-from gaisnet.engines.local import NoOutlets, Tiers, build_tiers
+from gaisnet.engines.local import NoPublishers, Tiers, build_tiers
 from gaisnet.errors import DataError
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.messages import Evaluate, EvaluationReport, TrafficReport, TrafficRequest
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.pretrained import pretrained_model
@@ -38,7 +38,7 @@ from gaisnet.transport.ledger import Ledger
 
 
 @dataclass(frozen=True)
-class Course:
+class FineTuningRun:
     """How learning went; curves have a value for every round.
 
     Attributes:
@@ -87,7 +87,7 @@ COLUMNS: Mapping[str, Column] = {
 """Of the table of an experiment that ``measure`` does."""
 
 
-def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, seed: int) -> Course:
+def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, seed: int) -> FineTuningRun:
     """Let every cluster of devices learn an adapter of its own at an edge of its own.
 
     Args:
@@ -115,7 +115,7 @@ def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_roun
             raise DataError("the experiment's network", "; ".join([*faults, *refused]), "lower the learning rate")
         accuracy.append(_accuracy(tiers))
     adapter = tiers.cloud.adapter("cluster-0")[1]
-    return Course(
+    return FineTuningRun(
         tuple(accuracy),
         tuple(total / len(sites) for total in accumulate(round_bytes)),
         tuple(_flops(folder, sites, kind, done) / len(sites) for done in range(1, num_rounds + 1)),
@@ -127,10 +127,10 @@ def _tiers(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_rou
     model, _ = pretrained_model(ViTModel, str(folder), str(folder), add_pooling_layer=False)
     foundation = Foundation("vit", model.requires_grad_(False).eval(), None)
     config = _config(clusters, kind, num_rounds, seed)
-    shapes = {edge.domain: TaskShape(edge.template, edge.labels) for edge in config.edges}
+    shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in config.edges}
     sites = [site for cluster in clusters for site in cluster]
     data = {device.name: _held(site.data) for (_, device), site in zip(config.each_device(), sites, strict=True)}
-    return build_tiers(config, foundation, shapes, data, "", silent, Ledger, NoOutlets())
+    return build_tiers(config, foundation, shapes, data, "", silent, Ledger, NoPublishers())
 
 
 def _config(clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, seed: int) -> Config:

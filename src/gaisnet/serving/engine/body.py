@@ -18,12 +18,12 @@ from torch import Tensor
 
 from gaisnet.adapters.mixing import ServedAdapters, Stack
 from gaisnet.adapters.tuning import LoraSpec
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import ServiceSettings
 from gaisnet.errors import ContextFull, CutError, ServiceFull, SessionClosed, SessionRefused, WireFormatError
 from gaisnet.models.parts import Body
 from gaisnet.serving.engine.cache import bytes_per_position, in_blocks
-from gaisnet.serving.engine.plan import Piece, ServedSession, Waiting, plan
+from gaisnet.serving.engine.plan import PlannedRows, ServedSession, Waiting, plan
 from gaisnet.serving.engine.quota import NO_QUOTA, Quota
 from gaisnet.serving.engine.rows import SessionLayers
 
@@ -38,13 +38,15 @@ class BodyService:
     Somebody has to call ``step``: a thread of its own in ``serving()``, or whoever waits for an answer.
 
     Args:
-        body: A DM's or the FM's. Who else uses it, or switches its adapters, holds ``turn.learning()`` meanwhile.
+        body: A DM's or the FM's. Any other user of it, or of its adapters, holds ``compute_lock.learning()``.
         layers: FM layers that it stands for, those that a recipe dropped included.
         settings: Limits.
-        turn: Of the machine that the body is on; None for one of its own.
+        compute_lock: Of the machine that the body is on; None for one of its own.
     """
 
-    def __init__(self, body: Body, layers: range, settings: ServiceSettings, turn: Turn | None = None) -> None:
+    def __init__(
+        self, body: Body, layers: range, settings: ServiceSettings, compute_lock: ComputeLock | None = None
+    ) -> None:
         self.body = body
         self._range = layers
         self._config = body.config
@@ -61,7 +63,7 @@ class BodyService:
         self._answered: Sequence[ServedSession] = ()  # by the last step; those that go on come back soon
         self._lingers_until = 0.0
         self._state = threading.Condition()  # guards everything but the body; held for moments
-        self.turn = turn or Turn(settings.fine_tune_share)  # held while the body runs
+        self.compute_lock = compute_lock or ComputeLock(settings.fine_tune_share)  # held while the body runs
         self._ending = False
         self.in_thread = False
 
@@ -98,7 +100,7 @@ class BodyService:
         kept = sum(first <= index < stop for index in self._layers.indices)
         position_bytes = bytes_per_position(self._config, kept, self._placement[1])
         position_bytes += self._width * _ROW_DTYPE.itemsize if keep_rows else 0
-        with self.turn.serving(), self._state:
+        with self.compute_lock.serving(), self._state:
             self._settle()
             self._check_room(quota)
             reserved = in_blocks(num_positions)
@@ -200,7 +202,7 @@ class BodyService:
 
     def put_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """Serve a version of an adapter to sessions that open from now on. Raises ``AdapterMismatch``."""
-        with self.turn.serving(), self._state:
+        with self.compute_lock.serving(), self._state:
             self._settle()
             self._adapters.put(name, version, spec, tensors)
 
@@ -208,7 +210,7 @@ class BodyService:
 
     def step(self) -> int:
         """Run what waits, as one batch; returns the number of rows that ran. Prompts come a chunk at a time."""
-        with self.turn.serving():
+        with self.compute_lock.serving():
             with self._state:
                 self._settle()
                 pieces = plan(self._sessions.values(), self._settings)
@@ -289,7 +291,7 @@ class BodyService:
         chunk, waiting = self._settings.chunk, (s.queue[0].left for s in self._sessions.values() if s.queue)
         return sum(min(num_rows, chunk) for num_rows in waiting) >= self._settings.step_rows
 
-    def _run(self, pieces: Sequence[Piece]) -> Sequence[Tensor | Exception]:
+    def _run(self, pieces: Sequence[PlannedRows]) -> Sequence[Tensor | Exception]:
         """Outputs, or what went wrong: if the batch fails, each runs alone, and only the culprit fails."""
         try:
             return self._layers.run([piece.share() for piece in pieces])
@@ -298,7 +300,7 @@ class BodyService:
                 return [error]
             return [outcome for piece in pieces for outcome in self._run([piece])]
 
-    def _deliver(self, piece: Piece, outcome: Tensor | Exception) -> list[Waiting]:
+    def _deliver(self, piece: PlannedRows, outcome: Tensor | Exception) -> list[Waiting]:
         """Keep outputs; returns what is answered by them, or fails."""
         session, waiting = piece.session, piece.waiting
         session.running = False

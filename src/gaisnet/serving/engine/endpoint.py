@@ -24,7 +24,7 @@ from gaisnet.errors import (
     UnknownAdapter,
     WireFormatError,
 )
-from gaisnet.futures import as_future, failed, recast, then
+from gaisnet.futures import as_future, failed, map_error, map_result
 from gaisnet.messages import (
     CloseSession,
     CropSession,
@@ -89,7 +89,7 @@ class SessionEndpoint:
             case ExtendSession():
                 name = self.own(message.session)
                 answer = self._service.extend(name, message.rows_TD, message.want, message.position)
-                return then(answer, lambda rows_WD: SessionRows(rows_WD.float().cpu()))
+                return map_result(answer, lambda rows_WD: SessionRows(rows_WD.float().cpu()))
             case CropSession():
                 self._service.crop(self.own(message.session), message.length)
                 return Done()
@@ -168,7 +168,7 @@ class RemoteSession:
         length = self._length
         sent = self._sent(ExtendSession(self._open_name(), length, want, rows_TD.cpu()), SessionRows)
         self._length = length + len(rows_TD)
-        answer = then(sent, lambda rows: _fitting(rows, (want, rows_TD.shape[1])))
+        answer = map_result(sent, lambda rows: _fitting(rows, (want, rows_TD.shape[1])))
         answer.add_done_callback(lambda done: self._fell_back(done, length))
         return answer
 
@@ -210,7 +210,7 @@ class RemoteSession:
             answer = as_future(self._ask(message))
         except Exception as error:
             answer = failed(error)
-        return then(recast(answer, _as_raised_there), lambda reply: _expected(reply, kind))
+        return map_result(map_error(answer, _as_raised_there), lambda reply: _expected(reply, kind))
 
     def _wait(self, answer: Future[T], what: str) -> T:
         try:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from gaisnet.errors import BodyUnreachable, SessionClosed, SessionRefused, UnexpectedMessage
-from gaisnet.futures import failed, then, then_ask
+from gaisnet.futures import failed, flat_map, map_result
 from gaisnet.messages import (
     CloseSession,
     CropSession,
@@ -74,7 +74,7 @@ class EdgeSessions:
         match message:
             case OpenSession(body="foundation"):
                 there = replace(message, may_escalate=False)
-                return self._counted(lambda: then(self._ask(there), self._opened))
+                return self._counted(lambda: map_result(self._ask(there), self._opened))
             case EscalateSession():
                 return self._escalate(message)
             case CloseSession():
@@ -132,7 +132,7 @@ class EdgeSessions:
         first, stop, reserved = self._service.place(name)
         self._moving.add(name)
         opened = self._ask(OpenSession(first, stop, message.adapters, reserved, "foundation"))
-        moved = then_ask(opened, lambda answer: self._move(message, _expect(SessionOpened, answer).session, rows_TD))
+        moved = flat_map(opened, lambda answer: self._move(message, _expect(SessionOpened, answer).session, rows_TD))
         moved.add_done_callback(lambda _: self._moving.discard(name))
         return moved
 
@@ -140,7 +140,7 @@ class EdgeSessions:
         """It is open over there: send what was kept. If that fails, everything is as it was."""
         sent = self._ask(ExtendSession(there, 0, message.want, rows_TD))
         sent.add_done_callback(lambda done: self._end(there) if done.cancelled() or done.exception() else None)
-        return then(sent, lambda answer: self._arrived(message.session, there, answer))
+        return map_result(sent, lambda answer: self._arrived(message.session, there, answer))
 
     def _arrived(self, name: str, there: str, answer: Message) -> Message:
         rows = _expect(SessionRows, answer)

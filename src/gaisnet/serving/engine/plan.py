@@ -15,7 +15,7 @@ from gaisnet.adapters.mixing import Stack
 from gaisnet.config import ServiceSettings
 from gaisnet.serving.engine.cache import SessionCache
 from gaisnet.serving.engine.quota import Quota
-from gaisnet.serving.engine.rows import Share
+from gaisnet.serving.engine.rows import SessionShare
 
 
 @dataclass
@@ -91,20 +91,20 @@ class ServedSession:
 
 
 @dataclass(frozen=True)
-class Piece:
+class PlannedRows:
     """What a session runs in a step."""
 
     session: ServedSession
     waiting: Waiting
     rows_TD: Tensor
 
-    def share(self) -> Share:
+    def share(self) -> SessionShare:
         """The same for a forward."""
         s = self.session
-        return Share(self.rows_TD, s.cache, s.first, s.stop, s.adapters)
+        return SessionShare(self.rows_TD, s.cache, s.first, s.stop, s.adapters)
 
 
-def plan(sessions: Iterable[ServedSession], settings: ServiceSettings) -> list[Piece]:
+def plan(sessions: Iterable[ServedSession], settings: ServiceSettings) -> list[PlannedRows]:
     """Who runs, and what. Whoever waits longest comes first, so that nobody starves; then the short ones."""
     ready = sorted((s for s in sessions if s.queue), key=lambda s: s.queue[0].arrival)
     ready[1:] = sorted(ready[1:], key=lambda s: s.queue[0].left)
@@ -113,6 +113,6 @@ def plan(sessions: Iterable[ServedSession], settings: ServiceSettings) -> list[P
         waiting = session.queue[0]
         num_rows = min(waiting.left, settings.chunk, budget)
         if num_rows:
-            pieces.append(Piece(session, waiting, waiting.rows_TD[waiting.done : waiting.done + num_rows]))
+            pieces.append(PlannedRows(session, waiting, waiting.rows_TD[waiting.done : waiting.done + num_rows]))
         budget -= num_rows
     return pieces

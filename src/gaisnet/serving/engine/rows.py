@@ -32,7 +32,7 @@ _SHORT = 512
 
 
 @dataclass(frozen=True)
-class Share:
+class SessionShare:
     """One session's part of a forward."""
 
     rows_TD: Tensor
@@ -127,7 +127,7 @@ class SessionLayers:
         return self._layers.indices
 
     @torch.no_grad()
-    def run(self, shares: Sequence[Share]) -> list[Tensor]:
+    def run(self, shares: Sequence[SessionShare]) -> list[Tensor]:
         """Output rows [T, D] of every session, whose caches then hold the new positions.
 
         If it raises, the caches hold what they held.
@@ -151,7 +151,7 @@ class SessionLayers:
             share.cache.advance(num_new)
         return outputs
 
-    def _segment(self, layers: list[int], rows_N1D: Tensor, at_N1: Tensor, shares: Sequence[Share]) -> Tensor:
+    def _segment(self, layers: list[int], rows_N1D: Tensor, at_N1: Tensor, shares: Sequence[SessionShare]) -> Tensor:
         """Some layers that all these sessions run."""
         bounds = [0]
         for share in shares:

@@ -38,7 +38,7 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """What a caller wants written."""
 
     model: str
@@ -87,7 +87,7 @@ class Answer:
     """An answer that is being written: iterate over its text once. ``close`` it from any thread to break off."""
 
     course: Course
-    _ask: Ask
+    _ask: GenerationRequest
     _tokenizer: PreTrainedTokenizerBase
     _tokens: Tokens
     _sessions: Sequence[BodySession]
@@ -177,7 +177,7 @@ class Answering:
         if name not in self.models:
             raise UnknownModel(name, self.models)
 
-    def begin(self, ask: Ask, on_token: Callable[[], None] = _nobody) -> Answer:
+    def begin(self, ask: GenerationRequest, on_token: Callable[[], None] = _nobody) -> Answer:
         """Open what it takes; nothing is computed before somebody iterates. Close the answer if nobody will.
 
         Args:
@@ -200,7 +200,7 @@ class Answering:
             return self._routed(ask, name, on_token)
         return self._plain(ask, name, on_token)
 
-    def _domain_of(self, ask: Ask) -> str:
+    def _domain_of(self, ask: GenerationRequest) -> str:
         """Whose DM, and whose edge on the way to the FM."""
         if ask.model in self._domains:
             if ask.domain not in (None, ask.model):
@@ -212,7 +212,7 @@ class Answering:
             raise UnknownModel(name, self._domains)
         return name
 
-    def _speculates(self, ask: Ask, name: str) -> bool:
+    def _speculates(self, ask: GenerationRequest, name: str) -> bool:
         """Whether the FM writes and the DM may draft. Raises ``SessionRefused`` if only a request thinks so."""
         if ask.model in self._domains:
             possible, found = False, f"'{ask.model}' is the model that drafts"
@@ -223,7 +223,7 @@ class Answering:
             raise SessionRefused("speculation", found, "leave it out, or ask for 'auto', 'foundation' or 'merged'")
         return possible and (self._speculate if ask.speculate is None else ask.speculate)
 
-    def _target(self, ask: Ask, name: str) -> Target:
+    def _target(self, ask: GenerationRequest, name: str) -> Target:
         """The body that an answer of this model is the answer of."""
         if ask.model in self._domains:
             return self._drafter(name)
@@ -233,19 +233,19 @@ class Answering:
     def _drafter(self, name: str) -> Target:
         return Target("edge", self._domains[name].adapters, name)
 
-    def _plain(self, ask: Ask, name: str, on_token: Callable[[], None]) -> Answer:
+    def _plain(self, ask: GenerationRequest, name: str, on_token: Callable[[], None]) -> Answer:
         target = self._target(ask, name)
         session = self._bodies.open(target, *self._span(ask))
         tokens = write(self._parts, session, ask.prompt, ask.sampling)
         return self._answer(Course(target.body, name), ask, tokens, [session], on_token)
 
-    def _routed(self, ask: Ask, name: str, on_token: Callable[[], None]) -> Answer:
+    def _routed(self, ask: GenerationRequest, name: str, on_token: Callable[[], None]) -> Answer:
         session, trace = self._bodies.open_escalating(self._drafter(name), *self._span(ask)), Trace()
         routing = self._domains[name].routing
         tokens = write_routed(self._parts, session, ask.prompt, ask.sampling, routing, trace)
         return self._answer(Course("edge", name, trace=trace), ask, tokens, [session], on_token)
 
-    def _speculative(self, ask: Ask, name: str, on_token: Callable[[], None]) -> Answer:
+    def _speculative(self, ask: GenerationRequest, name: str, on_token: Callable[[], None]) -> Answer:
         checker = self._bodies.open(self._target(ask, name), *self._span(ask))
         try:
             drafter = self._bodies.open(self._drafter(name), *self._span(ask))
@@ -258,12 +258,17 @@ class Answering:
         )
         return self._answer(Course("cloud", name, tally=tally), ask, tokens, [drafter, checker], on_token)
 
-    def _span(self, ask: Ask) -> tuple[int, int, int]:
+    def _span(self, ask: GenerationRequest) -> tuple[int, int, int]:
         """Layers of the body, and positions to hold memory for."""
         return self._parts.first, self._parts.stop, len(ask.prompt) + ask.sampling.max_tokens
 
     def _answer(
-        self, course: Course, ask: Ask, tokens: Tokens, sessions: Sequence[BodySession], on_token: Callable[[], None]
+        self,
+        course: Course,
+        ask: GenerationRequest,
+        tokens: Tokens,
+        sessions: Sequence[BodySession],
+        on_token: Callable[[], None],
     ) -> Answer:
         course.num_prompt_tokens = len(ask.prompt)
         return Answer(course, ask, self.tokenizer, tokens, sessions, on_token)

@@ -35,7 +35,7 @@ class _Waiting(Generic[Q, A]):
         return cast(A, self.outcome)
 
 
-class Combined(Generic[Q, A]):
+class BatchingCall(Generic[Q, A]):
     """A function of one question that runs as a function of many.
 
     Args:

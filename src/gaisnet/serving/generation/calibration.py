@@ -125,7 +125,7 @@ def _candidates(trials: Sequence[Trial]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class CalibrationExample:
     """An example that a device held out, in token ids. It stays on the device."""
 
     prompt: tuple[int, ...]
@@ -133,7 +133,12 @@ class HeldOut:
 
 
 def collect(
-    parts: DeviceParts, bodies: Bodies, domain: Target, adapters: tuple[str, ...], held_out: HeldOut, measure: str
+    parts: DeviceParts,
+    bodies: Bodies,
+    domain: Target,
+    adapters: tuple[str, ...],
+    held_out: CalibrationExample,
+    measure: str,
 ) -> Trial:
     """Let the DM write the answer to an example, then the FM, greedily. Raises what the bodies raise.
 

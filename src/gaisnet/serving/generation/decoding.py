@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.errors import ContextFull, LinkTimeout, SessionRefused
 from gaisnet.models.parts import Head, Tail
 from gaisnet.serving.engine.cache import SessionCache
-from gaisnet.serving.engine.rows import SessionLayers, Share
+from gaisnet.serving.engine.rows import SessionLayers, SessionShare
 from gaisnet.serving.engine.sessions import BodySession, SendingSession
-from gaisnet.serving.generation.batching_call import Combined
+from gaisnet.serving.generation.batching_call import BatchingCall
 from gaisnet.serving.generation.sampling import Sampler, Sampling
 
 PREFILL_CHUNK = 64
@@ -44,11 +44,13 @@ class DeviceParts:
     Args:
         head: Its first layers.
         tail: Its last.
-        turn: Of the machine that it is on, if others compute there too.
+        compute_lock: Of the machine that it is on, if others compute there too.
     """
 
-    def __init__(self, head: Head, tail: Tail, turn: Turn | None = None) -> None:
-        self._computing: Callable[[], AbstractContextManager[None]] = turn.serving if turn is not None else nullcontext
+    def __init__(self, head: Head, tail: Tail, compute_lock: ComputeLock | None = None) -> None:
+        self._computing: Callable[[], AbstractContextManager[None]] = (
+            compute_lock.serving if compute_lock is not None else nullcontext
+        )
         self.head = head
         self.tail = tail
         self.head_layers = SessionLayers(head.stack)
@@ -56,8 +58,12 @@ class DeviceParts:
         norm = next(tail.norm.parameters())
         self._placement = norm.device, norm.dtype
         self.context = int(head.stack.config.max_position_embeddings)
-        self._begin: Combined[Share, Tensor] = Combined(self._begin_all, lambda s: len(s.rows_TD), _MOST_ROWS)
-        self._finish: Combined[_Finish, Tensor] = Combined(self._finish_all, lambda f: len(f.output_TD), _MOST_ROWS)
+        self._begin: BatchingCall[SessionShare, Tensor] = BatchingCall(
+            self._begin_all, lambda s: len(s.rows_TD), _MOST_ROWS
+        )
+        self._finish: BatchingCall[_Finish, Tensor] = BatchingCall(
+            self._finish_all, lambda f: len(f.output_TD), _MOST_ROWS
+        )
 
     @property
     def first(self) -> int:
@@ -73,7 +79,7 @@ class DeviceParts:
     def smash(self, ids: Sequence[int], cache: SessionCache) -> Tensor:
         """Smashed rows [T, D] of the next tokens of the answer that ``cache`` belongs to."""
         rows_TD: Tensor = self.head.embed_tokens(torch.tensor(ids, device=self._placement[0]))
-        return self._begin(Share(rows_TD, cache, 0, self.first)) if self.first else rows_TD
+        return self._begin(SessionShare(rows_TD, cache, 0, self.first)) if self.first else rows_TD
 
     def logits(
         self,
@@ -98,7 +104,7 @@ class DeviceParts:
         except CancelledError:
             raise LinkTimeout("a session, waiting for output rows", f"none for {deadline_s} s") from None
 
-    def _begin_all(self, every: Sequence[Share]) -> Sequence[Tensor]:
+    def _begin_all(self, every: Sequence[SessionShare]) -> Sequence[Tensor]:
         with self._computing():
             return self.head_layers.run(every)
 
@@ -111,7 +117,7 @@ class DeviceParts:
         outputs = [one.output_TD for one in every]
         if layers := self.tail_layers.indices:  # they must see every position
             first, stop = layers[0], layers[-1] + 1
-            outputs = self.tail_layers.run([Share(one.output_TD, one.cache, first, stop) for one in every])
+            outputs = self.tail_layers.run([SessionShare(one.output_TD, one.cache, first, stop) for one in every])
         wanted = [output_TD[len(output_TD) - one.want :] for one, output_TD in zip(every, outputs, strict=True)]
         logits_NV = self.tail.logits(torch.cat(wanted))
         return list(logits_NV.split([one.want for one in every]))

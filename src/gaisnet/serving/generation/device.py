@@ -15,7 +15,7 @@ from gaisnet.serving.generation.answering import MERGED, Answering, Domain
 from gaisnet.serving.generation.bodies import Bodies, Target
 from gaisnet.serving.generation.calibration import (
     Calibration,
-    HeldOut,
+    CalibrationExample,
     Trial,
     calibrate,
     collect,
@@ -34,11 +34,11 @@ class ServedDomain:
 
     adapters: tuple[str, ...]  # on the DM, names as its service knows them
     foundation_adapters: tuple[str, ...]  # on the FM, of this domain alone
-    held_out: Sequence[HeldOut] = ()  # examples of this device, or of all that are in this process
+    held_out: Sequence[CalibrationExample] = ()  # examples of this device, or of all that are in this process
 
 
 @dataclass(frozen=True)
-class ServedDevice:
+class AnsweringDevice:
     """What an engine opens of a run for a front door."""
 
     domain: str  # its own
@@ -70,7 +70,7 @@ class ServedDevice:
         target, adapters = self.target(name), self.escalation(name, settings).adapters
         own, others = self.domains[name].held_out, self.others(name, settings)
 
-        def one(held_out: HeldOut) -> Trial:
+        def one(held_out: CalibrationExample) -> Trial:
             return collect(self.parts, self.bodies, target, adapters, held_out, measure)
 
         found: list[Trial] = []
@@ -88,7 +88,7 @@ class ServedDevice:
         adapters = self.escalation(name, settings).adapters
         return calibrate([*own, *others], settings, DEFAULT_MEASURE, adapters, len(others))
 
-    def others(self, name: str, settings: RoutingSettings) -> list[HeldOut]:
+    def others(self, name: str, settings: RoutingSettings) -> list[CalibrationExample]:
         """Examples of other domains that go with a domain's own, always the same; fewer where this process has few."""
         known = self.domains[name].foundation_adapters  # a newcomer's domain is not another's
         foreign = [domain for domain in self.domains.values() if domain.foundation_adapters != known]
@@ -126,7 +126,7 @@ class ServedDevice:
         return Routing(adapters, settings.escalate, known.threshold, known.measure)
 
 
-def uncalibrated(device: ServedDevice, settings: RoutingSettings, run: Path) -> list[str]:
+def uncalibrated(device: AnsweringDevice, settings: RoutingSettings, run: Path) -> list[str]:
     """Domains that have examples, and in the run's folder no threshold that fits. Raises ``CheckpointError``."""
     if settings.escalate != "auto" or settings.threshold is not None:
         return []
@@ -139,7 +139,7 @@ def uncalibrated(device: ServedDevice, settings: RoutingSettings, run: Path) -> 
 
 
 def calibrated(
-    device: ServedDevice, settings: RoutingSettings, run: Path, progress: Progress = silent
+    device: AnsweringDevice, settings: RoutingSettings, run: Path, progress: Progress = silent
 ) -> dict[str, Calibration]:
     """Thresholds by domain: those in the run's folder, and new ones, put there, for what has none that fits.
 
@@ -159,7 +159,9 @@ def calibrated(
     return known
 
 
-def _refuse_without_examples(device: ServedDevice, settings: RoutingSettings, known: Mapping[str, Calibration]) -> None:
+def _refuse_without_examples(
+    device: AnsweringDevice, settings: RoutingSettings, known: Mapping[str, Calibration]
+) -> None:
     """Raise ``ConfigError`` where 'auto' would never escalate, because examples that there were are not there now."""
     home = device.domain
     if not device.absent or device.domains[home].held_out:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from gaisnet.config import FrontSettings
 from gaisnet.errors import GaisnetError
-from gaisnet.serving.generation.answering import Answering, Ask
+from gaisnet.serving.generation.answering import Answering, GenerationRequest
 from gaisnet.serving.http import dialect
 from gaisnet.serving.http.callers import Callers
 from gaisnet.serving.http.choices import Choices
@@ -29,7 +29,7 @@ from gaisnet.serving.http.envelope import Envelope
 from gaisnet.serving.http.keys import ApiKeys
 from gaisnet.serving.http.metrics import CONTENT_TYPE, Metrics
 from gaisnet.serving.http.refusals import GONE, INVALID, ClientGone, Refusal, noted, refusal_of, too_many
-from gaisnet.serving.http.streaming import Running
+from gaisnet.serving.http.streaming import StreamedAnswer
 
 T = TypeVar("T")
 _READERS = 2  # threads that read bodies: nothing else may keep them
@@ -59,7 +59,7 @@ class _Door:
         self._settings = settings
         self._callers = Callers(keys, settings.cors_origins)
         self._metrics = metrics
-        self._running: set[Running] = set()
+        self._running: set[StreamedAnswer] = set()
         self._freed = asyncio.Event()
         self._created = int(time.time())
         self._pool = ThreadPoolExecutor(settings.max_answers, thread_name_prefix="answer")
@@ -121,12 +121,12 @@ class _Door:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, read_request, kind, body, self._settings)
 
-    def _run(self, ask: Ask) -> Running:
+    def _run(self, ask: GenerationRequest) -> StreamedAnswer:
         """Begin an answer. Raises ``Refusal`` where there are too many."""
         if len(self._running) >= self._settings.max_answers:
             raise too_many(self._settings.max_answers)
         clock = self._metrics.clock(ask.model)
-        running = Running(
+        running = StreamedAnswer(
             self._pool, lambda: self._answering.begin(ask, clock), lambda run: self._ended(run, ask.model)
         )
         self._running.add(running)
@@ -139,7 +139,7 @@ class _Door:
             self._freed.clear()
             await self._freed.wait()
 
-    def _ended(self, running: Running, model: str) -> None:
+    def _ended(self, running: StreamedAnswer, model: str) -> None:
         self._running.discard(running)
         self._freed.set()
         status = 200 if running.error is None else refusal_of(running.error).status

@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from gaisnet.serving.generation.answering import Ask, Course
-from gaisnet.serving.http.streaming import Running
+from gaisnet.serving.generation.answering import Course, GenerationRequest
+from gaisnet.serving.http.streaming import StreamedAnswer
 
 
 @dataclass(frozen=True)
-class Piece:
+class ChoiceText:
     """A piece of a choice's text; None behind the last."""
 
     index: int
@@ -26,15 +26,18 @@ class Choices:
     """
 
     def __init__(
-        self, asks: Sequence[Ask], start: Callable[[Ask], Running], room: Callable[[], Awaitable[None]]
+        self,
+        asks: Sequence[GenerationRequest],
+        start: Callable[[GenerationRequest], StreamedAnswer],
+        room: Callable[[], Awaitable[None]],
     ) -> None:
         self._start = start
         self._room = room
-        self._running: list[Running | None] = [None] * len(asks)
-        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._running: list[StreamedAnswer | None] = [None] * len(asks)
+        self._pieces: asyncio.Queue[ChoiceText | Exception] = asyncio.Queue()
         self._running[0] = start(asks[0])  # where not even this one can be had, the request is refused
         self._tasks = [asyncio.create_task(self._follow(i, ask)) for i, ask in enumerate(asks)]
-        self._ahead: Piece | Exception | None = None
+        self._ahead: ChoiceText | Exception | None = None
 
     @property
     def courses(self) -> list[Course]:
@@ -54,7 +57,7 @@ class Choices:
         if isinstance(self._ahead, Exception):
             raise self._ahead
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[ChoiceText]:
         """Pieces of all choices as they come. Raises what goes wrong with the first that fails."""
         left = len(self._running)
         while left:
@@ -79,16 +82,16 @@ class Choices:
             if running is not None:
                 running.stop()
 
-    async def _follow(self, index: int, ask: Ask) -> None:
+    async def _follow(self, index: int, ask: GenerationRequest) -> None:
         try:
             running = self._running[index] or await self._begun(index, ask)
             async for text in running.text():
-                self._pieces.put_nowait(Piece(index, text))
-            self._pieces.put_nowait(Piece(index, None))
+                self._pieces.put_nowait(ChoiceText(index, text))
+            self._pieces.put_nowait(ChoiceText(index, None))
         except Exception as error:
             self._pieces.put_nowait(error)
 
-    async def _begun(self, index: int, ask: Ask) -> Running:
+    async def _begun(self, index: int, ask: GenerationRequest) -> StreamedAnswer:
         """An answer beside others of the same request, which make room for it if nobody else does."""
         await self._room()
         running = self._running[index] = self._start(ask)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from gaisnet import strict_json
 from gaisnet.config import FrontSettings
 from gaisnet.models.tokenization import chat_ids, prompt_ids
-from gaisnet.serving.generation.answering import Ask
+from gaisnet.serving.generation.answering import GenerationRequest
 from gaisnet.serving.generation.sampling import Sampling
 from gaisnet.serving.http.fields import (
     FOREIGN_PARTS,
@@ -97,7 +97,7 @@ class Request(_Strict):
             found["stream_options"] = asked_for(options, StreamOptions.model_fields, {}, "stream_options.")
         return found
 
-    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[GenerationRequest]:
         """Answers that are to be written, one or several.
 
         Args:
@@ -111,7 +111,9 @@ class Request(_Strict):
         """
         raise NotImplementedError
 
-    def ask(self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings, continues: bool = False) -> Ask:
+    def ask(
+        self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings, continues: bool = False
+    ) -> GenerationRequest:
         """One of them. Raises ``BadRequest`` where it asks for more than the limits let it."""
         check_num_tokens(len(prompt), limits, self.prompt_field())
         if max_tokens > limits.max_answer_tokens:
@@ -123,7 +125,7 @@ class Request(_Strict):
             seed=secrets.randbelow(_SEEDS) if self.seed is None else self.seed,
         )
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Ask(self.model, prompt, sampling, stop, self.domain, self.speculate, continues)
+        return GenerationRequest(self.model, prompt, sampling, stop, self.domain, self.speculate, continues)
 
     @classmethod
     def prompt_field(cls) -> str:
@@ -198,7 +200,7 @@ class ChatRequest(Request):
             found["messages"] = [ChatMessage.checked(each, f"messages.{i}") for i, each in enumerate(messages)]
         return found
 
-    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[GenerationRequest]:
         """See ``Request.to_asks``."""
         messages = [message.plain() for message in self.messages]
         for message in messages:
@@ -250,7 +252,7 @@ class CompletionRequest(Request):
             raise BadRequest(f"prompt holds {len(prompt)} prompts, send 1 to {limits.max_prompts}", "prompt")
         return found
 
-    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[Ask]:
+    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[GenerationRequest]:
         """See ``Request.to_asks``."""
         return [
             self.ask(

@@ -15,7 +15,7 @@ class _End:
     error: Exception | None = None
 
 
-class Running:
+class StreamedAnswer:
     """Begins at once. Everything is called in the event loop.
 
     Args:
@@ -25,7 +25,7 @@ class Running:
     """
 
     def __init__(
-        self, pool: ThreadPoolExecutor, begin: Callable[[], Answer], ended: Callable[["Running"], None]
+        self, pool: ThreadPoolExecutor, begin: Callable[[], Answer], ended: Callable[["StreamedAnswer"], None]
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | _End] = asyncio.Queue()

@@ -14,11 +14,11 @@ from gaisnet.config import Config
 from gaisnet.learning.gate import Verdict, comparable, fell, refused, standing
 from gaisnet.messages import EvaluationReport
 from gaisnet.progress import Progress
-from gaisnet.tiers.cloud.device_client import Reach
+from gaisnet.tiers.cloud.device_client import DeviceClient
 from gaisnet.tiers.cloud.model import MERGED, CloudModel
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Member
-from gaisnet.tiers.split.trainable_body import Learned
+from gaisnet.tiers.split.trainable_body import TrainingResult
 
 _OTHERS = "but of other examples, so nothing follows"
 Reports = Mapping[str, EvaluationReport]
@@ -33,7 +33,7 @@ class _InPlace:
     retention: float | None  # None where nobody knows
 
 
-class Intake:
+class AdapterAcceptance:
     """Takes what comes up into the foundation model (FM).
 
     Args:
@@ -50,14 +50,14 @@ class Intake:
         self._asks = config.absorb.validation_share > 0.0
         self._of_merged: Reports | None = None  # what devices say of the merged adapter in place, if they were asked
 
-    def take(self, adapters: Mapping[str, AdapterTensors], reach: Reach) -> list[Verdict]:
+    def take(self, adapters: Mapping[str, AdapterTensors], devices: DeviceClient) -> list[Verdict]:
         """Plug domains' adapters in where the gate lets them, and take those out that their devices do worse with."""
         own = {domain: domain for domain in adapters}
-        before = reach.reports(own) if self._asks and own else {}
+        before = devices.reports(own) if self._asks and own else {}
         with self._or_as_before(*adapters) as kept:
-            verdicts = {domain: self._model.let_in(domain, tensors) for domain, tensors in adapters.items()}
+            verdicts = {domain: self._model.try_adapter(domain, tensors) for domain, tensors in adapters.items()}
             taken = {domain: domain for domain, verdict in verdicts.items() if verdict.accepted}
-            after = reach.reports(taken) if self._asks and taken else {}
+            after = devices.reports(taken) if self._asks and taken else {}
             for domain in taken if self._asks else ():
                 verdicts[domain] = self._as_devices_say(verdicts[domain], before.get(domain), after.get(domain))
                 if not verdicts[domain].accepted:
@@ -75,17 +75,17 @@ class Intake:
             return refused(verdict.adapter, devices_say)
         return replace(verdict, reported=devices_say)
 
-    def merge(self, reach: Reach) -> Verdict | None:
+    def merge(self, devices: DeviceClient) -> Verdict | None:
         """Make one adapter of all in place; of several ways the one that devices say is best. None if there is none."""
         ways, self._of_merged = self._model.merges(), None
         if len(ways) < 2:
-            return next((self._model.let_in(MERGED, tensors) for tensors in ways.values()), None)
+            return next((self._model.try_adapter(MERGED, tensors) for tensors in ways.values()), None)
         verdicts, plugged, reports = dict[str, Verdict](), dict[str, _InPlace](), dict[str, Reports]()
         with self._or_as_before(MERGED) as kept:
             for way, tensors in ways.items():
-                verdicts[way] = self._model.let_in(MERGED, tensors)
+                verdicts[way] = self._model.try_adapter(MERGED, tensors)
                 if verdicts[way].accepted:
-                    plugged[way], reports[way] = self._in_place(MERGED), reach.reports(self._everywhere)
+                    plugged[way], reports[way] = self._in_place(MERGED), devices.reports(self._everywhere)
                     self._put_back(MERGED, kept[MERGED])
         if not plugged:
             return next(iter(verdicts.values()))
@@ -98,41 +98,45 @@ class Intake:
         said = f"devices say, of what they hold back, {found}{_unless(reports.values())}"
         return replace(verdicts[best], reported=said)
 
-    def last_mile(self, members: Sequence[Member], cycle: int, reach: Reach) -> Verdict:
+    def last_mile(self, members: Sequence[Member], cycle: int, devices: DeviceClient) -> Verdict:
         """The merged adapter learns on the FM itself; it stays as it was where devices do worse with it after that.
 
         ``members``: of devices that let their activations travel so far.
         """
         if not members:
             return refused(MERGED, "no device for the last mile could be had")
-        without = (self._of_merged or reach.reports(self._everywhere)) if self._asks else {}
+        without = (self._of_merged or devices.reports(self._everywhere)) if self._asks else {}
         with self._or_as_before(MERGED) as kept:
-            return self._judged(members, cycle, reach, without, kept[MERGED])
+            return self._judged(members, cycle, devices, without, kept[MERGED])
 
-    def _judged(self, members: Sequence[Member], cycle: int, reach: Reach, without: Reports, kept: _InPlace) -> Verdict:
-        learned = self._learned(members, cycle, reach)
+    def _judged(
+        self, members: Sequence[Member], cycle: int, devices: DeviceClient, without: Reports, kept: _InPlace
+    ) -> Verdict:
+        learned = self._learned(members, cycle, devices)
         tensors = self._model.adapter(MERGED)
         self._put_back(MERGED, kept)
         left = "".join(f", without {name}: {error}" for name, error in learned.left.items())
         if not learned.num_examples:
             return refused(MERGED, f"the last mile has nobody left{left}")
         made = f" after a last mile of {learned.num_steps} steps on {learned.num_examples} examples{left}"
-        verdict = replace(self._model.let_in(MERGED, tensors), made=made)
+        verdict = replace(self._model.try_adapter(MERGED, tensors), made=made)
         if not verdict.accepted or not self._asks:
             return verdict
-        with_it = reach.reports(self._everywhere)
+        with_it = devices.reports(self._everywhere)
         said = f"devices say {_right_of_all(with_it)} of what they hold back, {_right_of_all(without)} without it"
         if _alike(without, with_it) and standing(with_it.values()) < standing(without.values()):
             self._put_back(MERGED, kept)
             return replace(refused(MERGED, said), made=made)
         return replace(verdict, reported=said + _unless([without, with_it]))
 
-    def _learned(self, members: Sequence[Member], cycle: int, reach: Reach) -> Learned:
+    def _learned(self, members: Sequence[Member], cycle: int, devices: DeviceClient) -> TrainingResult:
         last_mile = self._config.absorb.last_mile
         learns = {"edge_rounds": 1, "local_epochs": last_mile.epochs, "learning_rate": last_mile.learning_rate}
         settings = self._config.fine_tune.model_copy(update=learns).in_cycle(cycle)
-        stint = Stint(settings, self._config.seed_for("last mile", cycle), f"the last mile of cycle {cycle}")
-        return self._model.learn(members, reach.labels, stint, self._note)
+        schedule = TrainingSchedule(
+            settings, self._config.seed_for("last mile", cycle), f"the last mile of cycle {cycle}"
+        )
+        return self._model.learn(members, devices.labels, schedule, self._note)
 
     @contextmanager
     def _or_as_before(self, *names: str) -> Iterator[Mapping[str, _InPlace]]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from gaisnet.adapters.tuning import AdapterSpec, activate, add_adapter
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.errors import UnexpectedMessage, WireFormatError
 from gaisnet.messages import SmashedData
 from gaisnet.models.parts import Body
@@ -17,36 +17,36 @@ from gaisnet.models.ragged import Ragged
 from gaisnet.tiers.cloud.model import MERGED
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, LearningBody
+from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainableBody
 
 
-class PluggedBody(LearningBody):
+class AdaptedBody(TrainableBody):
     """The FM's body, whose weights stay as they are.
 
     Args:
         body: The FM's.
         layout: Whose layers are whose.
-        turn: Held while the body runs or its adapters are switched, for others may serve it.
+        compute_lock: Held while the body runs or its adapters are switched, for others may serve it.
     """
 
-    def __init__(self, body: Body, layout: Layout, turn: Turn) -> None:
-        super().__init__(body, layout, turn, MERGED)
+    def __init__(self, body: Body, layout: Layout, compute_lock: ComputeLock) -> None:
+        super().__init__(body, layout, compute_lock, MERGED)
         self._is_learning = False
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def add(self, name: str, spec: AdapterSpec, seed: int) -> None:
         """A new adapter: a LoRA does nothing yet, prompts and classifiers are random."""
-        with self._turn.learning():
+        with self._compute_lock.learning():
             add_adapter(self._body, name, spec, seed)
 
     @contextmanager
-    def plugged_in(self, name: str | None) -> Iterator[None]:
+    def active_adapter(self, name: str | None) -> Iterator[None]:
         """Inside, this adapter acts and no other; nobody else uses the model meanwhile, except to serve.
 
         Raises ``UnexpectedMessage`` while an adapter learns: it would no longer act.
         """
-        with self._turn.learning():
+        with self._compute_lock.learning():
             if self._is_learning:
                 asked = "request to run with another"
                 raise UnexpectedMessage("the foundation model, on which an adapter learns,", asked)
@@ -73,26 +73,26 @@ class PluggedBody(LearningBody):
 
     def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
         """What goes to the owner of examples, of all in order, without gradients."""
-        with self.plugged_in(adapter):
+        with self.active_adapter(adapter):
             return self._output_rows(inputs)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def hold_to(self, inputs: Ragged) -> None:
         """From now on what learns is pulled toward what the suffix makes of this without adapters."""
-        with self.plugged_in(None):
+        with self.active_adapter(None):
             self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
 
     @contextmanager
     def _learning(self) -> Iterator[list[nn.Parameter]]:
         """Inside, the merged adapter acts, too."""
-        with self._turn.learning():
+        with self._compute_lock.learning():
             activate(self._body, (self._learns,))
             self._is_learning = True
         try:
             with super()._learning() as parameters:
                 yield parameters
         finally:
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 self._is_learning = False
                 activate(self._body, ())

@@ -14,7 +14,7 @@ from gaisnet.config import Config, EdgeSettings
 from gaisnet.data.examples import Input
 from gaisnet.errors import AdapterError, OutOfBounds, StaleAdapter, UnexpectedMessage
 from gaisnet.learning.gate import Verdict, refused
-from gaisnet.learning.relay import Distillation, TaskShape
+from gaisnet.learning.relay import Distillation, TaskTemplate
 from gaisnet.messages import (
     MOST,
     AdapterRelease,
@@ -40,16 +40,16 @@ from gaisnet.messages import (
 )
 from gaisnet.models.foundation import Foundation
 from gaisnet.progress import Progress, silent
-from gaisnet.tiers.cloud.acceptance import Intake
-from gaisnet.tiers.cloud.decoder_model import WritingModel
-from gaisnet.tiers.cloud.device_client import Reach
-from gaisnet.tiers.cloud.encoder_model import ClassifyingModel
+from gaisnet.tiers.cloud.acceptance import AdapterAcceptance
+from gaisnet.tiers.cloud.decoder_model import DecoderCloudModel
+from gaisnet.tiers.cloud.device_client import DeviceClient
+from gaisnet.tiers.cloud.encoder_model import EncoderCloudModel
 from gaisnet.tiers.cloud.model import MERGED, CloudModel, Sizes
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
-from gaisnet.tiers.split.bounds import Steepness
+from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.publisher import NoOutlet, Outlet
+from gaisnet.tiers.split.publisher import NoPublisher, Publisher
 from gaisnet.tiers.split.step import Member
 
 
@@ -62,7 +62,7 @@ class Cloud:
         shapes: What is public about each domain's task, by domain.
         retention_text: Public text that no domain trains on, to watch the general ability of a decoder with.
         progress: Told while it generates and distils.
-        outlet: Serves the FM and the adapters that are plugged in; None if nobody does.
+        publisher: Serves the FM and the adapters that are plugged in; None if nobody does.
         public_inputs: Of an encoder, in place of text: unlabelled texts or images that are nobody's secret.
 
     Raises:
@@ -75,18 +75,18 @@ class Cloud:
         self,
         foundation: Foundation,
         config: Config,
-        shapes: Mapping[str, TaskShape],
+        shapes: Mapping[str, TaskTemplate],
         retention_text: str,
         progress: Progress = silent,
-        outlet: Outlet | None = None,
+        publisher: Publisher | None = None,
         public_inputs: Sequence[Input] = (),
     ) -> None:
-        outlet = outlet or NoOutlet()
+        publisher = publisher or NoPublisher()
         layout = Layout(config, foundation.model.config.num_hidden_layers, foundation.family)
         if foundation.family.is_encoder:
-            self._model: CloudModel = ClassifyingModel(foundation, layout, public_inputs, outlet.turn)
+            self._model: CloudModel = EncoderCloudModel(foundation, layout, public_inputs, publisher.compute_lock)
         else:
-            self._model = WritingModel(foundation, layout, shapes, retention_text, progress, outlet)
+            self._model = DecoderCloudModel(foundation, layout, shapes, retention_text, progress, publisher)
         self.model_digest = digest_of(self.model_release.tensors)
         self._adapter_of = {edge.domain: edge.adapter for edge in config.edges}
         self.learning = tuple(edge.domain for edge in config.learning_edges())
@@ -96,8 +96,8 @@ class Cloud:
         self._hidden_size = foundation.model.config.hidden_size
         self._longest = bounds.longest(foundation.model.config, config.model.most_tokens)
         self._classifies = foundation.family.is_encoder
-        self._model.bound_gradients(Steepness.of(self.model_release, config.tail_layers, self._classifies))
-        self._intake = Intake(self._model, config, progress)
+        self._model.set_gradient_bounds(GradientBounds.of(self.model_release, config.tail_layers, self._classifies))
+        self._acceptance = AdapterAcceptance(self._model, config, progress)
         self._last_mile = bool(config.absorb.last_mile.epochs)
         self._travelling = {name for edge in config.learning_edges() for name in edge.travelling}
         self._activations: dict[tuple[str, Split], Activations] = {}  # behind the prefix, which is frozen
@@ -162,21 +162,21 @@ class Cloud:
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
-    def absorb(self, updates: Mapping[str, AdapterUpdate], cycle: int, reach: Reach) -> list[Verdict]:
+    def absorb(self, updates: Mapping[str, AdapterUpdate], cycle: int, devices: DeviceClient) -> list[Verdict]:
         """Plug domain adapters into the FM where they may, and merge what is in place.
 
         Args:
             updates: By domain.
             cycle: That ends.
-            reach: Whom to ask about them.
+            devices: Asked for scores and gradients.
         """
-        verdicts = self._take(updates, reach)
-        merged = self._intake.merge(reach)
+        verdicts = self._take(updates, devices)
+        merged = self._acceptance.merge(devices)
         if merged is None:
             return verdicts
         about_merged = [merged]
         if self._last_mile and merged.accepted:
-            about_merged.append(self._intake.last_mile(self._members(reach.share()), cycle, reach))
+            about_merged.append(self._acceptance.last_mile(self._members(devices.share()), cycle, devices))
         if merged.accepted:
             self._put_out(MERGED)
         return [*verdicts, *about_merged]
@@ -185,11 +185,11 @@ class Cloud:
         """Devices that learn in the last mile, out of those whose activations are here."""
         return [Member(owner, self._activations[owner, "train"]) for owner in owners]
 
-    def _take(self, updates: Mapping[str, AdapterUpdate], reach: Reach) -> list[Verdict]:
+    def _take(self, updates: Mapping[str, AdapterUpdate], devices: DeviceClient) -> list[Verdict]:
         misfits = {domain: self._misfit(domain, update) for domain, update in updates.items()}
         unfit = {domain: refused(domain, why) for domain, why in misfits.items() if why}
         fitting = {domain: update.tensors for domain, update in updates.items() if domain not in unfit}
-        found = {verdict.adapter: verdict for verdict in self._intake.take(fitting, reach)}
+        found = {verdict.adapter: verdict for verdict in self._acceptance.take(fitting, devices)}
         for domain, verdict in found.items():
             if verdict.accepted:
                 self.versions["domain"][domain] = updates[domain].version
@@ -215,7 +215,7 @@ class Cloud:
         """What is plugged in now is served from now on."""
         versions = self.versions["domain"]
         for name in names:
-            self._model.put_out(name, max(versions.values()) if name == MERGED else versions[name])
+            self._model.publish(name, max(versions.values()) if name == MERGED else versions[name])
 
     # -- after a restart -----------------------------------------------------------------------------------------------
 

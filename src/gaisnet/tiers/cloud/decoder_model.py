@@ -11,26 +11,26 @@ from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config.learning import MergeMethod
 from gaisnet.learning.gate import Verdict, gate, strongest
-from gaisnet.learning.relay import Distillation, TaskShape
+from gaisnet.learning.relay import Distillation, TaskTemplate
 from gaisnet.messages import AnchorRelease, SmashedData
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.preemption import pause_within
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress
-from gaisnet.tiers.cloud.decoder_parts import FoundationModel
+from gaisnet.tiers.cloud.decoder_parts import DecoderParts
 from gaisnet.tiers.cloud.model import MERGED, Sizes
-from gaisnet.tiers.cloud.relay_trainer import Teacher
-from gaisnet.tiers.cloud.synthetic_text import Texts
+from gaisnet.tiers.cloud.relay_trainer import RelayTrainer
+from gaisnet.tiers.cloud.synthetic_text import SyntheticText
 from gaisnet.tiers.split.activations import Activations
-from gaisnet.tiers.split.bounds import Steepness
+from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.publisher import Outlet
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.publisher import Publisher
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Labels, Member
-from gaisnet.tiers.split.trainable_body import Learned
+from gaisnet.tiers.split.trainable_body import TrainingResult
 
 
-class WritingModel:
+class DecoderCloudModel:
     """A decoder as the cloud runs it; see ``CloudModel``.
 
     Args:
@@ -39,7 +39,7 @@ class WritingModel:
         shapes: What is public about each domain's task, by domain.
         retention_text: Public text that no domain trains on, to watch general ability with.
         progress: Told while it writes and teaches.
-        outlet: Serves it, and the adapters that are plugged in.
+        publisher: Serves it, and the adapters that are plugged in.
 
     Raises:
         DataError: Too little public text.
@@ -49,15 +49,15 @@ class WritingModel:
         self,
         foundation: Foundation,
         layout: Layout,
-        shapes: Mapping[str, TaskShape],
+        shapes: Mapping[str, TaskTemplate],
         retention_text: str,
         progress: Progress,
-        outlet: Outlet,
+        publisher: Publisher,
     ) -> None:
         self._config = config = layout.config
         self._layout = layout
-        self._outlet = outlet
-        self._model = model = FoundationModel(foundation, layout, outlet.turn)
+        self._publisher = publisher
+        self._model = model = DecoderParts(foundation, layout, publisher.compute_lock)
         absorb = config.absorb
         self._retention_ids_BT = model.windows(retention_text, absorb.retention_windows, absorb.retention_tokens)
         free_text_BT = model.free_text()
@@ -69,13 +69,13 @@ class WritingModel:
         self.anchor_release = AnchorRelease(torch.tensor(hidden.lengths, dtype=torch.int32), hidden.rows_ND)
         foundation_params, split_device_params = model.num_parameters()
         self.sizes = Sizes(foundation_params, layout.num_layers, len(recipe.kept), split_device_params)
-        pause_within({*model.body.layers.values(), *domain_body.layers.values()}, outlet.turn.pause)
+        pause_within({*model.body.layers.values(), *domain_body.layers.values()}, publisher.compute_lock.pause)
         self._adapter_of = {edge.domain: edge.adapter for edge in config.edges}
         self._learning = tuple(edge.domain for edge in config.learning_edges())
         self.names = (*self._learning, MERGED)
-        self._texts = Texts(free_text, shapes, self._adapter_of, model, layout)
-        self._teacher = Teacher(model, domain_body, layout, recipe, self._texts, progress)
-        self.relays = self._teacher.relays
+        self._text = SyntheticText(free_text, shapes, self._adapter_of, model, layout)
+        self._relay_trainer = RelayTrainer(model, domain_body, layout, recipe, self._text, progress)
+        self.relays = self._relay_trainer.relays
         self._add_adapters()
         if config.absorb.last_mile.epochs:
             model.hold_to(hidden)
@@ -83,7 +83,7 @@ class WritingModel:
         self.perplexity_before = self._perplexity(None)
         # With each adapter that is in place; at the start they are all zero.
         self.retention = dict.fromkeys(self.names, self.perplexity_before)
-        outlet.put_body(model.body, model.layers)
+        publisher.publish_body(model.body, model.layers)
 
     def _add_adapters(self) -> None:
         seed = self._config.seed_for("domain adapter")
@@ -100,8 +100,8 @@ class WritingModel:
         """
         merges = len(self._learning) > 1 and domain in self._learning and "regression" in self._config.absorb.merge.ways
         if domain in self.relays or merges:
-            self._texts.write(domain, cycle)
-        return self._teacher.teach(domain, self._adapter_of[domain])
+            self._text.write(domain, cycle)
+        return self._relay_trainer.teach(domain, self._adapter_of[domain])
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
@@ -117,7 +117,7 @@ class WritingModel:
         """See ``CloudModel``."""
         self._model.put(name, tensors)
 
-    def let_in(self, name: str, tensors: AdapterTensors) -> Verdict:
+    def try_adapter(self, name: str, tensors: AdapterTensors) -> Verdict:
         """As strong as perplexity on public text lets it; see ``CloudModel``."""
         before, absorb = self.adapter(name), self._config.absorb
 
@@ -137,19 +137,21 @@ class WritingModel:
             return {"the only one": self.adapter(self._learning[0])}
         return {way: self._merged(way) for way in self._config.absorb.merge.ways}
 
-    def bound_gradients(self, steepness: Steepness) -> None:
+    def set_gradient_bounds(self, gradient_bounds: GradientBounds) -> None:
         """See ``CloudModel``."""
-        self._model.steepness = steepness
+        self._model.gradient_bounds = gradient_bounds
 
-    def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
+    def learn(
+        self, members: Sequence[Member], labels: Labels, schedule: TrainingSchedule, progress: Progress
+    ) -> TrainingResult:
         """Pulled toward what the FM makes of its own text without adapters; see ``CloudModel``."""
-        return self._model.learn(members, labels, stint, progress)
+        return self._model.learn(members, labels, schedule, progress)
 
     def _merged(self, method: MergeMethod) -> AdapterTensors:
         settings, model = self._config.absorb.merge, self._model
         if method == "regression":
-            entering = {domain: model.at_suffix(self._texts.all_of(domain)) for domain in self._learning}
-            return model.merged(entering, model.at_suffix(self._texts.free))
+            entering = {domain: model.at_suffix(self._text.all_of(domain)) for domain in self._learning}
+            return model.merged(entering, model.at_suffix(self._text.free))
         adapters = [self.adapter(domain) for domain in self._learning]
         if method == "sum":
             return side_by_side(adapters, settings.weight)
@@ -159,9 +161,9 @@ class WritingModel:
         """The FM's perplexity on public text, with an adapter or as it is."""
         return self._model.perplexity(self._retention_ids_BT, self._retention_inputs, adapter)
 
-    def put_out(self, name: str, version: int) -> None:
+    def publish(self, name: str, version: int) -> None:
         """See ``CloudModel``."""
-        self._outlet.put_adapter(name, version, self.spec(name), self.adapter(name))
+        self._publisher.put_adapter(name, version, self.spec(name), self.adapter(name))
 
     # -- asked by edges, and after a restart ---------------------------------------------------------------------------
 
@@ -178,10 +180,10 @@ class WritingModel:
         return {
             "retention": self.retention,
             "perplexity_before": self.perplexity_before,
-            "texts": self._texts.of,
+            "texts": self._text.of,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See ``CloudModel``."""
         self.retention, self.perplexity_before = state["retention"], state["perplexity_before"]
-        self._texts.of = state["texts"]
+        self._text.of = state["texts"]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config.learning import RelaySettings
 from gaisnet.errors import DataError
 from gaisnet.learning.gate import CHUNK_ROWS, perplexity
 from gaisnet.learning.merging import by_regression
 from gaisnet.learning.regression import traced
-from gaisnet.learning.relay import TaskShape, generate_text
+from gaisnet.learning.relay import TaskTemplate, generate_text
 from gaisnet.messages import ModelRelease
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
@@ -23,26 +23,26 @@ from gaisnet.models.ragged import Ragged, token_rows
 from gaisnet.models.recipe import Recipe, choose_recipe, make_domain_body, num_parameters
 from gaisnet.models.release import release_model
 from gaisnet.models.tokenization import window_ids
-from gaisnet.tiers.cloud.adapted_body import PluggedBody
+from gaisnet.tiers.cloud.adapted_body import AdaptedBody
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.trainable_body import PREFIX_BATCH
 
 _CHOICE_SEQUENCES, _CALIBRATION_SEQUENCES = 8, 16
 
 
-class FoundationModel(PluggedBody):
+class DecoderParts(AdaptedBody):
     """A decoder in parts. Its weights stay as they are.
 
     Args:
         foundation: Model and tokenizer.
         layout: Whose layers are whose.
-        turn: Held while the model runs or its adapters are switched, for others may serve it.
+        compute_lock: Held while the model runs or its adapters are switched, for others may serve it.
     """
 
-    def __init__(self, foundation: Foundation, layout: Layout, turn: Turn) -> None:
+    def __init__(self, foundation: Foundation, layout: Layout, compute_lock: ComputeLock) -> None:
         cut = CutLayers(layout.first_cut, layout.config.tail_layers)
         self._head, body, self._tail = cut_decoder(foundation.decoder, cut)
-        super().__init__(body, layout, turn)
+        super().__init__(body, layout, compute_lock)
         self._foundation = foundation
 
     @property
@@ -61,7 +61,7 @@ class FoundationModel(PluggedBody):
         """Token ids [B, T] of text that it writes when nobody asks for anything: for a DM, its anchor and its relay."""
         config = self._layout.config
         num = max(_CALIBRATION_SEQUENCES, config.fine_tune.anchor_sequences, config.relay.num_free)
-        ids = self.write(TaskShape(None, ()), num, config.relay, config.seed_for("free text"), None)
+        ids = self.write(TaskTemplate(None, ()), num, config.relay, config.seed_for("free text"), None)
         return torch.tensor(ids, device=self.device)
 
     def make_domain_body(self, text_BT: Tensor) -> tuple[Recipe, Body]:
@@ -89,10 +89,10 @@ class FoundationModel(PluggedBody):
     # -- running it ----------------------------------------------------------------------------------------------------
 
     def write(
-        self, shape: TaskShape, num: int, settings: RelaySettings, seed: int, adapter: str | None
+        self, shape: TaskTemplate, num: int, settings: RelaySettings, seed: int, adapter: str | None
     ) -> list[list[int]]:
         """Token ids of texts that it writes, as ``relay.downward.generate_text`` says."""
-        with self.plugged_in(adapter):
+        with self.active_adapter(adapter):
             return generate_text(self._foundation.model, self._foundation.tokenizer, shape, num, settings, seed)
 
     def windows(self, text: str, num: int, num_tokens: int) -> Tensor:
@@ -105,7 +105,7 @@ class FoundationModel(PluggedBody):
 
     def at_middle(self, ids_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] that enter the middle."""
-        with torch.no_grad(), self._turn.learning():
+        with torch.no_grad(), self._compute_lock.learning():
             return self._body.run(self._head(ids_BT), self._layout.first_cut, self._layout.middle.start)
 
     def between(self, hidden: Ragged, start: int, stop: int) -> Ragged:
@@ -117,7 +117,7 @@ class FoundationModel(PluggedBody):
         start, first = self._layout.first_cut, self._layout.first_adapted
 
         def run(ids_BT1: Tensor) -> Tensor:
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 return self._body.run(self._head(ids_BT1[..., 0]), start, first)
 
         return token_rows(sequences, self.device).map_batches(run, PREFIX_BATCH)
@@ -131,14 +131,14 @@ class FoundationModel(PluggedBody):
         some, layers = next(iter(adapters)), [i for i in self._body.indices if i >= self._layout.first_adapted]
 
         def trace(name: str | None, layer: int, states: Ragged) -> tuple[dict[str, Ragged], Ragged]:
-            with self.plugged_in(name):
+            with self.active_adapter(name):
                 return traced(self._body, some, layer, states)
 
         return by_regression(adapters, entering, free, layers, trace, self._layout.config.absorb.merge)
 
     def perplexity(self, ids_BT: Tensor, entering: Ragged, adapter: str | None) -> float:
         """On text, with an adapter or as it is; ``entering`` is what ``at_suffix`` gave for it."""
-        with self.plugged_in(adapter), torch.no_grad():
+        with self.active_adapter(adapter), torch.no_grad():
             outputs = entering.map_batches(self.suffix, PREFIX_BATCH)
             hidden_BTD = self._tail.stack.run(outputs.rows_ND.view(*ids_BT.shape, -1))
             return perplexity(hidden_BTD, self._tail_logits, ids_BT)
@@ -151,7 +151,7 @@ class FoundationModel(PluggedBody):
             other: What enters there in another model that goes on as this one, for q.
             adapter: Acts on both.
         """
-        with self.plugged_in(adapter), torch.no_grad():
+        with self.active_adapter(adapter), torch.no_grad():
             chances = zip(self._log_chances(entering), self._log_chances(other), strict=True)
             total = sum(float((p_RV.exp() * (p_RV - q_RV)).sum()) for p_RV, q_RV in chances)
         return total / max(len(entering.rows_ND), 1)
@@ -163,5 +163,5 @@ class FoundationModel(PluggedBody):
             yield self._tail_logits(rows_RD).float().log_softmax(dim=-1)
 
     def _tail_logits(self, rows_ND: Tensor) -> Tensor:
-        self._turn.pause()
+        self._compute_lock.pause()
         return self._tail.logits(rows_ND)

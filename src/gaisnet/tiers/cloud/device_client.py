@@ -7,7 +7,7 @@ from gaisnet.messages import BodyOutput, EvaluationReport
 from gaisnet.tiers.split.step import Outcome
 
 
-class Reach(Protocol):
+class DeviceClient(Protocol):
     """Asks the devices of edges that learn."""
 
     def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:

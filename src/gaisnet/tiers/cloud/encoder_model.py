@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import AdapterSpec
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.data.examples import Input
 from gaisnet.errors import ConfigError, ModelError
 from gaisnet.learning.gate import Verdict
@@ -28,18 +28,18 @@ from gaisnet.models.preemption import pause_within
 from gaisnet.models.ragged import Ragged, by_length
 from gaisnet.models.recipe import Recipe, choose_recipe, make_domain_body, num_parameters
 from gaisnet.models.release import release_encoder
-from gaisnet.tiers.cloud.adapted_body import PluggedBody
+from gaisnet.tiers.cloud.adapted_body import AdaptedBody
 from gaisnet.tiers.cloud.model import Sizes
 from gaisnet.tiers.split.activations import Activations
-from gaisnet.tiers.split.bounds import Steepness
+from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.inputs import Inputs
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, Learned, body_output_rows
+from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainingResult, body_output_rows
 
 _CALIBRATION_INPUTS = 16
 
 
-class ClassifyingModel:
+class EncoderCloudModel:
     """An encoder as the cloud runs it; see ``CloudModel``.
 
     Args:
@@ -47,19 +47,21 @@ class ClassifyingModel:
         layout: Whose layers are whose.
         public: Unlabelled inputs that are nobody's secret: a recipe is filled in and calibrated on them, and how far
             adapters move the FM's features is measured. There may be none.
-        turn: Held while the model runs.
+        compute_lock: Held while the model runs.
 
     Raises:
         ConfigError: The recipe needs public inputs and there are none.
         DataError: The FM cannot read them.
     """
 
-    def __init__(self, foundation: Foundation, layout: Layout, public: Sequence[Input], turn: Turn) -> None:
+    def __init__(
+        self, foundation: Foundation, layout: Layout, public: Sequence[Input], compute_lock: ComputeLock
+    ) -> None:
         self._layout = layout
-        self._turn = turn
+        self._compute_lock = compute_lock
         encoder = foundation.encoder
         self._head, self._body = cut_encoder(encoder, CutLayers(layout.first_cut))
-        self._plugged = PluggedBody(self._body, layout, turn)
+        self._plugged = AdaptedBody(self._body, layout, compute_lock)
         inputs = Inputs(public, foundation.reader, layout.config.model.most_tokens, "the cloud's public inputs")
         at_cut = inputs.through(self._run_head) if public else None
         recipe, domain_body = self._make_domain_body(encoder, at_cut)
@@ -70,7 +72,7 @@ class ClassifyingModel:
         self.sizes = Sizes(
             num_parameters(foundation.model), layout.num_layers, len(recipe.kept), self._device_params(encoder)
         )
-        pause_within(self._body.layers.values(), turn.pause)
+        pause_within(self._body.layers.values(), compute_lock.pause)
         self.names = tuple(edge.domain for edge in layout.config.learning_edges())
         self.relays: dict[str, AdapterTensors] = {}
         self._public = None if at_cut is None else self._at_suffix(at_cut)
@@ -102,7 +104,7 @@ class ClassifyingModel:
         longer = by_length(at_cut.lengths, len(at_cut))[0][len(at_cut) // 2 :]
         some, length = longer[:_CALIBRATION_INPUTS], at_cut.lengths[longer[0]]
         hidden_BTD = torch.stack([at_cut.sequences()[index][:length] for index in some])
-        with torch.no_grad(), self._turn.learning():
+        with torch.no_grad(), self._compute_lock.learning():
             return self._body.run(hidden_BTD, self._layout.first_cut, self._layout.middle.start)
 
     def _at_suffix(self, at_cut: Ragged) -> Activations:
@@ -120,7 +122,7 @@ class ClassifyingModel:
         return num_parameters(encoder.embeddings, *(encoder.layers[index] for index in range(deepest)))
 
     def _run_head(self, inputs: Tensor) -> Tensor:
-        with self._turn.learning():
+        with self._compute_lock.learning():
             hidden_BTD: Tensor = self._head(inputs.to(self._plugged.device))
         return hidden_BTD
 
@@ -133,15 +135,15 @@ class ClassifyingModel:
         """None: see the module."""
         return {}
 
-    def bound_gradients(self, steepness: Steepness) -> None:
+    def set_gradient_bounds(self, gradient_bounds: GradientBounds) -> None:
         """See ``CloudModel``."""
-        self._plugged.steepness = steepness
+        self._plugged.gradient_bounds = gradient_bounds
 
-    def learn(self, *args: Any) -> Learned:
+    def learn(self, *args: Any) -> TrainingResult:
         """Nothing: it has no merged adapter, and a layout that asks for it is refused."""
         raise ModelError("a merged adapter that learns", "an encoder has none", "set absorb.last_mile.epochs to 0")
 
-    def put_out(self, name: str, version: int) -> None:
+    def publish(self, name: str, version: int) -> None:
         """Nothing: it writes no answers."""
 
     def spec(self, name: str) -> AdapterSpec:
@@ -156,7 +158,7 @@ class ClassifyingModel:
         """See ``CloudModel``."""
         self._plugged.put(name, tensors)
 
-    def let_in(self, name: str, tensors: AdapterTensors) -> Verdict:
+    def try_adapter(self, name: str, tensors: AdapterTensors) -> Verdict:
         """As it is, and say how far it moves the features of public inputs; see ``CloudModel``.
 
         It may move them as far as it likes: the FM alone is as it was, and other domains have adapters of their own.
@@ -177,7 +179,7 @@ class ClassifyingModel:
     @torch.no_grad()
     def _features(self, public: Activations, adapter: str | None) -> Tensor:
         """What a classifier sees of the public inputs, [N, D], with an adapter or without."""
-        with self._plugged.plugged_in(adapter):
+        with self._plugged.active_adapter(adapter):
             rows_ND = body_output_rows(self._plugged.suffix, public, self._layout.wanted, causal=False)
             return self._body.features(rows_ND).float()
 

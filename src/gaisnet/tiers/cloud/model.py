@@ -13,10 +13,10 @@ from gaisnet.learning.relay import Distillation
 from gaisnet.messages import AnchorRelease, ModelRelease, SmashedData
 from gaisnet.progress import Progress
 from gaisnet.tiers.split.activations import Activations
-from gaisnet.tiers.split.bounds import Steepness
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.bounds import GradientBounds
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Labels, Member
-from gaisnet.tiers.split.trainable_body import Learned
+from gaisnet.tiers.split.trainable_body import TrainingResult
 
 MERGED = "merged"
 
@@ -62,19 +62,21 @@ class CloudModel(Protocol):
     def put(self, name: str, tensors: AdapterTensors) -> None:
         """Overwrite an adapter. Raises ``AdapterMismatch``."""
 
-    def let_in(self, name: str, tensors: AdapterTensors) -> Verdict:
+    def try_adapter(self, name: str, tensors: AdapterTensors) -> Verdict:
         """Plug an adapter in as the gate lets it; what was there before stays if it does not."""
 
     def merges(self) -> dict[str, AdapterTensors]:
         """One adapter of all in place, in each way that is to be tried, by its name; none where they cannot be one."""
 
-    def bound_gradients(self, steepness: Steepness) -> None:
+    def set_gradient_bounds(self, gradient_bounds: GradientBounds) -> None:
         """From now on owners' gradients are held against this."""
 
-    def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
-        """Train the merged adapter; see ``LearningBody``. Only where adapters can be merged."""
+    def learn(
+        self, members: Sequence[Member], labels: Labels, schedule: TrainingSchedule, progress: Progress
+    ) -> TrainingResult:
+        """Train the merged adapter; see ``TrainableBody``. Only where adapters can be merged."""
 
-    def put_out(self, name: str, version: int) -> None:
+    def publish(self, name: str, version: int) -> None:
         """Serve an adapter as it is now, if the FM answers anybody."""
 
     def prefix(self, smashed: SmashedData) -> Activations:

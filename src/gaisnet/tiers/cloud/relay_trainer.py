@@ -11,13 +11,13 @@ from gaisnet.models.parts import Body
 from gaisnet.models.ragged import token_rows
 from gaisnet.models.recipe import Recipe
 from gaisnet.progress import Progress
-from gaisnet.tiers.cloud.decoder_parts import FoundationModel
-from gaisnet.tiers.cloud.synthetic_text import Texts
+from gaisnet.tiers.cloud.decoder_parts import DecoderParts
+from gaisnet.tiers.cloud.synthetic_text import SyntheticText
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.trainable_body import PREFIX_BATCH
 
 
-class Teacher:
+class RelayTrainer:
     """Holds the cloud's copy of the DM's body, and the relay of every domain.
 
     Args:
@@ -31,11 +31,11 @@ class Teacher:
 
     def __init__(
         self,
-        model: FoundationModel,
+        model: DecoderParts,
         domain_body: Body,
         layout: Layout,
         recipe: Recipe,
-        texts: Texts,
+        texts: SyntheticText,
         progress: Progress,
     ) -> None:
         self.relays: dict[str, AdapterTensors] = {}  # by domain; empty where the recipe left nothing to repair
@@ -43,7 +43,7 @@ class Teacher:
         self._body = domain_body
         self._layout = layout
         self._config = layout.config
-        self._texts = texts
+        self._text = texts
         self._progress = progress
         self._spec = layout.relay_spec(recipe.kept)
         if self._config.relay.enabled and self._spec.layers:
@@ -58,7 +58,7 @@ class Teacher:
         """
         if domain not in self.relays:
             return None
-        learned, held_out = self._free.and_also(self._seen(self._texts.of[domain])).halves()
+        learned, held_out = self._free.and_also(self._seen(self._text.of[domain])).halves()
         put_in(self._body, RELAY, self.relays[domain])
         error_before, kl_before = self._apart(held_out, adapter)
         relay = repair(self._body, self._spec, learned, self._config.relay.penalty, self._progress)
@@ -76,7 +76,7 @@ class Teacher:
     @cached_property
     def _free(self) -> Lesson:
         """Text that was written when nobody asked for anything: the same for all domains and cycles."""
-        return self._seen(self._texts.free[: self._config.relay.num_free])
+        return self._seen(self._text.free[: self._config.relay.num_free])
 
     def _seen(self, sequences: Sequence[Sequence[int]]) -> Lesson:
         """What the FM alone sees in a text, where the relay needs it."""

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from gaisnet.learning.relay import TaskShape
-from gaisnet.tiers.cloud.decoder_parts import FoundationModel
+from gaisnet.learning.relay import TaskTemplate
+from gaisnet.tiers.cloud.decoder_parts import DecoderParts
 from gaisnet.tiers.split.layout import Layout
 
 Sequences = list[list[int]]
 
 
-class Texts:
+class SyntheticText:
     """Token ids of free text, written once, and of text in each domain's public template, more of it in every cycle.
 
     Args:
@@ -23,9 +23,9 @@ class Texts:
     def __init__(
         self,
         free: Sequence[Sequence[int]],
-        shapes: Mapping[str, TaskShape],
+        shapes: Mapping[str, TaskTemplate],
         adapters: Mapping[str, str],
-        model: FoundationModel,
+        model: DecoderParts,
         layout: Layout,
     ) -> None:
         self.free = free

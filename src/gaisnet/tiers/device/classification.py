@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.data.examples import DeviceData, Labelled
 from gaisnet.errors import DataError, WireFormatError
 from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Lengths, Split
 from gaisnet.models.encoders import EncoderHead
 from gaisnet.models.ragged import Ragged
-from gaisnet.tiers.device.shared_weights import Parts
+from gaisnet.tiers.device.shared_weights import DeviceWeights
 from gaisnet.tiers.split.inputs import Inputs
 
 
-class Classes:
+class ClassificationExamples:
     """What a device does with its examples where the model is an encoder; see ``tiers.device.OwnExamples``.
 
     Args:
@@ -31,7 +31,7 @@ class Classes:
         labels: Names of the domain's classes.
         tokenizer: The FM's; None where it takes images.
         context: Longest text in tokens; longer ones lose their end.
-        turn: Held while it computes.
+        compute_lock: Held while it computes.
 
     Raises:
         DataError: A label that is not among ``labels``, or inputs that are not all of one kind.
@@ -44,10 +44,10 @@ class Classes:
         labels: Sequence[str],
         tokenizer: PreTrainedTokenizerBase | None,
         context: int,
-        turn: Turn,
+        compute_lock: ComputeLock,
     ) -> None:
         self._name = name
-        self._turn = turn
+        self._compute_lock = compute_lock
         self._context = context
         self._classes, self._inputs = dict[Split, Tensor](), dict[Split, Inputs]()
         for split, examples in data.splits().items():
@@ -55,7 +55,7 @@ class Classes:
             self._classes[split] = _numbers([example.label for example in examples], labels, owner)
             self._inputs[split] = Inputs([example.input for example in examples], tokenizer, context, owner)
 
-    def check(self, parts: Parts) -> None:
+    def check(self, parts: DeviceWeights) -> None:
         """Raise ``DataError`` where the model writes."""
         if not isinstance(parts.head, EncoderHead):
             found = "has examples with labels, but the foundation model is a decoder, which writes"
@@ -65,11 +65,11 @@ class Classes:
         """One for every token; of images only the head can tell."""
         return sum(map(len, self._inputs[split].ids))
 
-    def hidden(self, split: Split, parts: Parts) -> Ragged:
+    def hidden(self, split: Split, parts: DeviceWeights) -> Ragged:
         """What the head makes of a split."""
 
         def run(inputs: Tensor) -> Tensor:
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 hidden_BTD: Tensor = parts.head(inputs)
             return hidden_BTD
 
@@ -85,11 +85,11 @@ class Classes:
         """One, of every example."""
         return [1] * len(self._classes[split])
 
-    def loss(self, output: BodyOutput, parts: Parts) -> BodyOutputGrad:
+    def loss(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
         """See ``class_loss``."""
         return class_loss(output, self._classes[output.split])
 
-    def score(self, output: BodyOutput, parts: Parts) -> EvaluationReport:
+    def score(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
         """See ``class_score``."""
         return class_score(output, self._classes[output.split])
 

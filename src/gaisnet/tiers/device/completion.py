@@ -12,20 +12,20 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.data.examples import DeviceData, Tokens, tokenize
 from gaisnet.errors import DataError, WireFormatError
 from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Lengths, Split
 from gaisnet.models.parts import Tail
 from gaisnet.models.ragged import Ragged, token_rows
 from gaisnet.models.tokenization import ending_ids
-from gaisnet.tiers.device.shared_weights import Parts
+from gaisnet.tiers.device.shared_weights import DeviceWeights
 
 HEAD_BATCH = 32
 _TAIL_ROWS = 64  # a vocabulary is long: more at once would keep answers on the same machine waiting
 
 
-class Completions:
+class CompletionExamples:
     """What a device does with its examples where the model is a decoder; see ``tiers.device.OwnExamples``.
 
     Args:
@@ -33,24 +33,24 @@ class Completions:
         data: Its private examples.
         tokenizer: The FM's.
         context: Longest example in tokens.
-        turn: Held while it computes.
+        compute_lock: Held while it computes.
 
     Raises:
         DataError: An empty completion, or one longer than the context.
     """
 
     def __init__(
-        self, name: str, data: DeviceData, tokenizer: PreTrainedTokenizerBase, context: int, turn: Turn
+        self, name: str, data: DeviceData, tokenizer: PreTrainedTokenizerBase, context: int, compute_lock: ComputeLock
     ) -> None:
         self._name = name
-        self._turn = turn
+        self._compute_lock = compute_lock
         self._tokenizer = tokenizer
         self.tokens: dict[Split, list[Tokens]] = {
             split: tokenize(examples, tokenizer, context, f"device '{name}', {split}")
             for split, examples in data.splits().items()
         }
 
-    def check(self, parts: Parts) -> None:
+    def check(self, parts: DeviceWeights) -> None:
         """Raise ``DataError`` where the model does not write, or where it would stop in the middle of a completion."""
         if parts.tail is None:
             found = "has prompts and completions, but the foundation model is an encoder, which tells classes apart"
@@ -66,12 +66,12 @@ class Completions:
         """One for every token."""
         return sum(len(t.input_ids) for t in self.tokens[split])
 
-    def hidden(self, split: Split, parts: Parts) -> Ragged:
+    def hidden(self, split: Split, parts: DeviceWeights) -> Ragged:
         """What the head makes of a split."""
         head, _ = parts.to_write()
 
         def run(ids_BT1: Tensor) -> Tensor:
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 hidden_BTD: Tensor = head(ids_BT1[..., 0])
             return hidden_BTD
 
@@ -87,23 +87,23 @@ class Completions:
         """Label tokens of each example."""
         return [len(t.label_ids) for t in self.tokens[split]]
 
-    def loss(self, output: BodyOutput, parts: Parts) -> BodyOutputGrad:
+    def loss(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
         """Sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
         _, tail = parts.to_write()
         sent_ND = output.rows_ND.requires_grad_()
         rows_ND, labels_N = self._before_logits(output, sent_ND, tail)
         leaf_ND, loss_sum = rows_ND.detach().requires_grad_(), 0.0
         for logits_RV, labels_R in self._logits(leaf_ND, labels_N, tail):
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 loss = F.cross_entropy(logits_RV.float(), labels_R, reduction="sum")
                 (loss / output.num_labels_total).backward()
             loss_sum += loss.item()
-        with self._turn.learning():
+        with self._compute_lock.learning():
             (grad_ND,) = torch.autograd.grad(rows_ND, sent_ND, leaf_ND.grad)
         return BodyOutputGrad(output.step, loss_sum, grad_ND)
 
     @torch.no_grad()
-    def score(self, output: BodyOutput, parts: Parts) -> EvaluationReport:
+    def score(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
         """How many completions greedy decoding would write, and stop at any token that ends an answer; and the loss."""
         _, tail = parts.to_write()
         ends = torch.tensor(sorted(ending_ids(self._tokenizer, tail.stack.config)))
@@ -120,7 +120,7 @@ class Completions:
     def _logits(self, rows_ND: Tensor, labels_N: Tensor, tail: Tail) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits [R, V] and labels [R] of some rows at a time."""
         for rows_RD, labels_R in zip(rows_ND.split(_TAIL_ROWS), labels_N.split(_TAIL_ROWS), strict=True):
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 logits_RV = tail.logits(rows_RD)
             yield logits_RV, labels_R
 
@@ -133,7 +133,7 @@ class Completions:
             raise WireFormatError(f"rows of width {rows_ND.shape[-1]} where the model has {len(norm)}")
         rows_ND = rows_ND.to(norm.dtype)
         if tail.stack.indices:
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 rows_ND = _tail_layers(tail, rows_ND, chosen, self._name)
         if len(rows_ND) != len(labels_N):
             raise WireFormatError(f"{len(rows_ND)} rows for the {len(labels_N)} labels of device '{self._name}'")

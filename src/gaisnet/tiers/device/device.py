@@ -6,7 +6,7 @@ from typing import Any, Protocol, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import Config, DeviceSettings
 from gaisnet.data.examples import DeviceData, Labelled, Tokens
 from gaisnet.errors import DataError, SessionRefused, UnexpectedMessage
@@ -32,26 +32,26 @@ from gaisnet.models.ragged import Ragged
 from gaisnet.models.release import released
 from gaisnet.progress import Progress, silent
 from gaisnet.row_quant import row_bytes
-from gaisnet.tiers.device.classification import Classes
-from gaisnet.tiers.device.completion import Completions
-from gaisnet.tiers.device.shared_weights import Parts, Stock
+from gaisnet.tiers.device.classification import ClassificationExamples
+from gaisnet.tiers.device.completion import CompletionExamples
+from gaisnet.tiers.device.shared_weights import DeviceWeights, SharedWeights
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.domain_model import DomainModel
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Member, Outcome
 
 
 class OwnExamples(Protocol):
     """A device's private examples, and what it computes of them with its parts of the model."""
 
-    def check(self, parts: Parts) -> None:
+    def check(self, parts: DeviceWeights) -> None:
         """Raise ``DataError`` where they are for another kind of model."""
 
     def num_rows(self, split: Split) -> int:
         """How many rows that will be; 0 where only the head can tell."""
 
-    def hidden(self, split: Split, parts: Parts) -> Ragged:
+    def hidden(self, split: Split, parts: DeviceWeights) -> Ragged:
         """What the head makes of a split, without gradients."""
 
     def num_labels(self, split: Split) -> list[int]:
@@ -60,10 +60,10 @@ class OwnExamples(Protocol):
     def lengths(self) -> Lengths:
         """How long they are."""
 
-    def loss(self, output: BodyOutput, parts: Parts) -> BodyOutputGrad:
+    def loss(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
         """Sum of the losses, and the gradient of (sum / labels of the whole step). Raises ``WireFormatError``."""
 
-    def score(self, output: BodyOutput, parts: Parts) -> EvaluationReport:
+    def score(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
         """Counts and sums. Raises ``WireFormatError``."""
 
 
@@ -76,7 +76,7 @@ class Device:
         tokenizer: The FM's; None where it takes images.
         data: Its private examples.
         progress: Told while a local device learns.
-        turn: Of the machine that it is on, held while it computes; None for one of its own.
+        compute_lock: Of the machine that it is on, held while it computes; None for one of its own.
         stock: Of the same machine: frozen parts, shared by its devices; None for one of its own.
         learns: Whether it must have examples to learn from.
         present: Whether its examples are there at all; without them it holds head and tail to answer with.
@@ -94,8 +94,8 @@ class Device:
         tokenizer: PreTrainedTokenizerBase | None,
         data: DeviceData[Any],
         progress: Progress = silent,
-        turn: Turn | None = None,
-        stock: Stock | None = None,
+        compute_lock: ComputeLock | None = None,
+        shared_weights: SharedWeights | None = None,
         learns: bool = True,
         present: bool = True,
         labels: Sequence[str] = (),
@@ -104,8 +104,8 @@ class Device:
         self._settings = settings
         self._config = config
         self._progress = progress
-        self._turn = turn or Turn()
-        self._stock = stock or Stock(config, self._turn)
+        self._compute_lock = compute_lock or ComputeLock()
+        self._shared_weights = shared_weights or SharedWeights(config, self._compute_lock)
         self._reader = tokenizer
         self._labels = labels
         holds_back = learns and config.absorb.validation_share > 0.0
@@ -114,7 +114,7 @@ class Device:
                 do = "call DeviceData.holding_back" if split == "validate" else "give it some, or remove the device"
                 raise DataError(f"device '{self.name}'", f"has no {split} examples", do)
         self._own = self._read(data)
-        self._parts: Parts | None = None
+        self._parts: DeviceWeights | None = None
         self._domain: DomainModel | None = None
         self._learning_inputs: Activations | None = None
 
@@ -123,13 +123,13 @@ class Device:
         kinds = {type(example) for examples in data.splits().values() for example in examples}
         context = self._config.model.most_tokens
         if kinds == {Labelled}:
-            return Classes(self.name, data, self._labels, self._reader, context, self._turn)
+            return ClassificationExamples(self.name, data, self._labels, self._reader, context, self._compute_lock)
         if Labelled in kinds:
             raise DataError(f"device '{self.name}'", "has completions and labels", "give it examples of one kind")
         if self._reader is None:
             found = "has prompts and completions, but the foundation model has no tokenizer to read them"
             raise DataError(f"device '{self.name}'", found, "give it images with labels")
-        return Completions(self.name, data, self._reader, context, self._turn)
+        return CompletionExamples(self.name, data, self._reader, context, self._compute_lock)
 
     def handle(self, message: Message) -> Message:
         """Answer the edge. Raises ``UnexpectedMessage``, or ``OutOfBounds`` where a number cannot be meant."""
@@ -166,13 +166,13 @@ class Device:
                 bounds.whole(party, "the version of an adapter", message.version)
 
     def _install(self, release: ModelRelease) -> Done:
-        parts = self._stock.parts(release, self._settings)
+        parts = self._shared_weights.parts(release, self._settings)
         self._own.check(parts)
         self._check_sizes(int(parts.head.stack.config.hidden_size))
         self._parts = parts
         if self._settings.mode == "local":  # a body of its own, for its adapters; the weights are shared
             body = released(parts.release).body(self._settings.head_layers, parts.layout.tail_start)
-            self._domain = DomainModel(body, parts.layout, self._turn, len(self._labels))
+            self._domain = DomainModel(body, parts.layout, self._compute_lock, len(self._labels))
         return Done()
 
     def _check_sizes(self, width: int) -> None:
@@ -208,8 +208,8 @@ class Device:
             smashed = Activations.of(self._smash("train"), *domain.placement())
             self._learning_inputs = domain.prefix(smashed)
         member = Member(self.name, self._learning_inputs)
-        stint = Stint.of(self._config, "device", self.name, order.cycle, order.edge_round)
-        learned = domain.learn([member], self._own_labels, stint, self._progress)
+        schedule = TrainingSchedule.of(self._config, "device", self.name, order.cycle, order.edge_round)
+        learned = domain.learn([member], self._own_labels, schedule, self._progress)
         for error in learned.left.values():  # it has only itself
             raise error
         return AdapterUpdate(
@@ -228,12 +228,12 @@ class Device:
     @property
     def writes(self) -> bool:
         """Whether its examples are for a model that writes, which callers can ask."""
-        return isinstance(self._own, Completions)
+        return isinstance(self._own, CompletionExamples)
 
     @property
     def test_tokens(self) -> Sequence[Tokens]:
         """Completions that it held out. They stay on it."""
-        return self._own.tokens["test"] if isinstance(self._own, Completions) else []
+        return self._own.tokens["test"] if isinstance(self._own, CompletionExamples) else []
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -246,7 +246,7 @@ class Device:
         """To write answers with. Raises ``UnexpectedMessage`` before it has a model, or ``SessionRefused``."""
         return self._held().to_write()
 
-    def _held(self) -> Parts:
+    def _held(self) -> DeviceWeights:
         if self._parts is None:
             raise UnexpectedMessage(f"device '{self.name}', which has no model yet,", "request for its head or tail")
         return self._parts

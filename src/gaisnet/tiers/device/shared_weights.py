@@ -6,7 +6,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import Config, DeviceSettings
 from gaisnet.errors import SessionRefused
 from gaisnet.messages import ModelRelease
@@ -18,7 +18,7 @@ from gaisnet.tiers.split.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
+class DeviceWeights:
     """Of a device, or of all whose cut and release are the same; frozen, and only ever called."""
 
     release: ModelRelease  # its tensors are those of the parts
@@ -34,7 +34,7 @@ class Parts:
         return self.head, self.tail
 
 
-class Stock:
+class SharedWeights:
     """Gives devices their parts. Nothing is kept that no device holds any more.
 
     A device takes its release off a link, as bytes of its own; a tensor of it that another one holds already, number
@@ -43,16 +43,16 @@ class Stock:
 
     Args:
         config: The run's configuration.
-        turn: Of the machine.
+        compute_lock: Of the machine.
     """
 
-    def __init__(self, config: Config, turn: Turn) -> None:
+    def __init__(self, config: Config, compute_lock: ComputeLock) -> None:
         self._config = config
-        self._turn = turn
+        self._compute_lock = compute_lock
         self._tensors: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # the latest of each name
-        self._parts: WeakValueDictionary[tuple[object, ...], Parts] = WeakValueDictionary()
+        self._parts: WeakValueDictionary[tuple[object, ...], DeviceWeights] = WeakValueDictionary()
 
-    def parts(self, release: ModelRelease, device: DeviceSettings) -> Parts:
+    def parts(self, release: ModelRelease, device: DeviceSettings) -> DeviceWeights:
         """Head and tail of a device. Raises ``ModelError`` or ``CutError``."""
         shared = {name: self._shared(name, tensor) for name, tensor in release.tensors.items()}
         said = repr(replace(release, tensors={}))
@@ -70,10 +70,10 @@ class Stock:
         self._tensors[name] = tensor
         return tensor
 
-    def _build(self, release: ModelRelease, device: DeviceSettings) -> Parts:
+    def _build(self, release: ModelRelease, device: DeviceSettings) -> DeviceWeights:
         model = released(release)
         layout = Layout(self._config, model.num_layers, model.family)
         head, tail = model.outer(layout.cut(device))
         for part in (head, *([tail] if tail else [])):
-            pause_within(part.stack.layers.values(), self._turn.pause)
-        return Parts(release, layout, head, tail)
+            pause_within(part.stack.layers.values(), self._compute_lock.pause)
+        return DeviceWeights(release, layout, head, tail)

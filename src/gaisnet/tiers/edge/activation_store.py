@@ -11,14 +11,14 @@ from torch import Tensor
 from gaisnet.config import EdgeSettings, FaultSettings
 from gaisnet.errors import GaisnetError
 from gaisnet.messages import MOST, SmashedData, SmashRequest, Split
-from gaisnet.tiers.edge.device_pool import Cluster
+from gaisnet.tiers.edge.device_pool import DevicePool
 from gaisnet.tiers.edge.spill import kept_within
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.domain_model import DomainModel
 
 
-class SmashedStore:
+class ActivationStore:
     """What an edge keeps of its devices' examples.
 
     Args:
@@ -33,14 +33,14 @@ class SmashedStore:
         self,
         settings: EdgeSettings,
         faults: FaultSettings,
-        cluster: Cluster,
+        device_pool: DevicePool,
         max_mib: int | None = None,
         granted: Callable[[Split], int] = lambda split: 0,
     ) -> None:
         self._next_layers = {device.name: device.head_layers for device in settings.devices}
         self._granted = granted
         self._faults = faults
-        self._cluster = cluster
+        self._device_pool = device_pool
         self._max_mib = max_mib
         self._smashed: dict[tuple[str, Split], SmashedData] = {}
         self._prefixed: dict[tuple[str, Split], Activations] = {}
@@ -71,7 +71,7 @@ class SmashedStore:
         missing = {name: SmashRequest(split) for name in names if (name, split) not in self._smashed}
         failed: dict[str, GaisnetError] = {}
         fitting: dict[str, SmashedData] = {}
-        for name, smashed in self._cluster.ask(missing, SmashedData, self._faults.round_deadline_s).items():
+        for name, smashed in self._device_pool.ask(missing, SmashedData, self._faults.round_deadline_s).items():
             try:
                 if isinstance(smashed, GaisnetError):
                     raise smashed

@@ -17,14 +17,14 @@ _KITS_AT_ONCE = 4  # a kit can have the size of a model
 
 
 @dataclass(frozen=True)
-class Asked:
+class PoolRequest:
     """Requests that are under way, by device."""
 
     messages: Mapping[str, Message]
     answers: Mapping[str, Future[Message]]
 
 
-class Cluster:
+class DevicePool:
     """The devices of one edge.
 
     Args:
@@ -35,12 +35,16 @@ class Cluster:
     """
 
     def __init__(
-        self, owner: str, links: Mapping[str, Link], faults: FaultSettings, kit: Callable[[str], Sequence[Message]]
+        self,
+        owner: str,
+        links: Mapping[str, Link],
+        faults: FaultSettings,
+        setup_messages: Callable[[str], Sequence[Message]],
     ) -> None:
         self._owner = owner
         self._links = links
         self._faults = faults
-        self._kit = kit
+        self._setup_messages = setup_messages
         self._equipped: dict[str, str] = {}  # the life of a device that has its kit
         self._given_up: set[str] = set()  # not waited for again until it is back
 
@@ -48,15 +52,21 @@ class Cluster:
         """Every device is given its kit again before it is next needed."""
         self._equipped.clear()
 
-    def gather(self, names: Iterable[str]) -> dict[str, GaisnetError]:
+    def ensure_ready(self, names: Iterable[str]) -> dict[str, GaisnetError]:
         """Give those their kit that lack it, waiting for devices that are away; says which cannot be had, and why."""
         self._given_up = {name for name in self._given_up if not self._links[name].peer}
         until = time.monotonic() + self._faults.away_s  # they are waited for together
-        lives = {name: self._life(name, until) for name in names}
-        missing: dict[str, GaisnetError] = {name: self._away(name) for name, life in lives.items() if not life}
-        lacking = [name for name, life in lives.items() if life and self._equipped.get(name) != life]
+        incarnations = {name: self._incarnation(name, until) for name in names}
+        missing: dict[str, GaisnetError] = {
+            name: self._away(name) for name, incarnation in incarnations.items() if not incarnation
+        }
+        lacking = [
+            name
+            for name, incarnation in incarnations.items()
+            if incarnation and self._equipped.get(name) != incarnation
+        ]
         for first in range(0, len(lacking), _KITS_AT_ONCE):
-            missing |= self._equip({name: lives[name] for name in lacking[first : first + _KITS_AT_ONCE]})
+            missing |= self._equip({name: incarnations[name] for name in lacking[first : first + _KITS_AT_ONCE]})
         return missing
 
     def ask(self, messages: Mapping[str, Message], answer: type[M], deadline_s: float) -> dict[str, M | GaisnetError]:
@@ -72,24 +82,24 @@ class Cluster:
             self._equipped.pop(name, None)
         return failed
 
-    def start(self, messages: Mapping[str, Message]) -> Asked:
+    def start(self, messages: Mapping[str, Message]) -> PoolRequest:
         """Ask, and go on meanwhile."""
-        return Asked(messages, {name: self._send(name, message) for name, message in messages.items()})
+        return PoolRequest(messages, {name: self._send(name, message) for name, message in messages.items()})
 
-    def collect(self, asked: Asked, answer: type[M], deadline_s: float) -> dict[str, M | GaisnetError]:
+    def collect(self, asked: PoolRequest, answer: type[M], deadline_s: float) -> dict[str, M | GaisnetError]:
         """Wait for what was asked, at most ``deadline_s`` from now for all."""
         until = time.monotonic() + deadline_s
         return {name: self._outcome(name, asked, answer, until) for name in asked.messages}
 
     def _send(self, name: str, message: Message) -> Future[Message]:
-        life = self._links[name].peer
-        if not life or self._equipped.get(name) == life:
+        incarnation = self._links[name].peer
+        if not incarnation or self._equipped.get(name) == incarnation:
             return self._links[name].send(message)
         lost: Future[Message] = Future()  # it restarted while nobody asked it for anything
         lost.set_exception(LinkLost(name, "it restarted and has nothing to work with"))
         return lost
 
-    def _outcome(self, name: str, asked: Asked, answer: type[M], until: float) -> M | GaisnetError:
+    def _outcome(self, name: str, asked: PoolRequest, answer: type[M], until: float) -> M | GaisnetError:
         try:
             try:
                 return self._wait(name, asked.answers[name], answer, until - time.monotonic())
@@ -103,23 +113,25 @@ class Cluster:
 
     def _again(self, name: str, message: Message) -> Future[Message]:
         """Ask one that restarted, when it has come back and has its kit. Raises what keeps it from that."""
-        life = self._life(name, time.monotonic() + self._faults.away_s)
-        if not life:
+        incarnation = self._incarnation(name, time.monotonic() + self._faults.away_s)
+        if not incarnation:
             raise self._away(name)
-        if self._equipped.get(name) != life:
-            for error in self._equip({name: life}).values():
+        if self._equipped.get(name) != incarnation:
+            for error in self._equip({name: incarnation}).values():
                 raise error
         return self._links[name].send(message)
 
-    def _equip(self, lives: Mapping[str, str]) -> dict[str, GaisnetError]:
+    def _equip(self, incarnations: Mapping[str, str]) -> dict[str, GaisnetError]:
         """Give these lives of devices their kits, side by side; says who failed, and why."""
-        sent = {name: [self._links[name].send(message) for message in self._kit(name)] for name in lives}
+        sent = {
+            name: [self._links[name].send(message) for message in self._setup_messages(name)] for name in incarnations
+        }
         failed: dict[str, GaisnetError] = {}
         for name, answers in sent.items():
             try:
                 for answer in answers:
                     self._wait(name, answer, Done, self._faults.round_deadline_s)
-                self._equipped[name] = lives[name]
+                self._equipped[name] = incarnations[name]
             except GaisnetError as error:
                 failed[name] = error
         return failed
@@ -127,13 +139,13 @@ class Cluster:
     def _away(self, name: str) -> LinkTimeout:
         return LinkTimeout(f"{self._owner} needs device '{name}'", "it is away")
 
-    def _life(self, name: str, until: float) -> str:
+    def _incarnation(self, name: str, until: float) -> str:
         """The present life of a device; '' if it does not come back in time, and it is given up then."""
-        while not (life := self._links[name].peer) and name not in self._given_up and time.monotonic() < until:
+        while not (incarnation := self._links[name].peer) and name not in self._given_up and time.monotonic() < until:
             time.sleep(_LOOK_S)
-        if not life:
+        if not incarnation:
             self._given_up.add(name)
-        return life
+        return incarnation
 
     def _wait(self, name: str, sent: Future[Message], answer: type[M], deadline_s: float) -> M:
         away_s = 0.0 if name in self._given_up else self._faults.away_s

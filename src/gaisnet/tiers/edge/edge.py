@@ -41,14 +41,14 @@ from gaisnet.messages import (
     TrafficRequest,
 )
 from gaisnet.progress import Progress, silent
-from gaisnet.tiers.edge.activation_store import SmashedStore
-from gaisnet.tiers.edge.device_pool import Cluster
+from gaisnet.tiers.edge.activation_store import ActivationStore
+from gaisnet.tiers.edge.device_pool import DevicePool
 from gaisnet.tiers.edge.hfsl import HybridLearning
-from gaisnet.tiers.edge.state import Holding, Rounds, recall
+from gaisnet.tiers.edge.state import EdgeState, RoundProgress, recall
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.domain_model import DomainModel
-from gaisnet.tiers.split.publisher import NoOutlet, Outlet
+from gaisnet.tiers.split.publisher import NoPublisher, Publisher
 from gaisnet.transport.base import Link, wait
 from gaisnet.transport.ledger import Ledger
 
@@ -67,7 +67,7 @@ class Edge:
         ledger: Counts the requests that it makes, and their answers.
         shelf: Where it finds what it had when it was stopped; None if it need not survive.
         progress: Told while it learns.
-        outlet: Serves the domain model and its adapters; None if nobody does.
+        publisher: Serves the domain model and its adapters; None if nobody does.
 
     Raises:
         CheckpointError: What the shelf holds cannot be read.
@@ -82,7 +82,7 @@ class Edge:
         ledger: Ledger,
         shelf: Shelf | None = None,
         progress: Progress = silent,
-        outlet: Outlet | None = None,
+        publisher: Publisher | None = None,
     ) -> None:
         self.name = settings.name
         self._settings = settings
@@ -90,18 +90,18 @@ class Edge:
         self._cloud = cloud
         self._ledger = ledger
         self._shelf: Shelf = shelf or NoShelf()
-        self._outlet: Outlet = outlet or NoOutlet()
-        self._cluster = Cluster(f"edge '{settings.name}'", devices, config.faults, self._kit)
+        self._publisher: Publisher = publisher or NoPublisher()
+        self._device_pool = DevicePool(f"edge '{settings.name}'", devices, config.faults, self._setup_messages)
         self._devices = {device.name: device for device in settings.devices}
         self._names = list(self._devices)
         self._local = [device.name for device in settings.devices if device.mode == "local"]
-        self._smashed = SmashedStore(
-            settings, config.faults, self._cluster, config.service.max_activations_mib, self._granted
+        self._smashed = ActivationStore(
+            settings, config.faults, self._device_pool, config.service.max_activations_mib, self._granted
         )
-        self._learning = HybridLearning(settings, config, self._cluster, self._smashed, progress)
+        self._learning = HybridLearning(settings, config, self._device_pool, self._smashed, progress)
         self._cloud_has: dict[tuple[str, Split], str] = {}  # the life of the cloud that has a device's smashed data
         self._num_classes = len(settings.labels)
-        self._holding = recall(self._shelf, config, ledger, self._outlet.turn, self._num_classes)
+        self._holding = recall(self._shelf, config, ledger, self._publisher.compute_lock, self._num_classes)
         if self._holding:
             self._shelf.clear_arrivals()
             self._begin(self._holding)
@@ -141,7 +141,7 @@ class Edge:
             return 0
         return self._config.data.test_examples if split == "test" else self._config.data.train_examples
 
-    def _begin(self, held: Holding) -> None:
+    def _begin(self, held: EdgeState) -> None:
         """Forget the activations of another run."""
         self._smashed.begin(held.hidden_size, held.layout.family.is_encoder, held.longest)
 
@@ -154,14 +154,14 @@ class Edge:
             same_model = held is not None and held.digest == order.model
             release = held.release if held and same_model else self._ask_cloud(ModelRequest(), ModelRelease)
             anchor = self._ask_cloud(AnchorRequest(), AnchorRelease)
-            turn, num_classes = self._outlet.turn, self._num_classes
-            held = Holding(self._config, order.run, order.model, release, anchor, turn, num_classes)
+            compute_lock, num_classes = self._publisher.compute_lock, self._num_classes
+            held = EdgeState(self._config, order.run, order.model, release, anchor, compute_lock, num_classes)
             held.keep_model(self._shelf)
             self._shelf.clear_arrivals()
             self._holding = held  # not before: where it could not be kept, the next order begins anew
             self._begin(held)
             self._cloud_has.clear()
-            self._cluster.forget()
+            self._device_pool.forget()
             self._put_out_all()
         versions = self._model().versions
         return Installed(versions["relay"], versions["domain"])
@@ -175,28 +175,28 @@ class Edge:
         self._learning.start = self._domain_release()
         held.keep_progress(self._shelf, self._ledger)
         self._put_out(release.role, release.version)
-        self._cluster.tell(self._local, release)
+        self._device_pool.tell(self._local, release)
         return Done()
 
     def equip(self, name: str) -> None:
         """Give a device its part of the model, if it lacks it. Raises why it cannot be had."""
-        for error in self._cluster.gather([name]).values():
+        for error in self._device_pool.ensure_ready([name]).values():
             raise error
 
     def _put_out_all(self) -> None:
         """Another model: it is served from now on, with the adapters that it has, if it writes answers."""
         domain = self._model()
         if domain.writes:
-            self._outlet.put_body(domain.body, domain.layers)
+            self._publisher.publish_body(domain.body, domain.layers)
         for role in domain.adapters():
             self._put_out(role, domain.versions[role])
 
     def _put_out(self, role: Role, version: int) -> None:
         """The adapter as it is now is finished, and served from now on."""
         if self._model().writes:
-            self._outlet.put_adapter(role, version, *self._model().adapters()[role])
+            self._publisher.put_adapter(role, version, *self._model().adapters()[role])
 
-    def _kit(self, name: str) -> Sequence[Message]:
+    def _setup_messages(self, name: str) -> Sequence[Message]:
         """What a device must be sent before it can work."""
         held = self._held()
         settings = self._devices[name]
@@ -210,7 +210,7 @@ class Edge:
         domain = self._model()
         return AdapterRelease("domain", domain.versions["domain"], domain.domain_adapter())
 
-    def _held(self) -> Holding:
+    def _held(self) -> EdgeState:
         if self._holding is None:
             raise UnexpectedMessage(f"edge '{self.name}', which has no model yet,", "request for its domain model")
         return self._holding
@@ -228,7 +228,7 @@ class Edge:
         held, domain = self._held(), self._model()
         bounds.fine_tune("the cloud", order, self._config.fine_tune)
         if held.rounds is None or held.rounds.cycle != order.cycle:
-            held.rounds = Rounds(order.cycle, domain.versions["domain"])
+            held.rounds = RoundProgress(order.cycle, domain.versions["domain"])
         while held.rounds.done < self._config.fine_tune.edge_rounds:
             held.rounds = self._learning.edge_round(domain, held.rounds)
             if held.rounds.done == self._config.fine_tune.edge_rounds:
@@ -256,7 +256,7 @@ class Edge:
                 outputs[name] = self._finite(name, output_of(name))
             except (LinkError, NotFinite) as error:  # others' may pass
                 failed[name] = error
-        outcomes = self._cluster.ask(outputs, EvaluationReport, self._config.faults.round_deadline_s)
+        outcomes = self._device_pool.ask(outputs, EvaluationReport, self._config.faults.round_deadline_s)
         reports = []
         for name, report in outcomes.items():
             try:
@@ -281,9 +281,9 @@ class Edge:
 
     def _lengths(self) -> LengthsOfDevices:
         """How long the examples of all devices are that can be had."""
-        failed: dict[str, GaisnetError] = self._cluster.gather(self._names)
+        failed: dict[str, GaisnetError] = self._device_pool.ensure_ready(self._names)
         asked = {name: LengthsRequest() for name in self._names if name not in failed}
-        outcomes = self._cluster.ask(asked, Lengths, self._config.faults.round_deadline_s)
+        outcomes = self._device_pool.ask(asked, Lengths, self._config.faults.round_deadline_s)
         failed |= {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, GaisnetError)}
         for name, reason in failed.items():
             _log.warning("edge '%s' does not know how long the examples of %s are: %s", self.name, name, reason)
@@ -291,7 +291,7 @@ class Edge:
 
     def _had(self, names: Sequence[str], split: Split) -> dict[str, GaisnetError]:
         """See that activations are here; says whose are not, and why."""
-        failed = self._cluster.gather(names)
+        failed = self._device_pool.ensure_ready(names)
         return failed | self._smashed.fetch([name for name in names if name not in failed], split)
 
     def _domain_output(self, name: str, split: Scored) -> BodyOutput:
@@ -313,10 +313,10 @@ class Edge:
 
     def _send_up(self, name: str, split: Split) -> None:
         """Smashed data goes to the cloud, once in its life."""
-        life = self._cloud.peer
-        if self._cloud_has.get((name, split)) != life:
+        incarnation = self._cloud.peer
+        if self._cloud_has.get((name, split)) != incarnation:
             self._ask_cloud(self._smashed.raw(name, split), Done)
-            self._cloud_has[name, split] = life
+            self._cloud_has[name, split] = incarnation
 
     def _check_report(self, name: str, report: EvaluationReport, split: Split) -> None:
         """A device counts its own examples; how many there are, the edge knows."""
@@ -346,9 +346,9 @@ class Edge:
         owner = request.owner
         if owner not in self._settings.travelling:
             raise UnexpectedMessage(f"edge '{self.name}'", f"LabelRequest for '{owner}', whose activations stay here")
-        outcome = self._cluster.ask({owner: request.to_owner()}, BodyOutputGrad, self._config.faults.step_deadline_s)[
-            owner
-        ]
+        outcome = self._device_pool.ask(
+            {owner: request.to_owner()}, BodyOutputGrad, self._config.faults.step_deadline_s
+        )[owner]
         if isinstance(outcome, GaisnetError):
             raise outcome
         return outcome

@@ -15,16 +15,16 @@ from gaisnet.errors import GaisnetError, TooFewDevices
 from gaisnet.learning.fedavg import average_products, fedavg
 from gaisnet.messages import AdapterRelease, AdapterUpdate, BodyOutput, BodyOutputGrad, FineTune
 from gaisnet.progress import Progress
-from gaisnet.tiers.edge.activation_store import SmashedStore
-from gaisnet.tiers.edge.device_pool import Asked, Cluster
-from gaisnet.tiers.edge.state import Rounds
+from gaisnet.tiers.edge.activation_store import ActivationStore
+from gaisnet.tiers.edge.device_pool import DevicePool, PoolRequest
+from gaisnet.tiers.edge.state import RoundProgress
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.domain_model import DomainModel
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Member, Outcome
-from gaisnet.tiers.split.trainable_body import Learned
+from gaisnet.tiers.split.trainable_body import TrainingResult
 
-Part = tuple[Learned, AdapterTensors]
+Part = tuple[TrainingResult, AdapterTensors]
 
 
 class HybridLearning:
@@ -42,12 +42,17 @@ class HybridLearning:
     """
 
     def __init__(
-        self, settings: EdgeSettings, config: Config, cluster: Cluster, smashed: SmashedStore, progress: Progress
+        self,
+        settings: EdgeSettings,
+        config: Config,
+        device_pool: DevicePool,
+        smashed: ActivationStore,
+        progress: Progress,
     ) -> None:
         self._edge = settings.name
         self._config = config
         self._in_sequence = config.fine_tune.local_devices == "sequential"
-        self._cluster = cluster
+        self._device_pool = device_pool
         self._smashed = smashed
         self._progress = progress
         self.start: AdapterRelease | None = None
@@ -55,11 +60,11 @@ class HybridLearning:
         self._split = [device.name for device in settings.devices if device.mode == "split"]
         self._built_in = config.deals(settings)
 
-    def edge_round(self, domain: DomainModel, rounds: Rounds) -> Rounds:
+    def edge_round(self, domain: DomainModel, rounds: RoundProgress) -> RoundProgress:
         """One round with whoever can be had. Raises ``TooFewDevices``, or why the only ones failed."""
         start = self.start = AdapterRelease("domain", rounds.base, domain.domain_adapter())
         names = [*self._local, *self._split]
-        failed = self._cluster.gather(names)
+        failed = self._device_pool.ensure_ready(names)
         split, alone = self._learn(domain, rounds, start, failed)
         took_part = [name for name in names if name not in failed]
         if len(took_part) < self._config.faults.min_devices:
@@ -82,7 +87,7 @@ class HybridLearning:
         )
 
     def _learn(
-        self, domain: DomainModel, rounds: Rounds, start: AdapterRelease, failed: dict[str, GaisnetError]
+        self, domain: DomainModel, rounds: RoundProgress, start: AdapterRelease, failed: dict[str, GaisnetError]
     ) -> tuple[list[Part], list[Part]]:
         """The split cohort, and local devices beside it or after it; those that fail are added to ``failed``."""
         if self._in_sequence:
@@ -100,33 +105,35 @@ class HybridLearning:
         parts = alone if alone and self._in_sequence else [*alone, *split]
         return average([(tensors, learned.num_examples) for learned, tensors in parts])
 
-    def _learn_split(self, domain: DomainModel, rounds: Rounds, failed: dict[str, GaisnetError]) -> list[Part]:
+    def _learn_split(self, domain: DomainModel, rounds: RoundProgress, failed: dict[str, GaisnetError]) -> list[Part]:
         """The split cohort learns in this process; those that fail are added to ``failed``."""
         names = [name for name in self._split if name not in failed]
         failed |= self._smashed.fetch(names, "train")
         members = [Member(name, self._smashed.inputs(domain, name, "train")) for name in names if name not in failed]
         if not members:
             return []
-        stint = Stint.of(self._config, "edge", self._edge, rounds.cycle, rounds.done)
-        learned = domain.learn(members, self._labels, stint, self._progress)
+        schedule = TrainingSchedule.of(self._config, "edge", self._edge, rounds.cycle, rounds.done)
+        learned = domain.learn(members, self._labels, schedule, self._progress)
         failed |= learned.left
         return [(learned, domain.domain_adapter())] if learned.num_examples else []
 
     def _labels(self, outputs: Mapping[str, BodyOutput]) -> Mapping[str, Outcome]:
-        return self._cluster.ask(outputs, BodyOutputGrad, self._config.faults.step_deadline_s)
+        return self._device_pool.ask(outputs, BodyOutputGrad, self._config.faults.step_deadline_s)
 
-    def _begin_alone(self, rounds: Rounds, start: AdapterRelease, failed: dict[str, GaisnetError]) -> Asked:
+    def _begin_alone(
+        self, rounds: RoundProgress, start: AdapterRelease, failed: dict[str, GaisnetError]
+    ) -> PoolRequest:
         names = [name for name in self._local if name not in failed]
-        failed |= self._cluster.tell(names, start)
+        failed |= self._device_pool.tell(names, start)
         order = FineTune(rounds.cycle, rounds.done)
-        return self._cluster.start({name: order for name in names if name not in failed})
+        return self._device_pool.start({name: order for name in names if name not in failed})
 
     def _finish_alone(
-        self, asked: Asked, start: AdapterRelease, cycle: int, failed: dict[str, GaisnetError]
+        self, asked: PoolRequest, start: AdapterRelease, cycle: int, failed: dict[str, GaisnetError]
     ) -> list[Part]:
         """Collect the updates of local devices; one out of bounds is refused, and its sender added to ``failed``."""
         fitting = dict[str, AdapterUpdate]()
-        outcomes = self._cluster.collect(asked, AdapterUpdate, self._config.faults.round_deadline_s)
+        outcomes = self._device_pool.collect(asked, AdapterUpdate, self._config.faults.round_deadline_s)
         for name, update in outcomes.items():
             try:
                 if isinstance(update, GaisnetError):
@@ -139,7 +146,7 @@ class HybridLearning:
         beyond = self._outnumbering({name: update.num_examples for name, update in fitting.items()})
         failed |= beyond
         return [
-            (Learned(update.num_examples, update.num_steps, update.loss), update.tensors)
+            (TrainingResult(update.num_examples, update.num_steps, update.loss), update.tensors)
             for name, update in fitting.items()
             if name not in beyond
         ]

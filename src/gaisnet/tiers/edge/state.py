@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from gaisnet.checkpoint import Shelf, under
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import Config, DeviceSettings
 from gaisnet.messages import AdapterRelease, AnchorRelease, ModelRelease
 from gaisnet.models.release import released, restrict, rounded
-from gaisnet.tiers.split.bounds import Steepness, longest
+from gaisnet.tiers.split.bounds import GradientBounds, longest
 from gaisnet.tiers.split.domain_model import DomainModel
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
@@ -21,7 +21,7 @@ _KINDS: tuple[LinkKind, ...] = ("device_edge", "edge_cloud")
 
 
 @dataclass(frozen=True)
-class Rounds:
+class RoundProgress:
     """How far a cycle's edge rounds are."""
 
     cycle: int
@@ -34,7 +34,7 @@ class Rounds:
 
 
 @dataclass
-class Holding:
+class EdgeState:
     """Everything that an edge must have to go on with a run.
 
     Raises ``ModelError`` or ``CutError`` where the release does not fit the configuration.
@@ -45,10 +45,10 @@ class Holding:
     digest: str
     release: ModelRelease
     anchor: AnchorRelease
-    turn: Turn = field(default_factory=Turn)
+    compute_lock: ComputeLock = field(default_factory=ComputeLock)
     num_classes: int = 0  # of the domain, where the model is an encoder
     relay: AdapterRelease | None = None
-    rounds: Rounds | None = None
+    rounds: RoundProgress | None = None
     domain: DomainModel = field(init=False)
     layout: Layout = field(init=False)
     hidden_size: int = field(init=False)
@@ -59,8 +59,8 @@ class Holding:
         self.hidden_size = model.config.hidden_size
         self.layout = layout = Layout(self.config, model.num_layers, model.family)
         body = model.body(layout.first_cut, layout.tail_start)
-        self.domain = DomainModel(body, layout, self.turn, self.num_classes)
-        self.domain.steepness = Steepness.of(self.release, self.config.tail_layers, model.family.is_encoder)
+        self.domain = DomainModel(body, layout, self.compute_lock, self.num_classes)
+        self.domain.gradient_bounds = GradientBounds.of(self.release, self.config.tail_layers, model.family.is_encoder)
         self.longest = longest(model.config, self.config.model.most_tokens)
         self.domain.take_anchor(self.anchor)
 
@@ -112,7 +112,9 @@ class Holding:
         shelf.put("progress", state, tensors)
 
 
-def recall(shelf: Shelf, config: Config, ledger: Ledger, turn: Turn, num_classes: int = 0) -> Holding | None:
+def recall(
+    shelf: Shelf, config: Config, ledger: Ledger, compute_lock: ComputeLock, num_classes: int = 0
+) -> EdgeState | None:
     """What was kept last; None if that was nothing whole. Raises ``CheckpointError``."""
     model, anchor, progress = shelf.get("model"), shelf.get("anchor"), shelf.get("progress")
     if model is None or anchor is None or progress is None:
@@ -123,18 +125,18 @@ def recall(shelf: Shelf, config: Config, ledger: Ledger, turn: Turn, num_classes
         return None  # it was stopped while a new run replaced an old one: the cloud will send it all again
     release = ModelRelease(state["config_json"], tuple(state["layers"]), tuple(state["int8_layers"]), tensors)
     anchored = AnchorRelease(anchor[1]["lengths"], anchor[1]["hidden"])
-    holding = Holding(config, run, state["digest"], release, anchored, turn, num_classes)
-    _restore(holding, progress[0], progress[1])
+    held = EdgeState(config, run, state["digest"], release, anchored, compute_lock, num_classes)
+    _restore(held, progress[0], progress[1])
     for kind in _KINDS:
         ledger.add(kind, Traffic(**progress[0]["traffic"][kind]))
-    return holding
+    return held
 
 
-def _restore(holding: Holding, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _restore(held: EdgeState, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     versions = state["versions"]
     relay = under("relay/", tensors)
     if relay:
-        holding.take(AdapterRelease("relay", versions["relay"], relay))
-    holding.take(AdapterRelease("domain", versions["domain"], under("domain/", tensors)))
+        held.take(AdapterRelease("relay", versions["relay"], relay))
+    held.take(AdapterRelease("domain", versions["domain"], under("domain/", tensors)))
     if state["rounds"]:
-        holding.rounds = Rounds(**{**state["rounds"], "faults": tuple(state["rounds"]["faults"])})
+        held.rounds = RoundProgress(**{**state["rounds"], "faults": tuple(state["rounds"]["faults"])})

@@ -256,7 +256,7 @@ def smashed(
 
 
 @dataclass(frozen=True)
-class Steepness:
+class GradientBounds:
     """The steepest that the loss of a label can be at a row of a body's output.
 
     The gradient of a cross entropy at its logits is p - y, of norm sqrt(2) at most. A vocabulary head makes of it at
@@ -271,7 +271,7 @@ class Steepness:
     normed: bool
 
     @classmethod
-    def of(cls, release: ModelRelease, num_tail_layers: int, is_encoder: bool) -> "Steepness":
+    def of(cls, release: ModelRelease, num_tail_layers: int, is_encoder: bool) -> "GradientBounds":
         """For rows that leave a body of this model. Raises ``ModelError`` where the release has no end."""
         if is_encoder:
             return cls(2.0**0.5, normed=False)

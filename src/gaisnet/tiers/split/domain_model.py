@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import AdapterSpec, LoraSpec, activate, add_adapter
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.errors import ModelError
 from gaisnet.messages import MOST, AdapterRelease, AnchorRelease, Role
 from gaisnet.models.parts import Body
@@ -17,28 +17,30 @@ from gaisnet.models.ragged import Ragged
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, LearningBody
+from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainableBody
 
 
-class DomainModel(LearningBody):
+class DomainModel(TrainableBody):
     """Body with its two adapters.
 
     Args:
         body: Made by the recipe; it is this model's own from now on.
         layout: Whose layers are whose.
-        turn: Held while the body runs or changes, for others may serve it; None where nobody does.
+        compute_lock: Held while the body runs or changes, for others may serve it; None where nobody does.
         num_classes: Of the domain, where the body is an encoder's.
 
     Raises:
         ModelError: The layout is another family's, or the body has no layers.
     """
 
-    def __init__(self, body: Body, layout: Layout, turn: Turn | None = None, num_classes: int = 0) -> None:
+    def __init__(
+        self, body: Body, layout: Layout, compute_lock: ComputeLock | None = None, num_classes: int = 0
+    ) -> None:
         if body.family is not layout.family:
             raise ModelError(body.config.model_type, "its body is laid out as another family's", "name its own")
         if not body.indices:
             raise ModelError(body.config.model_type, "its body has no layers", "update both ends")
-        super().__init__(body.to(layout.config.model.device), layout, turn or Turn(), "domain")
+        super().__init__(body.to(layout.config.model.device), layout, compute_lock or ComputeLock(), "domain")
         self.versions = {"relay": 0, "domain": -1}  # a relay starts as nothing; a domain adapter is given
         spec = layout.domain_spec() if self._causal else layout.class_spec(num_classes)
         self._specs: dict[Role, AdapterSpec] = {"domain": spec}
@@ -47,7 +49,7 @@ class DomainModel(LearningBody):
         for role, spec in self._specs.items():
             add_adapter(body, role, spec, seed=0)
         activate(body, ("relay", "domain"))
-        pause_within(body.layers.values(), self._turn.pause)
+        pause_within(body.layers.values(), self._compute_lock.pause)
 
     @property
     def body(self) -> Body:
@@ -93,7 +95,7 @@ class DomainModel(LearningBody):
             return
         rows_ND = anchor.hidden_ND.to(*self.placement())
         inputs = Ragged(rows_ND, tuple(anchor.lengths_E.tolist()))
-        with self._turn.learning():
+        with self._compute_lock.learning():
             activate(self._body, ("relay",))
             self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
             activate(self._body, ("relay", "domain"))

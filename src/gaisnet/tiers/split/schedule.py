@@ -33,7 +33,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Stint:
+class TrainingSchedule:
     """How a party learns, from which batches in which order.
 
     Attributes:
@@ -49,7 +49,7 @@ class Stint:
     edge_round: int = 0
 
     @classmethod
-    def of(cls, config: Config, party: str, name: str, cycle: int, edge_round: int) -> "Stint":
+    def of(cls, config: Config, party: str, name: str, cycle: int, edge_round: int) -> "TrainingSchedule":
         """An edge round, of the 'edge' or the 'device' of that name; the same after a restart."""
         seed = config.seed_for("fine_tune", name, cycle, edge_round // config.fine_tune.rounds_in_pass)
         where = f"{party} '{name}', cycle {cycle}, edge round {edge_round}"

@@ -146,7 +146,7 @@ def picked(members: Sequence[Member], batch: Sequence[int]) -> list[Picked]:
 
 
 def checked(
-    reply: Outcome, output: BodyOutput, name: str, where: str, steepness: bounds.Steepness | None = None
+    reply: Outcome, output: BodyOutput, name: str, where: str, gradient_bounds: bounds.GradientBounds | None = None
 ) -> Outcome:
     """The reply, clipped where that must be, or why it is none: one owner's must not spoil the step of the others.
 
@@ -155,7 +155,7 @@ def checked(
         output: The rows that it was sent.
         name: The owner's name.
         where: Names the step in errors.
-        steepness: Bounds its gradient; None where owner and asker are one.
+        gradient_bounds: Bounds its gradient; None where owner and asker are one.
     """
     if isinstance(reply, GaisnetError):
         return reply
@@ -168,11 +168,11 @@ def checked(
         return NotFinite("the training loss", where, reply.loss_sum)
     if not torch.isfinite(reply.grad_ND).all():
         return NotFinite("the gradient of the training loss", where, math.nan)
-    if steepness is None:
+    if gradient_bounds is None:
         return reply
     try:
         bounds.loss(f"device '{name}'", reply.loss_sum, output.num_labels_total)
-        return bounds.gradient(name, reply, steepness.limit(output.rows_ND, output.num_labels_total))
+        return bounds.gradient(name, reply, gradient_bounds.limit(output.rows_ND, output.num_labels_total))
     except OutOfBounds as error:
         return error
 

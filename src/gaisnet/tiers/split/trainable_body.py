@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import trainable
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.config.learning import FineTuneSettings
 from gaisnet.errors import GaisnetError
 from gaisnet.messages import BodyOutputGrad
@@ -27,16 +27,16 @@ from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress
 from gaisnet.tiers.split.activations import Activations, Wanted, tail_rows
-from gaisnet.tiers.split.bounds import Steepness
+from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.schedule import Stint
+from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Batch, Labels, Member, Pull, checked, picked
 
 PREFIX_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Learned:
+class TrainingResult:
     """What came of learning."""
 
     num_examples: int  # of the members that stayed to the end
@@ -45,26 +45,26 @@ class Learned:
     left: Mapping[str, GaisnetError] = field(default_factory=dict)  # members that were left out, and why
 
 
-class LearningBody:
+class TrainableBody:
     """A body on which adapters sit; one of them learns.
 
     Args:
         body: Its weights stay as they are.
         layout: Whose layers are whose.
-        turn: Held while the body runs or changes, for others may serve it.
+        compute_lock: Held while the body runs or changes, for others may serve it.
         learns: Name of the adapter that learns. It is put on later.
 
     Attributes:
-        steepness: Bounds the gradients that owners send; None where the only owner is at this site.
+        gradient_bounds: Bounds the gradients that owners send; None where the only owner is at this site.
     """
 
-    def __init__(self, body: Body, layout: Layout, turn: Turn, learns: str) -> None:
+    def __init__(self, body: Body, layout: Layout, compute_lock: ComputeLock, learns: str) -> None:
         self._body = body
         self._layout = layout
-        self._turn = turn
+        self._compute_lock = compute_lock
         self._learns = learns
         self._causal = not layout.family.is_encoder
-        self.steepness: Steepness | None = None
+        self.gradient_bounds: GradientBounds | None = None
         self._anchor: tuple[Ragged, Ragged] | None = None  # what enters the suffix, and what it should make of it
         weight = next(body.parameters())
         self.device, self.dtype = weight.device, weight.dtype
@@ -74,12 +74,12 @@ class LearningBody:
 
     def adapter(self, name: str) -> AdapterTensors:
         """Copies of an adapter's tensors."""
-        with self._turn.learning():
+        with self._compute_lock.learning():
             return take_out(self._body, name)
 
     def put(self, name: str, tensors: AdapterTensors) -> None:
         """Overwrite an adapter. Raises ``AdapterMismatch``."""
-        with self._turn.learning():
+        with self._compute_lock.learning():
             put_in(self._body, name, tensors)
 
     # -- running it ----------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class LearningBody:
         return self._run(hidden_BTD, self._layout.first_adapted)
 
     def _run(self, hidden_BTD: Tensor, start: int, stop: int | None = None) -> Tensor:
-        with self._turn.learning():
+        with self._compute_lock.learning():
             return self._body.run(hidden_BTD, start, stop)
 
     def _prefixed(self, inputs: Activations) -> Activations:
@@ -100,19 +100,21 @@ class LearningBody:
     def _output_rows(self, inputs: Activations) -> Tensor:
         """Rows for the tail of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
         rows_ND = body_output_rows(self.suffix, inputs, self._layout.wanted, self._causal)
-        with torch.no_grad(), self._turn.learning():
+        with torch.no_grad(), self._compute_lock.learning():
             return self._body.for_owners(rows_ND)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def learn(self, members: Sequence[Member], labels: Labels, stint: Stint, progress: Progress) -> Learned:
+    def learn(
+        self, members: Sequence[Member], labels: Labels, schedule: TrainingSchedule, progress: Progress
+    ) -> TrainingResult:
         """Train the adapter that learns, for a stint, on all members together.
 
         A member that fails is left out from that step on; when none is left the learning ends, and has no examples.
         """
-        settings, left = stint.settings, dict[str, GaisnetError]()
+        settings, left = schedule.settings, dict[str, GaisnetError]()
         lengths = [n for member in members for n in member.inputs.hidden.lengths]
-        passes = stint.passes(lengths, len(self._anchor[0].lengths) if self._anchor else 0)
+        passes = schedule.passes(lengths, len(self._anchor[0].lengths) if self._anchor else 0)
         done, total, loss = 0, sum(map(len, passes)), 0.0
         with self._learning() as parameters:
             optimizer = torch.optim.AdamW(
@@ -124,7 +126,7 @@ class LearningBody:
                     optimizer.zero_grad()
                     for group in optimizer.param_groups:
                         group["lr"] = step.learning_rate
-                    where = f"{stint.where}, step {step.number}"
+                    where = f"{schedule.where}, step {step.number}"
                     step_loss, step_tokens, failed = self.backward(
                         members, step.examples, step.number, labels, where, left, self._pull(settings, step.pulled)
                     )
@@ -132,26 +134,26 @@ class LearningBody:
                     done += 1
                     if not step_tokens:
                         continue
-                    with self._turn.learning():
+                    with self._compute_lock.learning():
                         clip_grad_norm_(parameters, settings.max_grad_norm)
                         optimizer.step()
                     loss_sum, num_tokens = loss_sum + step_loss, num_tokens + step_tokens
                     progress("fine_tune", done, total, {"loss": step_loss / step_tokens})
                 loss = loss_sum / max(num_tokens, 1)
         stayed = sum(len(member.inputs) for member in members if member.name not in left)
-        return Learned(stayed, done, loss, left)
+        return TrainingResult(stayed, done, loss, left)
 
     @contextmanager
     def _learning(self) -> Iterator[list[nn.Parameter]]:
         """Inside, the adapter learns: its parameters."""
         suffix = [layer for name, layer in self._body.layers.items() if int(name) >= self._layout.first_adapted]
-        with self._turn.learning():
+        with self._compute_lock.learning():
             parameters = trainable(self._body, self._learns)
         try:
             with quick_products(*suffix):
                 yield parameters
         finally:
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 self._body.requires_grad_(False)
 
     def _pull(self, settings: FineTuneSettings, chosen: Sequence[int]) -> Pull | None:
@@ -193,17 +195,18 @@ class LearningBody:
         if not picks:
             return 0.0, 0, {}
         taken = Batch.of(members, picks, pull, self._layout.wanted)
-        with self._turn.learning():
+        with self._compute_lock.learning():
             found_ND = self._body.for_owners(
                 self._body.run(taken.rows_1ND, self._layout.first_adapted, pick=taken.pick, packing=taken.packing)
             )
         outputs = taken.outputs(found_ND, step)
         replies = {
-            name: checked(reply, outputs[name], name, where, self.steepness) for name, reply in labels(outputs).items()
+            name: checked(reply, outputs[name], name, where, self.gradient_bounds)
+            for name, reply in labels(outputs).items()
         }
         good = {name: reply for name, reply in replies.items() if isinstance(reply, BodyOutputGrad)}
         if good:
-            with self._turn.learning():
+            with self._compute_lock.learning():
                 found_ND.backward(taken.gradient(found_ND, good))
         failed = {name: reply for name, reply in replies.items() if isinstance(reply, GaisnetError)}
         num_labels = sum(taken.shares[name].num_labels for name in good)

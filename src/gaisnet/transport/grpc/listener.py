@@ -81,10 +81,12 @@ class Listener:
         self._name = name
         self._status = status
         self._workers = {apart: Worker(f"{name} answers") for apart in (False, True)}
-        life = os.urandom(LIFE_BYTES)
+        incarnation = os.urandom(LIFE_BYTES)
         limits_of = {False: limits, True: limits_aside or limits}
         self._endpoints = {
-            other: Endpoint(other, life, limits_of[other in aside], handle, self._workers[other in aside], dials=False)
+            other: Endpoint(
+                other, incarnation, limits_of[other in aside], handle, self._workers[other in aside], dials=False
+            )
             for other in accepts
         }
         self._lock = threading.Lock()

@@ -11,7 +11,7 @@ from pathlib import Path
 from gaisnet.config import Config, DeviceSettings, EdgeSettings
 from gaisnet.data.examples import DeviceData
 from gaisnet.engines.local import build_network
-from gaisnet.learning.relay import TaskShape
+from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.foundation import load_foundation, load_tokenizer, with_context
 from gaisnet.network import Network
 from gaisnet.progress import Progress, silent
@@ -35,7 +35,7 @@ class GaisNet:
 
     name = "gaisnet"
 
-    def __init__(self, data: Mapping[str, DeviceData], shape: TaskShape, retention_text: str) -> None:
+    def __init__(self, data: Mapping[str, DeviceData], shape: TaskTemplate, retention_text: str) -> None:
         self._data = data
         self._shape = shape
         self._retention_text = retention_text

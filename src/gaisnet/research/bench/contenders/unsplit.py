@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gaisnet.compute_lock import Turn
+from gaisnet.compute_lock import ComputeLock
 from gaisnet.models.families import Decoder
 from gaisnet.models.foundation import load_foundation
 from gaisnet.research.bench.contenders.centralised import train, with_adapters
 from gaisnet.research.bench.contenders.task import Result, Task
-from gaisnet.tiers.cloud.decoder_parts import FoundationModel
+from gaisnet.tiers.cloud.decoder_parts import DecoderParts
 from gaisnet.tiers.split.layout import Layout
 
 
@@ -26,7 +26,7 @@ def unsplit_domain_model(task: Task, seed: int) -> Any:
     """The foundation model as transformers has it, but with the DM's middle, made as the cloud makes it in a run."""
     config = task.config.model_copy(update={"seed": seed})
     foundation = load_foundation(config.model)
-    cloud = FoundationModel(foundation, Layout(config, len(foundation.decoder.layers)), Turn())
+    cloud = DecoderParts(foundation, Layout(config, len(foundation.decoder.layers)), ComputeLock())
     recipe, body = cloud.make_domain_body(cloud.free_text())
     model = task.foundation().model
     layers = Decoder(model).layers
