@@ -61,7 +61,7 @@ def test_a_folder(tmp_path: Path) -> None:
     folder = save_tiny_foundation(tmp_path)
     foundation = load(folder)
     assert foundation.name == str(folder)
-    assert torch.equal(foundation.model(ids()).logits, tiny_model()(ids()).logits)
+    torch.testing.assert_close(foundation.model(ids()).logits, tiny_model()(ids()).logits)
     assert foundation.tokenizer.encode("so? é", add_special_tokens=False) == tiny_tokenizer().encode("so? é")
     assert len(foundation.decoder.layers) == NUM_LAYERS
 
@@ -98,7 +98,7 @@ def test_a_folder_of_an_encoder(tmp_path: Path, family: str) -> None:
     assert foundation.family is ENCODERS[family] and foundation.encoder.classifier is None
     assert len(foundation.encoder.layers) == NUM_LAYERS
     inputs = tiny_inputs(family)
-    assert torch.equal(foundation.model(inputs)[0], whole(inputs)[0])
+    torch.testing.assert_close(foundation.model(inputs)[0], whole(inputs)[0])
     assert not any(parameter.requires_grad for parameter in foundation.model.parameters())
     if family == "bert":
         assert foundation.tokenizer.encode("a") == tiny_bert_tokenizer().encode("a")
@@ -113,7 +113,7 @@ def test_an_encoder_that_was_made_for_no_task_is_the_same(tmp_path: Path, family
     if family == "bert":
         tiny_bert_tokenizer().save_pretrained(tmp_path)
     inputs, whole = tiny_inputs(family), cast(Any, tiny_encoder(family).base_model)
-    assert torch.equal(load(tmp_path).model(inputs)[0], whole(inputs)[0])
+    torch.testing.assert_close(load(tmp_path).model(inputs)[0], whole(inputs)[0])
 
 
 def test_a_bert_without_the_pooler_that_classifies_is_refused(tmp_path: Path) -> None:
