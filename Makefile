@@ -10,11 +10,11 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-SOURCES := src tests benchmarks
+SOURCES := src tests benchmarks docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-numeric coverage test-slow bench-quick check format clean help
+.PHONY: demo test test-numeric coverage test-slow bench-quick check format map clean help
 
 demo: $(VENV)/.demo  ## run the virtuous cycle with the demo's configuration, into a new folder under runs/
 	$(BIN)/gaisnet run configs/demo.yaml --out runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
@@ -45,6 +45,9 @@ check: $(VENV)/.dev  ## format, lint, types and the direction of imports; change
 format: $(VENV)/.dev  ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix-only $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+map:  ## write docs/modules.md again, after a module was added, moved or renamed
+	$(PYTHON) docs/module_map.py
 
 clean:  ## remove the virtual environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .coverage htmlcov
