@@ -36,12 +36,10 @@ def render() -> str:
     lines = [
         "# Modules",
         "",
-        "Generated from the code by `make map`. Imports point down this ladder; `|` separates siblings that may not import "
-        "each other. `make check` proves it.",
+        "Generated from the code by `make map`. Imports point down this ladder; `|` separates siblings that may not "
+        "import each other. `make check` proves it.",
         "",
-        "```",
-        *ladder(),
-        "```",
+        *(f"{number}. `{layer}`" for number, layer in enumerate(ladder(), 1)),
     ]
     for layer in ladder():
         for package in layer.split(" | "):
