@@ -22,9 +22,9 @@ from gaisnet.data.devices import (
     DomainData,
     load_device,
     load_domains,
-    load_public,
-    majority,
-    partition,
+    load_public_task,
+    majority_share,
+    partition_by_label,
     retention_text,
 )
 from gaisnet.data.examples import DeviceData, Example
@@ -307,7 +307,7 @@ def test_a_newcomers_task_is_described_as_that_of_the_domain_that_it_follows(tmp
     config = parse_config(raw)
     found = load_domains(config)["more"]
     assert (found.template, found.labels) == ("{text} =", ("4", "5"))
-    shape = load_public(config.edges[1], config).shape
+    shape = load_public_task(config.edges[1], config).task
     assert (shape.template, shape.labels) == ("{text} =", ("4", "5"))
 
 
@@ -332,7 +332,7 @@ def test_what_is_held_back_is_nobodys_to_learn_from_and_spread_over_all(share: f
 def test_of_examples_in_turn_some_of_each_kind_are_held_back(share: float) -> None:
     """Of every second one, or every fourth, all would be of one kind."""
     every = tuple(Example(f"Is it {i}?", (" no", " yes")[i % 2]) for i in range(200))
-    found = DeviceData(every, every[:1]).holding_back(share, "ward-1")
+    found = DeviceData(every, every[:1]).with_validation_split(share, "ward-1")
     kinds = Counter(example.completion for example in found.validate)
     assert min(kinds.values()) > 0.2 * len(found.validate)
 
@@ -479,7 +479,9 @@ def labelled(counts: dict[str, int]) -> list[Example]:
 
 
 def deal(examples: list[Example], num_devices: int, alpha: float, seed: int = 0) -> list[list[Example]]:
-    return partition(examples, lambda example: example.completion, num_devices, alpha, np.random.default_rng(seed))
+    return partition_by_label(
+        examples, lambda example: example.completion, num_devices, alpha, np.random.default_rng(seed)
+    )
 
 
 def test_partition_deals_every_example_once_and_keeps_its_order() -> None:
@@ -729,11 +731,11 @@ def test_retention_text_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> No
 def test_majority_counts_the_held_out_examples_of_all_devices() -> None:
     yes, no = Example("p", " yes"), Example("p", " no")
     devices = {"a": DeviceData((no, no, no, no), (yes, no)), "b": DeviceData((no,), (yes, yes))}
-    assert majority(DomainData(None, (), devices)) == 0.75
+    assert majority_share(DomainData(None, (), devices)) == 0.75
 
 
 def test_majority_of_a_balanced_domain_is_chance(loaded: dict[str, DomainData]) -> None:
-    assert majority(loaded["medical"]) == pytest.approx(1 / 21)
+    assert majority_share(loaded["medical"]) == pytest.approx(1 / 21)
 
 
 def test_a_drawn_data_set_is_shuffled() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from gaisnet.data import idx
 from gaisnet.data.idx import read_idx
-from gaisnet.data.images import FASHION_VARIABLE, ImageData, Images, deal, few, load_images
+from gaisnet.data.images import FASHION_VARIABLE, ImageData, Images, deal_images, load_images, sample_images
 from gaisnet.errors import DataError, MissingPackage
 
 
@@ -144,30 +144,34 @@ def test_data_that_nobody_knows_is_refused_with_the_names_that_are() -> None:
 
 def test_few_are_balanced_nest_and_depend_on_the_seed() -> None:
     data = coloured(per_label=8)
-    two, five, other = few(data, 2, 6, seed=1), few(data, 5, 6, seed=1), few(data, 2, 6, seed=2)
+    two, five, other = (
+        sample_images(data, 2, 6, seed=1),
+        sample_images(data, 5, 6, seed=1),
+        sample_images(data, 2, 6, seed=2),
+    )
     assert torch.bincount(two.train.labels_N).tolist() == [2] * 4
     assert two.train.labels_N.tolist() == two.train.grey_NHW[:, 0, 0].tolist()
     assert set(numbers(two.train)) < set(numbers(five.train))
     assert numbers(two.test) == numbers(five.test) and len(set(numbers(two.test))) == 6
     assert set(numbers(two.train)) != set(numbers(other.train))
-    assert numbers(two.train) == numbers(few(data, 2, 6, seed=1).train)
+    assert numbers(two.train) == numbers(sample_images(data, 2, 6, seed=1).train)
 
 
 @pytest.mark.parametrize(("per_class", "num_test", "found"), [(9, 6, "each label"), (2, 33, "held-out"), (0, 6, "0")])
 def test_more_than_there_are_cannot_be_drawn(per_class: int, num_test: int, found: str) -> None:
     with pytest.raises(DataError, match=found):
-        few(coloured(per_label=8), per_class, num_test, seed=0)
+        sample_images(coloured(per_label=8), per_class, num_test, seed=0)
 
 
 def test_devices_get_every_image_once_and_a_small_alpha_skews_both_splits_alike() -> None:
     data = coloured(per_label=50)
-    parts = deal(data, 5, 0.2, seed=3)
+    parts = deal_images(data, 5, 0.2, seed=3)
     for split in ("train", "test"):
         dealt = [number for part in parts for number in numbers(getattr(part, split))]
         assert sorted(dealt) == sorted(numbers(getattr(data, split)))
     for part in parts:
         assert torch.equal(*(torch.bincount(own.labels_N, minlength=4) for own in (part.train, part.test)))
-    assert _unevenness(parts) > 3 * _unevenness(deal(data, 5, 100.0, seed=3))
+    assert _unevenness(parts) > 3 * _unevenness(deal_images(data, 5, 100.0, seed=3))
 
 
 def _unevenness(parts: list[ImageData]) -> float:
@@ -177,4 +181,4 @@ def _unevenness(parts: list[ImageData]) -> float:
 
 def test_a_device_that_would_get_nothing_is_an_error() -> None:
     with pytest.raises(DataError, match="raise alpha"):
-        deal(coloured(per_label=1), 5, 0.1, seed=0)
+        deal_images(coloured(per_label=1), 5, 0.1, seed=0)

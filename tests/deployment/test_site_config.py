@@ -7,7 +7,7 @@ import pytest
 
 from gaisnet.config import Config
 from gaisnet.config.file import load_config, parse_config
-from gaisnet.data.devices import load_device, load_domains, load_public
+from gaisnet.data.devices import load_device, load_domains, load_public_task
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.site import CLOUD
 from gaisnet.deployment.site_config import own_part
@@ -53,7 +53,9 @@ def test_the_cloud_knows_what_is_public_without_any_path(built_in: Config, tmp_p
     own_data = load_config(write_tiny_run(tmp_path, edges=[tiny_edge("north", "shapes"), tiny_edge("south", "tastes")]))
     for config in (built_in, own_data):
         part = read_back(own_part(config, CLOUD))
-        assert [load_public(edge, part) for edge in part.edges] == [load_public(edge, config) for edge in config.edges]
+        assert [load_public_task(edge, part) for edge in part.edges] == [
+            load_public_task(edge, config) for edge in config.edges
+        ]
     with pytest.raises(DataError, match="its devices have data of their own, which this site's configuration"):
         load_domains(own_part(own_data, CLOUD))
 

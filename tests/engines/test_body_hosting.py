@@ -148,11 +148,11 @@ def test_another_body_ends_the_sessions_of_the_one_before(publisher: BodyPublish
 
 def test_before_there_is_a_body_nobody_is_served() -> None:
     publisher = BodyPublisher(ServiceSettings(), ComputeLock())
-    publisher.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))  # that of a model that is gone
+    publisher.publish_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))  # that of a model that is gone
     with pytest.raises(SessionRefused, match="no model here yet"):
         Peer(publisher).open()
     publisher.publish_body(new_body(), range(NUM_LAYERS))
-    publisher.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
+    publisher.publish_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
     assert publisher.service.adapters == ["law"]
     publisher.close()
     with pytest.raises(SessionRefused):

@@ -44,7 +44,7 @@ from gaisnet.network import Network, Scores
 from gaisnet.progress import silent
 from gaisnet.tiers.device.device import Device
 from gaisnet.tiers.edge.edge import Edge
-from gaisnet.tiers.split.inputs import Inputs
+from gaisnet.tiers.split.inputs import EncoderInputs
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
@@ -280,7 +280,7 @@ def test_products_of_adapters_may_be_averaged() -> None:
 def test_an_adapter_that_devices_do_worse_with_is_taken_out(kind: str, public: bool) -> None:
     absorb = {"validation_share": 0.4, "max_fall": 0.0}
     config = encoder_config(kind, cycles=1, wire=EXACT, absorb=absorb)
-    data = {name: mine.holding_back(0.4, name) for name, mine in encoder_data(config, "vit").items()}
+    data = {name: mine.with_validation_split(0.4, name) for name, mine in encoder_data(config, "vit").items()}
     run = Run("vit", config, data, PUBLIC["vit"] if public else ())
     network, cloud = run.network, run.network.cloud
     network.install()
@@ -567,9 +567,9 @@ def test_examples_for_another_kind_of_model_are_refused() -> None:
 
 def test_a_text_that_is_too_long_loses_its_end() -> None:
     reader, text = tiny_bert_tokenizer(), "abcdefghijklmnopqrstuvwxyz"
-    whole = Inputs([text], reader, 28, "here").ids[0]
+    whole = EncoderInputs([text], reader, 28, "here").ids[0]
     assert whole == [256, *reader.encode(text, add_special_tokens=False), 257]
-    assert Inputs([text], reader, 10, "here").ids[0] == [*whole[:9], 257]
+    assert EncoderInputs([text], reader, 10, "here").ids[0] == [*whole[:9], 257]
 
 
 def test_a_device_of_an_encoder_writes_no_answers() -> None:
@@ -585,6 +585,6 @@ def test_a_device_of_an_encoder_writes_no_answers() -> None:
         NoPublishers(),
     )
     tiers.network.install()
-    tiers.edges["shapes"].equip("north-a")
+    tiers.edges["shapes"].equip_device("north-a")
     with pytest.raises(SessionRefused, match="the foundation model is an encoder, .* writes no text; ask a run of a"):
-        tiers.devices["north-a"].parts()
+        tiers.devices["north-a"].decoder_parts()

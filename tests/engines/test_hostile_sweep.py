@@ -59,7 +59,7 @@ from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.endpoint import RemoteSession, SessionEndpoint
 from gaisnet.tiers.edge.activation_store import ActivationStore
 from gaisnet.tiers.edge.device_pool import DevicePool
-from gaisnet.tiers.split.step import checked
+from gaisnet.tiers.split.step import check_reply
 from gaisnet.transport.arrivals import Arrivals
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.courier import Courier, Depot, Depots
@@ -139,8 +139,8 @@ class World:
         held, settings = self.edge._holding, self.config.edges[0]
         asked = type("Asked", (), {"ask": lambda *_: {OWNER: reply}})
         store = ActivationStore(settings, FaultSettings(), cast(DevicePool, asked()))
-        store.begin(held.hidden_size, False, held.longest)
-        return _raised(store.fetch([OWNER], "train").get(OWNER))
+        store.reset_for_run(held.hidden_size, False, held.longest)
+        return _raised(store.fetch_activations([OWNER], "train").get(OWNER))
 
     def alone(self, reply: Message) -> object:
         """The edge, which asked a local device to learn."""
@@ -157,7 +157,7 @@ class World:
     def stepped(self, reply: Message) -> object:
         """The edge, which asked for a gradient."""
         output = BodyOutput("train", 7, 4, _ints(0), torch.randn(3, 32))
-        return _raised(checked(cast(Any, reply), output, OWNER, "here", self.edge._model().gradient_bounds))
+        return _raised(check_reply(cast(Any, reply), output, OWNER, "here", self.edge._model().gradient_bounds))
 
     def reported(self, reply: Message) -> object:
         self.edge._had([OWNER], "test")  # an order to install another run may have come before

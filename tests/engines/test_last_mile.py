@@ -61,7 +61,7 @@ def config_of(travelling: tuple[str, str] = ("b", "b"), absorb: Mapping[str, Any
 def tiers_of(config: Config, ledger: Frames | None = None) -> Tiers:
     shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in config.edges}
     share = config.absorb.validation_share
-    data = {name: mine.holding_back(share, name) for name, mine in tiny_data(config).items()}
+    data = {name: mine.with_validation_split(share, name) for name, mine in tiny_data(config).items()}
     foundation, frames = tiny_foundation(initializer_range=WEIGHTS), ledger or Frames()
     tiers = build_tiers(config, foundation, shapes, data, PUBLIC_TEXT, silent, frames.another, NoPublishers())
     tiers.network.install()
@@ -253,7 +253,7 @@ def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:
         found = []
         for adapter in (None, MERGED):
             with model._model.active_adapter(adapter):
-                found.append(inputs.map_batches(model._model.suffix, 8).later())
+                found.append(inputs.map_batches(model._model.run_suffix, 8).later())
         return float((found[0] - found[1]).square().mean())
 
     assert moved(100.0) < 0.5 * moved(0.0)
@@ -504,7 +504,7 @@ def test_devices_report_on_what_they_hold_back_and_no_example_travels() -> None:
     tiers, verdicts = merged_with(config, frames)
     share = config.absorb.validation_share
     for name, mine in tiny_data(config).items():
-        held = mine.holding_back(share, name)
+        held = mine.with_validation_split(share, name)
         assert len(held.validate) == 2 and len(held.train) == 3
         assert sorted(held.train + held.validate, key=repr) == sorted(mine.train, key=repr)
     asked = [m for m in frames.of(Evaluate) if m.split == "validate"]
@@ -546,7 +546,9 @@ def test_training_examples_are_not_scored() -> None:
 def test_who_is_asked_must_have_held_something_back() -> None:
     config = config_of(absorb={"validation_share": 0.2})
     shapes = {edge.domain: TaskTemplate(edge.template, edge.labels) for edge in config.edges}
-    with pytest.raises(DataError, match="device 'north-a': has no validate examples; call DeviceData.holding_back"):
+    with pytest.raises(
+        DataError, match="device 'north-a': has no validate examples; call DeviceData.with_validation_split"
+    ):
         build_tiers(config, tiny_foundation(), shapes, tiny_data(config), PUBLIC_TEXT, silent, Frames, NoPublishers())
 
 
@@ -577,5 +579,5 @@ def test_a_newcomer_has_nothing_that_could_travel() -> None:
 def test_an_example_cannot_be_learned_from_and_held_back() -> None:
     data = DeviceData((Example("Is it?", " yes"),), (Example("Is it not?", " no"),))
     with pytest.raises(DataError, match="device 'north-a': has one training example"):
-        data.holding_back(0.1, "north-a")
-    assert data.holding_back(0.0, "north-a") is data
+        data.with_validation_split(0.1, "north-a")
+    assert data.with_validation_split(0.0, "north-a") is data

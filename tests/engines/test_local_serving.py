@@ -165,7 +165,7 @@ class Versions:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.of: dict[tuple[int, str], tuple[LoraSpec, Mapping[str, Tensor]]] = {}
         self._models: dict[tuple[int, str], PreTrainedModel] = {}
-        put = BodyPublisher.put_adapter
+        put = BodyPublisher.publish_adapter
 
         def record(
             publisher: BodyPublisher, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]
@@ -173,7 +173,7 @@ class Versions:
             put(publisher, name, version, spec, tensors)
             self.of[id(publisher), publisher.service._adapters._newest[name]] = spec, tensors
 
-        monkeypatch.setattr(BodyPublisher, "put_adapter", record)
+        monkeypatch.setattr(BodyPublisher, "publish_adapter", record)
 
     def model(self, publisher: BodyPublisher, served: str) -> PreTrainedModel:
         key = id(publisher), served

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 from gaisnet.config.file import load_config
-from gaisnet.data.devices import load_device, load_domains, majority, public_inputs
+from gaisnet.data.devices import load_device, load_domains, load_public_inputs, majority_share
 from gaisnet.data.examples import Labelled
 from gaisnet.data.jsonl import read_examples, read_inputs
 from gaisnet.errors import ConfigError, DataError, ModelError
@@ -59,7 +59,7 @@ def test_the_command_runs_a_bert_on_lines_of_text_and_label(site: Path) -> None:
             assert last.bodies()[body][domain].loss < first.bodies()[body][domain].loss
     assert summary.cycles[-1].gate[0].startswith("accepted 'shapes': its shape and numbers were looked at")
     assert summary.majority == {
-        name: majority(data) for name, data in load_domains(load_config(site / "run.yaml")).items()
+        name: majority_share(data) for name, data in load_domains(load_config(site / "run.yaml")).items()
     }
 
 
@@ -295,6 +295,6 @@ def test_a_device_and_the_cloud_read_what_is_theirs(tmp_path: Path) -> None:
     config = load_config(write_tiny_vit_run(tmp_path))
     (example, *others) = load_device(config, "b").train
     assert isinstance(example, Labelled) and example.label == SHAPES[0] and len(others) == 5
-    assert len(public_inputs(config)) == 6
+    assert len(load_public_inputs(config)) == 6
     bare = config.model_copy(update={"model": config.model.model_copy(update={"public_inputs": None})})
-    assert public_inputs(bare) == ()
+    assert load_public_inputs(bare) == ()

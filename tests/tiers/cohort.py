@@ -107,7 +107,7 @@ class Cohort:
             link.send(rounded(restrict(self.release, holds), holds, self.config.device_precision)).result()
         self.body: Body = ReleasedModel(self.release).body(self.layout.first_cut, self.layout.tail_start)
         self.domain = DomainModel(self.body, self.layout)
-        self.domain.put_domain_adapter(random_adapter(self.domain.domain_adapter(), seed=5))
+        self.domain.set_adapter("domain", random_adapter(self.domain.copy_adapter("domain"), seed=5))
 
     def smashed(self, number: int, split: Split = "train") -> SmashedData:
         """What device ``number`` sends of its examples."""
@@ -117,8 +117,8 @@ class Cohort:
 
     def member(self, number: int) -> Member:
         """Device ``number`` as the edge sees it: activations after the frozen prefix."""
-        inputs = Activations.of(self.smashed(number), *self.domain.placement())
-        return Member(self.devices[number].name, self.domain.prefix(inputs))
+        inputs = Activations.from_smashed(self.smashed(number), *self.domain.placement())
+        return Member(self.devices[number].name, self.domain.run_prefix(inputs))
 
     def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
         """Asks every owner; its error stands in for an answer."""

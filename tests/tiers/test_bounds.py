@@ -125,8 +125,8 @@ def test_a_report_with_an_impossible_loss_is_left_out_by_name(lie: float, caplog
 @pytest.fixture
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no gradient could be too steep, and nobody could be too far."""
-    monkeypatch.setattr(bounds, "gradient", lambda name, reply, limit: reply)
-    monkeypatch.setattr(bounds, "near", lambda *_: None)
+    monkeypatch.setattr(bounds, "clip_gradient", lambda name, reply, limit: reply)
+    monkeypatch.setattr(bounds, "check_distance", lambda *_: None)
 
 
 def test_an_honest_round_is_the_same_to_the_last_bit_without_bounds(without_bounds: None) -> None:
@@ -140,11 +140,11 @@ def grad(rows: Tensor) -> BodyOutputGrad:
 def test_a_gradient_is_clipped_above_its_limit_and_untouched_below() -> None:
     rows_ND = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     norm = float(rows_ND.double().norm())
-    assert bounds.gradient("a", grad(rows_ND), norm).grad_ND is rows_ND
-    clipped = bounds.gradient("a", grad(rows_ND), norm / 10).grad_ND
+    assert bounds.clip_gradient("a", grad(rows_ND), norm).grad_ND is rows_ND
+    clipped = bounds.clip_gradient("a", grad(rows_ND), norm / 10).grad_ND
     torch.testing.assert_close(clipped, rows_ND / 10)
     with pytest.raises(OutOfBounds, match="the norm of a gradient of device 'a'"):
-        bounds.gradient("a", grad(rows_ND), norm / 1e4)
+        bounds.clip_gradient("a", grad(rows_ND), norm / 1e4)
 
 
 def test_no_label_makes_a_gradient_steeper_than_the_limit() -> None:
@@ -161,7 +161,7 @@ def test_no_label_makes_a_gradient_steeper_than_the_limit() -> None:
         worst_N = logits_NV.argmin(dim=-1)
         torch.nn.functional.cross_entropy(logits_NV, worst_N).backward()
         assert rows_ND.grad is not None
-        assert 0.0 < float(rows_ND.grad.norm()) <= gradient_bounds.limit(rows_ND.detach(), 5)
+        assert 0.0 < float(rows_ND.grad.norm()) <= gradient_bounds.norm_limit(rows_ND.detach(), 5)
 
 
 def test_adamw_never_comes_further_than_the_reach() -> None:
@@ -174,17 +174,17 @@ def test_adamw_never_comes_further_than_the_reach() -> None:
         for step in range(20):
             weight.grad = torch.tensor([growth**step])
             optimizer.step()
-            bounds.near("a", start, {"w": weight.detach()}, step + 1, settings)
+            bounds.check_distance("a", start, {"w": weight.detach()}, step + 1, settings)
         with pytest.raises(OutOfBounds):
-            bounds.near("a", start, {"w": torch.tensor([10.0 * 20 * settings.learning_rate])}, 20, settings)
+            bounds.check_distance("a", start, {"w": torch.tensor([10.0 * 20 * settings.learning_rate])}, 20, settings)
 
 
 def test_nobody_has_many_times_as_many_examples_as_the_others() -> None:
-    assert bounds.outnumbering({"a": 5, "b": 100, "c": 5}, 20.0, 0) == {}
-    assert bounds.outnumbering({"a": 5, "b": 101, "c": 5}, 20.0, 0).keys() == {"b"}
-    assert bounds.outnumbering({"a": 5, "b": 101, "c": 5}, 20.0, 101) == {}
-    assert bounds.outnumbering({"a": 10**9}, 20.0, 0) == {}
-    assert bounds.outnumbering({"a": 5, "b": MOST}, 20.0, 0).keys() == {"b"}
+    assert bounds.find_outnumbering({"a": 5, "b": 100, "c": 5}, 20.0, 0) == {}
+    assert bounds.find_outnumbering({"a": 5, "b": 101, "c": 5}, 20.0, 0).keys() == {"b"}
+    assert bounds.find_outnumbering({"a": 5, "b": 101, "c": 5}, 20.0, 101) == {}
+    assert bounds.find_outnumbering({"a": 10**9}, 20.0, 0) == {}
+    assert bounds.find_outnumbering({"a": 5, "b": MOST}, 20.0, 0).keys() == {"b"}
 
 
 @pytest.mark.parametrize("number", [2**63, HUGE, -(2**63) - 1])
@@ -203,7 +203,7 @@ def test_a_whole_number_of_64_bits_crosses(number: int) -> None:
 
 def test_an_error_says_who_sent_what_and_what_to_do() -> None:
     with pytest.raises(GaisnetError) as raised:
-        bounds.whole("device 'a'", "the number of examples", HUGE, 1, 7)
+        bounds.check_integer("device 'a'", "the number of examples", HUGE, 1, 7)
     assert str(raised.value) == (
         "the number of examples of device 'a': a number of 1329 bits, where a number from 1 to 7 belongs; "
         "it is left out; look at what runs at that site"

@@ -27,7 +27,7 @@ from gaisnet.models.parts import CutLayers
 from gaisnet.models.ragged import Ragged, by_length
 from gaisnet.models.release import ReleasedEncoder, release_encoder, restrict
 from gaisnet.progress import silent
-from gaisnet.tiers.device.classification import class_loss, class_score
+from gaisnet.tiers.device.classification import compute_class_gradient, evaluate_class_output
 from gaisnet.tiers.edge.activation_store import ActivationStore
 from gaisnet.tiers.split.activations import Activations, tail_rows
 from gaisnet.tiers.split.domain_model import DomainModel
@@ -91,7 +91,7 @@ class ClassCohort:
         self.release: ModelRelease = self.sent(release_encoder(encoder, whole_body, (), self.layout.last_cut))
         self.body = ReleasedEncoder(self.release).body(self.layout.first_cut)
         self.domain = DomainModel(self.body, self.layout, num_classes=NUM_CLASSES)
-        self.domain.put_domain_adapter(random_adapter(self.domain.domain_adapter()))
+        self.domain.set_adapter("domain", random_adapter(self.domain.copy_adapter("domain")))
         inputs, heads = inputs_of(family), [device.head_layers for _, device in config.each_device()]
         bounds = [len(inputs) * i // len(heads) for i in range(len(heads) + 1)]
         self.sites = [
@@ -110,13 +110,16 @@ class ClassCohort:
     def members(self) -> list[Member]:
         found = []
         for site in self.sites:
-            smashed = Activations.of(self.sent(site.smashed()), *self.domain.placement())
-            found.append(Member(site.name, self.domain.prefix(smashed)))
+            smashed = Activations.from_smashed(self.sent(site.smashed()), *self.domain.placement())
+            found.append(Member(site.name, self.domain.run_prefix(smashed)))
         return found
 
     def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
         classes = {site.name: site.classes for site in self.sites}
-        return {name: self.sent(class_loss(self.sent(output), classes[name])) for name, output in outputs.items()}
+        return {
+            name: self.sent(compute_class_gradient(self.sent(output), classes[name]))
+            for name, output in outputs.items()
+        }
 
 
 def random_adapter(like: AdapterTensors) -> AdapterTensors:
@@ -132,7 +135,7 @@ def random_adapter(like: AdapterTensors) -> AdapterTensors:
 def one_piece(family: str, cohort: ClassCohort) -> tuple[Whole, Tensor]:
     """The model in one piece with the cohort's adapter, and its logits of all examples as one padded batch."""
     spec = cohort.layout.class_spec(NUM_CLASSES)
-    whole = unsplit(tiny_encoder(family), spec, cohort.domain.domain_adapter())
+    whole = unsplit(tiny_encoder(family), spec, cohort.domain.copy_adapter("domain"))
     inputs = inputs_of(family)
     if family == "vit":
         return whole, whole[0](torch.stack(inputs))
@@ -148,7 +151,7 @@ def one_piece(family: str, cohort: ClassCohort) -> tuple[Whole, Tensor]:
 @pytest.mark.parametrize("heads", CUTS, ids=str)
 def test_a_split_step_is_that_of_the_unsplit_model(family: str, kind: str, heads: tuple[int, ...]) -> None:
     cohort = ClassCohort(family, class_config(heads, kind))
-    before = cohort.domain.domain_adapter()
+    before = cohort.domain.copy_adapter("domain")
     (_, expected), logits_EC = one_piece(family, cohort)
     loss = F.cross_entropy(logits_EC, CLASSES)
     loss.backward()
@@ -156,19 +159,21 @@ def test_a_split_step_is_that_of_the_unsplit_model(family: str, kind: str, heads
     members, every = cohort.members(), list(range(len(CLASSES)))
 
     trainable(cohort.body, "domain")
-    loss_sum, num_labels, failed = cohort.domain.backward(members, every, 0, cohort.labels, "here")
+    loss_sum, num_labels, failed = cohort.domain.backward_step(members, every, 0, cohort.labels, "here")
     assert (num_labels, failed) == (len(CLASSES), {})
     assert loss_sum == pytest.approx(loss.item() * len(CLASSES), rel=1e-5)
     for name, parameter in parameters_of(cohort.body, "domain").items():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-3, msg=name)
 
-    learned = cohort.domain.learn(members, cohort.labels, TrainingSchedule(cohort.config.fine_tune, 1, "here"), silent)
+    learned = cohort.domain.train_adapter(
+        members, cohort.labels, TrainingSchedule(cohort.config.fine_tune, 1, "here"), silent
+    )
     assert (learned.num_examples, learned.num_steps) == (len(CLASSES), 1)
     assert learned.loss == pytest.approx(loss.item(), rel=1e-5)
     settings = cohort.config.fine_tune
     clip_grad_norm_(expected.values(), settings.max_grad_norm)
     torch.optim.AdamW(expected.values(), settings.learning_rate, weight_decay=settings.weight_decay).step()
-    after = cohort.domain.domain_adapter()
+    after = cohort.domain.copy_adapter("domain")
     assert_same_step(after, {name: p.detach() for name, p in expected.items()}, gradients)
     assert all((after[name] - before[name]).abs().max() > 1e-3 for name in after if not name.endswith(UNSEEN))
 
@@ -181,9 +186,9 @@ def test_scores_are_those_of_the_unsplit_model(family: str, kind: str) -> None:
     expected = F.cross_entropy(logits_EC, CLASSES, reduction="sum").item()
     rows, reports = [], []
     for site, member in zip(cohort.sites, cohort.members(), strict=True):
-        rows.append(cohort.domain.output_rows(member.inputs))
+        rows.append(cohort.domain.compute_output_rows(member.inputs))
         which_E = torch.arange(len(site.inputs), dtype=torch.int32)
-        reports.append(class_score(BodyOutput("test", 0, len(which_E), which_E, rows[-1]), site.classes))
+        reports.append(evaluate_class_output(BodyOutput("test", 0, len(which_E), which_E, rows[-1]), site.classes))
     torch.testing.assert_close(torch.cat(rows), logits_EC, atol=1e-5, rtol=1e-4)
     report = reports[0] + reports[1]
     assert report.num_correct == int((logits_EC.argmax(-1) == CLASSES).sum())
@@ -201,7 +206,7 @@ def test_only_logits_go_to_the_owners(kind: str) -> None:
         return cohort.labels(outputs)
 
     trainable(cohort.body, "domain")
-    cohort.domain.backward(cohort.members(), [0, 2, 5], 3, labels, "here")
+    cohort.domain.backward_step(cohort.members(), [0, 2, 5], 3, labels, "here")
     assert {name: tuple(output.rows_ND.shape) for name, output in seen.items()} == {
         "device-0": (2, NUM_CLASSES),
         "device-1": (1, NUM_CLASSES),
@@ -212,7 +217,7 @@ def test_only_logits_go_to_the_owners(kind: str) -> None:
 def test_learning_makes_the_classes_known() -> None:
     changes = {"fine_tune": {**ONE_STEP, "local_epochs": 30, "batch_size": 4}}
     cohort = ClassCohort("vit", class_config((1, 2), "prompts", **changes))
-    learned = cohort.domain.learn(
+    learned = cohort.domain.train_adapter(
         cohort.members(), cohort.labels, TrainingSchedule(cohort.config.fine_tune, 1, "here"), silent
     )
     assert learned.loss < 0.1
@@ -225,16 +230,18 @@ def test_a_member_that_is_away_is_left_out_and_the_others_learn_as_without_it() 
         return {**cohort.labels(outputs), "device-1": LinkTimeout("device-1", "away")}
 
     settings = cohort.config.fine_tune
-    learned = cohort.domain.learn(cohort.members(), labels, TrainingSchedule(settings, 1, "here"), silent)
-    alone = without.domain.learn(without.members()[:1], without.labels, TrainingSchedule(settings, 1, "here"), silent)
+    learned = cohort.domain.train_adapter(cohort.members(), labels, TrainingSchedule(settings, 1, "here"), silent)
+    alone = without.domain.train_adapter(
+        without.members()[:1], without.labels, TrainingSchedule(settings, 1, "here"), silent
+    )
     assert learned.left.keys() == {"device-1"} and learned.loss == pytest.approx(alone.loss, rel=1e-5)
-    found = cohort.domain.domain_adapter()
-    for name, tensor in without.domain.domain_adapter().items():
+    found = cohort.domain.copy_adapter("domain")
+    for name, tensor in without.domain.copy_adapter("domain").items():
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_nothing_of_an_encoder_is_served() -> None:
-    assert ClassCohort("vit", class_config((1,))).domain.adapters() == {}
+    assert ClassCohort("vit", class_config((1,))).domain.served_adapters() == {}
 
 
 # -- what it stands on -------------------------------------------------------------------------------------------------
@@ -298,14 +305,14 @@ def test_a_body_of_another_family_is_refused() -> None:
 )
 def test_logits_that_do_not_fit_are_refused(examples: list[int], shape: tuple[int, int], found: str) -> None:
     output = BodyOutput("train", 0, 2, torch.tensor(examples, dtype=torch.int32), torch.zeros(shape))
-    for ask in (class_loss, class_score):
+    for ask in (compute_class_gradient, evaluate_class_output):
         with pytest.raises(WireFormatError, match=found):
             ask(output, torch.tensor([0, 2, 1]))
 
 
 def test_a_loss_by_hand() -> None:
     output = BodyOutput("train", 7, 4, torch.tensor([1], dtype=torch.int32), torch.zeros(1, 2))
-    reply = class_loss(output, torch.tensor([1, 0]))
+    reply = compute_class_gradient(output, torch.tensor([1, 0]))
     assert reply.step == 7 and reply.loss_sum == pytest.approx(0.6931472)
     torch.testing.assert_close(reply.grad_ND, torch.tensor([[-0.125, 0.125]]))
 
@@ -322,8 +329,8 @@ def test_an_example_that_is_classified_has_one_label(classifies: bool) -> None:
             return {"north-a": sent}
 
     store = ActivationStore(settings, FaultSettings(), cast(Any, Asked()))
-    store.begin(8, classifies, longest=3)
-    failed = store.fetch(["north-a"], "train")
+    store.reset_for_run(8, classifies, longest=3)
+    failed = store.fetch_activations(["north-a"], "train")
     assert failed.keys() == ({"north-a"} if classifies else set())
     assert all(
         "the labels of an example of device 'north-a': 2, where a number from 1 to 1" in str(error)

@@ -17,9 +17,9 @@ def model(tail_layers: int = 0) -> DecoderParts:
     layout = Layout(tiny_config(tail_layers=tail_layers), NUM_LAYERS)
     found = DecoderParts(tiny_foundation(initializer_range=0.2), layout, ComputeLock())
     found.add("shapes", layout.domain_spec(), seed=1)
-    tensors = found.adapter("shapes")
+    tensors = found.copy_adapter("shapes")
     generator = torch.Generator().manual_seed(2)
-    found.put("shapes", {key: torch.randn(t.shape, generator=generator) * 0.2 for key, t in tensors.items()})
+    found.set_adapter("shapes", {key: torch.randn(t.shape, generator=generator) * 0.2 for key, t in tensors.items()})
     return found
 
 

@@ -99,7 +99,7 @@ class Bench:
         self.cluster = DevicePool("edge 'north'", self.sites, faults, lambda name: KIT)
 
     def ask(self, *names: str, deadline_s: float = DEADLINE_S) -> dict[str, EvaluationReport | GaisnetError]:
-        return self.cluster.ask(dict.fromkeys(names, ASK), EvaluationReport, deadline_s)
+        return self.cluster.ask_devices(dict.fromkeys(names, ASK), EvaluationReport, deadline_s)
 
     def seconds(self, work: Callable[[], object]) -> float:
         before = self.clock.now
@@ -135,7 +135,7 @@ def test_a_newcomer_is_given_its_kit_once_and_before_it_is_asked(bench: Bench) -
 
 def test_after_a_forgetting_all_are_given_their_kit_again(bench: Bench) -> None:
     bench.cluster.ensure_ready(["a", "b"])
-    bench.cluster.forget()
+    bench.cluster.mark_unequipped()
     assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert lives(bench.a) == lives(bench.b) == [("first", [*KIT, *KIT])]
 
@@ -241,8 +241,8 @@ def test_one_that_goes_away_while_it_is_asked_is_given_up_and_others_answer_mean
 def test_what_it_was_asked_before_it_was_given_up_is_dropped(bench: Bench) -> None:
     bench.cluster.ensure_ready(["a"])
     bench.a.die()
-    asked = bench.cluster.start({"a": ASK})
-    assert isinstance(bench.cluster.collect(asked, EvaluationReport, DEADLINE_S)["a"], LinkTimeout)
+    asked = bench.cluster.send_requests({"a": ASK})
+    assert isinstance(bench.cluster.collect_replies(asked, EvaluationReport, DEADLINE_S)["a"], LinkTimeout)
     assert asked.answers["a"].cancelled()
 
 
@@ -285,9 +285,9 @@ def test_the_deadline_holds_over_a_restart_as_well(bench: Bench) -> None:
 def test_work_goes_on_between_asking_and_waiting(bench: Bench) -> None:
     bench.cluster.ensure_ready(["a"])
     bench.a.delay_s = 50.0
-    asked = bench.cluster.start({"a": ASK})
+    asked = bench.cluster.send_requests({"a": ASK})
     bench.clock.sleep(49.0)
-    assert bench.cluster.collect(asked, EvaluationReport, 5.0) == {"a": REPORT}
+    assert bench.cluster.collect_replies(asked, EvaluationReport, 5.0) == {"a": REPORT}
 
 
 def test_a_wrong_answer_is_the_error_of_one_device(bench: Bench) -> None:
@@ -310,7 +310,7 @@ def test_an_error_of_one_device_is_its_own(bench: Bench) -> None:
 
 def test_news_goes_to_those_that_have_their_kit(bench: Bench) -> None:
     bench.cluster.ensure_ready(["a", "b"])
-    assert bench.cluster.tell(["a", "b", "c"], NEWS) == {}
+    assert bench.cluster.notify_devices(["a", "b", "c"], NEWS) == {}
     assert lives(bench.a) == lives(bench.b) == [("first", [*KIT, NEWS])]
     assert bench.c.heard == []
 
@@ -318,7 +318,7 @@ def test_news_goes_to_those_that_have_their_kit(bench: Bench) -> None:
 def test_one_that_does_not_take_the_news_is_given_its_kit_again(bench: Bench) -> None:
     bench.cluster.ensure_ready(["a", "b"])
     bench.a.fails[AdapterRelease] = PeerError("a", "AdapterMismatch", "no")
-    assert bench.cluster.tell(["a", "b"], NEWS).keys() == {"a"}
+    assert bench.cluster.notify_devices(["a", "b"], NEWS).keys() == {"a"}
     bench.a.fails.clear()
     assert bench.cluster.ensure_ready(["a", "b"]) == {}
     assert lives(bench.a) == [("first", [*KIT, NEWS, *KIT])]
@@ -328,7 +328,7 @@ def test_one_that_does_not_take_the_news_is_given_its_kit_again(bench: Bench) ->
 def test_one_that_answers_the_news_with_something_else_is_given_its_kit_again(bench: Bench) -> None:
     bench.cluster.ensure_ready(["a"])
     bench.a.fails[AdapterRelease] = REPORT
-    failed = bench.cluster.tell(["a"], NEWS)
+    failed = bench.cluster.notify_devices(["a"], NEWS)
     assert isinstance(failed["a"], UnexpectedMessage)
     bench.cluster.ensure_ready(["a"])
     assert lives(bench.a) == [("first", [*KIT, NEWS, *KIT])]

@@ -47,7 +47,7 @@ from gaisnet.tiers.device.device import Device
 from gaisnet.tiers.edge.edge import Edge
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.schedule import TrainingSchedule
-from gaisnet.tiers.split.step import Labels, Member, Outcome
+from gaisnet.tiers.split.step import Member, Outcome, RequestGradients
 from gaisnet.tiers.split.trainable_body import TrainingResult
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
@@ -141,13 +141,15 @@ def gradients(cohort: Cohort, members: Sequence[Member], batch: Sequence[int]) -
     parameters = trainable(cohort.body, "domain")
     for parameter in parameters:
         parameter.grad = None
-    loss, _, _ = cohort.domain.backward(members, batch, 0, cohort.labels, "here")
-    names = cohort.domain.domain_adapter().keys()
+    loss, _, _ = cohort.domain.backward_step(members, batch, 0, cohort.labels, "here")
+    names = cohort.domain.copy_adapter("domain").keys()
     return loss, {n: p.grad.clone() for n, p in zip(names, parameters, strict=True) if p.grad is not None}
 
 
-def learn(cohort: Cohort, members: Sequence[Member], seed: int = 1, labels: Labels | None = None) -> TrainingResult:
-    return cohort.domain.learn(
+def learn(
+    cohort: Cohort, members: Sequence[Member], seed: int = 1, labels: RequestGradients | None = None
+) -> TrainingResult:
+    return cohort.domain.train_adapter(
         members, labels or cohort.labels, TrainingSchedule(cohort.config.fine_tune, seed, "here"), silent
     )
 
@@ -166,7 +168,7 @@ def test_a_split_step_is_that_of_the_unsplit_model(
     heads: tuple[int, ...], tail_layers: int, precision: DevicePrecision
 ) -> None:
     cohort = Cohort(cohort_config(heads, tail_layers, device_precision=precision))
-    before = cohort.domain.domain_adapter()
+    before = cohort.domain.copy_adapter("domain")
     outer = (*range(heads[0]), *range(NUM_LAYERS - tail_layers, NUM_LAYERS))
     model = unsplit(cohort.layout.domain_spec(), before, precision, outer)
     expected_loss, expected = naive_step(model, EXAMPLES, cohort.config)
@@ -181,7 +183,7 @@ def test_a_split_step_is_that_of_the_unsplit_model(
     num_tokens = sum(len(example.completion) + 1 for example in EXAMPLES)
     assert (learned.num_examples, learned.num_steps) == (len(EXAMPLES), 1)
     assert learned.loss == pytest.approx(expected_loss / num_tokens, rel=1e-5)
-    after = cohort.domain.domain_adapter()
+    after = cohort.domain.copy_adapter("domain")
     assert_same_step(after, {name: p.detach() for name, p in adapter_parameters(model).items()}, expected)
     assert all((after[name] - before[name]).abs().max() > 1e-3 for name in after)
 
@@ -193,10 +195,10 @@ def test_the_optimizers_settings_are_obeyed(changes: dict[str, float]) -> None:
     results = []
     for one in (plain, config):
         cohort = Cohort(one)
-        model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
+        model = unsplit(cohort.layout.domain_spec(), cohort.domain.copy_adapter("domain"))
         naive_step(model, EXAMPLES, one)
         learn(cohort, cohort.members())
-        results.append(cohort.domain.domain_adapter())
+        results.append(cohort.domain.copy_adapter("domain"))
         # Clipped to so little, a gradient is not large beside AdamW's epsilon, so its rounding shows.
         assert_same(results[-1], {n: p.detach() for n, p in adapter_parameters(model).items()}, 1e-4)
     assert any((results[0][name] - results[1][name]).abs().max() > 1e-5 for name in results[0])
@@ -205,7 +207,7 @@ def test_the_optimizers_settings_are_obeyed(changes: dict[str, float]) -> None:
 @pytest.mark.parametrize("batch", [[4], [3, 1, 0]])
 def test_a_part_of_the_examples_is_a_batch_too(batch: list[int]) -> None:
     cohort = Cohort(cohort_config((1, 2)))
-    model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
+    model = unsplit(cohort.layout.domain_spec(), cohort.domain.copy_adapter("domain"))
     expected_loss, expected = naive_step(model, [EXAMPLES[i] for i in batch], cohort.config)
     loss, found = gradients(cohort, cohort.members(), batch)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -217,7 +219,7 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning() -> None:
     long, short = "what is more, is water wet?", "r wet?"
     completion = " it is"  # six tokens: six are left for the prompt
     cohort = Cohort(config, (Example(long, completion),))
-    model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
+    model = unsplit(cohort.layout.domain_spec(), cohort.domain.copy_adapter("domain"))
     expected_loss, _ = naive_step(model, (Example(short, completion),), config)
     assert gradients(cohort, cohort.members(), [0])[0] == pytest.approx(expected_loss, rel=1e-5)
 
@@ -242,7 +244,7 @@ def test_a_domain_model_made_smaller_learns_as_it_would_in_one_piece(recipe: Rec
 def with_relay(cohort: Cohort, seed: int = 8) -> None:
     """Put a random relay beside the frozen prefix: what is cached is not just the foundation model's."""
     shapes = {k: torch.empty(t.shape) for k, t in relay_tensors(cohort).items()}
-    cohort.domain.take(AdapterRelease("relay", 1, random_adapter(shapes, seed)))
+    cohort.domain.install_adapter(AdapterRelease("relay", 1, random_adapter(shapes, seed)))
 
 
 def relay_tensors(cohort: Cohort) -> AdapterTensors:
@@ -275,14 +277,14 @@ def test_learning_from_the_cache_is_learning_with_a_fresh_prefix_in_every_step(c
             if cooldown:  # nine steps, six of which cool down
                 optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, (9 - num_steps) / 6)
             # Heads and prefix run again.
-            loss, tokens, _ = fresh.domain.backward(fresh.members(), batch, num_steps, fresh.labels, "here")
+            loss, tokens, _ = fresh.domain.backward_step(fresh.members(), batch, num_steps, fresh.labels, "here")
             losses.append((loss, tokens))
             clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
             num_steps += 1
     assert num_steps == learned.num_steps == 9
     assert learned.loss == pytest.approx(sum(loss for loss, _ in losses) / sum(count for _, count in losses), rel=1e-5)
-    assert_same(cached.domain.domain_adapter(), fresh.domain.domain_adapter())
+    assert_same(cached.domain.copy_adapter("domain"), fresh.domain.copy_adapter("domain"))
 
 
 def test_the_prefix_starts_from_wherever_a_device_stopped() -> None:
@@ -296,7 +298,7 @@ def test_the_prefix_starts_from_wherever_a_device_stopped() -> None:
 def test_the_prefix_of_a_batch_is_that_of_each_example() -> None:
     cohort = Cohort(cohort_config((1,)))
     whole = cohort.member(0).inputs.hidden
-    smashed = Activations.of(cohort.smashed(0), *cohort.domain.placement())
+    smashed = Activations.from_smashed(cohort.smashed(0), *cohort.domain.placement())
     for sequence, expected in zip(smashed.hidden.sequences(), whole.sequences(), strict=True):
         alone = cohort.body.run(sequence[None], 1, FIRST_ADAPTED)[0]
         torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
@@ -306,20 +308,20 @@ def test_a_guest_is_another_model_and_leaves_its_host_as_it_was() -> None:
     changes: dict[str, Any] = {"relay": {"enabled": True, "rank": 2}, "domain": {"precision": "int8"}}
     host, other = (Cohort(cohort_config((1,), **changes), recipe=Recipe(ALL, (1, 2))) for _ in range(2))
     with_relay(host, 8)
-    guests = {role: random_adapter(tensors, 21) for role, (_, tensors) in host.domain.adapters().items()}
+    guests = {role: random_adapter(tensors, 21) for role, (_, tensors) in host.domain.served_adapters().items()}
     for role, tensors in guests.items():
-        other.domain.take(AdapterRelease(role, 3, tensors))
+        other.domain.install_adapter(AdapterRelease(role, 3, tensors))
 
     def rows_of(cohort: Cohort) -> Tensor:
-        inputs = Activations.of(cohort.smashed(0), *cohort.domain.placement())
-        return cohort.domain.output_rows(cohort.domain.prefix(inputs))
+        inputs = Activations.from_smashed(cohort.smashed(0), *cohort.domain.placement())
+        return cohort.domain.compute_output_rows(cohort.domain.run_prefix(inputs))
 
-    before, versions, own_ND = host.domain.adapters(), dict(host.domain.versions), rows_of(host)
-    with host.domain.guest(guests["relay"], guests["domain"]):
+    before, versions, own_ND = host.domain.served_adapters(), dict(host.domain.versions), rows_of(host)
+    with host.domain.guest_adapters(guests["relay"], guests["domain"]):
         assert torch.equal(rows_of(host), rows_of(other))
         assert not torch.allclose(rows_of(host), own_ND, atol=1e-3)
     assert torch.equal(rows_of(host), own_ND) and host.domain.versions == versions
-    for role, (_, tensors) in host.domain.adapters().items():
+    for role, (_, tensors) in host.domain.served_adapters().items():
         assert all(torch.equal(tensor, before[role][1][name]) for name, tensor in tensors.items())
 
 
@@ -331,7 +333,7 @@ def test_learning_leaves_the_cache_and_everything_frozen() -> None:
     learn(cohort, members)
     assert all(torch.equal(m.inputs.hidden.rows_ND, cache) for m, cache in zip(members, caches, strict=True))
     changed = {name for name, tensor in cohort.body.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert len(changed) == len(cohort.domain.domain_adapter())
+    assert len(changed) == len(cohort.domain.copy_adapter("domain"))
     assert all("lora_" in name and "domain" in name for name in changed)
     assert not any(p.requires_grad for p in cohort.body.parameters())
 
@@ -355,14 +357,14 @@ def test_epochs_over_devices_are_epochs_over_one() -> None:
     first, second = learn(one, one.members()), learn(many, many.members())
     assert replace(second, loss=0.0) == replace(first, loss=0.0) == TrainingResult(5, 9, 0.0)
     assert second.loss == pytest.approx(first.loss, rel=1e-4)
-    assert_same(many.domain.domain_adapter(), one.domain.domain_adapter(), 1e-4)
+    assert_same(many.domain.copy_adapter("domain"), one.domain.copy_adapter("domain"), 1e-4)
 
 
 def test_epochs_are_repeated_by_their_seed() -> None:
     def learned(seed: int) -> AdapterTensors:
         cohort = Cohort(cohort_config((1, 2), fine_tune={"local_epochs": 2, "batch_size": 2}))
         learn(cohort, cohort.members(), seed)
-        return cohort.domain.domain_adapter()
+        return cohort.domain.copy_adapter("domain")
 
     first, again, other = learned(1), learned(1), learned(2)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -431,7 +433,7 @@ def test_the_anchor_adds_the_gradient_of_its_pull() -> None:
     config = cohort_config((1,), fine_tune={**changes, **anchor})
     cohort = Cohort(config)
     text_T = torch.randint(256, (7,), generator=torch.Generator().manual_seed(3))
-    model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
+    model = unsplit(cohort.layout.domain_spec(), cohort.domain.copy_adapter("domain"))
     layers = cast(PreTrainedModel, model.get_base_model()).get_decoder().layers
     seen: dict[str, Tensor] = {}
     layers[FIRST_ADAPTED].register_forward_pre_hook(lambda _, inputs: seen.update(into=inputs[0]))
@@ -439,14 +441,14 @@ def test_the_anchor_adds_the_gradient_of_its_pull() -> None:
     with torch.no_grad(), model.disable_adapter():
         model(text_T[None])
     entering, target = seen["into"][0], seen["out"][0]
-    cohort.domain.take_anchor(AnchorRelease(torch.tensor([7], dtype=torch.int32), entering))
+    cohort.domain.set_anchor(AnchorRelease(torch.tensor([7], dtype=torch.int32), entering))
 
     model(text_T[None])
     errors = [((seen["out"][0, t] - target[t]).norm() / target[t].norm()) ** 2 for t in range(1, 7)]
     (weight * torch.stack(errors).mean()).backward()
     naive_step(model, EXAMPLES, config)  # its gradients add to those of the pull
     learn(cohort, cohort.members())
-    assert_same(cohort.domain.domain_adapter(), {n: p.detach() for n, p in adapter_parameters(model).items()})
+    assert_same(cohort.domain.copy_adapter("domain"), {n: p.detach() for n, p in adapter_parameters(model).items()})
 
 
 def anchored(**changes: object) -> AdapterTensors:
@@ -454,9 +456,9 @@ def anchored(**changes: object) -> AdapterTensors:
     settings = {"local_epochs": 2, "batch_size": 64, "learning_rate": 0.01, "anchor_weight": 0.7, **changes}
     cohort = Cohort(cohort_config((1,), fine_tune=settings))
     entering = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
-    cohort.domain.take_anchor(AnchorRelease(torch.tensor([7], dtype=torch.int32), entering))
+    cohort.domain.set_anchor(AnchorRelease(torch.tensor([7], dtype=torch.int32), entering))
     learn(cohort, cohort.members())
-    return cohort.domain.domain_adapter()
+    return cohort.domain.copy_adapter("domain")
 
 
 def differ(one: AdapterTensors, other: AdapterTensors) -> bool:
@@ -475,9 +477,9 @@ def test_an_anchor_without_weight_changes_nothing() -> None:
     for anchored in (True, False):
         cohort = Cohort(cohort_config((1, 2)))
         if anchored:
-            cohort.domain.take_anchor(AnchorRelease(torch.tensor([3], dtype=torch.int32), torch.randn(3, 32)))
+            cohort.domain.set_anchor(AnchorRelease(torch.tensor([3], dtype=torch.int32), torch.randn(3, 32)))
         learn(cohort, cohort.members())
-        results.append(cohort.domain.domain_adapter())
+        results.append(cohort.domain.copy_adapter("domain"))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
@@ -532,7 +534,7 @@ def hybrid_edge(config: Config, ledger: Ledger | None = None) -> tuple[Edge, Ada
     release = model_release(config, Recipe(ALL, ()))
     edge = Edge(config.edges[0], config, Releases(release), links, Ledger())
     assert edge.handle(Install("run", "digest")) == Installed(0, -1)
-    start = random_adapter(Cohort(cohort_config((1,))).domain.domain_adapter(), seed=5)
+    start = random_adapter(Cohort(cohort_config((1,))).domain.copy_adapter("domain"), seed=5)
     edge.handle(AdapterRelease("domain", 3, start))
     return edge, start
 
@@ -549,11 +551,11 @@ def learned_alone(
     """What devices that learn together, without an edge around them, make of an adapter."""
     examples = [example for name in names for example in PRIVATE[name]]
     cohort = Cohort(cohort_config([1], fine_tune=config.fine_tune.model_dump()), examples)
-    cohort.domain.put_domain_adapter(start)
-    learned = cohort.domain.learn(
+    cohort.domain.set_adapter("domain", start)
+    learned = cohort.domain.train_adapter(
         cohort.members(), cohort.labels, TrainingSchedule(config.fine_tune, seed, "here", edge_round), silent
     )
-    return cohort.domain.domain_adapter(), learned
+    return cohort.domain.copy_adapter("domain"), learned
 
 
 def with_settings(config: Config, **fine_tune: Any) -> Config:
@@ -688,12 +690,14 @@ def test_scores_are_those_of_greedy_decoding_with_the_unsplit_model(
         )
     )
     learn(cohort, cohort.members())
-    model = unsplit(cohort.layout.domain_spec(), cohort.domain.domain_adapter())
+    model = unsplit(cohort.layout.domain_spec(), cohort.domain.copy_adapter("domain"))
     report = EvaluationReport(0, 0, 0, 0.0)
     for number, link in enumerate(cohort.links):
-        inputs = cohort.domain.prefix(Activations.of(cohort.smashed(number, "test"), *cohort.domain.placement()))
+        inputs = cohort.domain.run_prefix(
+            Activations.from_smashed(cohort.smashed(number, "test"), *cohort.domain.placement())
+        )
         examples_E = torch.arange(len(inputs), dtype=torch.int32)
-        rows_ND = cohort.domain.output_rows(inputs)
+        rows_ND = cohort.domain.compute_output_rows(inputs)
         part = link.send(BodyOutput("test", 0, sum(inputs.num_labels), examples_E, rows_ND)).result()
         assert isinstance(part, EvaluationReport)
         report += part
@@ -721,7 +725,7 @@ def answers_right(model: PeftModel, example: Example) -> bool:
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
-def spoilt(cohort: Cohort, name: str, change: Any) -> Labels:
+def spoilt(cohort: Cohort, name: str, change: Any) -> RequestGradients:
     """A device whose answers are changed on the way."""
 
     def labels(outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
@@ -741,8 +745,8 @@ def test_a_loss_that_is_not_finite_names_the_step(odd: float) -> None:
 
 def test_a_loss_that_is_not_finite_comes_through_the_link() -> None:
     cohort = Cohort(cohort_config((1, 2)))
-    spoilt_adapter = {k: torch.full_like(t, 1e30) for k, t in cohort.domain.domain_adapter().items()}
-    cohort.domain.put_domain_adapter(spoilt_adapter)
+    spoilt_adapter = {k: torch.full_like(t, 1e30) for k, t in cohort.domain.copy_adapter("domain").items()}
+    cohort.domain.set_adapter("domain", spoilt_adapter)
     learned = learn(cohort, cohort.members())
     assert learned.left.keys() == {"device-0", "device-1"}
     assert all("the training loss at here, step 0 is nan" in str(error) for error in learned.left.values())
@@ -769,7 +773,7 @@ def test_a_member_that_answers_badly_is_left_out_and_the_others_learn_as_without
     expected = learn(without, [without.member(0)])
     assert learned.num_examples == expected.num_examples == len(deal(EXAMPLES, 2)[0])
     assert learned.loss == pytest.approx(expected.loss, rel=1e-5)
-    assert_same(cohort.domain.domain_adapter(), without.domain.domain_adapter(), 1e-4)
+    assert_same(cohort.domain.copy_adapter("domain"), without.domain.copy_adapter("domain"), 1e-4)
 
 
 def test_a_member_that_leaves_later_is_asked_no_more() -> None:

@@ -43,7 +43,7 @@ def test_devices_of_all_edges_count() -> None:
 
 def test_what_a_device_holds() -> None:
     found = layout((2, 1), tail_layers=1)
-    assert [found.cut(device) for _, device in found.config.each_device()] == [CutLayers(2, 1), CutLayers(1, 1)]
+    assert [found.device_cut(device) for _, device in found.config.each_device()] == [CutLayers(2, 1), CutLayers(1, 1)]
 
 
 def test_a_domain_adapter_sits_on_the_layers_that_all_bodies_share() -> None:

@@ -18,7 +18,7 @@ def steps_of(
     config = cohort_config(
         (1,), fine_tune={"batch_size": 2, "anchor_weight": 1.0, "anchor_every": 2, "edge_rounds": 24, **changes}
     )
-    return TrainingSchedule.of(config, "edge", name, cycle, edge_round).passes(LENGTHS, sequences)
+    return TrainingSchedule.for_edge_round(config, "edge", name, cycle, edge_round).plan_passes(LENGTHS, sequences)
 
 
 def flat(passes: Sequence[Sequence[Step]]) -> list[Step]:

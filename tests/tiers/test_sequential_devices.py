@@ -60,14 +60,16 @@ def cohort() -> Cohort:
 def new_model(cohort: Cohort, compute_lock: ComputeLock) -> DomainModel:
     body = ReleasedModel(cohort.release).body(cohort.layout.first_cut, cohort.layout.tail_start)
     domain = DomainModel(body, cohort.layout, compute_lock)
-    domain.put_domain_adapter(random_adapter(domain.domain_adapter(), seed=5))
+    domain.set_adapter("domain", random_adapter(domain.copy_adapter("domain"), seed=5))
     return domain
 
 
 def learn(cohort: Cohort, domain: DomainModel, labels: Any = None) -> tuple[TrainingResult, AdapterTensors]:
     settings = cohort.config.fine_tune
-    learned = domain.learn(cohort.members(), labels or cohort.labels, TrainingSchedule(settings, 3, "here"), silent)
-    return learned, domain.domain_adapter()
+    learned = domain.train_adapter(
+        cohort.members(), labels or cohort.labels, TrainingSchedule(settings, 3, "here"), silent
+    )
+    return learned, domain.copy_adapter("domain")
 
 
 class Visitor:

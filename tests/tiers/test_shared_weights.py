@@ -80,14 +80,14 @@ def test_shared_parts_change_no_result() -> None:
         expected, found = answers(alone[one.name], local), answers(together[one.name], local)
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected), one.name
-    every = [each for device in together.values() for part in device.parts() for each in part.parameters()]
+    every = [each for device in together.values() for part in device.decoder_parts() for each in part.parameters()]
     assert all(not each.requires_grad for each in every)
 
 
 def test_embeddings_are_there_once_whatever_the_cuts() -> None:
     settings = config()
     every = equipped(settings, SharedWeights(settings, ComputeLock()), network(settings).cloud.model_release, [])
-    heads = [device.parts()[0] for device in every.values()]
+    heads = [device.decoder_parts()[0] for device in every.values()]
     layers = [dict(head.stack.layers["0"].named_parameters())["mlp.up_proj.weight"] for head in heads]
     assert len({next(head.embed_tokens.parameters()).data_ptr() for head in heads}) == 1
     assert len({weight.data_ptr() for weight in layers}) == 1
@@ -106,9 +106,9 @@ def test_other_weights_are_others() -> None:
         release.int8_layers,
         {name: tensor + 1 if name == "norm.weight" else tensor for name, tensor in release.tensors.items()},
     )
-    parts, others = stock.parts(release, one), stock.parts(changed, one)
+    parts, others = stock.get_device_weights(release, one), stock.get_device_weights(changed, one)
     assert parts is not others
-    (head, tail), (other_head, other_tail) = parts.to_write(), others.to_write()
+    (head, tail), (other_head, other_tail) = parts.decoder_parts(), others.decoder_parts()
     assert not torch.equal(next(tail.norm.parameters()), next(other_tail.norm.parameters()))
     embeddings, others_embeddings = (next(each.embed_tokens.parameters()) for each in (head, other_head))
     assert embeddings.data_ptr() == others_embeddings.data_ptr()
@@ -118,7 +118,7 @@ def test_nothing_is_kept_for_nobody() -> None:
     settings = config()
     stock, release = SharedWeights(settings, ComputeLock()), network(settings).cloud.model_release
     every = equipped(settings, stock, release, [])
-    head = weakref.ref(every["north-a"].parts()[0])
+    head = weakref.ref(every["north-a"].decoder_parts()[0])
     assert head() is not None
     every.clear()
     gc.collect()

@@ -14,7 +14,7 @@ from gaisnet.engines.local import build_network
 from gaisnet.errors import ActivationsNotKept, TooFewEdges
 from gaisnet.learning.relay import TaskTemplate
 from gaisnet.network import Network
-from gaisnet.tiers.edge.spill import kept_within
+from gaisnet.tiers.edge.spill import spill_beyond
 from tests.disk import largest_file
 from tests.tiny import tiny_config, tiny_data, tiny_foundation
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_rows_beyond_the_limit_are_the_same_in_a_file_without_a_name(folder: Path, dtype: torch.dtype) -> None:
     given = rows().to(dtype).t()  # not contiguous
     before = mapped_files()
-    found = kept_within(given, (), 0)
+    found = spill_beyond(given, (), 0)
     assert torch.equal(found, given) and found.dtype == dtype
     assert mapped_files() == before + 1 and list(folder.iterdir()) == []
     del found
@@ -56,21 +56,21 @@ def test_rows_beyond_the_limit_are_the_same_in_a_file_without_a_name(folder: Pat
 @pytest.mark.parametrize("max_mib", [None, 1, 2])
 def test_rows_within_the_limit_stay(max_mib: int | None) -> None:
     given = rows()
-    assert kept_within(given, (), max_mib) is given
+    assert spill_beyond(given, (), max_mib) is given
 
 
 def test_what_is_in_memory_besides_counts_and_what_is_in_files_does_not(folder: Path) -> None:
-    in_file = kept_within(rows(), (), 0)
-    assert kept_within(in_file, (rows(),), 1) is in_file
+    in_file = spill_beyond(rows(), (), 0)
+    assert spill_beyond(in_file, (rows(),), 1) is in_file
     given = rows()
-    assert kept_within(given, [in_file] * 5, 1) is given
-    assert kept_within(given, (rows(64),), 1) is not given
+    assert spill_beyond(given, [in_file] * 5, 1) is given
+    assert spill_beyond(given, (rows(64),), 1) is not given
 
 
 @pytest.mark.parametrize("max_mib", [None, 0])
 def test_no_rows_need_no_file(max_mib: int | None) -> None:
     given = torch.empty(0, 16)
-    assert kept_within(given, (), max_mib) is given
+    assert spill_beyond(given, (), max_mib) is given
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_file(folder: Path) -> None:
@@ -78,14 +78,14 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(folder: Path) -> None:
         largest_file(MIB // 2),
         pytest.raises(ActivationsNotKept, match=r"keeping 1 MiB of activations in a file of '.*File too large; free"),
     ):
-        kept_within(rows(), (), 0)
+        spill_beyond(rows(), (), 0)
     assert list(folder.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there_is_an_error(folder: Path) -> None:
     folder.rmdir()
     with pytest.raises(ActivationsNotKept, match="No such file"):
-        kept_within(rows(), (), 0)
+        spill_beyond(rows(), (), 0)
 
 
 # -- an edge -----------------------------------------------------------------------------------------------------------
@@ -135,4 +135,4 @@ def test_a_machine_without_a_temporary_folder_is_named(monkeypatch: pytest.Monke
     monkeypatch.setenv("TMPDIR", "/dev/null/none")
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/dev/null/none"])
     with pytest.raises(ActivationsNotKept, match="in a file of '/dev/null/none': .*No usable temporary directory"):
-        kept_within(rows(), [], 0)
+        spill_beyond(rows(), [], 0)

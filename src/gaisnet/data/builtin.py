@@ -100,7 +100,7 @@ class DrawnExamples:
     labels: tuple[str, ...]
     train: tuple[Example, ...]
     test: tuple[Example, ...]
-    more: tuple[tuple[Example, ...], ...] = ()
+    newcomer_tests: tuple[tuple[Example, ...], ...] = ()
 
 
 @dataclass(frozen=True)

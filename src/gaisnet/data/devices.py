@@ -53,7 +53,7 @@ class LoadedData:
     absent: dict[str, str]
 
 
-def load_at_hand(config: Config) -> LoadedData:
+def load_available(config: Config) -> LoadedData:
     """All examples that can be read; nothing is raised for the others."""
     absent: dict[str, str] = {}
     return LoadedData({edge.domain: _edge_at_hand(edge, config, absent) for edge in config.edges}, absent)
@@ -67,27 +67,27 @@ def _edge_at_hand(edge: EdgeSettings, config: Config, absent: dict[str, str]) ->
         except DataError as error:
             absent[device.name] = str(error)
     try:
-        shape = load_public(edge, config).shape
+        shape = load_public_task(edge, config).task
     except DataError:  # built in, and its package is not installed: nothing is learned, so no text is shaped
         shape = TaskTemplate(None, ())
     return DomainData(shape.template, shape.labels, devices)
 
 
 @dataclass(frozen=True)
-class Public:
+class PublicTask:
     """What the cloud may know of a domain. The majority of private examples is not among it."""
 
-    shape: TaskTemplate
+    task: TaskTemplate
     majority: float | None
 
 
-def load_public(edge: EdgeSettings, config: Config) -> Public:
+def load_public_task(edge: EdgeSettings, config: Config) -> PublicTask:
     """What is public about an edge's domain: all of it where the data set is built in. Raises ``DataError``."""
     if not config.deals(edge):
         followed = _followed(edge, config)
-        return Public(TaskTemplate(edge.template or followed.template, edge.labels or followed.labels), None)
+        return PublicTask(TaskTemplate(edge.template or followed.template, edge.labels or followed.labels), None)
     domain = _load_edge(edge, config)
-    return Public(TaskTemplate(domain.template, domain.labels), majority(domain))
+    return PublicTask(TaskTemplate(domain.template, domain.labels), majority_share(domain))
 
 
 def load_device(config: Config, name: str) -> DeviceData[Any]:
@@ -95,12 +95,14 @@ def load_device(config: Config, name: str) -> DeviceData[Any]:
     edge, device = next((edge, device) for edge, device in config.each_device() if device.name == name)
     if device.data is None:
         return _load_edge(edge, config).devices[name]
-    return _read_device(device.data, name, edge).holding_back(config.absorb.validation_share, name)
+    return _read_device(device.data, name, edge).with_validation_split(config.absorb.validation_share, name)
 
 
 def _load_edge(edge: EdgeSettings, config: Config) -> DomainData:
     found, share = _whole_edge(edge, config), config.absorb.validation_share
-    return replace(found, devices={name: mine.holding_back(share, name) for name, mine in found.devices.items()})
+    return replace(
+        found, devices={name: mine.with_validation_split(share, name) for name, mine in found.devices.items()}
+    )
 
 
 def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
@@ -156,7 +158,7 @@ def _drawn(edge: EdgeSettings, share: DealtShare, config: Config) -> DrawnExampl
     drawn = draw_builtin(edge.adapter, config.data, config.seed, share.num_newcomers)
     if edge.follows is None:
         return drawn
-    return replace(drawn, train=(), test=drawn.more[share.newcomer])
+    return replace(drawn, train=(), test=drawn.newcomer_tests[share.newcomer])
 
 
 def _deal(drawn: DrawnExamples, edge: EdgeSettings, share: DealtShare, config: Config) -> DomainData:
@@ -165,7 +167,7 @@ def _deal(drawn: DrawnExamples, edge: EdgeSettings, share: DealtShare, config: C
     alpha, seed = config.data.dirichlet_alpha, domain_seed(edge.domain, config.seed)
 
     def parts(examples: Sequence[Example], draw: int) -> list[list[Example]]:
-        return partition(examples, _completion, len(names), alpha, np.random.default_rng([seed, draw]))
+        return partition_by_label(examples, _completion, len(names), alpha, np.random.default_rng([seed, draw]))
 
     least = 2 if config.absorb.validation_share else 1  # one may be held back
     for draw in range(MAX_DRAWS):
@@ -196,7 +198,7 @@ def _completion(example: Example) -> str:
     return example.completion
 
 
-def partition(
+def partition_by_label(
     examples: Sequence[_Labelled],
     labels_of: Callable[[_Labelled], str],
     num_devices: int,
@@ -231,7 +233,7 @@ def _read_device(folder: Path, name: str, edge: EdgeSettings) -> DeviceData[Any]
     return DeviceData(train, read_examples(folder / "test.jsonl", name))
 
 
-def public_inputs(config: Config) -> tuple[Input, ...]:
+def load_public_inputs(config: Config) -> tuple[Input, ...]:
     """What the cloud may show an encoder, if the configuration names a file of it. Raises ``DataError``."""
     return () if config.model.public_inputs is None else read_inputs(config.model.public_inputs)
 
@@ -259,7 +261,7 @@ def retention_text(num_chars: int) -> str:
     return text[:num_chars]
 
 
-def majority(domain: DomainData) -> float:
+def majority_share(domain: DomainData) -> float:
     """Share of a domain's held-out examples, all devices together, that have the commonest completion or label.
 
     It is the accuracy of always naming that one: what a model must beat to have learned anything.

@@ -49,7 +49,7 @@ class DeviceData(Generic[E]):
         """All examples, by what they are for."""
         return {"train": self.train, "validate": self.validate, "test": self.test}
 
-    def holding_back(self, share: float, owner: str) -> "DeviceData[E]":
+    def with_validation_split(self, share: float, owner: str) -> "DeviceData[E]":
         """The same with a share of what there is to learn from held back, one at least unless the share is 0.
 
         One is drawn out of each stretch of as many: files are often in order, or in turn. At every site it is the same

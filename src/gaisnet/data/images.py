@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gaisnet.data.devices import MAX_DRAWS, partition
+from gaisnet.data.devices import MAX_DRAWS, partition_by_label
 from gaisnet.data.idx import read_idx
 from gaisnet.errors import DataError, MissingPackage
 
@@ -55,7 +55,7 @@ class Images:
         """Float32 between -1 and 1: what ViT's own image processor makes of a grey image."""
         return self.grey_NHW[:, None].float() / 127.5 - 1
 
-    def pick(self, places: npt.ArrayLike) -> "Images":
+    def select(self, places: npt.ArrayLike) -> "Images":
         """Those at ``places``, in that order."""
         chosen = torch.as_tensor(np.asarray(places, dtype=np.int64))
         return Images(self.grey_NHW[chosen], self.labels_N[chosen])
@@ -78,7 +78,7 @@ def load_images(name: str) -> ImageData:
     return IMAGE_DATA[name]()
 
 
-def few(data: ImageData, per_class: int, num_test: int, seed: int) -> ImageData:
+def sample_images(data: ImageData, per_class: int, num_test: int, seed: int) -> ImageData:
     """``per_class`` images of each label to learn from, and ``num_test`` held-out ones.
 
     Draws of one seed nest: ten of a label are among its fifty. Raises ``DataError`` where there are not as many.
@@ -94,22 +94,22 @@ def few(data: ImageData, per_class: int, num_test: int, seed: int) -> ImageData:
         if not 1 <= asked <= held:
             raise DataError(f"{asked} {kind} of '{data.name}'", f"it has {held}", f"ask for 1 to {held}")
     train = rng.permutation(np.concatenate([pool[:per_class] for pool in pools]))
-    return ImageData(data.name, data.labels, data.train.pick(train), data.test.pick(test))
+    return ImageData(data.name, data.labels, data.train.select(train), data.test.select(test))
 
 
-def deal(data: ImageData, num_devices: int, alpha: float, seed: int) -> list[ImageData]:
-    """What each device holds, skewed by label as ``partition`` does: the smaller ``alpha``, the more.
+def deal_images(data: ImageData, num_devices: int, alpha: float, seed: int) -> list[ImageData]:
+    """What each device holds, skewed by label as ``partition_by_label`` does: the smaller ``alpha``, the more.
 
     A device's images to learn from and held-out ones are skewed alike. Raises ``DataError`` where a device gets none.
     """
     for draw in range(MAX_DRAWS):
         train, test = (
-            partition(range(len(own)), _names(data, own).__getitem__, num_devices, alpha, _rng(seed, draw))
+            partition_by_label(range(len(own)), _names(data, own).__getitem__, num_devices, alpha, _rng(seed, draw))
             for own in (data.train, data.test)
         )
         if all(train) and all(test):
             return [
-                ImageData(data.name, data.labels, data.train.pick(mine), data.test.pick(held_out))
+                ImageData(data.name, data.labels, data.train.select(mine), data.test.select(held_out))
                 for mine, held_out in zip(train, test, strict=True)
             ]
     raise DataError(
@@ -164,7 +164,7 @@ def _digits() -> ImageData:
     grey_NHW = np.pad(large_NHW, ((0, 0), (margin, margin), (margin, margin)))
     every = Images(torch.from_numpy(grey_NHW), torch.from_numpy(labels_N.astype(np.int64)))
     first = len(every) - len(every) // _DIGITS_HELD_OUT
-    train, test = every.pick(range(first)), every.pick(range(first, len(every)))
+    train, test = every.select(range(first)), every.select(range(first, len(every)))
     return ImageData("digits", tuple(map(str, range(10))), train, test)
 
 

@@ -124,7 +124,7 @@ class HttpEndpoint:
         """The device, ready to write; None if it ends before it has a model."""
         while not self._ending.wait(_LOOK_S):
             try:
-                parts = DeviceParts(*self._tier.parts(), self._compute_lock)
+                parts = DeviceParts(*self._tier.decoder_parts(), self._compute_lock)
             except UnexpectedMessage:  # the edge has not given it a model yet
                 continue
             adapters = ("relay", "domain") if self._relay else ("domain",)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gaisnet.checkpoint import writing
 from gaisnet.config import Config
-from gaisnet.data.devices import load_public
+from gaisnet.data.devices import load_public_task
 from gaisnet.deployment.site import CLOUD, Role, Site, write_site
 from gaisnet.deployment.site_config import own_part
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
@@ -53,7 +53,7 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
         if out.exists() and any(out.iterdir()):
             raise OutputInUse(out, "is not empty")
     for edge in config.edges:
-        load_public(edge, config)  # a missing package is better met here than by every device
+        load_public_task(edge, config)  # a missing package is better met here than by every device
     check_sizes(config)
     tokenizer = load_tokenizer(config.model) if reads_text(config.model) else None
     config = _with_ports(with_context(config))  # the same for all: no site but the cloud's has the model

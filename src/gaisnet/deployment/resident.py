@@ -21,7 +21,7 @@ from pydantic import JsonValue
 from gaisnet.checkpoint import FolderShelf
 from gaisnet.config import Config
 from gaisnet.config.hosts import every_address
-from gaisnet.data.devices import load_device, load_public, public_inputs
+from gaisnet.data.devices import load_device, load_public_inputs, load_public_task
 from gaisnet.data.examples import has_images
 from gaisnet.deployment.outcome import recorded
 from gaisnet.deployment.site import CLOUD, Site, certificates, claimed, read_site
@@ -140,7 +140,7 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
     """
     site = read_site(folder, CLOUD)
     config = site.config
-    public, inputs = {edge.domain: load_public(edge, config) for edge in config.edges}, public_inputs(config)
+    public, inputs = {edge.domain: load_public_task(edge, config) for edge in config.edges}, load_public_inputs(config)
     watched = Watched()
     with ExitStack() as opened:
         opened.enter_context(claimed(folder))
@@ -154,7 +154,7 @@ def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summ
             keeper.start()
 
             def build(foundation: Foundation, text: str, progress: Progress) -> Network:
-                shapes = {name: one.shape for name, one in public.items()}
+                shapes = {name: one.task for name, one in public.items()}
                 cloud = Cloud(foundation, config, shapes, text, progress, service.publisher, inputs)
                 return _cloud_network(site, folder, cloud, service, watched, keeper, opened)
 
@@ -278,7 +278,7 @@ def _serve_device(folder: Path, site: Site, door: "OpenEndpoint | None") -> NoRe
     data, learns = load_device(config, site.name), site.edge.follows is None
     tokenizer = None if has_images(data) else read_tokenizer(folder / "tokenizer")
     device = Device(site.device, config, tokenizer, data, watched, compute_lock, learns=learns, labels=site.edge.labels)
-    if door is not None and not device.writes:
+    if door is not None and not device.generates_text:
         found = "its examples have labels, and a model that classifies writes no text"
         raise ConfigError(f"answers of device '{site.name}'", found, "start it without --serve")
     answers.become(lambda _: device)

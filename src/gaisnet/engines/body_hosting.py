@@ -57,7 +57,7 @@ class BodyPublisher:
         self._opened.enter_context(service.serving())
         self._service = service
 
-    def put_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
+    def publish_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """See ``Publisher``."""
         service = self._service
         if service is not None:

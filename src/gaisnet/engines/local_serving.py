@@ -119,8 +119,8 @@ class ServedNetwork(LinkedBodies):
             domains = {one.name: edge.domain for edge, one in self._config.each_device()}
             if device not in domains:
                 raise SessionRefused(f"device '{device}'", f"the run has {', '.join(domains)}", "name one of those")
-            self._tiers.edges[domains[device]].equip(device)
-            self._parts[device] = DeviceParts(*self._tiers.devices[device].parts(), self.compute_lock)
+            self._tiers.edges[domains[device]].equip_device(device)
+            self._parts[device] = DeviceParts(*self._tiers.devices[device].decoder_parts(), self.compute_lock)
         return self._parts[device]
 
     def device(self, domain: str) -> str:

@@ -15,7 +15,7 @@ from gaisnet.checkpoint import write_text
 from gaisnet.config import Config
 from gaisnet.config.file import parse_config, with_absolute_paths
 from gaisnet.config.overrides import keys_of, with_overrides
-from gaisnet.data.devices import DomainData, load_domains, majority, public_inputs, public_text
+from gaisnet.data.devices import DomainData, load_domains, load_public_inputs, majority_share, public_text
 from gaisnet.engines.local import build_network
 from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import CheckpointError, ConfigError, NothingToResume
@@ -142,7 +142,7 @@ def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: C
     """All tiers in this process."""
     data = {name: data for domain in domains.values() for name, data in domain.devices.items()}
     shapes = {name: TaskTemplate(domain.template, domain.labels) for name, domain in domains.items()}
-    inputs = public_inputs(config)
+    inputs = load_public_inputs(config)
     return lambda foundation, text, progress: build_network(
         config, foundation, shapes, data, text, progress, new_ledger, inputs
     )
@@ -150,7 +150,7 @@ def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: C
 
 def majorities(domains: Mapping[str, DomainData]) -> dict[str, float | None]:
     """What guessing the commonest answer scores, by domain; None where there is no closed set of answers."""
-    return {name: majority(domain) for name, domain in domains.items()}
+    return {name: majority_share(domain) for name, domain in domains.items()}
 
 
 def carry_out(

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gaisnet.config import Config
-from gaisnet.data.devices import LoadedData, load_at_hand
+from gaisnet.data.devices import LoadedData, load_available
 from gaisnet.data.examples import DeviceData
 from gaisnet.engines.local_serving import ServedNetwork, build_served_network
 from gaisnet.errors import ConfigError, DataError
@@ -111,7 +111,7 @@ def serve_run(out: Path, overrides: Sequence[str] = (), progress: Progress = sil
 
 @contextmanager
 def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[ServedRun]:
-    at_hand = load_at_hand(config)
+    at_hand = load_available(config)
     shapes = {name: TaskTemplate(domain.template, domain.labels) for name, domain in at_hand.domains.items()}
     made: list[tuple[Foundation, ServedNetwork]] = []
     served: list[ServedRun] = []

@@ -54,7 +54,7 @@ def test_idle_devices_of_one_cut_hold_the_same_parts() -> None:
     tiers = simulate(5)
     tiers.network.install()
     equip(tiers)
-    first, *others = (device.parts() for device in tiers.devices.values())
+    first, *others = (device.decoder_parts() for device in tiers.devices.values())
     assert all(head is first[0] and tail is first[1] for head, tail in others)
 
 

@@ -90,7 +90,7 @@ def test_devices_are_dealt_all_images_and_take_their_modes_in_turn(monkeypatch: 
 def test_clusters_are_of_devices_whose_images_look_alike_whatever_their_labels(folder: Path) -> None:
     def only(label: int, turned: bool) -> ImageData:
         data = held(turned)
-        mine = data.train.pick(torch.arange(label, 12, 2).numpy())
+        mine = data.train.select(torch.arange(label, 12, 2).numpy())
         return ImageData("fashion", LABELS, mine, mine)
 
     devices = [only(label, turned) for label in (0, 1) for turned in (False, True)]

@@ -35,7 +35,7 @@ def equip(tiers: Tiers) -> None:
     """Every device is given its part of the model, which its edge has by now."""
     edges = list(tiers.edges.values())
     for number, name in enumerate(tiers.devices):
-        edges[number // DEVICES_PER_EDGE].equip(name)
+        edges[number // DEVICES_PER_EDGE].equip_device(name)
 
 
 def num_edges(num_devices: int) -> int:

@@ -68,6 +68,6 @@ def accuracy(model: nn.Module, images: Images) -> float:
     model.eval()
     num_correct = 0
     for start in range(0, len(images), _SCORED_AT_ONCE):
-        some = images.pick(range(start, min(start + _SCORED_AT_ONCE, len(images))))
+        some = images.select(range(start, min(start + _SCORED_AT_ONCE, len(images))))
         num_correct += int((model(some.pixels_NCHW()).logits.argmax(1) == some.labels_N).sum())
     return num_correct / len(images)

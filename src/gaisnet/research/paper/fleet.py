@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Literal
 
-from gaisnet.data.images import ImageData, deal, few
+from gaisnet.data.images import ImageData, deal_images, sample_images
 from gaisnet.research.paper.experiment import Setup
 
 Kind = Literal["lora", "prompts", "full"]
@@ -56,9 +56,9 @@ def sites(network: str, devices: Sequence[ImageData]) -> list[Site]:
 
 def pooled(setup: Setup, seed: int) -> ImageData:
     """What all devices have together."""
-    return few(setup.images("fashion"), PER_CLASS, _NUM_TEST, seed)
+    return sample_images(setup.images("fashion"), PER_CLASS, _NUM_TEST, seed)
 
 
 def dealt(setup: Setup, alpha: float, seed: int) -> list[ImageData]:
     """Each device's images; the smaller ``alpha``, the fewer labels it has most of. Raises ``DataError``."""
-    return deal(pooled(setup, seed), NUM_DEVICES, alpha, seed)
+    return deal_images(pooled(setup, seed), NUM_DEVICES, alpha, seed)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gaisnet.data.images import ImageData, few
+from gaisnet.data.images import ImageData, sample_images
 from gaisnet.research.paper.claims import PRETRAINING, Finding, verdict_of
 from gaisnet.research.paper.classifier import accuracy, fine_tune, pretrained_classifier, random_classifier
 from gaisnet.research.paper.experiment import Column, Condition, Experiment, Measured, Row, Setup
@@ -30,7 +30,7 @@ def _conditions(quick: bool) -> Sequence[Condition]:
 
 def _measure(condition: Condition, seed: int, setup: Setup) -> Measured:
     start, count = condition["start"], int(condition["labels per class"])
-    data = few(setup.images(str(condition["data"])), count, _NUM_TEST, seed)
+    data = sample_images(setup.images(str(condition["data"])), count, _NUM_TEST, seed)
     found = pixel_accuracy(data) if start == _PIXELS else _vit_accuracy(start == _PRETRAINED, data, count, seed, setup)
     return Measured(figures={"accuracy": found})
 

@@ -69,19 +69,19 @@ class AdaptedBody(TrainableBody):
                 f"rows of width {found} for layer {smashed.next_layer}, the model has width "
                 f"{width} and takes layers {first_cut} to {first}"
             )
-        return self._prefixed(Activations.of(smashed, self.device, self.dtype))
+        return self.run_prefix(Activations.from_smashed(smashed, self.device, self.dtype))
 
     def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
         """What goes to the owner of examples, of all in order, without gradients."""
         with self.active_adapter(adapter):
-            return self._output_rows(inputs)
+            return self.compute_output_rows(inputs)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def hold_to(self, inputs: Ragged) -> None:
         """From now on what learns is pulled toward what the suffix makes of this without adapters."""
         with self.active_adapter(None):
-            self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
+            self._anchor = inputs, inputs.map_batches(self.run_suffix, PREFIX_BATCH)
 
     @contextmanager
     def _learning(self) -> Iterator[list[nn.Parameter]]:

@@ -94,9 +94,11 @@ class Cloud:
         self._edge_of = {edge.domain: edge for edge in config.edges}
         self._heads = {device.name: device.head_layers for _, device in config.each_device()}
         self._hidden_size = foundation.model.config.hidden_size
-        self._longest = bounds.longest(foundation.model.config, config.model.most_tokens)
+        self._longest = bounds.max_positions(foundation.model.config, config.model.most_tokens)
         self._classifies = foundation.family.is_encoder
-        self._model.set_gradient_bounds(GradientBounds.of(self.model_release, config.tail_layers, self._classifies))
+        self._model.set_gradient_bounds(
+            GradientBounds.from_release(self.model_release, config.tail_layers, self._classifies)
+        )
         self._acceptance = AdapterAcceptance(self._model, config, progress)
         self._last_mile = bool(config.absorb.last_mile.epochs)
         self._travelling = {name for edge in config.learning_edges() for name in edge.travelling}
@@ -268,7 +270,7 @@ class Cloud:
 
     def _check_smashed(self, found: SmashedData) -> None:
         next_layer, classifies = self._heads[found.owner], self._classifies
-        bounds.smashed(found.owner, found.split, found, next_layer, self._hidden_size, self._longest, classifies)
+        bounds.check_smashed(found.owner, found.split, found, next_layer, self._hidden_size, self._longest, classifies)
 
     def check(self, domain: str, asked: Message, answer: Message) -> None:
         """Raise ``OutOfBounds`` or ``AdapterError`` where the answer of a domain's edge cannot be meant."""
@@ -277,12 +279,12 @@ class Cloud:
             case AdapterUpdate():
                 base, start = self.versions["domain"][domain], self._whole[domain]
                 cycle = asked.cycle if isinstance(asked, FineTune) else base
-                bounds.edge_update(party, answer, base, start, cycle, self._config.fine_tune, len(edge.devices))
+                bounds.check_edge_update(party, answer, base, start, cycle, self._config.fine_tune, len(edge.devices))
             case EvaluationReport():
-                bounds.report(party, answer, *self._most_scored(edge, asked))
+                bounds.check_report(party, answer, *self._most_scored(edge, asked))
             case Installed():
-                bounds.whole(party, "the version of its relay", answer.relay, -1)
-                bounds.whole(party, "the version of its domain adapter", answer.domain, -1)
+                bounds.check_integer(party, "the version of its relay", answer.relay, -1)
+                bounds.check_integer(party, "the version of its domain adapter", answer.domain, -1)
             case Shared():
                 here = {name for name in edge.travelling if (name, "train") in self._activations}
                 _check_names(party, "devices whose activations came up", answer.owners, here)
@@ -291,7 +293,7 @@ class Cloud:
                 _check_names(party, "devices that say how long their examples are", answer.owners, names)
             case TrafficReport():
                 for field in fields(answer):
-                    bounds.whole(party, field.name, getattr(answer, field.name), 0, 2**62)
+                    bounds.check_integer(party, field.name, getattr(answer, field.name), 0, 2**62)
 
     def _most_scored(self, edge: EdgeSettings, asked: Message) -> tuple[int, int]:
         """Examples and label tokens: of a score on the FM, those whose activations are here."""

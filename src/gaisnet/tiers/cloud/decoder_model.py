@@ -26,7 +26,7 @@ from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.publisher import Publisher
 from gaisnet.tiers.split.schedule import TrainingSchedule
-from gaisnet.tiers.split.step import Labels, Member
+from gaisnet.tiers.split.step import Member, RequestGradients
 from gaisnet.tiers.split.trainable_body import TrainingResult
 
 
@@ -111,11 +111,11 @@ class DecoderCloudModel:
 
     def adapter(self, name: str) -> AdapterTensors:
         """See ``CloudModel``."""
-        return self._model.adapter(name)
+        return self._model.copy_adapter(name)
 
     def put(self, name: str, tensors: AdapterTensors) -> None:
         """See ``CloudModel``."""
-        self._model.put(name, tensors)
+        self._model.set_adapter(name, tensors)
 
     def try_adapter(self, name: str, tensors: AdapterTensors) -> Verdict:
         """As strong as perplexity on public text lets it; see ``CloudModel``."""
@@ -142,10 +142,10 @@ class DecoderCloudModel:
         self._model.gradient_bounds = gradient_bounds
 
     def learn(
-        self, members: Sequence[Member], labels: Labels, schedule: TrainingSchedule, progress: Progress
+        self, members: Sequence[Member], labels: RequestGradients, schedule: TrainingSchedule, progress: Progress
     ) -> TrainingResult:
         """Pulled toward what the FM makes of its own text without adapters; see ``CloudModel``."""
-        return self._model.learn(members, labels, schedule, progress)
+        return self._model.train_adapter(members, labels, schedule, progress)
 
     def _merged(self, method: MergeMethod) -> AdapterTensors:
         settings, model = self._config.absorb.merge, self._model
@@ -163,7 +163,7 @@ class DecoderCloudModel:
 
     def publish(self, name: str, version: int) -> None:
         """See ``CloudModel``."""
-        self._publisher.put_adapter(name, version, self.spec(name), self.adapter(name))
+        self._publisher.publish_adapter(name, version, self.spec(name), self.adapter(name))
 
     # -- asked by edges, and after a restart ---------------------------------------------------------------------------
 

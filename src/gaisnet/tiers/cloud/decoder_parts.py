@@ -127,7 +127,7 @@ class DecoderParts(AdaptedBody):
 
         The model is taken for a layer at a time, so that others may serve it in between.
         """
-        adapters = {name: self.adapter(name) for name in entering}
+        adapters = {name: self.copy_adapter(name) for name in entering}
         some, layers = next(iter(adapters)), [i for i in self._body.indices if i >= self._layout.first_adapted]
 
         def trace(name: str | None, layer: int, states: Ragged) -> tuple[dict[str, Ragged], Ragged]:
@@ -139,7 +139,7 @@ class DecoderParts(AdaptedBody):
     def perplexity(self, ids_BT: Tensor, entering: Ragged, adapter: str | None) -> float:
         """On text, with an adapter or as it is; ``entering`` is what ``at_suffix`` gave for it."""
         with self.active_adapter(adapter), torch.no_grad():
-            outputs = entering.map_batches(self.suffix, PREFIX_BATCH)
+            outputs = entering.map_batches(self.run_suffix, PREFIX_BATCH)
             hidden_BTD = self._tail.stack.run(outputs.rows_ND.view(*ids_BT.shape, -1))
             return perplexity(hidden_BTD, self._tail_logits, ids_BT)
 
@@ -158,7 +158,9 @@ class DecoderParts(AdaptedBody):
 
     def _log_chances(self, entering: Ragged) -> Iterator[Tensor]:
         """Of the next token at some positions at a time, float32 [R, V]."""
-        outputs = entering.map_batches(lambda hidden_BTD: self._tail.stack.run(self.suffix(hidden_BTD)), PREFIX_BATCH)
+        outputs = entering.map_batches(
+            lambda hidden_BTD: self._tail.stack.run(self.run_suffix(hidden_BTD)), PREFIX_BATCH
+        )
         for rows_RD in outputs.rows_ND.split(CHUNK_ROWS):
             yield self._tail_logits(rows_RD).float().log_softmax(dim=-1)
 

@@ -32,7 +32,7 @@ from gaisnet.tiers.cloud.adapted_body import AdaptedBody
 from gaisnet.tiers.cloud.model import Sizes
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.bounds import GradientBounds
-from gaisnet.tiers.split.inputs import Inputs
+from gaisnet.tiers.split.inputs import EncoderInputs
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainingResult, body_output_rows
 
@@ -62,8 +62,8 @@ class EncoderCloudModel:
         encoder = foundation.encoder
         self._head, self._body = cut_encoder(encoder, CutLayers(layout.first_cut))
         self._plugged = AdaptedBody(self._body, layout, compute_lock)
-        inputs = Inputs(public, foundation.reader, layout.config.model.most_tokens, "the cloud's public inputs")
-        at_cut = inputs.through(self._run_head) if public else None
+        inputs = EncoderInputs(public, foundation.reader, layout.config.model.most_tokens, "the cloud's public inputs")
+        at_cut = inputs.map_batches(self._run_head) if public else None
         recipe, domain_body = self._make_domain_body(encoder, at_cut)
         # Taken before adapters stand between the layers and their weights.
         self.model_release = release_encoder(encoder, domain_body, recipe.int8, layout.last_cut)
@@ -111,7 +111,7 @@ class EncoderCloudModel:
         """Every input where adapters start; one row of each is looked at."""
         first = self._layout.first_adapted
         every = Activations(at_cut, (1,) * len(at_cut), self._layout.first_cut)
-        return every.through(
+        return every.run_layers(
             lambda hidden_BTD: self._body.run(hidden_BTD, every.next_layer, first), first, PREFIX_BATCH, causal=False
         )
 
@@ -148,15 +148,15 @@ class EncoderCloudModel:
 
     def spec(self, name: str) -> AdapterSpec:
         """See ``CloudModel``."""
-        return self._layout.class_spec(len(self._layout.labels(name)))
+        return self._layout.class_spec(len(self._layout.class_labels(name)))
 
     def adapter(self, name: str) -> AdapterTensors:
         """See ``CloudModel``."""
-        return self._plugged.adapter(name)
+        return self._plugged.copy_adapter(name)
 
     def put(self, name: str, tensors: AdapterTensors) -> None:
         """See ``CloudModel``."""
-        self._plugged.put(name, tensors)
+        self._plugged.set_adapter(name, tensors)
 
     def try_adapter(self, name: str, tensors: AdapterTensors) -> Verdict:
         """As it is, and say how far it moves the features of public inputs; see ``CloudModel``.
@@ -180,7 +180,7 @@ class EncoderCloudModel:
     def _features(self, public: Activations, adapter: str | None) -> Tensor:
         """What a classifier sees of the public inputs, [N, D], with an adapter or without."""
         with self._plugged.active_adapter(adapter):
-            rows_ND = body_output_rows(self._plugged.suffix, public, self._layout.wanted, causal=False)
+            rows_ND = body_output_rows(self._plugged.run_suffix, public, self._layout.row_selection, causal=False)
             return self._body.features(rows_ND).float()
 
     def _drift(self, public: Activations, adapter: str) -> float:

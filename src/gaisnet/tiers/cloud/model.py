@@ -15,7 +15,7 @@ from gaisnet.progress import Progress
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.schedule import TrainingSchedule
-from gaisnet.tiers.split.step import Labels, Member
+from gaisnet.tiers.split.step import Member, RequestGradients
 from gaisnet.tiers.split.trainable_body import TrainingResult
 
 MERGED = "merged"
@@ -72,7 +72,7 @@ class CloudModel(Protocol):
         """From now on owners' gradients are held against this."""
 
     def learn(
-        self, members: Sequence[Member], labels: Labels, schedule: TrainingSchedule, progress: Progress
+        self, members: Sequence[Member], labels: RequestGradients, schedule: TrainingSchedule, progress: Progress
     ) -> TrainingResult:
         """Train the merged adapter; see ``TrainableBody``. Only where adapters can be merged."""
 

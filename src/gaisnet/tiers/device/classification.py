@@ -19,11 +19,11 @@ from gaisnet.messages import BodyOutput, BodyOutputGrad, EvaluationReport, Lengt
 from gaisnet.models.encoders import EncoderHead
 from gaisnet.models.ragged import Ragged
 from gaisnet.tiers.device.shared_weights import DeviceWeights
-from gaisnet.tiers.split.inputs import Inputs
+from gaisnet.tiers.split.inputs import EncoderInputs
 
 
 class ClassificationExamples:
-    """What a device does with its examples where the model is an encoder; see ``tiers.device.OwnExamples``.
+    """What a device does with its examples where the model is an encoder; see ``tiers.device.PrivateExamples``.
 
     Args:
         name: Of the device.
@@ -49,23 +49,23 @@ class ClassificationExamples:
         self._name = name
         self._compute_lock = compute_lock
         self._context = context
-        self._classes, self._inputs = dict[Split, Tensor](), dict[Split, Inputs]()
+        self._classes, self._inputs = dict[Split, Tensor](), dict[Split, EncoderInputs]()
         for split, examples in data.splits().items():
             owner = f"device '{name}', {split}"
             self._classes[split] = _numbers([example.label for example in examples], labels, owner)
-            self._inputs[split] = Inputs([example.input for example in examples], tokenizer, context, owner)
+            self._inputs[split] = EncoderInputs([example.input for example in examples], tokenizer, context, owner)
 
-    def check(self, parts: DeviceWeights) -> None:
+    def check_model(self, parts: DeviceWeights) -> None:
         """Raise ``DataError`` where the model writes."""
         if not isinstance(parts.head, EncoderHead):
             found = "has examples with labels, but the foundation model is a decoder, which writes"
             raise DataError(f"device '{self._name}'", found, "give it prompts and completions")
 
-    def num_rows(self, split: Split) -> int:
+    def count_rows(self, split: Split) -> int:
         """One for every token; of images only the head can tell."""
         return sum(map(len, self._inputs[split].ids))
 
-    def hidden(self, split: Split, parts: DeviceWeights) -> Ragged:
+    def compute_activations(self, split: Split, parts: DeviceWeights) -> Ragged:
         """What the head makes of a split."""
 
         def run(inputs: Tensor) -> Tensor:
@@ -73,25 +73,25 @@ class ClassificationExamples:
                 hidden_BTD: Tensor = parts.head(inputs)
             return hidden_BTD
 
-        return self._inputs[split].through(run)
+        return self._inputs[split].map_batches(run)
 
-    def lengths(self) -> Lengths:
-        """See ``tiers.device.OwnExamples``."""
+    def measure_lengths(self) -> Lengths:
+        """See ``tiers.device.PrivateExamples``."""
         lengths = [length for inputs in self._inputs.values() for length in inputs.lengths]
         num_examples = sum(len(classes) for classes in self._classes.values())
         return Lengths(num_examples, sum(length > self._context for length in lengths), max(lengths, default=0))
 
-    def num_labels(self, split: Split) -> list[int]:
+    def count_labels(self, split: Split) -> list[int]:
         """One, of every example."""
         return [1] * len(self._classes[split])
 
-    def loss(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
-        """See ``class_loss``."""
-        return class_loss(output, self._classes[output.split])
+    def compute_gradient(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
+        """See ``compute_class_gradient``."""
+        return compute_class_gradient(output, self._classes[output.split])
 
-    def score(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
-        """See ``class_score``."""
-        return class_score(output, self._classes[output.split])
+    def evaluate_output(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
+        """See ``evaluate_class_output``."""
+        return evaluate_class_output(output, self._classes[output.split])
 
 
 def _numbers(names: Sequence[str], labels: Sequence[str], owner: str) -> Tensor:
@@ -103,7 +103,7 @@ def _numbers(names: Sequence[str], labels: Sequence[str], owner: str) -> Tensor:
     return torch.tensor([labels.index(name) for name in names], dtype=torch.int64)
 
 
-def class_loss(output: BodyOutput, classes: Tensor) -> BodyOutputGrad:
+def compute_class_gradient(output: BodyOutput, classes: Tensor) -> BodyOutputGrad:
     """Sum of the losses, and the gradient of (sum / labels of the whole step) at the logits.
 
     Args:
@@ -120,8 +120,8 @@ def class_loss(output: BodyOutput, classes: Tensor) -> BodyOutputGrad:
     return BodyOutputGrad(output.step, loss.item(), grad_EC)
 
 
-def class_score(output: BodyOutput, classes: Tensor) -> EvaluationReport:
-    """How many examples' likeliest class is theirs; arguments and errors as ``class_loss``."""
+def evaluate_class_output(output: BodyOutput, classes: Tensor) -> EvaluationReport:
+    """How many examples' likeliest class is theirs; arguments and errors as ``compute_class_gradient``."""
     labels_E = _labels(output, classes)
     num_correct = int((output.rows_ND.argmax(dim=-1) == labels_E).sum())
     loss = F.cross_entropy(output.rows_ND.float(), labels_E, reduction="sum")

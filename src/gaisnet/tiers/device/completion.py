@@ -26,7 +26,7 @@ _TAIL_ROWS = 64  # a vocabulary is long: more at once would keep answers on the 
 
 
 class CompletionExamples:
-    """What a device does with its examples where the model is a decoder; see ``tiers.device.OwnExamples``.
+    """What a device does with its examples where the model is a decoder; see ``tiers.device.PrivateExamples``.
 
     Args:
         name: Of the device.
@@ -50,7 +50,7 @@ class CompletionExamples:
             for split, examples in data.splits().items()
         }
 
-    def check(self, parts: DeviceWeights) -> None:
+    def check_model(self, parts: DeviceWeights) -> None:
         """Raise ``DataError`` where the model does not write, or where it would stop in the middle of a completion."""
         if parts.tail is None:
             found = "has prompts and completions, but the foundation model is an encoder, which tells classes apart"
@@ -62,13 +62,13 @@ class CompletionExamples:
                     asked = f"device '{self._name}', {split}, example {number}"
                     raise DataError(asked, "its completion holds a token that ends an answer", "write it otherwise")
 
-    def num_rows(self, split: Split) -> int:
+    def count_rows(self, split: Split) -> int:
         """One for every token."""
         return sum(len(t.input_ids) for t in self.tokens[split])
 
-    def hidden(self, split: Split, parts: DeviceWeights) -> Ragged:
+    def compute_activations(self, split: Split, parts: DeviceWeights) -> Ragged:
         """What the head makes of a split."""
-        head, _ = parts.to_write()
+        head, _ = parts.decoder_parts()
 
         def run(ids_BT1: Tensor) -> Tensor:
             with self._compute_lock.learning():
@@ -77,19 +77,19 @@ class CompletionExamples:
 
         return token_rows([t.input_ids for t in self.tokens[split]], torch.device("cpu")).map_batches(run, HEAD_BATCH)
 
-    def lengths(self) -> Lengths:
-        """See ``tiers.device.OwnExamples``."""
+    def measure_lengths(self) -> Lengths:
+        """See ``tiers.device.PrivateExamples``."""
         every = [tokens for split in self.tokens.values() for tokens in split]
         longest = max((len(tokens.input_ids) + tokens.num_dropped for tokens in every), default=0)
         return Lengths(len(every), sum(tokens.num_dropped > 0 for tokens in every), longest)
 
-    def num_labels(self, split: Split) -> list[int]:
+    def count_labels(self, split: Split) -> list[int]:
         """Label tokens of each example."""
         return [len(t.label_ids) for t in self.tokens[split]]
 
-    def loss(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
+    def compute_gradient(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
         """Sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
-        _, tail = parts.to_write()
+        _, tail = parts.decoder_parts()
         sent_ND = output.rows_ND.requires_grad_()
         rows_ND, labels_N = self._before_logits(output, sent_ND, tail)
         leaf_ND, loss_sum = rows_ND.detach().requires_grad_(), 0.0
@@ -103,9 +103,9 @@ class CompletionExamples:
         return BodyOutputGrad(output.step, loss_sum, grad_ND)
 
     @torch.no_grad()
-    def score(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
+    def evaluate_output(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
         """How many completions greedy decoding would write, and stop at any token that ends an answer; and the loss."""
-        _, tail = parts.to_write()
+        _, tail = parts.decoder_parts()
         ends = torch.tensor(sorted(ending_ids(self._tokenizer, tail.stack.config)))
         rows_ND, labels_N = self._before_logits(output, output.rows_ND, tail)
         right, loss_sum = [], 0.0

@@ -42,28 +42,28 @@ from gaisnet.tiers.split.schedule import TrainingSchedule
 from gaisnet.tiers.split.step import Member, Outcome
 
 
-class OwnExamples(Protocol):
+class PrivateExamples(Protocol):
     """A device's private examples, and what it computes of them with its parts of the model."""
 
-    def check(self, parts: DeviceWeights) -> None:
+    def check_model(self, parts: DeviceWeights) -> None:
         """Raise ``DataError`` where they are for another kind of model."""
 
-    def num_rows(self, split: Split) -> int:
+    def count_rows(self, split: Split) -> int:
         """How many rows that will be; 0 where only the head can tell."""
 
-    def hidden(self, split: Split, parts: DeviceWeights) -> Ragged:
+    def compute_activations(self, split: Split, parts: DeviceWeights) -> Ragged:
         """What the head makes of a split, without gradients."""
 
-    def num_labels(self, split: Split) -> list[int]:
+    def count_labels(self, split: Split) -> list[int]:
         """How many rows of each example carry a label."""
 
-    def lengths(self) -> Lengths:
+    def measure_lengths(self) -> Lengths:
         """How long they are."""
 
-    def loss(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
+    def compute_gradient(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
         """Sum of the losses, and the gradient of (sum / labels of the whole step). Raises ``WireFormatError``."""
 
-    def score(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
+    def evaluate_output(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
         """Counts and sums. Raises ``WireFormatError``."""
 
 
@@ -111,14 +111,18 @@ class Device:
         holds_back = learns and config.absorb.validation_share > 0.0
         for split, needed in (("train", learns), ("test", present), ("validate", holds_back)):
             if needed and not getattr(data, split):
-                do = "call DeviceData.holding_back" if split == "validate" else "give it some, or remove the device"
+                do = (
+                    "call DeviceData.with_validation_split"
+                    if split == "validate"
+                    else "give it some, or remove the device"
+                )
                 raise DataError(f"device '{self.name}'", f"has no {split} examples", do)
         self._own = self._read(data)
         self._parts: DeviceWeights | None = None
         self._domain: DomainModel | None = None
         self._learning_inputs: Activations | None = None
 
-    def _read(self, data: DeviceData[Any]) -> OwnExamples:
+    def _read(self, data: DeviceData[Any]) -> PrivateExamples:
         """By what there is: prompts and completions, or labels."""
         kinds = {type(example) for examples in data.splits().values() for example in examples}
         context = self._config.model.most_tokens
@@ -138,15 +142,15 @@ class Device:
             case ModelRelease():
                 return self._install(message)
             case LengthsRequest():
-                return self._own.lengths()
+                return self._own.measure_lengths()
             case SmashRequest():
                 return self._smash(message.split)
             case BodyOutput(split="train"):
-                return self._own.loss(message, self._held())
+                return self._own.compute_gradient(message, self._held())
             case BodyOutput(split="validate" | "test"):
-                return self._own.score(message, self._held())
+                return self._own.evaluate_output(message, self._held())
             case AnchorRelease() if self._domain is not None:
-                self._domain.take_anchor(message)
+                self._domain.set_anchor(message)
                 return Done()
             case AdapterRelease() if self._domain is not None:
                 return self._take(self._domain, message)
@@ -159,15 +163,15 @@ class Device:
         party = f"the edge of device '{self.name}'"
         match message:
             case BodyOutput():
-                bounds.body_output(party, message)
+                bounds.check_body_output(party, message)
             case FineTune():
-                bounds.fine_tune(party, message, self._config.fine_tune)
+                bounds.check_fine_tune_order(party, message, self._config.fine_tune)
             case AdapterRelease():
-                bounds.whole(party, "the version of an adapter", message.version)
+                bounds.check_integer(party, "the version of an adapter", message.version)
 
     def _install(self, release: ModelRelease) -> Done:
-        parts = self._shared_weights.parts(release, self._settings)
-        self._own.check(parts)
+        parts = self._shared_weights.get_device_weights(release, self._settings)
+        self._own.check_model(parts)
         self._check_sizes(int(parts.head.stack.config.hidden_size))
         self._parts = parts
         if self._settings.mode == "local":  # a body of its own, for its adapters; the weights are shared
@@ -179,7 +183,7 @@ class Device:
         """Raise ``DataError`` where activations of its examples could not leave it."""
         wire = self._config.wire
         for split in get_args(Split):
-            num_rows = self._own.num_rows(split)
+            num_rows = self._own.count_rows(split)
             needed = num_rows * row_bytes(width, wire.smashed)
             if needed > wire.max_transfer_bytes:
                 found = f"its {split} examples make {num_rows} rows of activations, {needed} bytes in {wire.smashed}"
@@ -187,7 +191,7 @@ class Device:
                 raise DataError(f"device '{self.name}'", found, do)
 
     def _smash(self, split: Split) -> SmashedData:
-        hidden, num_labels = self._own.hidden(split, self._held()), self._own.num_labels(split)
+        hidden, num_labels = self._own.compute_activations(split, self._held()), self._own.count_labels(split)
         return SmashedData(
             self.name,
             split,
@@ -198,18 +202,18 @@ class Device:
         )
 
     def _take(self, domain: DomainModel, release: AdapterRelease) -> Done:
-        domain.take(release)
+        domain.install_adapter(release)
         if release.role == "relay":
             self._learning_inputs = None
         return Done()
 
     def _learn_alone(self, domain: DomainModel, order: FineTune) -> AdapterUpdate:
         if self._learning_inputs is None:
-            smashed = Activations.of(self._smash("train"), *domain.placement())
-            self._learning_inputs = domain.prefix(smashed)
+            smashed = Activations.from_smashed(self._smash("train"), *domain.placement())
+            self._learning_inputs = domain.run_prefix(smashed)
         member = Member(self.name, self._learning_inputs)
-        schedule = TrainingSchedule.of(self._config, "device", self.name, order.cycle, order.edge_round)
-        learned = domain.learn([member], self._own_labels, schedule, self._progress)
+        schedule = TrainingSchedule.for_edge_round(self._config, "device", self.name, order.cycle, order.edge_round)
+        learned = domain.train_adapter([member], self._own_labels, schedule, self._progress)
         for error in learned.left.values():  # it has only itself
             raise error
         return AdapterUpdate(
@@ -219,14 +223,14 @@ class Device:
             num_steps=learned.num_steps,
             loss=learned.loss,
             faults=(),
-            tensors=domain.domain_adapter(),
+            tensors=domain.copy_adapter("domain"),
         )
 
     def _own_labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-        return {name: self._own.loss(output, self._held()) for name, output in outputs.items()}
+        return {name: self._own.compute_gradient(output, self._held()) for name, output in outputs.items()}
 
     @property
-    def writes(self) -> bool:
+    def generates_text(self) -> bool:
         """Whether its examples are for a model that writes, which callers can ask."""
         return isinstance(self._own, CompletionExamples)
 
@@ -242,9 +246,9 @@ class Device:
             raise SessionRefused("an answer", "the foundation model takes images and writes no text", "ask another run")
         return self._reader
 
-    def parts(self) -> tuple[Head, Tail]:
+    def decoder_parts(self) -> tuple[Head, Tail]:
         """To write answers with. Raises ``UnexpectedMessage`` before it has a model, or ``SessionRefused``."""
-        return self._held().to_write()
+        return self._held().decoder_parts()
 
     def _held(self) -> DeviceWeights:
         if self._parts is None:

@@ -26,7 +26,7 @@ class DeviceWeights:
     head: Head | EncoderHead
     tail: Tail | None  # where the body goes to the end of the model, there is none
 
-    def to_write(self) -> tuple[Head, Tail]:
+    def decoder_parts(self) -> tuple[Head, Tail]:
         """To write with. Raises ``SessionRefused`` where the model is an encoder."""
         if not isinstance(self.head, Head) or self.tail is None:
             found = "the foundation model is an encoder, which tells classes apart and writes no text"
@@ -52,7 +52,7 @@ class SharedWeights:
         self._tensors: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # the latest of each name
         self._parts: WeakValueDictionary[tuple[object, ...], DeviceWeights] = WeakValueDictionary()
 
-    def parts(self, release: ModelRelease, device: DeviceSettings) -> DeviceWeights:
+    def get_device_weights(self, release: ModelRelease, device: DeviceSettings) -> DeviceWeights:
         """Head and tail of a device. Raises ``ModelError`` or ``CutError``."""
         shared = {name: self._shared(name, tensor) for name, tensor in release.tensors.items()}
         said = repr(replace(release, tensors={}))
@@ -73,7 +73,7 @@ class SharedWeights:
     def _build(self, release: ModelRelease, device: DeviceSettings) -> DeviceWeights:
         model = released(release)
         layout = Layout(self._config, model.num_layers, model.family)
-        head, tail = model.outer(layout.cut(device))
+        head, tail = model.outer(layout.device_cut(device))
         for part in (head, *([tail] if tail else [])):
             pause_within(part.stack.layers.values(), self._compute_lock.pause)
         return DeviceWeights(release, layout, head, tail)

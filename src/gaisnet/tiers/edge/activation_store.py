@@ -12,7 +12,7 @@ from gaisnet.config import EdgeSettings, FaultSettings
 from gaisnet.errors import GaisnetError
 from gaisnet.messages import MOST, SmashedData, SmashRequest, Split
 from gaisnet.tiers.edge.device_pool import DevicePool
-from gaisnet.tiers.edge.spill import kept_within
+from gaisnet.tiers.edge.spill import spill_beyond
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.domain_model import DomainModel
@@ -48,7 +48,7 @@ class ActivationStore:
         self._classifies = False
         self._longest = MOST
 
-    def begin(self, hidden_size: int, classifies: bool, longest: int) -> None:
+    def reset_for_run(self, hidden_size: int, classifies: bool, longest: int) -> None:
         """Forget everything: a new run begins.
 
         Args:
@@ -62,16 +62,16 @@ class ActivationStore:
         self._classifies = classifies
         self._longest = longest
 
-    def forget_prefixes(self) -> None:
+    def clear_prefixes(self) -> None:
         """The prefix has changed."""
         self._prefixed.clear()
 
-    def fetch(self, names: Iterable[str], split: Split) -> dict[str, GaisnetError]:
+    def fetch_activations(self, names: Iterable[str], split: Split) -> dict[str, GaisnetError]:
         """Ask those whose heads' output is not here yet; says who failed, and why. Raises ``ActivationsNotKept``."""
         missing = {name: SmashRequest(split) for name in names if (name, split) not in self._smashed}
         failed: dict[str, GaisnetError] = {}
         fitting: dict[str, SmashedData] = {}
-        for name, smashed in self._device_pool.ask(missing, SmashedData, self._faults.round_deadline_s).items():
+        for name, smashed in self._device_pool.ask_devices(missing, SmashedData, self._faults.round_deadline_s).items():
             try:
                 if isinstance(smashed, GaisnetError):
                     raise smashed
@@ -90,22 +90,22 @@ class ActivationStore:
         """Those of ``found`` that say they have too many examples, beside what others have."""
         here = {name: smashed for (name, of), smashed in self._smashed.items() if of == split}
         counts = {name: len(smashed.lengths_E) for name, smashed in {**here, **found}.items()}
-        beyond = bounds.outnumbering(counts, self._faults.max_example_ratio, self._granted(split))
+        beyond = bounds.find_outnumbering(counts, self._faults.max_example_ratio, self._granted(split))
         return {name: error for name, error in beyond.items() if name in found}
 
-    def num_examples(self, name: str, split: Split) -> int | None:
+    def count_examples(self, name: str, split: Split) -> int | None:
         """As the device's activations say; None where these are not here."""
         smashed = self._smashed.get((name, split))
         return None if smashed is None else len(smashed.lengths_E)
 
-    def raw(self, name: str, split: Split) -> SmashedData:
+    def get_smashed(self, name: str, split: Split) -> SmashedData:
         """As the device sent it. Only of those that were fetched."""
         return self._smashed[name, split]
 
-    def inputs(self, domain: DomainModel, name: str, split: Split) -> Activations:
+    def get_inputs(self, domain: DomainModel, name: str, split: Split) -> Activations:
         """Ready for the suffix: the frozen prefix is computed once per relay. Raises ``ActivationsNotKept``."""
         if (name, split) not in self._prefixed:
-            inputs = domain.prefix(Activations.of(self.raw(name, split), *domain.placement()))
+            inputs = domain.run_prefix(Activations.from_smashed(self.get_smashed(name, split), *domain.placement()))
             rows_ND = self._kept(inputs.hidden.rows_ND)
             self._prefixed[name, split] = replace(inputs, hidden=replace(inputs.hidden, rows_ND=rows_ND))
         return self._prefixed[name, split]
@@ -113,8 +113,8 @@ class ActivationStore:
     def _kept(self, rows_ND: Tensor) -> Tensor:
         raw = (smashed.hidden_ND for smashed in self._smashed.values())
         prefixed = (inputs.hidden.rows_ND for inputs in self._prefixed.values())
-        return kept_within(rows_ND, (*raw, *prefixed), self._max_mib)
+        return spill_beyond(rows_ND, (*raw, *prefixed), self._max_mib)
 
     def _check(self, name: str, split: Split, smashed: SmashedData) -> None:
         next_layer = self._next_layers[name]
-        bounds.smashed(name, split, smashed, next_layer, self._hidden_size, self._longest, self._classifies)
+        bounds.check_smashed(name, split, smashed, next_layer, self._hidden_size, self._longest, self._classifies)

@@ -48,7 +48,7 @@ class DevicePool:
         self._equipped: dict[str, str] = {}  # the life of a device that has its kit
         self._given_up: set[str] = set()  # not waited for again until it is back
 
-    def forget(self) -> None:
+    def mark_unequipped(self) -> None:
         """Every device is given its kit again before it is next needed."""
         self._equipped.clear()
 
@@ -69,24 +69,26 @@ class DevicePool:
             missing |= self._equip({name: incarnations[name] for name in lacking[first : first + _KITS_AT_ONCE]})
         return missing
 
-    def ask(self, messages: Mapping[str, Message], answer: type[M], deadline_s: float) -> dict[str, M | GaisnetError]:
+    def ask_devices(
+        self, messages: Mapping[str, Message], answer: type[M], deadline_s: float
+    ) -> dict[str, M | GaisnetError]:
         """The answers to a message per device, or what came instead."""
-        return self.collect(self.start(messages), answer, deadline_s)
+        return self.collect_replies(self.send_requests(messages), answer, deadline_s)
 
-    def tell(self, names: Iterable[str], message: Message) -> dict[str, GaisnetError]:
+    def notify_devices(self, names: Iterable[str], message: Message) -> dict[str, GaisnetError]:
         """The same message for several; says who did not take it, and why."""
         equipped = [name for name in names if name in self._equipped]  # others get it with their kit
-        outcomes = self.ask(dict.fromkeys(equipped, message), Done, self._faults.round_deadline_s)
+        outcomes = self.ask_devices(dict.fromkeys(equipped, message), Done, self._faults.round_deadline_s)
         failed = {name: error for name, error in outcomes.items() if isinstance(error, GaisnetError)}
         for name in failed:
             self._equipped.pop(name, None)
         return failed
 
-    def start(self, messages: Mapping[str, Message]) -> PoolRequest:
+    def send_requests(self, messages: Mapping[str, Message]) -> PoolRequest:
         """Ask, and go on meanwhile."""
         return PoolRequest(messages, {name: self._send(name, message) for name, message in messages.items()})
 
-    def collect(self, asked: PoolRequest, answer: type[M], deadline_s: float) -> dict[str, M | GaisnetError]:
+    def collect_replies(self, asked: PoolRequest, answer: type[M], deadline_s: float) -> dict[str, M | GaisnetError]:
         """Wait for what was asked, at most ``deadline_s`` from now for all."""
         until = time.monotonic() + deadline_s
         return {name: self._outcome(name, asked, answer, until) for name in asked.messages}

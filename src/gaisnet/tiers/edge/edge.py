@@ -44,7 +44,7 @@ from gaisnet.progress import Progress, silent
 from gaisnet.tiers.edge.activation_store import ActivationStore
 from gaisnet.tiers.edge.device_pool import DevicePool
 from gaisnet.tiers.edge.hfsl import HybridLearning
-from gaisnet.tiers.edge.state import EdgeState, RoundProgress, recall
+from gaisnet.tiers.edge.state import EdgeState, RoundProgress, load_state
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.domain_model import DomainModel
@@ -101,7 +101,7 @@ class Edge:
         self._learning = HybridLearning(settings, config, self._device_pool, self._smashed, progress)
         self._cloud_has: dict[tuple[str, Split], str] = {}  # the life of the cloud that has a device's smashed data
         self._num_classes = len(settings.labels)
-        self._holding = recall(self._shelf, config, ledger, self._publisher.compute_lock, self._num_classes)
+        self._holding = load_state(self._shelf, config, ledger, self._publisher.compute_lock, self._num_classes)
         if self._holding:
             self._shelf.clear_arrivals()
             self._begin(self._holding)
@@ -122,7 +122,7 @@ class Edge:
             case Evaluate(body="foundation", split="validate" | "test"):
                 return self._evaluate(lambda name: self._foundation_output(name, message), message.split)
             case EvaluateGuest():
-                with self._model().guest(message.relay, message.domain):
+                with self._model().guest_adapters(message.relay, message.domain):
                     return self._evaluate(self._guest_output, "test")
             case LengthsRequest():
                 return self._lengths()
@@ -143,7 +143,7 @@ class Edge:
 
     def _begin(self, held: EdgeState) -> None:
         """Forget the activations of another run."""
-        self._smashed.begin(held.hidden_size, held.layout.family.is_encoder, held.longest)
+        self._smashed.reset_for_run(held.hidden_size, held.layout.family.is_encoder, held.longest)
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -156,29 +156,29 @@ class Edge:
             anchor = self._ask_cloud(AnchorRequest(), AnchorRelease)
             compute_lock, num_classes = self._publisher.compute_lock, self._num_classes
             held = EdgeState(self._config, order.run, order.model, release, anchor, compute_lock, num_classes)
-            held.keep_model(self._shelf)
+            held.save_model(self._shelf)
             self._shelf.clear_arrivals()
             self._holding = held  # not before: where it could not be kept, the next order begins anew
             self._begin(held)
             self._cloud_has.clear()
-            self._device_pool.forget()
+            self._device_pool.mark_unequipped()
             self._put_out_all()
         versions = self._model().versions
         return Installed(versions["relay"], versions["domain"])
 
     def _take(self, release: AdapterRelease) -> Done:
         held = self._held()
-        bounds.whole("the cloud", "the version of an adapter", release.version)
-        held.take(release)
+        bounds.check_integer("the cloud", "the version of an adapter", release.version)
+        held.install_adapter(release)
         if release.role == "relay":
-            self._smashed.forget_prefixes()
+            self._smashed.clear_prefixes()
         self._learning.start = self._domain_release()
-        held.keep_progress(self._shelf, self._ledger)
+        held.save_progress(self._shelf, self._ledger)
         self._put_out(release.role, release.version)
-        self._device_pool.tell(self._local, release)
+        self._device_pool.notify_devices(self._local, release)
         return Done()
 
-    def equip(self, name: str) -> None:
+    def equip_device(self, name: str) -> None:
         """Give a device its part of the model, if it lacks it. Raises why it cannot be had."""
         for error in self._device_pool.ensure_ready([name]).values():
             raise error
@@ -186,15 +186,15 @@ class Edge:
     def _put_out_all(self) -> None:
         """Another model: it is served from now on, with the adapters that it has, if it writes answers."""
         domain = self._model()
-        if domain.writes:
+        if domain.generates_text:
             self._publisher.publish_body(domain.body, domain.layers)
-        for role in domain.adapters():
+        for role in domain.served_adapters():
             self._put_out(role, domain.versions[role])
 
     def _put_out(self, role: Role, version: int) -> None:
         """The adapter as it is now is finished, and served from now on."""
-        if self._model().writes:
-            self._publisher.put_adapter(role, version, *self._model().adapters()[role])
+        if self._model().generates_text:
+            self._publisher.publish_adapter(role, version, *self._model().served_adapters()[role])
 
     def _setup_messages(self, name: str) -> Sequence[Message]:
         """What a device must be sent before it can work."""
@@ -208,7 +208,7 @@ class Edge:
 
     def _domain_release(self) -> AdapterRelease:
         domain = self._model()
-        return AdapterRelease("domain", domain.versions["domain"], domain.domain_adapter())
+        return AdapterRelease("domain", domain.versions["domain"], domain.copy_adapter("domain"))
 
     def _held(self) -> EdgeState:
         if self._holding is None:
@@ -226,15 +226,15 @@ class Edge:
         A cycle that was broken off goes on after the last round that was finished; a finished one is not repeated.
         """
         held, domain = self._held(), self._model()
-        bounds.fine_tune("the cloud", order, self._config.fine_tune)
+        bounds.check_fine_tune_order("the cloud", order, self._config.fine_tune)
         if held.rounds is None or held.rounds.cycle != order.cycle:
             held.rounds = RoundProgress(order.cycle, domain.versions["domain"])
         while held.rounds.done < self._config.fine_tune.edge_rounds:
-            held.rounds = self._learning.edge_round(domain, held.rounds)
+            held.rounds = self._learning.run_edge_round(domain, held.rounds)
             if held.rounds.done == self._config.fine_tune.edge_rounds:
                 domain.versions["domain"] = order.cycle + 1
             self._put_out("domain", order.cycle + 1)
-            held.keep_progress(self._shelf, self._ledger)
+            held.save_progress(self._shelf, self._ledger)
         rounds = held.rounds
         return AdapterUpdate(
             version=order.cycle + 1,
@@ -243,7 +243,7 @@ class Edge:
             num_steps=rounds.num_steps,
             loss=rounds.loss,
             faults=rounds.faults,
-            tensors=domain.domain_adapter(),
+            tensors=domain.copy_adapter("domain"),
         )
 
     # -- scoring -------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ class Edge:
                 outputs[name] = self._finite(name, output_of(name))
             except (LinkError, NotFinite) as error:  # others' may pass
                 failed[name] = error
-        outcomes = self._device_pool.ask(outputs, EvaluationReport, self._config.faults.round_deadline_s)
+        outcomes = self._device_pool.ask_devices(outputs, EvaluationReport, self._config.faults.round_deadline_s)
         reports = []
         for name, report in outcomes.items():
             try:
@@ -283,7 +283,7 @@ class Edge:
         """How long the examples of all devices are that can be had."""
         failed: dict[str, GaisnetError] = self._device_pool.ensure_ready(self._names)
         asked = {name: LengthsRequest() for name in self._names if name not in failed}
-        outcomes = self._device_pool.ask(asked, Lengths, self._config.faults.round_deadline_s)
+        outcomes = self._device_pool.ask_devices(asked, Lengths, self._config.faults.round_deadline_s)
         failed |= {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, GaisnetError)}
         for name, reason in failed.items():
             _log.warning("edge '%s' does not know how long the examples of %s are: %s", self.name, name, reason)
@@ -292,19 +292,19 @@ class Edge:
     def _had(self, names: Sequence[str], split: Split) -> dict[str, GaisnetError]:
         """See that activations are here; says whose are not, and why."""
         failed = self._device_pool.ensure_ready(names)
-        return failed | self._smashed.fetch([name for name in names if name not in failed], split)
+        return failed | self._smashed.fetch_activations([name for name in names if name not in failed], split)
 
     def _domain_output(self, name: str, split: Scored) -> BodyOutput:
-        return self._output(self._smashed.inputs(self._model(), name, split), split)
+        return self._output(self._smashed.get_inputs(self._model(), name, split), split)
 
     def _guest_output(self, name: str) -> BodyOutput:
         """While the model is another domain's; nothing of it is kept."""
         domain = self._model()
-        inputs = Activations.of(self._smashed.raw(name, "test"), *domain.placement())
-        return self._output(domain.prefix(inputs), "test")
+        inputs = Activations.from_smashed(self._smashed.get_smashed(name, "test"), *domain.placement())
+        return self._output(domain.run_prefix(inputs), "test")
 
     def _output(self, inputs: Activations, split: Scored) -> BodyOutput:
-        rows_ND = self._model().output_rows(inputs)
+        rows_ND = self._model().compute_output_rows(inputs)
         return BodyOutput(split, 0, sum(inputs.num_labels), torch.arange(len(inputs), dtype=torch.int32), rows_ND)
 
     def _foundation_output(self, name: str, order: Evaluate) -> BodyOutput:
@@ -315,16 +315,16 @@ class Edge:
         """Smashed data goes to the cloud, once in its life."""
         incarnation = self._cloud.peer
         if self._cloud_has.get((name, split)) != incarnation:
-            self._ask_cloud(self._smashed.raw(name, split), Done)
+            self._ask_cloud(self._smashed.get_smashed(name, split), Done)
             self._cloud_has[name, split] = incarnation
 
     def _check_report(self, name: str, report: EvaluationReport, split: Split) -> None:
         """A device counts its own examples; how many there are, the edge knows."""
-        num_labels = self._smashed.raw(name, split).num_labels_E
+        num_labels = self._smashed.get_smashed(name, split).num_labels_E
         found, expected = (report.num_examples, report.num_tokens), (len(num_labels), int(num_labels.sum()))
         if found != expected:
             raise OutOfBounds(f"device '{name}'", "a report on (examples, tokens)", str(found), str(expected))
-        bounds.report(f"device '{name}'", report)
+        bounds.check_report(f"device '{name}'", report)
 
     # -- the last mile -------------------------------------------------------------------------------------------------
 
@@ -346,7 +346,7 @@ class Edge:
         owner = request.owner
         if owner not in self._settings.travelling:
             raise UnexpectedMessage(f"edge '{self.name}'", f"LabelRequest for '{owner}', whose activations stay here")
-        outcome = self._device_pool.ask(
+        outcome = self._device_pool.ask_devices(
             {owner: request.to_owner()}, BodyOutputGrad, self._config.faults.step_deadline_s
         )[owner]
         if isinstance(outcome, GaisnetError):
@@ -357,7 +357,7 @@ class Edge:
 
     def _report_traffic(self) -> TrafficReport:
         if self._holding:
-            self._holding.keep_progress(self._shelf, self._ledger)  # a later life must not report less
+            self._holding.save_progress(self._shelf, self._ledger)  # a later life must not report less
         devices, cloud = self._ledger.traffic("device_edge"), self._ledger.traffic("edge_cloud")
         return TrafficReport(devices.bytes_up, devices.bytes_down, cloud.bytes_up, cloud.bytes_down)
 

@@ -60,20 +60,20 @@ class HybridLearning:
         self._split = [device.name for device in settings.devices if device.mode == "split"]
         self._built_in = config.deals(settings)
 
-    def edge_round(self, domain: DomainModel, rounds: RoundProgress) -> RoundProgress:
+    def run_edge_round(self, domain: DomainModel, rounds: RoundProgress) -> RoundProgress:
         """One round with whoever can be had. Raises ``TooFewDevices``, or why the only ones failed."""
-        start = self.start = AdapterRelease("domain", rounds.base, domain.domain_adapter())
+        start = self.start = AdapterRelease("domain", rounds.base, domain.copy_adapter("domain"))
         names = [*self._local, *self._split]
         failed = self._device_pool.ensure_ready(names)
         split, alone = self._learn(domain, rounds, start, failed)
         took_part = [name for name in names if name not in failed]
         if len(took_part) < self._config.faults.min_devices:
-            domain.put_domain_adapter(start.tensors)
+            domain.set_adapter("domain", start.tensors)
             if not took_part:
                 raise next(iter(failed.values()))
             reasons = "; ".join(f"{name}: {error}" for name, error in failed.items())
             raise TooFewDevices(self._edge, self._config.faults.min_devices, len(took_part), reasons)
-        domain.put_domain_adapter(self._averaged(split, alone))
+        domain.set_adapter("domain", self._averaged(split, alone))
         parts = [*alone, *split]
         num_examples = sum(learned.num_examples for learned, _ in parts)
         where = f"cycle {rounds.cycle}, edge round {rounds.done}"
@@ -108,37 +108,39 @@ class HybridLearning:
     def _learn_split(self, domain: DomainModel, rounds: RoundProgress, failed: dict[str, GaisnetError]) -> list[Part]:
         """The split cohort learns in this process; those that fail are added to ``failed``."""
         names = [name for name in self._split if name not in failed]
-        failed |= self._smashed.fetch(names, "train")
-        members = [Member(name, self._smashed.inputs(domain, name, "train")) for name in names if name not in failed]
+        failed |= self._smashed.fetch_activations(names, "train")
+        members = [
+            Member(name, self._smashed.get_inputs(domain, name, "train")) for name in names if name not in failed
+        ]
         if not members:
             return []
-        schedule = TrainingSchedule.of(self._config, "edge", self._edge, rounds.cycle, rounds.done)
-        learned = domain.learn(members, self._labels, schedule, self._progress)
+        schedule = TrainingSchedule.for_edge_round(self._config, "edge", self._edge, rounds.cycle, rounds.done)
+        learned = domain.train_adapter(members, self._labels, schedule, self._progress)
         failed |= learned.left
-        return [(learned, domain.domain_adapter())] if learned.num_examples else []
+        return [(learned, domain.copy_adapter("domain"))] if learned.num_examples else []
 
     def _labels(self, outputs: Mapping[str, BodyOutput]) -> Mapping[str, Outcome]:
-        return self._device_pool.ask(outputs, BodyOutputGrad, self._config.faults.step_deadline_s)
+        return self._device_pool.ask_devices(outputs, BodyOutputGrad, self._config.faults.step_deadline_s)
 
     def _begin_alone(
         self, rounds: RoundProgress, start: AdapterRelease, failed: dict[str, GaisnetError]
     ) -> PoolRequest:
         names = [name for name in self._local if name not in failed]
-        failed |= self._device_pool.tell(names, start)
+        failed |= self._device_pool.notify_devices(names, start)
         order = FineTune(rounds.cycle, rounds.done)
-        return self._device_pool.start({name: order for name in names if name not in failed})
+        return self._device_pool.send_requests({name: order for name in names if name not in failed})
 
     def _finish_alone(
         self, asked: PoolRequest, start: AdapterRelease, cycle: int, failed: dict[str, GaisnetError]
     ) -> list[Part]:
         """Collect the updates of local devices; one out of bounds is refused, and its sender added to ``failed``."""
         fitting = dict[str, AdapterUpdate]()
-        outcomes = self._device_pool.collect(asked, AdapterUpdate, self._config.faults.round_deadline_s)
+        outcomes = self._device_pool.collect_replies(asked, AdapterUpdate, self._config.faults.round_deadline_s)
         for name, update in outcomes.items():
             try:
                 if isinstance(update, GaisnetError):
                     raise update
-                bounds.local_update(name, update, start.version, start.tensors, cycle, self._config.fine_tune)
+                bounds.check_local_update(name, update, start.version, start.tensors, cycle, self._config.fine_tune)
             except GaisnetError as error:
                 failed[name] = error
             else:
@@ -153,10 +155,10 @@ class HybridLearning:
 
     def _outnumbering(self, local: Mapping[str, int]) -> dict[str, GaisnetError]:
         """Local devices that say they have learned from too many examples, beside what others have."""
-        known = {name: self._smashed.num_examples(name, "train") for name in self._split}
+        known = {name: self._smashed.count_examples(name, "train") for name in self._split}
         counts = {name: count for name, count in known.items() if count is not None} | dict(local)
         granted = self._config.data.train_examples if self._built_in else 0
-        beyond = bounds.outnumbering(counts, self._config.faults.max_example_ratio, granted)
+        beyond = bounds.find_outnumbering(counts, self._config.faults.max_example_ratio, granted)
         return {name: error for name, error in beyond.items() if name in local}
 
 

@@ -12,7 +12,7 @@ from gaisnet.errors import ActivationsNotKept
 _MIB = 2**20
 
 
-def kept_within(rows: Tensor, others: Iterable[Tensor], max_mib: int | None) -> Tensor:
+def spill_beyond(rows: Tensor, others: Iterable[Tensor], max_mib: int | None) -> Tensor:
     """The rows themselves, or the same in a file, if with them more than ``max_mib`` would be in memory.
 
     The file is written before it is mapped, so that a full disk is an error and not a signal. It has no name any more

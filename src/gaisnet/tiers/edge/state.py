@@ -12,7 +12,7 @@ from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import Config, DeviceSettings
 from gaisnet.messages import AdapterRelease, AnchorRelease, ModelRelease
 from gaisnet.models.release import released, restrict, rounded
-from gaisnet.tiers.split.bounds import GradientBounds, longest
+from gaisnet.tiers.split.bounds import GradientBounds, max_positions
 from gaisnet.tiers.split.domain_model import DomainModel
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
@@ -52,7 +52,7 @@ class EdgeState:
     domain: DomainModel = field(init=False)
     layout: Layout = field(init=False)
     hidden_size: int = field(init=False)
-    longest: int = field(init=False)  # positions of an example
+    max_positions: int = field(init=False)  # positions of an example
 
     def __post_init__(self) -> None:
         model = released(self.release)
@@ -60,9 +60,11 @@ class EdgeState:
         self.layout = layout = Layout(self.config, model.num_layers, model.family)
         body = model.body(layout.first_cut, layout.tail_start)
         self.domain = DomainModel(body, layout, self.compute_lock, self.num_classes)
-        self.domain.gradient_bounds = GradientBounds.of(self.release, self.config.tail_layers, model.family.is_encoder)
-        self.longest = longest(model.config, self.config.model.most_tokens)
-        self.domain.take_anchor(self.anchor)
+        self.domain.gradient_bounds = GradientBounds.from_release(
+            self.release, self.config.tail_layers, model.family.is_encoder
+        )
+        self.longest = max_positions(model.config, self.config.model.most_tokens)
+        self.domain.set_anchor(self.anchor)
 
     def release_for(self, device: DeviceSettings) -> ModelRelease:
         """What a device needs: head and tail in ``device_precision``, and if it is local, all of the DM between."""
@@ -77,15 +79,15 @@ class EdgeState:
         layers = (*range(self.layout.last_cut), *range(self.layout.tail_start, self.layout.num_layers))
         return rounded(restrict(self.release, layers), layers, self.config.device_precision)
 
-    def take(self, release: AdapterRelease) -> None:
+    def install_adapter(self, release: AdapterRelease) -> None:
         """Put a released adapter in. Raises ``AdapterMismatch``."""
-        self.domain.take(release)
+        self.domain.install_adapter(release)
         if release.role == "relay":
             self.relay = release
         else:
             self.rounds = None
 
-    def keep_model(self, shelf: Shelf) -> None:
+    def save_model(self, shelf: Shelf) -> None:
         """Write what never changes within a run."""
         release = self.release
         state = {
@@ -98,7 +100,7 @@ class EdgeState:
         shelf.put("model", state, release.tensors)
         shelf.put("anchor", {"run": self.run}, {"lengths": self.anchor.lengths_E, "hidden": self.anchor.hidden_ND})
 
-    def keep_progress(self, shelf: Shelf, ledger: Ledger) -> None:
+    def save_progress(self, shelf: Shelf, ledger: Ledger) -> None:
         """Write adapters, rounds and the ledger."""
         state = {
             "run": self.run,
@@ -106,13 +108,13 @@ class EdgeState:
             "rounds": asdict(self.rounds) if self.rounds else None,
             "traffic": {kind: asdict(ledger.traffic(kind)) for kind in _KINDS},
         }
-        tensors = {f"domain/{key}": tensor for key, tensor in self.domain.domain_adapter().items()}
+        tensors = {f"domain/{key}": tensor for key, tensor in self.domain.copy_adapter("domain").items()}
         if self.relay:
             tensors |= {f"relay/{key}": tensor for key, tensor in self.relay.tensors.items()}
         shelf.put("progress", state, tensors)
 
 
-def recall(
+def load_state(
     shelf: Shelf, config: Config, ledger: Ledger, compute_lock: ComputeLock, num_classes: int = 0
 ) -> EdgeState | None:
     """What was kept last; None if that was nothing whole. Raises ``CheckpointError``."""
@@ -136,7 +138,7 @@ def _restore(held: EdgeState, state: Mapping[str, Any], tensors: Mapping[str, Te
     versions = state["versions"]
     relay = under("relay/", tensors)
     if relay:
-        held.take(AdapterRelease("relay", versions["relay"], relay))
-    held.take(AdapterRelease("domain", versions["domain"], under("domain/", tensors)))
+        held.install_adapter(AdapterRelease("relay", versions["relay"], relay))
+    held.install_adapter(AdapterRelease("domain", versions["domain"], under("domain/", tensors)))
     if state["rounds"]:
         held.rounds = RoundProgress(**{**state["rounds"], "faults": tuple(state["rounds"]["faults"])})

@@ -11,7 +11,7 @@ from torch import Tensor
 from gaisnet.messages import SmashedData
 from gaisnet.models.ragged import Ragged
 
-Wanted = Literal["every", "last", "first"]
+RowSelection = Literal["every", "last", "first"]
 """Rows that an owner needs of a sequence: all of them, or those that carry labels, which are its last or its first."""
 
 
@@ -24,7 +24,7 @@ class Activations:
     next_layer: int
 
     @classmethod
-    def of(cls, smashed: SmashedData, device: torch.device, dtype: torch.dtype) -> "Activations":
+    def from_smashed(cls, smashed: SmashedData, device: torch.device, dtype: torch.dtype) -> "Activations":
         """Out of a message."""
         rows_ND = smashed.hidden_ND.to(device, dtype)
         return cls(
@@ -35,14 +35,14 @@ class Activations:
         """Number of examples."""
         return len(self.hidden)
 
-    def through(
+    def run_layers(
         self, run: Callable[[Tensor], Tensor], next_layer: int, batch_size: int, causal: bool = True
     ) -> "Activations":
         """The same examples some layers later; see ``Ragged.map_batches``."""
         return replace(self, hidden=self.hidden.map_batches(run, batch_size, causal), next_layer=next_layer)
 
 
-def tail_rows(lengths: Sequence[int], num_labels: Sequence[int], wanted: Wanted) -> list[range]:
+def tail_rows(lengths: Sequence[int], num_labels: Sequence[int], wanted: RowSelection) -> list[range]:
     """Which rows a tail needs of each sequence, out of the rows of all, one sequence after the other.
 
     Args:

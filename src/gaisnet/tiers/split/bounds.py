@@ -48,7 +48,7 @@ _AMPLIFIED = 100.0  # by a layer of a tail, on a gradient's way back through it
 # -- words for all -----------------------------------------------------------------------------------------------------
 
 
-def whole(party: str, what: str, found: int, least: int = 0, most: int = MOST) -> None:
+def check_integer(party: str, what: str, found: int, least: int = 0, most: int = MOST) -> None:
     """Raise ``OutOfBounds`` unless a whole number is in [least, most]."""
     if not least <= found <= most:
         raise OutOfBounds(party, what, _shown(found), f"a number from {least} to {most}")
@@ -59,19 +59,19 @@ def _shown(found: int) -> str:
     return str(found) if abs(found) < 10**20 else f"a number of {found.bit_length()} bits"
 
 
-def loss(party: str, found: float, num_tokens: int = 1) -> None:
+def check_loss(party: str, found: float, num_tokens: int = 1) -> None:
     """Raise ``OutOfBounds`` unless a loss in nats, summed over label tokens, is one that there can be."""
     if not -_ROUNDING_LOSS * num_tokens <= found <= MAX_LOSS * num_tokens:
         raise OutOfBounds(party, "the loss", f"{found:.4g}", f"one from 0 to {MAX_LOSS * num_tokens:.4g}")
 
 
-def sentences(party: str, found: Sequence[str], most: int) -> None:
+def check_faults(party: str, found: Sequence[str], most: int) -> None:
     """Raise ``OutOfBounds`` unless there are at most so many, none of them longer than ``MAX_SENTENCE``."""
-    whole(party, "the number of faults", len(found), 0, most)
-    whole(party, "the length of a fault", max(map(len, found), default=0), 0, MAX_SENTENCE)
+    check_integer(party, "the number of faults", len(found), 0, most)
+    check_integer(party, "the length of a fault", max(map(len, found), default=0), 0, MAX_SENTENCE)
 
 
-def outnumbering(counts: Mapping[str, int], ratio: float, granted: int) -> dict[str, OutOfBounds]:
+def find_outnumbering(counts: Mapping[str, int], ratio: float, granted: int) -> dict[str, OutOfBounds]:
     """Devices that say they have more than ``ratio`` times as many examples as the median of the others.
 
     ``granted``: examples that any of them may have; it is ``_FEW`` at least. One that is alone has nobody to outweigh.
@@ -89,38 +89,38 @@ def outnumbering(counts: Mapping[str, int], ratio: float, granted: int) -> dict[
 # -- orders ------------------------------------------------------------------------------------------------------------
 
 
-def fine_tune(party: str, order: FineTune, settings: FineTuneSettings) -> None:
+def check_fine_tune_order(party: str, order: FineTune, settings: FineTuneSettings) -> None:
     """Raise ``OutOfBounds`` where an order to learn is for no edge round that there is."""
-    whole(party, "the cycle of an order", order.cycle)
-    whole(party, "the edge round of an order", order.edge_round, 0, settings.edge_rounds - 1)
+    check_integer(party, "the cycle of an order", order.cycle)
+    check_integer(party, "the edge round of an order", order.edge_round, 0, settings.edge_rounds - 1)
 
 
-def body_output(party: str, output: BodyOutput) -> None:
+def check_body_output(party: str, output: BodyOutput) -> None:
     """Raise ``OutOfBounds`` where the numbers of a step cannot be meant."""
-    whole(party, "the number of a step", output.step)
-    whole(party, "the label tokens of a step", output.num_labels_total, 1)
-    whole(party, "the examples of a step", len(output.examples_E), 1)
+    check_integer(party, "the number of a step", output.step)
+    check_integer(party, "the label tokens of a step", output.num_labels_total, 1)
+    check_integer(party, "the examples of a step", len(output.examples_E), 1)
 
 
-def anchor(party: str, found: AnchorRelease, hidden_size: int, most_positions: int) -> None:
+def check_anchor(party: str, found: AnchorRelease, hidden_size: int, most_positions: int) -> None:
     """Raise ``OutOfBounds`` where rows of generated text do not fit the model."""
     if not len(found.lengths_E):
         return
     width = found.hidden_ND.shape[1]
-    whole(party, "the width of the anchor", width, hidden_size, hidden_size)
-    whole(party, "the length of a generated text", int(found.lengths_E.max()), 1, most_positions)
+    check_integer(party, "the width of the anchor", width, hidden_size, hidden_size)
+    check_integer(party, "the length of a generated text", int(found.lengths_E.max()), 1, most_positions)
     _within(party, "an activation of the anchor", _largest(found.hidden_ND), MAX_ACTIVATION)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-def most_steps(num_examples: int, settings: FineTuneSettings) -> int:
+def max_steps(num_examples: int, settings: FineTuneSettings) -> int:
     """Most optimizer steps that a party can make in a round."""
     return settings.passes_in_round * -(-num_examples // settings.batch_size)
 
 
-def local_update(
+def check_local_update(
     name: str, update: AdapterUpdate, base: int, start: AdapterTensors, cycle: int, settings: FineTuneSettings
 ) -> None:
     """Hold what a local device says that it learned against what it was given.
@@ -142,15 +142,15 @@ def local_update(
     check_same_shapes(f"of {party}", start, update.tensors)
     if update.base != base:
         raise StaleAdapter(f"of {party}", base, update.base)
-    whole(party, "the version of an update", update.version, cycle + 1, cycle + 1)
-    whole(party, "the number of examples", update.num_examples, 1)
-    whole(party, "the number of steps", update.num_steps, 0, most_steps(update.num_examples, settings))
-    loss(party, update.loss)
-    sentences(party, update.faults, 0)
-    near(party, start, update.tensors, update.num_steps, settings)
+    check_integer(party, "the version of an update", update.version, cycle + 1, cycle + 1)
+    check_integer(party, "the number of examples", update.num_examples, 1)
+    check_integer(party, "the number of steps", update.num_steps, 0, max_steps(update.num_examples, settings))
+    check_loss(party, update.loss)
+    check_faults(party, update.faults, 0)
+    check_distance(party, start, update.tensors, update.num_steps, settings)
 
 
-def edge_update(
+def check_edge_update(
     party: str,
     update: AdapterUpdate,
     base: int,
@@ -165,21 +165,23 @@ def edge_update(
     """
     settings = settings.in_cycle(cycle)
     check_same_shapes(f"of {party}", start, update.tensors)
-    whole(party, "the version of an update", update.version, cycle + 1, cycle + 1)
-    whole(party, "the release that an update grew out of", update.base)
-    whole(party, "the number of examples", update.num_examples, 1)
-    whole(party, "the number of steps", update.num_steps)
-    loss(party, update.loss)
-    sentences(party, update.faults, settings.edge_rounds * num_devices)
+    check_integer(party, "the version of an update", update.version, cycle + 1, cycle + 1)
+    check_integer(party, "the release that an update grew out of", update.base)
+    check_integer(party, "the number of examples", update.num_examples, 1)
+    check_integer(party, "the number of steps", update.num_steps)
+    check_loss(party, update.loss)
+    check_faults(party, update.faults, settings.edge_rounds * num_devices)
     if update.base != base:
         return
     products = {key for key in start if settings.average == "products" and ".lora_" in key}
     as_it_was = {key: tensor for key, tensor in start.items() if key not in products}
-    near(party, as_it_was, update.tensors, update.num_steps, settings)
-    no_larger(party, {key: start[key] for key in products}, update.tensors, update.num_steps, settings)
+    check_distance(party, as_it_was, update.tensors, update.num_steps, settings)
+    check_norms(party, {key: start[key] for key in products}, update.tensors, update.num_steps, settings)
 
 
-def near(party: str, start: AdapterTensors, found: AdapterTensors, num_steps: int, settings: FineTuneSettings) -> None:
+def check_distance(
+    party: str, start: AdapterTensors, found: AdapterTensors, num_steps: int, settings: FineTuneSettings
+) -> None:
     """Raise ``OutOfBounds`` where a number is further from its start than AdamW comes in so many steps."""
     decayed = min(1.0, num_steps * settings.learning_rate * settings.weight_decay)
     for key, before in start.items():
@@ -189,7 +191,7 @@ def near(party: str, start: AdapterTensors, found: AdapterTensors, num_steps: in
         _within(party, f"how far '{key}' has moved in {num_steps} steps", moved, most)
 
 
-def no_larger(
+def check_norms(
     party: str, start: AdapterTensors, found: AdapterTensors, num_steps: int, settings: FineTuneSettings
 ) -> None:
     """Raise ``OutOfBounds`` where a LoRA whose products were averaged is larger than AdamW makes it in so many steps.
@@ -218,7 +220,7 @@ def _largest(tensor: Tensor) -> float:
 # -- activations -------------------------------------------------------------------------------------------------------
 
 
-def longest(model: PretrainedConfig, context: int) -> int:
+def max_positions(model: PretrainedConfig, context: int) -> int:
     """Positions of an example: of a text the context, of an image its patches and [CLS]."""
     if not hasattr(model, "image_size"):
         return context
@@ -227,7 +229,7 @@ def longest(model: PretrainedConfig, context: int) -> int:
     return int(1 + (height // patch_height) * (width // patch_width))
 
 
-def smashed(
+def check_smashed(
     name: str, split: Split, found: SmashedData, next_layer: int, width: int, most_positions: int, classifies: bool
 ) -> None:
     """Raise ``OutOfBounds`` where activations cannot be those of examples that a device has.
@@ -246,9 +248,11 @@ def smashed(
     expected = (name, split, next_layer, width)
     if said != expected:
         raise OutOfBounds(party, "smashed data (owner, split, next layer, width)", str(said), str(expected))
-    whole(party, "the number of examples", len(found.lengths_E), 1)
-    whole(party, "the length of an example", int(found.lengths_E.max()), 1, most_positions)
-    whole(party, "the labels of an example", int(found.num_labels_E.max()), 1, 1 if classifies else most_positions)
+    check_integer(party, "the number of examples", len(found.lengths_E), 1)
+    check_integer(party, "the length of an example", int(found.lengths_E.max()), 1, most_positions)
+    check_integer(
+        party, "the labels of an example", int(found.num_labels_E.max()), 1, 1 if classifies else most_positions
+    )
     _within(party, "an activation", _largest(found.hidden_ND), MAX_ACTIVATION)
 
 
@@ -271,7 +275,7 @@ class GradientBounds:
     normed: bool
 
     @classmethod
-    def of(cls, release: ModelRelease, num_tail_layers: int, is_encoder: bool) -> "GradientBounds":
+    def from_release(cls, release: ModelRelease, num_tail_layers: int, is_encoder: bool) -> "GradientBounds":
         """For rows that leave a body of this model. Raises ``ModelError`` where the release has no end."""
         if is_encoder:
             return cls(2.0**0.5, normed=False)
@@ -282,7 +286,7 @@ class GradientBounds:
             2.0 * longest_row * _largest(named["norm.weight"].float()) * _AMPLIFIED**num_tail_layers, normed=True
         )
 
-    def limit(self, rows_ND: Tensor, num_labels_total: int) -> float:
+    def norm_limit(self, rows_ND: Tensor, num_labels_total: int) -> float:
         """Largest norm of an owner's gradient of the mean loss of a step, at the rows that it was sent."""
         each_N = torch.full((len(rows_ND),), self.at_row, dtype=torch.float64)
         if self.normed:
@@ -290,7 +294,7 @@ class GradientBounds:
         return _SLACK * float(each_N.norm()) / num_labels_total
 
 
-def gradient(name: str, reply: BodyOutputGrad, limit: float) -> BodyOutputGrad:
+def clip_gradient(name: str, reply: BodyOutputGrad, limit: float) -> BodyOutputGrad:
     """The gradient as it is, or clipped to a norm that no honest one passes.
 
     Raises ``OutOfBounds`` where it is so large that no rounding explains it.
@@ -306,9 +310,9 @@ def gradient(name: str, reply: BodyOutputGrad, limit: float) -> BodyOutputGrad:
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def report(party: str, found: EvaluationReport, most_examples: int = MOST, most_tokens: int = MOST) -> None:
+def check_report(party: str, found: EvaluationReport, most_examples: int = MOST, most_tokens: int = MOST) -> None:
     """Raise ``OutOfBounds`` where counts and sums cannot be those of at most so many examples and label tokens."""
-    whole(party, "the number of examples", found.num_examples, 1, most_examples)
-    whole(party, "the number of right ones", found.num_correct, 0, found.num_examples)
-    whole(party, "the number of label tokens", found.num_tokens, found.num_examples, most_tokens)
-    loss(party, found.loss_sum, found.num_tokens)
+    check_integer(party, "the number of examples", found.num_examples, 1, most_examples)
+    check_integer(party, "the number of right ones", found.num_correct, 0, found.num_examples)
+    check_integer(party, "the number of label tokens", found.num_tokens, found.num_examples, most_tokens)
+    check_loss(party, found.loss_sum, found.num_tokens)

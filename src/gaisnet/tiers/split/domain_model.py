@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.adapters.tuning import AdapterSpec, LoraSpec, activate, add_adapter
@@ -15,7 +14,6 @@ from gaisnet.models.parts import Body
 from gaisnet.models.preemption import pause_within
 from gaisnet.models.ragged import Ragged
 from gaisnet.tiers.split import bounds
-from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainableBody
 
@@ -62,7 +60,7 @@ class DomainModel(TrainableBody):
         return range(self._layout.first_cut, self._layout.tail_start)
 
     @property
-    def writes(self) -> bool:
+    def generates_text(self) -> bool:
         """Whether it writes answers, so that it can be served; an encoder only classifies."""
         return self._causal
 
@@ -70,64 +68,48 @@ class DomainModel(TrainableBody):
         """Where activations must be, and in which dtype, to enter the body."""
         return self.device, self.dtype
 
-    def take(self, release: AdapterRelease) -> None:
+    def install_adapter(self, release: AdapterRelease) -> None:
         """Put a released adapter in. Raises ``AdapterMismatch``."""
-        self.put(release.role, release.tensors)
+        self.set_adapter(release.role, release.tensors)
         self.versions[release.role] = release.version
 
-    def adapters(self) -> dict[Role, tuple[LoraSpec, AdapterTensors]]:
+    def served_adapters(self) -> dict[Role, tuple[LoraSpec, AdapterTensors]]:
         """Shape of both adapters, and copies of their tensors as they are now; no relay where it has none.
 
         They are there to be served, so an encoder, which writes no answers, has none.
         """
         served = {role: spec for role, spec in self._specs.items() if isinstance(spec, LoraSpec) and self._causal}
-        return {role: (spec, self.adapter(role)) for role, spec in served.items()}
+        return {role: (spec, self.copy_adapter(role)) for role, spec in served.items()}
 
-    def take_anchor(self, anchor: AnchorRelease) -> None:
+    def set_anchor(self, anchor: AnchorRelease) -> None:
         """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter; if it wrote any.
 
         Raises ``OutOfBounds`` where its rows are not this model's.
         """
         config = self._body.config
         longest = getattr(config, "max_position_embeddings", MOST)
-        bounds.anchor("the cloud", anchor, config.hidden_size, longest)
+        bounds.check_anchor("the cloud", anchor, config.hidden_size, longest)
         if not len(anchor.lengths_E):
             return
         rows_ND = anchor.hidden_ND.to(*self.placement())
         inputs = Ragged(rows_ND, tuple(anchor.lengths_E.tolist()))
         with self._compute_lock.learning():
             activate(self._body, ("relay",))
-            self._anchor = inputs, inputs.map_batches(self.suffix, PREFIX_BATCH)
+            self._anchor = inputs, inputs.map_batches(self.run_suffix, PREFIX_BATCH)
             activate(self._body, ("relay", "domain"))
 
-    def domain_adapter(self) -> AdapterTensors:
-        """Copies of the domain adapter's tensors."""
-        return self.adapter("domain")
-
-    def put_domain_adapter(self, tensors: AdapterTensors) -> None:
-        """Overwrite the domain adapter."""
-        self.put("domain", tensors)
-
     @contextmanager
-    def guest(self, relay: AdapterTensors, domain: AdapterTensors) -> Iterator[None]:
+    def guest_adapters(self, relay: AdapterTensors, domain: AdapterTensors) -> Iterator[None]:
         """Inside, it is another domain's model: with its adapters; ``relay`` is empty where models have none.
 
         What is served does not change, nor do versions. Raises ``AdapterMismatch``.
         """
-        own = {role: self.adapter(role) for role in self._specs}
+        own = {role: self.copy_adapter(role) for role in self._specs}
         try:
-            self.put("domain", domain)
+            self.set_adapter("domain", domain)
             if relay:
-                self.put("relay", relay)
+                self.set_adapter("relay", relay)
             yield
         finally:
             for role, tensors in own.items():
-                self.put(role, tensors)
-
-    def prefix(self, smashed: Activations) -> Activations:
-        """Finish the frozen layers from wherever the device stopped."""
-        return self._prefixed(smashed)
-
-    def output_rows(self, inputs: Activations) -> Tensor:
-        """Rows for the tail of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
-        return self._output_rows(inputs)
+                self.set_adapter(role, tensors)

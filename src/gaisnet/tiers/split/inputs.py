@@ -17,7 +17,7 @@ from gaisnet.models.tokenization import closed_ids
 _BATCH = 32
 
 
-class Inputs:
+class EncoderInputs:
     """Some of one kind: token ids, or pixels of one shape.
 
     Args:
@@ -46,7 +46,7 @@ class Inputs:
             closed = [closed_ids(tokenizer, text) for text in texts]
             self.ids, self.lengths = [each.shortened(context) for each in closed], list(map(len, closed))
 
-    def through(self, run: Callable[[Tensor], Tensor]) -> Ragged:
+    def map_batches(self, run: Callable[[Tensor], Tensor]) -> Ragged:
         """What a function makes of all, [B, T, D] of token ids [B, T] or pixels [B, C, H, W], without gradients.
 
         It sees no padding: a batch has one length.

@@ -11,7 +11,7 @@ from gaisnet.models.families import LLAMA, Family
 from gaisnet.models.parts import CutLayers
 from gaisnet.models.recipe import Middle, check_recipe
 from gaisnet.row_quant import GROUP
-from gaisnet.tiers.split.activations import Wanted
+from gaisnet.tiers.split.activations import RowSelection
 
 _LAST_MODULE = "down_proj"  # of a layer of every decoder in ``models.families``
 
@@ -78,7 +78,7 @@ class Layout:
             if len(edge.labels) < 2:
                 found = f"are {list(edge.labels)}, but the model is an encoder, which tells classes apart"
                 raise ConfigError(f"edges.{index}.labels", found, "name the classes of the domain, two or more")
-            if edge.labels != self.labels(edge.adapter):
+            if edge.labels != self.class_labels(edge.adapter):
                 found = f"are not those of '{edge.adapter}', whose adapter and classes it takes over"
                 raise ConfigError(f"edges.{index}.labels", found, "name the same, in the same order")
             for setting in ("body_output", "gradient") if len(edge.labels) >= GROUP else ():
@@ -87,7 +87,7 @@ class Layout:
                     found = f"is int4, in which the likeliest of the {classes} is often another one"
                     raise ConfigError(f"wire.{setting}", found, "use float16 or int8")
 
-    def labels(self, domain: str) -> tuple[str, ...]:
+    def class_labels(self, domain: str) -> tuple[str, ...]:
         """Names of a domain's classes, if it has a closed set of them."""
         own = next((edge.labels for edge in self.config.edges if edge.domain == domain), None)
         # At a newcomer, which follows an edge that is not named there: its labels are the same.
@@ -118,12 +118,12 @@ class Layout:
         """Layers that a DM's recipe may change and its relay repairs."""
         return Middle(self.last_cut, self.first_adapted)
 
-    def cut(self, device: DeviceSettings) -> CutLayers:
+    def device_cut(self, device: DeviceSettings) -> CutLayers:
         """What a device holds."""
         return CutLayers(device.head_layers, self.config.tail_layers)
 
     @property
-    def wanted(self) -> Wanted:
+    def row_selection(self) -> RowSelection:
         """Rows of the body's output that a device's tail needs."""
         if self.family.is_encoder:
             return "first"

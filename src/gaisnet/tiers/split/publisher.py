@@ -22,7 +22,7 @@ class Publisher(Protocol):
     def publish_body(self, body: Body, layers: range) -> None:
         """Serve this body from now on, which stands for these FM layers, and no longer the one before."""
 
-    def put_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
+    def publish_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """Serve this version to sessions that open from now on. Raises ``AdapterMismatch``."""
 
 
@@ -39,5 +39,5 @@ class NoPublisher:
     def publish_body(self, body: Body, layers: range) -> None:
         """Drop it."""
 
-    def put_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
+    def publish_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """Drop it."""

@@ -49,13 +49,13 @@ class TrainingSchedule:
     edge_round: int = 0
 
     @classmethod
-    def of(cls, config: Config, party: str, name: str, cycle: int, edge_round: int) -> "TrainingSchedule":
+    def for_edge_round(cls, config: Config, party: str, name: str, cycle: int, edge_round: int) -> "TrainingSchedule":
         """An edge round, of the 'edge' or the 'device' of that name; the same after a restart."""
         seed = config.seed_for("fine_tune", name, cycle, edge_round // config.fine_tune.rounds_in_pass)
         where = f"{party} '{name}', cycle {cycle}, edge round {edge_round}"
         return cls(config.fine_tune.in_cycle(cycle), seed, where, edge_round)
 
-    def passes(self, lengths: Sequence[int], num_sequences: int) -> list[list[Step]]:
+    def plan_passes(self, lengths: Sequence[int], num_sequences: int) -> list[list[Step]]:
         """The steps of every pass, or of its part of one.
 
         Args:

@@ -20,10 +20,10 @@ from gaisnet.messages import BodyOutput, BodyOutputGrad
 from gaisnet.models.packing import Packing
 from gaisnet.models.ragged import relative_square
 from gaisnet.tiers.split import bounds
-from gaisnet.tiers.split.activations import Activations, Wanted, tail_rows
+from gaisnet.tiers.split.activations import Activations, RowSelection, tail_rows
 
 Outcome = BodyOutputGrad | GaisnetError
-Labels = Callable[[Mapping[str, BodyOutput]], Mapping[str, Outcome]]
+RequestGradients = Callable[[Mapping[str, BodyOutput]], Mapping[str, Outcome]]
 """Asks all owners of a step's labels at once, by name; for one that fails, the error comes instead of a gradient."""
 
 Picked = tuple[int, int]
@@ -53,7 +53,7 @@ class Pull:
     targets_ND: Tensor
     weight: float
 
-    def gradient(self, found_ND: Tensor) -> Tensor:
+    def compute_gradient(self, found_ND: Tensor) -> Tensor:
         """Of its loss, at what the suffix makes of the text."""
         leaf_ND = found_ND.detach().requires_grad_()
         loss = self.weight * relative_square(leaf_ND, self.targets_ND)
@@ -81,7 +81,9 @@ class Batch:
     pull: Pull | None
 
     @classmethod
-    def of(cls, members: Sequence[Member], picks: Sequence[Picked], pull: Pull | None, wanted: Wanted) -> "Batch":
+    def from_picks(
+        cls, members: Sequence[Member], picks: Sequence[Picked], pull: Pull | None, wanted: RowSelection
+    ) -> "Batch":
         """Out of ``picks``, sorted; ``wanted`` are the rows that go to their owners."""
         lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
         num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
@@ -108,11 +110,11 @@ class Batch:
         """Of all members."""
         return sum(share.num_labels for share in self.shares.values())
 
-    def pick(self, output_1ND: Tensor) -> Tensor:
+    def select_rows(self, output_1ND: Tensor) -> Tensor:
         """The rows [N, D] that are wanted of the suffix's output."""
         return output_1ND[0].index_select(0, self.wanted_N)
 
-    def outputs(self, found_ND: Tensor, step: int) -> dict[str, BodyOutput]:
+    def outputs_by_owner(self, found_ND: Tensor, step: int) -> dict[str, BodyOutput]:
         """What goes to each owner."""
         return {
             name: BodyOutput(
@@ -125,7 +127,7 @@ class Batch:
             for name, share in self.shares.items()
         }
 
-    def gradient(self, found_ND: Tensor, good: Mapping[str, BodyOutputGrad]) -> Tensor:
+    def merge_gradients(self, found_ND: Tensor, good: Mapping[str, BodyOutputGrad]) -> Tensor:
         """At the rows that are wanted: of the mean over the labels of those that answered, and of the pull."""
         grad_ND = torch.zeros_like(found_ND)
         for name, reply in good.items():
@@ -134,18 +136,18 @@ class Batch:
             grad_ND *= self.num_labels / sum(self.shares[name].num_labels for name in good)
         if self.pull is not None:
             first = max(share.rows.stop for share in self.shares.values())
-            grad_ND[first:] = self.pull.gradient(found_ND[first:])
+            grad_ND[first:] = self.pull.compute_gradient(found_ND[first:])
         return grad_ND
 
 
-def picked(members: Sequence[Member], batch: Sequence[int]) -> list[Picked]:
+def pick_examples(members: Sequence[Member], batch: Sequence[int]) -> list[Picked]:
     """The examples of a batch, whose numbers count all members' examples, sorted so that a member's lie together."""
     ends = list(accumulate(len(member.inputs) for member in members))
     firsts, owners = [0, *ends], ((bisect_right(ends, number), number) for number in batch)
     return sorted((m, number - firsts[m]) for m, number in owners)
 
 
-def checked(
+def check_reply(
     reply: Outcome, output: BodyOutput, name: str, where: str, gradient_bounds: bounds.GradientBounds | None = None
 ) -> Outcome:
     """The reply, clipped where that must be, or why it is none: one owner's must not spoil the step of the others.
@@ -171,8 +173,8 @@ def checked(
     if gradient_bounds is None:
         return reply
     try:
-        bounds.loss(f"device '{name}'", reply.loss_sum, output.num_labels_total)
-        return bounds.gradient(name, reply, gradient_bounds.limit(output.rows_ND, output.num_labels_total))
+        bounds.check_loss(f"device '{name}'", reply.loss_sum, output.num_labels_total)
+        return bounds.clip_gradient(name, reply, gradient_bounds.norm_limit(output.rows_ND, output.num_labels_total))
     except OutOfBounds as error:
         return error
 

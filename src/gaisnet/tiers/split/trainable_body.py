@@ -26,11 +26,11 @@ from gaisnet.models.frozen import quick_products
 from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress
-from gaisnet.tiers.split.activations import Activations, Wanted, tail_rows
+from gaisnet.tiers.split.activations import Activations, RowSelection, tail_rows
 from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.schedule import TrainingSchedule
-from gaisnet.tiers.split.step import Batch, Labels, Member, Pull, checked, picked
+from gaisnet.tiers.split.step import Batch, Member, Pull, RequestGradients, check_reply, pick_examples
 
 PREFIX_BATCH = 32
 
@@ -72,19 +72,19 @@ class TrainableBody:
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
-    def adapter(self, name: str) -> AdapterTensors:
+    def copy_adapter(self, name: str) -> AdapterTensors:
         """Copies of an adapter's tensors."""
         with self._compute_lock.learning():
             return take_out(self._body, name)
 
-    def put(self, name: str, tensors: AdapterTensors) -> None:
+    def set_adapter(self, name: str, tensors: AdapterTensors) -> None:
         """Overwrite an adapter. Raises ``AdapterMismatch``."""
         with self._compute_lock.learning():
             put_in(self._body, name, tensors)
 
     # -- running it ----------------------------------------------------------------------------------------------------
 
-    def suffix(self, hidden_BTD: Tensor) -> Tensor:
+    def run_suffix(self, hidden_BTD: Tensor) -> Tensor:
         """The layers that learn, [B, T, D] -> [B, T, D]."""
         return self._run(hidden_BTD, self._layout.first_adapted)
 
@@ -92,21 +92,21 @@ class TrainableBody:
         with self._compute_lock.learning():
             return self._body.run(hidden_BTD, start, stop)
 
-    def _prefixed(self, inputs: Activations) -> Activations:
+    def run_prefix(self, inputs: Activations) -> Activations:
         """Finish the frozen layers from wherever the device stopped."""
         first = self._layout.first_adapted
-        return inputs.through(lambda h: self._run(h, inputs.next_layer, first), first, PREFIX_BATCH, self._causal)
+        return inputs.run_layers(lambda h: self._run(h, inputs.next_layer, first), first, PREFIX_BATCH, self._causal)
 
-    def _output_rows(self, inputs: Activations) -> Tensor:
+    def compute_output_rows(self, inputs: Activations) -> Tensor:
         """Rows for the tail of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
-        rows_ND = body_output_rows(self.suffix, inputs, self._layout.wanted, self._causal)
+        rows_ND = body_output_rows(self.run_suffix, inputs, self._layout.row_selection, self._causal)
         with torch.no_grad(), self._compute_lock.learning():
             return self._body.for_owners(rows_ND)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def learn(
-        self, members: Sequence[Member], labels: Labels, schedule: TrainingSchedule, progress: Progress
+    def train_adapter(
+        self, members: Sequence[Member], labels: RequestGradients, schedule: TrainingSchedule, progress: Progress
     ) -> TrainingResult:
         """Train the adapter that learns, for a stint, on all members together.
 
@@ -114,7 +114,7 @@ class TrainableBody:
         """
         settings, left = schedule.settings, dict[str, GaisnetError]()
         lengths = [n for member in members for n in member.inputs.hidden.lengths]
-        passes = schedule.passes(lengths, len(self._anchor[0].lengths) if self._anchor else 0)
+        passes = schedule.plan_passes(lengths, len(self._anchor[0].lengths) if self._anchor else 0)
         done, total, loss = 0, sum(map(len, passes)), 0.0
         with self._learning() as parameters:
             optimizer = torch.optim.AdamW(
@@ -127,7 +127,7 @@ class TrainableBody:
                     for group in optimizer.param_groups:
                         group["lr"] = step.learning_rate
                     where = f"{schedule.where}, step {step.number}"
-                    step_loss, step_tokens, failed = self.backward(
+                    step_loss, step_tokens, failed = self.backward_step(
                         members, step.examples, step.number, labels, where, left, self._pull(settings, step.pulled)
                     )
                     left |= failed
@@ -164,12 +164,12 @@ class TrainableBody:
         targets_ND = torch.cat([targets[i][1:] for i in chosen])
         return Pull([inputs[i] for i in chosen], targets_ND, settings.anchor_every * settings.anchor_weight)
 
-    def backward(
+    def backward_step(
         self,
         members: Sequence[Member],
         batch: Sequence[int],
         step: int,
-        labels: Labels,
+        labels: RequestGradients,
         where: str,
         without: Collection[str] = (),
         pull: Pull | None = None,
@@ -191,30 +191,32 @@ class TrainableBody:
             Sum of the losses and number of label tokens of those that answered, and why others did not. The gradient
             is that of the mean over the label tokens of those that answered, and of the pull's loss.
         """
-        picks = [pick for pick in picked(members, batch) if members[pick[0]].name not in without]
+        picks = [pick for pick in pick_examples(members, batch) if members[pick[0]].name not in without]
         if not picks:
             return 0.0, 0, {}
-        taken = Batch.of(members, picks, pull, self._layout.wanted)
+        taken = Batch.from_picks(members, picks, pull, self._layout.row_selection)
         with self._compute_lock.learning():
             found_ND = self._body.for_owners(
-                self._body.run(taken.rows_1ND, self._layout.first_adapted, pick=taken.pick, packing=taken.packing)
+                self._body.run(
+                    taken.rows_1ND, self._layout.first_adapted, pick=taken.select_rows, packing=taken.packing
+                )
             )
-        outputs = taken.outputs(found_ND, step)
+        outputs = taken.outputs_by_owner(found_ND, step)
         replies = {
-            name: checked(reply, outputs[name], name, where, self.gradient_bounds)
+            name: check_reply(reply, outputs[name], name, where, self.gradient_bounds)
             for name, reply in labels(outputs).items()
         }
         good = {name: reply for name, reply in replies.items() if isinstance(reply, BodyOutputGrad)}
         if good:
             with self._compute_lock.learning():
-                found_ND.backward(taken.gradient(found_ND, good))
+                found_ND.backward(taken.merge_gradients(found_ND, good))
         failed = {name: reply for name, reply in replies.items() if isinstance(reply, GaisnetError)}
         num_labels = sum(taken.shares[name].num_labels for name in good)
         return sum(reply.loss_sum for reply in good.values()), num_labels, failed
 
 
 def body_output_rows(
-    suffix: Callable[[Tensor], Tensor], inputs: Activations, wanted: Wanted, causal: bool = True
+    suffix: Callable[[Tensor], Tensor], inputs: Activations, wanted: RowSelection, causal: bool = True
 ) -> Tensor:
     """Rows [N, D] for the tail of all examples of a split, in order, without gradients."""
     outputs = inputs.hidden.map_batches(suffix, PREFIX_BATCH, causal)
