@@ -131,3 +131,12 @@ def test_the_index_has_every_decision() -> None:
 def test_the_list_of_modules_is_that_of_the_code() -> None:
     found = runpy.run_path(str(ROOT / "docs" / "module_map.py"))
     assert (ROOT / "docs" / "modules.md").read_text(encoding="utf-8") == found["render"](), "run: make map"
+
+
+def test_every_test_that_the_list_of_faults_names_exists() -> None:
+    named = re.findall(
+        r"`((?:[\w/]+/)?test_\w+\.py)(?:::(\w+))?`", (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    )
+    assert len(named) > 50
+    files = {name: (ROOT / "tests" / name).read_text(encoding="utf-8") for name, _ in named}
+    assert [f"{name}::{test}" for name, test in named if test and f"def {test}(" not in files[name]] == []
