@@ -1,4 +1,4 @@
-"""All experiments of ``gaisnet paper``. A new one is a module like the others, and a line here."""
+"""Every experiment of ``gaisnet paper``. To add one, write a module like the others and a line here."""
 
 from collections.abc import Sequence
 
@@ -13,4 +13,4 @@ EXPERIMENTS: Sequence[Experiment] = (
     clusters.EXPERIMENT,
     inference.EXPERIMENT,
 )
-"""In the order in which they are measured."""
+"""Experiments in the order in which they run."""

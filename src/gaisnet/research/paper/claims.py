@@ -1,4 +1,4 @@
-"""What the paper says, and what is said of it once it was measured."""
+"""The paper's claims, and the verdict on each after it was measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ Verdict = Literal["agrees", "partly", "disagrees"]
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper's, in our words.
+    """A statement of the paper, in our words.
 
     Attributes:
-        says: What is stated.
-        where: Where it is stated.
+        says: The statement.
+        where: Section or figure of the paper.
     """
 
     says: str
@@ -25,10 +25,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the figures say of a claim.
+    """The verdict on a claim.
 
     Attributes:
-        verdict: By the rule of the experiment.
+        verdict: The result of the experiment's rule.
         measured: The figures behind it, in a sentence or two.
     """
 
@@ -37,9 +37,9 @@ class Finding:
 
 
 def verdict_of(holds: Sequence[bool]) -> Verdict:
-    """``agrees`` where a claim holds in every condition, ``disagrees`` where in none, else ``partly``.
+    """Return ``agrees`` if a claim holds in every condition, ``disagrees`` if in none, else ``partly``.
 
-    Raises ``ValueError`` for no condition.
+    Raises ``ValueError`` if there is no condition.
     """
     if not holds:
         raise ValueError("there is no verdict on nothing that was measured")

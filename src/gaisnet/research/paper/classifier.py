@@ -1,4 +1,4 @@
-"""A ViT that classifies images, in one piece: what the network's parts are held against.
+"""A whole ViT classifier, the reference for the network's parts.
 
 Shape legend: B images of a step, C channels, H and W pixels.
 """
@@ -19,29 +19,29 @@ _WEIGHT_DECAY, _MAX_NORM, _WARMUP = 0.05, 1.0, 0.1
 
 
 def pretrained_classifier(folder: Path, num_labels: int) -> ViTForImageClassification:
-    """The encoder in ``folder`` and a classifier of torch's present seed."""
+    """Return the encoder in ``folder`` with a classifier drawn from torch's current seed."""
     model, _ = pretrained_model(ViTForImageClassification, str(folder), str(folder), num_labels=num_labels)
     return cast(ViTForImageClassification, model)
 
 
 def random_classifier(folder: Path, num_labels: int) -> ViTForImageClassification:
-    """One of the same shape; all of its weights are of torch's present seed."""
+    """Return a model of the same shape with all weights drawn from torch's current seed."""
     config = pretrained_config(str(folder), str(folder))
     config.num_labels = num_labels
     return ViTForImageClassification(cast(ViTConfig, config))
 
 
 def fine_tune(model: nn.Module, images: Images, steps: int, learning_rate: float) -> None:
-    """AdamW on every weight that learns, over a batch a step, in an order of torch's present seed.
+    """Train every trainable weight with AdamW, one batch per step, in an order drawn from torch's current seed.
 
     Args:
-        model: Pixels [B, C, H, W] to an output with ``logits``.
-        images: To learn from.
-        steps: How many; the learning rate rises over the first tenth and falls to nothing along a cosine.
-        learning_rate: The highest.
+        model: Maps pixels [B, C, H, W] to an output with ``logits``.
+        images: The training set.
+        steps: Number of steps; the learning rate rises over the first tenth, then falls to zero along a cosine.
+        learning_rate: The highest rate.
 
     Raises:
-        NotFinite: The loss.
+        NotFinite: The loss is not finite.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, learning_rate, weight_decay=_WEIGHT_DECAY)
@@ -64,7 +64,7 @@ def fine_tune(model: nn.Module, images: Images, steps: int, learning_rate: float
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """Share of ``images`` whose label is the likeliest one."""
+    """Return the share of ``images`` whose label is the most likely one."""
     model.eval()
     num_correct = 0
     for start in range(0, len(images), _SCORED_AT_ONCE):

@@ -1,4 +1,4 @@
-"""How many clusters: from one adapter for all devices to one for each, by what an edge may see of them.
+"""The number of clusters: from one adapter for all devices to one each, by the smashed data that an edge sees.
 
 Shape legend: N devices, B images, T positions, D hidden size.
 """
@@ -28,8 +28,8 @@ _ACROSS = "clusters"
 
 
 def clusters_of(folder: Path, devices: Sequence[ImageData], number: int, seed: int) -> list[list[ImageData]]:
-    """Devices put together by k-means on each one's mean smashed activation; labels are not looked at."""
-    from sklearn.cluster import KMeans  # an extra: whoever reads digits has it
+    """Group devices by k-means on their mean smashed activations; labels are not used."""
+    from sklearn.cluster import KMeans  # an extra that only experiments on digits need
 
     means_ND = torch.stack([_mean_smashed(folder, data) for data in devices])
     found = KMeans(number, n_init=10, random_state=seed).fit_predict(means_ND.numpy()).tolist()
@@ -38,7 +38,7 @@ def clusters_of(folder: Path, devices: Sequence[ImageData], number: int, seed: i
 
 @torch.no_grad()
 def _mean_smashed(folder: Path, data: ImageData) -> Tensor:
-    """Over a device's images and their positions, [D]."""
+    """Return the mean over a device's images and positions, [D]."""
     model, _ = pretrained_model(ViTModel, str(folder), str(folder), add_pooling_layer=False)
     head, _ = cut_encoder(Encoder(model.eval()), CutLayers(HEAD_LAYERS))
     hidden_BTD: Tensor = head(data.train.pixels_NCHW())
@@ -96,4 +96,4 @@ EXPERIMENT = Experiment(
     judge=_judge,
     draw=_draw,
 )
-"""See ``Experiment``."""
+"""The experiment."""

@@ -1,6 +1,6 @@
-"""A network of devices with images that learns to tell their classes: how that goes, round by round.
+"""A network of devices that learns to classify images, measured round by round.
 
-Everything crosses links as in any run of GaisNet. The domain model is the foundation model itself, in float32.
+Every message crosses a link, as in any run of GaisNet. The domain model is the foundation model itself, in float32.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,13 +39,14 @@ from gaisnet.transport.ledger import Ledger
 
 @dataclass(frozen=True)
 class FineTuningRun:
-    """How learning went; curves have a value for every round.
+    """The course of a training run; curves have one value per round.
 
     Attributes:
-        accuracy: On all devices' held-out images, each by its own cluster's model.
-        device_bytes: Between the mean device and its edge so far, both ways; what comes once is in the first round.
-        device_flops: Of the mean device so far, from shapes.
-        parameters: That learn, of one adapter.
+        accuracy: Accuracy on all devices' test images, each scored by its own cluster's model.
+        device_bytes: Bytes between the mean device and its edge so far, both ways; one-time transfers count in the
+            first round.
+        device_flops: Operations of the mean device so far, computed from shapes.
+        parameters: Trainable parameters of one adapter.
     """
 
     accuracy: tuple[float, ...]
@@ -55,7 +56,7 @@ class FineTuningRun:
 
 
 def measure(setup: Setup, clusters: Sequence[Sequence[Site]], kind: Kind, seed: int) -> Measured:
-    """How a network of these devices learns; see ``COLUMNS``."""
+    """Measure how a network of these devices learns; ``COLUMNS`` lists the figures."""
     course = learn(setup.foundation(), clusters, kind, QUICK_ROUNDS if setup.quick else ROUNDS, seed)
     rounds = len(course.accuracy)
     first, last = course.device_bytes[0], course.device_bytes[-1]
@@ -84,21 +85,21 @@ COLUMNS: Mapping[str, Column] = {
     "round_bytes": Column("per device and round", human_bytes),
     "device_flops": Column("operations of a device", "{:.2e}".format),
 }
-"""Of the table of an experiment that ``measure`` does."""
+"""Columns of the table of an experiment that uses ``measure``."""
 
 
 def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, seed: int) -> FineTuningRun:
-    """Let every cluster of devices learn an adapter of its own at an edge of its own.
+    """Train one adapter per cluster of devices, each at an edge of its own.
 
     Args:
-        folder: Of the pre-trained encoder.
-        clusters: Their devices.
-        kind: Of the adapters.
+        folder: The pre-trained encoder.
+        clusters: Devices of each cluster.
+        kind: The kind of adapter.
         num_rounds: Cycles of the network, of one edge round each.
-        seed: Of the adapters' first weights, and the order of the examples.
+        seed: Draws the adapters' initial weights and the order of examples.
 
     Raises:
-        DataError: A device was left out of a round, or an adapter refused.
+        DataError: A device was left out of a round, or an adapter was rejected.
     """
     tiers = _tiers(folder, clusters, kind, num_rounds, seed)
     sites = [site for cluster in clusters for site in cluster]
@@ -111,7 +112,7 @@ def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_roun
         faults += tiers.network.take_faults()
         round_bytes.append(_bytes(tiers) - before)
         refused = [str(verdict) for verdict in tiers.network.absorb() if not verdict.accepted]
-        if faults or refused:  # what is reported is of all devices
+        if faults or refused:  # figures are reported for all devices
             raise DataError("the experiment's network", "; ".join([*faults, *refused]), "lower the learning rate")
         accuracy.append(_accuracy(tiers))
     adapter = tiers.cloud.adapter("cluster-0")[1]
@@ -174,13 +175,13 @@ def _accuracy(tiers: Tiers) -> float:
 
 
 def _bytes(tiers: Tiers) -> int:
-    """Between devices and edges so far."""
+    """Return the bytes between devices and edges so far."""
     reports = [edge.handle(TrafficRequest()) for edge in tiers.edges.values()]
     return sum(each.device_edge_up + each.device_edge_down for each in reports if isinstance(each, TrafficReport))
 
 
 def _flops(folder: Path, sites: Sequence[Site], kind: Kind, num_rounds: int) -> float:
-    """Of all devices in so many rounds."""
+    """Return the operations of all devices in this many rounds."""
     works = {
         "split": Work(once=HEAD_LAYERS),
         "local": Work(once=FIRST_LAYER, from_layer=FIRST_LAYER, passes=EPOCHS * num_rounds, all_learn=kind == "full"),

@@ -1,4 +1,4 @@
-"""What an experiment is: a claim of the paper's, conditions, and what is measured in each of them with every seed."""
+"""An experiment: a claim of the paper, conditions, and a measurement per condition and seed."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +15,15 @@ from gaisnet.research.paper.figures import Drawing
 from gaisnet.research.paper.foundation import FULL, QUICK, pretrained
 
 SEEDS = (0, 1, 2)
-"""Every condition is measured with each of them."""
+"""Seeds with which every condition is measured."""
 
 Value = str | int | float
 Condition = dict[str, Value]
-"""What is the same in the rows that are told apart by their seeds only, by its name in the table."""
+"""Figures that rows differing only by seed have in common, by their name in the table."""
 
 
 class Measured(BaseModel):
-    """What was measured once."""
+    """One measurement."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -32,7 +32,7 @@ class Measured(BaseModel):
 
 
 class Row(Measured):
-    """What was measured in a condition with a seed."""
+    """One measurement of a condition with a seed."""
 
     condition: Condition
     seed: int
@@ -40,18 +40,18 @@ class Row(Measured):
 
     @property
     def key(self) -> str:
-        """The same for the same condition and seed."""
+        """Return a key that is equal for equal condition and seed."""
         return unit_key(self.condition, self.seed)
 
 
 def unit_key(condition: Condition, seed: int) -> str:
-    """What tells a row from all others of its experiment."""
+    """Return a key that is unique within the experiment."""
     return json.dumps([condition, seed], sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure in the table: its heading, and a value of it as text."""
+    """A column of the table: its heading, and a function that formats a value."""
 
     heading: str
     show: Callable[[float], str]
@@ -59,11 +59,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Setup:
-    """What experiments share.
+    """Inputs that experiments share.
 
     Attributes:
-        quick: Do less of everything; the result is there in minutes, and worth less.
-        progress: Told what goes on.
+        quick: Measure less of everything, in minutes; results are rougher.
+        progress: Told about every step.
     """
 
     quick: bool = False
@@ -71,11 +71,11 @@ class Setup:
     _loaded: dict[str, ImageData] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def foundation(self) -> Path:
-        """The folder of the pre-trained ViT. Raises what ``load_images`` and ``pretrained`` do."""
+        """Return the folder of the pre-trained ViT. Raises the errors of ``load_images`` and ``pretrained``."""
         return pretrained(QUICK if self.quick else FULL, self.images("fashion").train, self.progress)
 
     def images(self, name: str) -> ImageData:
-        """See ``load_images``; read once."""
+        """Return the images (see ``load_images``), read once."""
         if name not in self._loaded:
             self._loaded[name] = load_images(name)
         return self._loaded[name]
@@ -83,20 +83,20 @@ class Setup:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One of ``gaisnet paper``.
+    """An experiment of ``gaisnet paper``.
 
     Attributes:
-        name: In the command and in file names.
-        title: Above its section of the report.
-        claim: Of the paper's.
-        method: What is done, in a few sentences.
-        rule: How the figures become a verdict, in words; ``judge`` does it.
-        data: Names of the images that it reads: what is missing is told before anything is measured.
-        conditions: What is measured, with every seed; with True, of a quick run.
-        measure: Once, in a condition with a seed.
-        columns: Of the table, by name of the figure.
-        judge: All rows of all conditions, to a finding.
-        draw: The same, to pictures.
+        name: Its name in the command and in file names.
+        title: The heading of its section of the report.
+        claim: The paper's claim.
+        method: The procedure, in a few sentences.
+        rule: The rule that turns figures into a verdict, in words; ``judge`` implements it.
+        data: Image sets that it needs; missing ones are reported before anything is measured.
+        conditions: Returns the conditions to measure with every seed; True asks for those of a quick run.
+        measure: Measures one condition with one seed.
+        columns: Columns of the table, by the name of the figure.
+        judge: Turns the rows of all conditions into a finding.
+        draw: Turns the same rows into pictures.
     """
 
     name: str
@@ -112,6 +112,6 @@ class Experiment:
     draw: Callable[[Sequence[Row]], Sequence[Drawing]]
 
     def units(self, quick: bool) -> dict[str, tuple[Condition, int]]:
-        """Every condition with every seed, seed by seed, by the key of their row."""
+        """Return every condition with every seed, seed by seed, by the key of their row."""
         every = product(SEEDS, self.conditions(quick))
         return {unit_key(condition, seed): (condition, seed) for seed, condition in every}

@@ -1,4 +1,4 @@
-"""Pictures of an experiment: curves with whiskers over the seeds, as SVG elements in the style of a run's report."""
+"""Pictures of an experiment: curves with whiskers over the seeds, as SVG in the style of a run's report."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,29 +17,29 @@ _LOOKS = tuple(zip(PALETTE, ("-", "--", ":") * 2, "os^Dos", strict=True))
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure over something: for every place on the horizontal axis its values, one a seed."""
+    """A figure along the horizontal axis: at each place, one value per seed."""
 
     label: str
     values: Sequence[tuple[float, Sequence[float]]]
 
     def means(self) -> list[tuple[float, float]]:
-        """Over the seeds, for every place."""
+        """Return the mean over the seeds at every place."""
         return [(place, mean(seeds)) for place, seeds in self.values]
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture of curves that share their axes.
+    """A picture of curves with common axes.
 
     Attributes:
-        title: Above it; every drawing of a report has its own.
-        across: What the horizontal axis is.
-        upward: What the vertical axis is.
-        curves: At most six.
-        show: A value of the vertical axis, as text.
-        logarithmic: The horizontal axis.
-        in_percent: The vertical axis.
-        ticks: On the horizontal axis, one at every place of a curve.
+        title: The heading; unique within a report.
+        across: Label of the horizontal axis.
+        upward: Label of the vertical axis.
+        curves: Six at most.
+        show: Formats a value of the vertical axis.
+        logarithmic: Whether the horizontal axis is logarithmic.
+        in_percent: Whether the vertical axis is in percent.
+        ticks: Labels of the horizontal axis, one at every place of a curve.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Drawing:
 
 
 def drawn(drawing: Drawing) -> str:
-    """As an SVG element: a line through the means, whiskers from the least to the most of the seeds."""
+    """Return an SVG element: a line through the means, whiskers from the lowest to the highest seed."""
     with plain_style():
         figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
         axes = figure.subplots()
@@ -74,13 +74,13 @@ def drawn(drawing: Drawing) -> str:
 
 
 def legend_of(drawing: Drawing) -> list[Line]:
-    """How each curve is drawn, for the legend."""
+    """Return the legend: how each curve is drawn."""
     looks = zip(drawing.curves, _LOOKS, strict=False)
     return [Line(curve.label, [], colour, dash, marker) for curve, (colour, dash, marker) in looks]
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of what was measured with each seed."""
+    """Return the mean over the seeds."""
     return math.fsum(values) / len(values)
 
 
@@ -98,7 +98,7 @@ def _scale(axes: Axes, drawing: Drawing) -> None:
 
 
 def _spoken(drawing: Drawing) -> str:
-    """The picture in words, for those who do not see it."""
+    """Describe the picture in words, for readers who cannot see it."""
     told = [
         f"{curve.label} " + ", ".join(f"{drawing.show(middle)} at {place:g}" for place, middle in curve.means())
         for curve in drawing.curves

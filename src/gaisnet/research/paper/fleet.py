@@ -1,4 +1,4 @@
-"""Devices with images: what the experiments on fine-tuning have in common, and what they differ in."""
+"""Devices with images: the common setting of the fine-tuning experiments, and where they differ."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from gaisnet.research.paper.experiment import Setup
 Kind = Literal["lora", "prompts", "full"]
 Mode = Literal["split", "local"]
 HEAD_LAYERS, FIRST_LAYER = 1, 3
-"""Layers of a device's head, and the first layer that learns; the model has six."""
+"""Layers of a device's head, and the first trained layer; the model has six."""
 
 KINDS: tuple[Kind, ...] = ("prompts", "lora", "full")
 LEARNING_RATES: dict[Kind, float] = {"lora": 4e-3, "prompts": 3e-2, "full": 4e-3}
-"""Each kind's best of a few for devices that learn alone, found with a seed that no experiment uses."""
+"""The best of a few learning rates for devices that train alone, by kind; its seed is used by no experiment."""
 
 NUM_DEVICES, PER_CLASS, EPOCHS = 8, 20, 2
-"""Devices, labelled images of each class that they have together, and passes over them in a round."""
+"""Number of devices, labelled images of each class over all devices, and passes over them per round."""
 
 ROUNDS, QUICK_ROUNDS = 10, 4
-"""How many there are."""
+"""The number of devices."""
 
 _NUM_TEST = 1000
 
@@ -34,7 +34,7 @@ HOW = (
     "best of a few for these. Frames are counted as they cross: activations in int4, logits, their gradients and "
     "adapters in float32. Operations are computed from shapes, as if every layer were computed for every position."
 )
-"""What the experiments on fine-tuning have in common, for their reports."""
+"""The common setting of the fine-tuning experiments, for their reports."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ class Site:
 
 
 NETWORKS: Mapping[str, Sequence[Mode]] = {"hybrid": ("split", "local"), "federated": ("local",), "split": ("split",)}
-"""What devices are in each, in turn."""
+"""Modes of the devices in each network, in turn."""
 
 
 def sites(network: str, devices: Sequence[ImageData]) -> list[Site]:
-    """The devices as one of ``NETWORKS`` has them."""
+    """Return the devices in the modes of one of ``NETWORKS``."""
     return [Site(data, mode) for data, mode in zip(devices, cycle(NETWORKS[network]), strict=False)]
 
 
 def pooled(setup: Setup, seed: int) -> ImageData:
-    """What all devices have together."""
+    """Return the images of all devices together."""
     return sample_images(setup.images("fashion"), PER_CLASS, _NUM_TEST, seed)
 
 
 def dealt(setup: Setup, alpha: float, seed: int) -> list[ImageData]:
-    """Each device's images; the smaller ``alpha``, the fewer labels it has most of. Raises ``DataError``."""
+    """Deal images to devices; a smaller ``alpha`` gives each fewer main labels. Raises ``DataError``."""
     return deal_images(pooled(setup, seed), NUM_DEVICES, alpha, seed)

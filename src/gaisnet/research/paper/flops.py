@@ -1,8 +1,8 @@
-"""Floating-point operations of a device that learns with a ViT, from its shape, whatever kernels compute them.
+"""Floating-point operations of a device that trains with a ViT, computed from the model's shape.
 
-A product of N rows with a weight is two operations per row and weight. A layer passes its gradient back by as many
-again, and by as many once more where its own weights learn. Norms, activations, adapters and the classifier are left
-out.
+A product of N rows with a weight costs two operations per row and weight. Passing the gradient back through a layer
+costs the same again, and once more where the layer's own weights are trained. Norms, activations, adapters and the
+classifier are not counted.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from gaisnet.models.pretrained import pretrained_config
 
 @dataclass(frozen=True)
 class Work:
-    """Of one example.
+    """Work per example.
 
     Attributes:
-        once: Layers that it runs through once, from the embeddings on.
-        from_layer: Layers from here on run there and back in every pass; None if the device has none of them.
-        passes: Over the examples.
-        all_learn: Weights of layers learn, rather than a small adapter.
+        once: Layers that run forward once, starting with the embeddings.
+        from_layer: Layers from here on run forward and backward in every pass; None if the device has none of them.
+        passes: Passes over the examples.
+        all_learn: Whether the layers' weights are trained rather than a small adapter.
     """
 
     once: int
@@ -30,12 +30,12 @@ class Work:
 
 
 def flops_per_example(folder: Path, work: Work) -> float:
-    """Of the ViT in ``folder``."""
+    """Return the operations per example for the ViT in ``folder``."""
     config: Any = pretrained_config(str(folder), str(folder))
     width, num_patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     positions = num_patches + 1
     products = 2 * positions * (4 * width**2 + 2 * width * config.intermediate_size)
-    layer = products + 2 * 2 * positions**2 * width  # attention: queries by keys, and what is seen of values
+    layer = products + 2 * 2 * positions**2 * width  # attention: queries by keys, then weights by values
     embeddings = 2 * num_patches * width * config.num_channels * config.patch_size**2
     there_and_back = 0 if work.from_layer is None else config.num_hidden_layers - work.from_layer
     learned = products if work.all_learn else 0

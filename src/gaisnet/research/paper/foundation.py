@@ -1,6 +1,6 @@
-"""The foundation model of the paper's experiments: a small ViT that the cloud pre-trains without labels, once.
+"""The foundation model of the paper's experiments: a small ViT, pre-trained once without labels.
 
-It is a folder that any loader of ViTs reads, in the cache, under a name that says what it was made of.
+The result is a folder in the cache that any ViT loader reads. Its name says how it was made.
 """
 
 import hashlib
@@ -15,26 +15,26 @@ from gaisnet.models.masked_autoencoder import LEARNED_BY, MaskedSettings, pretra
 from gaisnet.progress import Progress, silent
 
 FULL = MaskedSettings()
-"""Half a million images, about 5 minutes of a core."""
+"""Half a million images: about 5 minutes on one core."""
 
 QUICK = MaskedSettings(steps=800)
-"""About a minute of a core."""
+"""About a minute on one core."""
 
 
 def pretrained(settings: MaskedSettings, images: Images, progress: Progress = silent) -> Path:
-    """The folder of an encoder that was pre-trained on ``images``; their labels are not looked at.
+    """Return the folder of an encoder that was pre-trained on ``images``; labels are not used.
 
     Raises:
-        DataError: Images that the settings do not fit.
-        NotFinite: The loss.
-        CacheNotWritable: The cache.
+        DataError: The settings do not fit the images.
+        NotFinite: The loss is not finite.
+        CacheNotWritable: The cache cannot be written.
     """
     folder = (cache_folder() / f"vit-{_digest(settings, images)}").absolute()
     if folder.is_dir():
         return folder
     make_room_for(folder, CacheNotWritable)
     with one_at_a_time(folder):
-        if not folder.is_dir():  # another process may have made the same meanwhile
+        if not folder.is_dir():  # another process may have finished the same model meanwhile
             encoder = pretrain(settings, images.pixels_NCHW(), progress)
             with replacing_folder(folder, CacheNotWritable) as scratch:
                 encoder.save_pretrained(scratch)

@@ -1,4 +1,4 @@
-"""Hybrid federated split learning against federated, split and pooled: by round, by byte and by operation."""
+"""Hybrid federated split learning against federated, split and pooled training: by round, byte and operation."""
 
 from collections.abc import Sequence
 
@@ -93,4 +93,4 @@ EXPERIMENT = Experiment(
     judge=_judge,
     draw=_draw,
 )
-"""See ``Experiment``."""
+"""The experiment."""

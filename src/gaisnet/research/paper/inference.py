@@ -1,4 +1,4 @@
-"""Split inference at every cut: what each part takes, what crosses, and the latency over links of several speeds."""
+"""Split inference at every cut: time of each part, bytes on the link, and latency over links of several speeds."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -79,7 +79,7 @@ def _judge(rows: Sequence[Row]) -> Finding:
 
 
 def _best(rows: Sequence[Row], figure: str) -> tuple[float, float]:
-    """The cut with the least mean, and that."""
+    """Return the cut with the lowest mean latency, and that mean."""
     return min(curve_over(_AT_DEVICE, rows, figure, figure).means(), key=lambda place: place[1])
 
 
@@ -90,7 +90,7 @@ def _told(best: tuple[float, float], link: Link, model: str) -> str:
 
 
 def _why(rows: Sequence[Row]) -> str:
-    """What decides: whether anything is split at all, for between the ends a later cut only costs."""
+    """Explain what decides whether to split at all; between the two ends, a later cut only costs more."""
     told = []
     for model, num_layers in _LAYERS.items():
         mine = having(rows, {"model": model})
@@ -104,7 +104,7 @@ def _why(rows: Sequence[Row]) -> str:
 
 
 def _least_speed(rows: Sequence[Row], code: TensorCode, num_layers: int) -> str:
-    """Of a link over which the first cut is as quick as all at the device."""
+    """Return the lowest link speed at which the first cut is as fast as running everything on the device."""
     slow, fast = (_LINKS[0], _LINKS[-1])
     slow_s, fast_s = (_mean_of(rows, 0, _latency(code, link)) for link in (slow, fast))
     mbit = (slow_s - fast_s) / (1 / slow.mbit_per_s - 1 / fast.mbit_per_s)
@@ -170,4 +170,4 @@ EXPERIMENT = Experiment(
     judge=_judge,
     draw=_draw,
 )
-"""See ``Experiment``."""
+"""The experiment."""

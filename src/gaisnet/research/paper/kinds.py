@@ -1,4 +1,4 @@
-"""Prompts, LoRA, and all weights of the late layers: what each learns, and what travels."""
+"""Prompts, LoRA and full weights of the late layers: accuracy of each, and bytes that travel."""
 
 from collections.abc import Sequence
 
@@ -84,4 +84,4 @@ EXPERIMENT = Experiment(
     judge=_judge,
     draw=_draw,
 )
-"""See ``Experiment``."""
+"""The experiment."""

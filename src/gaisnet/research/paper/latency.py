@@ -1,4 +1,4 @@
-"""Where the time of a split inference goes: one image through device, link and edge, each part measured by itself.
+"""Latency of a split inference: one image through device, link and edge, each part timed by itself.
 
 Shape legend: B sequences (1), T positions, D hidden size, C classes.
 """
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Link:
-    """Between a device and its edge, and how much slower than the edge the device computes.
+    """The link between a device and its edge, and the device's relative speed.
 
     Attributes:
-        mbit_per_s: Each way.
-        round_trip_s: Of a message without a length.
-        slower: What the edge does in a second, the device does in so many.
+        mbit_per_s: Bandwidth in each direction.
+        round_trip_s: Round trip of an empty message.
+        slower: Factor by which the device is slower than the edge.
     """
 
     mbit_per_s: float
@@ -40,12 +40,12 @@ class Link:
     slower: float = 4.0
 
     def seconds(self, at_device_s: float, at_edge_s: float, size_bytes: float) -> float:
-        """From an image to its logits at the device; where nothing crosses, there is no round trip either.
+        """Return the seconds from an image to its logits at the device; without a crossing there is no round trip.
 
         Args:
-            at_device_s: Work of the device, as it was measured where the edge is.
-            at_edge_s: Work of the edge.
-            size_bytes: Of all frames, both ways.
+            at_device_s: Seconds of the device's work, measured on this machine.
+            at_edge_s: Seconds of the edge's work.
+            size_bytes: Bytes of all frames, both ways.
         """
         crossing_s = self.round_trip_s + 8e-6 * size_bytes / self.mbit_per_s if size_bytes else 0.0
         return self.slower * at_device_s + crossing_s + at_edge_s
@@ -53,7 +53,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Both frames of an inference in one code: seconds to write and to read them on this machine, and bytes."""
+    """Both frames of an inference in one tensor code: seconds to encode and decode on this machine, and bytes."""
 
     at_device_s: float
     at_edge_s: float
@@ -63,13 +63,13 @@ class Crossing:
 
 @dataclass(frozen=True)
 class Cut:
-    """A classifier cut in two, and what is on either side for one image.
+    """A classifier cut in two, with one image.
 
     Attributes:
-        head: At the device.
-        body: At the edge.
+        head: The device's part.
+        body: The edge's part.
         pixels: [1, channels, height, width].
-        repeats: Every part is run so often; what counts is the median.
+        repeats: Number of runs of each part; the median counts.
     """
 
     head: EncoderHead
@@ -79,7 +79,7 @@ class Cut:
 
     @classmethod
     def of(cls, model: ViTForImageClassification, num_layers: int, pixels: Tensor, repeats: int) -> "Cut":
-        """After ``num_layers``; frozen, as devices and edges hold their parts. Raises ``CutError``."""
+        """Cut after ``num_layers`` layers; both parts are frozen, as on devices and edges. Raises ``CutError``."""
         encoder = Encoder(model.requires_grad_(False).eval())
         head, body = cut_encoder(encoder, CutLayers(num_layers))
         freeze_linears(*encoder.layers, model.classifier)
@@ -87,7 +87,7 @@ class Cut:
 
     @torch.no_grad()
     def compute(self) -> tuple[float, float, float]:
-        """Seconds of the head, of the body's layers, and of the end of the model with its classifier."""
+        """Time the head, the body's layers, and the end of the model with its classifier, in seconds."""
         head_s, hidden_BTD = self._timed(lambda: self.head(self.pixels))
         body_s, rows_BD = self._timed(lambda: self.body.run(hidden_BTD, pick=first_rows))
         classifier_s, _ = self._timed(lambda: self.body.classify(rows_BD))
@@ -95,7 +95,7 @@ class Cut:
 
     @torch.no_grad()
     def crossing(self, code: TensorCode) -> Crossing:
-        """Smashed data up and logits down, written and read by the network's codec."""
+        """Encode and decode smashed data (up) and logits (down) with the network's codec."""
         codec = Codec(WireSettings(smashed=code, body_output=code))
         hidden_BTD = self.head(self.pixels)
         logits_BC = self.body.classify(self.body.run(hidden_BTD, pick=first_rows))

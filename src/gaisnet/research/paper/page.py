@@ -1,6 +1,6 @@
-"""The report of ``gaisnet paper``: one page that holds everything, claim by claim.
+"""The report of ``gaisnet paper``: one self-contained page, claim by claim.
 
-What the paper says, what was measured, and the verdict, also where they disagree. The same results give the same bytes.
+It shows the claim, the figures and the verdict, also where they disagree. Equal results give equal bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,12 +24,12 @@ _CSS = (
 
 
 def render_page(experiments: Sequence[Experiment], results: Mapping[str, Result], quick: bool) -> str:
-    """The whole page; it refers to nothing outside itself.
+    """Render the whole page; it refers to nothing outside itself.
 
     Args:
-        experiments: All that there are.
-        results: By their names, as far as they were measured.
-        quick: Whether less was done of everything; the page says so.
+        experiments: All experiments.
+        results: Results by the experiments' names, as far as they were measured.
+        quick: Whether the run was quick; the page says so.
     """
     found = [(one, results.get(one.name)) for one in experiments]
     findings = {one.name: result.finding_of(one) if result else None for one, result in found}
@@ -86,7 +86,7 @@ def _section(one: Experiment, rows: Sequence[Row], finding: Finding | None) -> s
 
 
 def _table(columns: Mapping[str, Column], rows: Sequence[Row]) -> str:
-    """A line per condition: mean, least and most over the seeds of each figure."""
+    """Render one line per condition: mean, lowest and highest value over the seeds of each figure."""
     alike: dict[tuple[str | int | float, ...], list[Row]] = {}
     for row in rows:
         alike.setdefault(tuple(row.condition.values()), []).append(row)
@@ -113,7 +113,7 @@ def _panel(drawing: Drawing) -> str:
 
 
 def _machines(results: Mapping[str, Result]) -> str:
-    """On what it was measured, and how long that took."""
+    """Describe the machines, and how long the measurements took."""
     names = {name: field for name, field in Machine.model_fields.items()}
     head = "".join(f'<th scope="col">{name}</th>' for name in ("", "wall time", "rows", *names))
     rows = []

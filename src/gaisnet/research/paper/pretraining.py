@@ -1,4 +1,4 @@
-"""Pre-trained against from scratch: the same ViT, the same few labels, the same steps; and raw pixels beside both."""
+"""Pre-trained against from scratch: the same ViT, labels and steps; raw pixels as a second baseline."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from gaisnet.runs.table import percent
 
 _DATA = ("fashion", "digits")
 _PRETRAINED, _SCRATCH, _PIXELS = _STARTS = ("pre-trained", "from scratch", "pixels")
-_NUM_TEST, _LEARNING_RATE = 500, 1e-3  # digits hold out 599
+_NUM_TEST, _LEARNING_RATE = 500, 1e-3  # digits have a test set of 599
 
 
 def _conditions(quick: bool) -> Sequence[Condition]:
@@ -45,7 +45,7 @@ def _vit_accuracy(is_pretrained: bool, data: ImageData, per_class: int, seed: in
 
 
 def _steps(per_class: int, quick: bool) -> int:
-    """Enough that both starts have learned what they learn from by heart, and the same for both."""
+    """Return enough steps for both starts to fit the training set completely; the same for both."""
     return 60 if quick else 100 + 4 * per_class
 
 
@@ -61,7 +61,7 @@ def _judge(rows: Sequence[Row]) -> Finding:
 
 
 def _beside_pixels(rows: Sequence[Row]) -> str:
-    """What the two are worth: how often they are above a model that knows nothing of images."""
+    """Count how often the two are better than a model that knows nothing of images."""
     told = []
     for start in (_PRETRAINED, _SCRATCH):
         found = [pairs for _, pairs in paired(rows, "start", start, _PIXELS, "accuracy")]
@@ -112,4 +112,4 @@ EXPERIMENT = Experiment(
     judge=_judge,
     draw=_draw,
 )
-"""See ``Experiment``."""
+"""The experiment."""

@@ -1,4 +1,4 @@
-"""``NAME.json`` of an experiment: every row as soon as it is measured, and on what machine."""
+"""``NAME.json`` of an experiment: every row as soon as it is measured, and the machine that measured it."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from gaisnet.research.paper.experiment import Experiment, Row
 
 
 class Machine(BaseModel):
-    """Where it was measured, and with what."""
+    """The machine and the versions of a measurement."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,7 +32,7 @@ class Machine(BaseModel):
 
     @classmethod
     def present(cls) -> Self:
-        """This one."""
+        """Describe this machine."""
         return cls(
             cores=os.cpu_count() or 1,
             threads=torch.get_num_threads(),
@@ -46,7 +46,7 @@ class Machine(BaseModel):
 
 
 class Result(BaseModel):
-    """All of the file."""
+    """Contents of the file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
@@ -59,39 +59,42 @@ class Result(BaseModel):
 
     @property
     def seconds(self) -> float:
-        """Wall time of all rows."""
+        """Return the wall time of all rows, in seconds."""
         return sum(row.seconds for row in self.rows)
 
     def with_row(self, row: Row) -> Self:
-        """The same with one more."""
+        """Return a copy with one more row."""
         return self.model_copy(update={"rows": (*self.rows, row)})
 
     def finding_of(self, experiment: Experiment) -> Finding | None:
-        """What all of its rows say; None while some are missing."""
+        """Judge all rows; None while some are missing."""
         rows = self.rows_of(experiment)
         return experiment.judge(rows) if len(rows) == len(experiment.units(self.quick)) else None
 
     def rows_of(self, experiment: Experiment) -> list[Row]:
-        """Those of the experiment's present conditions, in their order; fewer than its units while some are missing."""
+        """Return the rows of the experiment's present conditions, in their order.
+
+        Fewer than its units while some are missing.
+        """
         rows = {row.key: row for row in self.rows}
         return [rows[key] for key in experiment.units(self.quick) if key in rows]
 
 
 def path_of(out: Path, name: str) -> Path:
-    """Where an experiment's rows are."""
+    """Return the path of an experiment's file."""
     return out / f"{name}.json"
 
 
 def method_of(experiment: Experiment) -> str:
-    """What sets its rows apart from those of another version of it."""
+    """Return a description of the method; rows measured by another one are refused."""
     return f"{experiment.method} {experiment.rule}"
 
 
 def read_result(out: Path, experiment: Experiment, quick: bool) -> Result | None:
-    """What was measured of an experiment so far; None if nothing.
+    """Read the rows measured so far; None if there are none.
 
-    Raises ``ConfigError`` where the file is no result, or of a run that was quick and this one is not, or the reverse,
-    or was measured by another method or with other versions.
+    Raises ``ConfigError`` if the file is not a result, comes from a quick run and this one is not (or the reverse), or
+    was measured by another method or with other versions.
     """
     name = experiment.name
     path = path_of(out, name)
@@ -119,5 +122,5 @@ def read_result(out: Path, experiment: Experiment, quick: bool) -> Result | None
 
 
 def write_result(out: Path, result: Result) -> None:
-    """Whole or not at all. Raises ``OutputNotWritable``."""
+    """Write the file whole or not at all. Raises ``OutputNotWritable``."""
     write_text(path_of(out, result.experiment), result.model_dump_json(indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Rows put beside each other: those of a condition, figures over its values or along curves, conditions in pairs."""
+"""Queries over rows: rows of a condition, figures over its values or along curves, pairs of conditions."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ from gaisnet.research.paper.experiment import Condition, Row, Value
 from gaisnet.research.paper.figures import Curve, mean
 
 Pairs = list[tuple[float, float]]
-"""A figure in one condition and in another, with the same seed; a pair for each."""
+"""Pairs of a figure in two conditions, one pair per seed."""
 
 
 def having(rows: Sequence[Row], part: Condition) -> list[Row]:
-    """Those whose condition has all values of ``part``."""
+    """Return the rows whose condition has all values of ``part``."""
     return [row for row in rows if part.items() <= row.condition.items()]
 
 
 def curve_over(across: str, rows: Sequence[Row], figure: str, label: str) -> Curve:
-    """A figure over what the condition says of ``across``, a number; every seed's value of it."""
+    """Return a figure over the number that the condition gives for ``across``, with every seed's value."""
     values: dict[float, list[float]] = {}
     for row in rows:
         values.setdefault(float(row.condition[across]), []).append(row.figures[figure])
@@ -23,21 +23,21 @@ def curve_over(across: str, rows: Sequence[Row], figure: str, label: str) -> Cur
 
 
 def curve_along(across: str, rows: Sequence[Row], upward: str, label: str, unit: float = 1.0) -> Curve:
-    """Of what rows have as curves, one over another: where the seeds are on average, in ``unit``, and their values."""
+    """Return a figure along the rows' own curves: the seeds' mean position in ``unit``, and their values."""
     places = [mean(at) / unit for at in zip(*(row.curves[across] for row in rows), strict=True)]
     values = zip(*(row.curves[upward] for row in rows), strict=True)
     return Curve(label, list(zip(places, values, strict=True)))
 
 
 def mean_of(rows: Sequence[Row], part: Condition, figure: str) -> float:
-    """Over all rows whose condition has all values of ``part``."""
+    """Return the mean over all rows whose condition has all values of ``part``."""
     return mean([row.figures[figure] for row in having(rows, part)])
 
 
 def paired(rows: Sequence[Row], by: str, one: Value, other: Value, figure: str) -> list[tuple[Condition, Pairs]]:
-    """A figure where the condition says ``one`` of ``by`` and where it says ``other``, all else being the same.
+    """Pair a figure between conditions that differ only in ``by``: ``one`` against ``other``.
 
-    What else there is of the conditions comes in the order of ``rows``. Raises ``KeyError`` where there is no other.
+    Other values of the conditions keep the order of ``rows``. Raises ``KeyError`` if a counterpart is missing.
     """
     values = {row.key: row.figures[figure] for row in rows}
     found: dict[str, tuple[Condition, Pairs]] = {}

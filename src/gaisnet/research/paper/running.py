@@ -1,4 +1,4 @@
-"""``gaisnet paper``: experiments one after another, each row kept as soon as it is measured, and the report of all."""
+"""``gaisnet paper``: runs experiments one after another, keeps each row at once, and writes one report."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ REPORT = "report.html"
 def run_paper(
     experiments: Sequence[Experiment], out: Path, setup: Setup, only: Sequence[str] = ()
 ) -> dict[str, Result]:
-    """Measure what ``out`` lacks, and write ``report.html`` after each experiment; results by name, so far.
+    """Measure the rows that ``out`` lacks, and write ``report.html`` after each experiment; return results by name.
 
-    A run that was killed goes on after its last row. Experiments that are not among ``only`` are in the report if they
-    were measured before.
+    A killed run resumes after its last row. Experiments outside ``only`` appear in the report if they were measured
+    before.
 
     Raises:
-        ConfigError: ``only`` names one that does not exist, or ``out`` holds the results of another kind of run.
+        ConfigError: ``only`` names an unknown experiment, or ``out`` holds results of another kind of run.
         OutputInUse: Another process measures into ``out``.
-        OutputNotWritable: ``out``.
-        MissingPackage: Images that an experiment needs, before anything is measured.
-        GaisnetError: What keeps an experiment from being measured.
+        OutputNotWritable: ``out`` cannot be written.
+        MissingPackage: Images of an experiment are missing; raised before anything is measured.
+        GaisnetError: An experiment cannot be measured.
     """
     known = {experiment.name: experiment for experiment in experiments}
     for name in only:

@@ -1,4 +1,4 @@
-"""How much devices' labels differ, from one label for most to all alike, and what that costs."""
+"""Label skew: from devices with one main label each to devices that are all alike, and its cost."""
 
 from collections.abc import Sequence
 
@@ -58,4 +58,4 @@ EXPERIMENT = Experiment(
     judge=_judge,
     draw=_draw,
 )
-"""See ``Experiment``."""
+"""The experiment."""
