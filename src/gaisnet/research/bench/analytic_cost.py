@@ -1,8 +1,8 @@
-"""What a device and an edge would pay for a model of any size, from its shape alone: memory, bytes, operations.
+"""Cost of a model of any size for a device and an edge, from its shape alone: memory, bytes, operations.
 
-Checked against runs in the tests, and in docs/decisions/0010-scale-and-cost-on-paper.md. Devices hold head, last norm
-and vocabulary as ``device_precision`` says, and no layers of the tail; at an edge, layers between the longest head and
-the adapters are held as ``domain.precision`` says, all others in ``model.dtype``.
+Tests compare it with runs; docs/decisions/0010-scale-and-cost-on-paper.md has the figures. Devices hold head, last norm
+and vocabulary in ``device_precision``, and no layers of the tail. At an edge, layers between the longest head and the
+adapters are held in ``domain.precision``, all others in ``model.dtype``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ from gaisnet.tiers.split.layout import Layout
 from gaisnet.transport.codec import Codec
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_NUMBER_BYTES = 4  # of an example's number, length or count of labels; of a scale
-_MODELS: dict[str, dict[str, Any]] = {  # by the public configurations: shape, layers before the adapters, dtype
+_NUMBER_BYTES = 4  # bytes of an example's number, of a length, of a count of labels, of a scale
+_MODELS: dict[str, dict[str, Any]] = {  # published configurations: shape, layers before the adapters, dtype
     "SmolLM2 135M": {"shape": (576, 30, 9, 3, 1536, 49_152, True), "first_layer": 18, "dtype": "float32"},
     "Llama 3.2 1B": {"shape": (2048, 16, 32, 8, 8192, 128_256, True), "first_layer": 10, "dtype": "bfloat16"},
     "Llama 2 7B": {"shape": (4096, 32, 32, 32, 11_008, 32_000, False), "first_layer": 19, "dtype": "bfloat16"},
@@ -42,7 +42,7 @@ _SHAPE = (
 
 
 class Cost(BaseModel):
-    """Of one model and one kind of work. A sample is an example in one epoch."""
+    """Cost of one model and one kind of work. A sample is one example in one epoch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,19 +57,19 @@ class Cost(BaseModel):
 
 @dataclass(frozen=True)
 class Work:
-    """What is learned, in means over examples."""
+    """The training work, in means over examples."""
 
-    positions: float  # of an example's input
+    positions: float  # input positions of an example
     labels: float
-    frames: float  # messages each way, per sample: one tells a device all that a step wants of it
-    devices: float = 0.0  # per example
+    frames: float  # messages each way per sample; one carries all that a step asks of a device
+    devices: float = 0.0  # devices per example
 
     @classmethod
     def of(cls, examples: Mapping[str, Sequence[Tokens]], batch_size: int) -> "Work":
-        """The examples of an edge's devices, by device."""
+        """Describe the examples of an edge's devices, by device."""
         every = [tokens for mine in examples.values() for tokens in mine]
         batch = min(batch_size, len(every))
-        # How many devices have examples in a batch, as if each example were drawn from all.
+        # Expected devices in a batch, as if each example were drawn from all.
         owners = sum(1 - (1 - len(mine) / len(every)) ** batch for mine in examples.values())
         positions = sum(len(tokens.input_ids) for tokens in every) / len(every)
         labels = sum(len(tokens.label_ids) for tokens in every) / len(every)
@@ -77,11 +77,14 @@ class Work:
 
 
 _PAPER = Work(positions=15.9, labels=2.33, frames=0.187, devices=3 / 630)
-"""As ``Work.of`` finds it for configs/bench.yaml: 630 short medical descriptions at three devices."""
+"""Work of configs/bench.yaml: 630 short medical descriptions on three devices."""
 
 
 def cost(model: PretrainedConfig, config: Config, work: Work) -> Cost:
-    """Of fine-tuning ``model`` with the cuts, settings and wire codes of ``config``. Raises ``CutError``."""
+    """Compute the cost of fine-tuning ``model`` with ``config``'s cuts, settings and wire codes.
+
+    Raises ``CutError``.
+    """
     shape = Shape.of(model)
     layout = Layout(config, shape.num_layers)
     tune, head, first = config.fine_tune, layout.last_cut, layout.first_adapted
@@ -102,7 +105,7 @@ def cost(model: PretrainedConfig, config: Config, work: Work) -> Cost:
 
 
 def costs_on_paper() -> dict[str, Cost]:
-    """Of the network of configs/bench.yaml with models of several sizes, by name."""
+    """Compute the costs of configs/bench.yaml's network for models of several sizes, by name."""
     return {name: cost(_model(given["shape"]), _config(given), _PAPER) for name, given in _MODELS.items()}
 
 
@@ -125,7 +128,7 @@ def _config(given: Mapping[str, Any]) -> Config:
 
 
 def _wire_bytes(model: PretrainedConfig, config: Config, work: Work) -> tuple[float, float]:
-    """Per sample, up and down."""
+    """Return bytes per sample, up and down."""
     width, wire, codec = int(model.hidden_size), config.wire, Codec(config.wire)
     row_1D, one_E = torch.zeros(1, width), torch.ones(1, dtype=torch.int32)
     output, grad = row_bytes(width, wire.body_output), row_bytes(width, wire.gradient)
@@ -134,7 +137,7 @@ def _wire_bytes(model: PretrainedConfig, config: Config, work: Work) -> tuple[fl
     whole = _size(codec, SmashedData("device-1", "train", 1, one_E, one_E.clone(), row_1D))
     once = work.devices * (
         whole - row_bytes(width, wire.smashed) - 2 * _NUMBER_BYTES
-    )  # the header of all of a device's rows
+    )  # one header for all of a device's rows
     smashed = (
         work.positions * row_bytes(width, wire.smashed) + 2 * _NUMBER_BYTES + once
     ) / config.fine_tune.local_epochs
@@ -147,7 +150,7 @@ def _size(codec: Codec, message: Message) -> int:
 
 
 def _linears(model: PretrainedConfig) -> list[tuple[int, int]]:
-    """Inputs and outputs of the matrices of a layer: query, key, value, output; gate, up, down."""
+    """Return inputs and outputs of a layer's matrices: query, key, value, output; gate, up, down."""
     width, inner = int(model.hidden_size), int(model.intermediate_size)
     head = int(getattr(model, "head_dim", None) or width // int(model.num_attention_heads))
     queries, keys = head * int(model.num_attention_heads), head * int(model.num_key_value_heads)
@@ -156,7 +159,7 @@ def _linears(model: PretrainedConfig) -> list[tuple[int, int]]:
 
 
 def _layer_bytes(model: PretrainedConfig, size: int, int8: bool = False) -> int:
-    """Of one layer's weights and its two norms; an int8 matrix has a scale for each input and each output."""
+    """Return the bytes of a layer's weights and two norms; int8 adds a scale per input and per output."""
     norms = 2 * int(model.hidden_size) * size
     if int8:
         return norms + sum(each * out + _NUMBER_BYTES * (each + out) for each, out in _linears(model))
@@ -164,7 +167,7 @@ def _layer_bytes(model: PretrainedConfig, size: int, int8: bool = False) -> int:
 
 
 def _device_weights(model: PretrainedConfig, config: Config, head: int) -> int:
-    """Norms stay in ``model.dtype``, whatever the device's precision is."""
+    """Return the bytes of a device's weights; norms stay in ``model.dtype`` at any device precision."""
     size, width = _BYTES[config.model.dtype], int(model.hidden_size)
     vocabularies = 1 if model.tie_word_embeddings else 2
     code = config.model.dtype if config.device_precision == "float32" else config.device_precision
@@ -181,6 +184,6 @@ def _edge_weights(model: PretrainedConfig, layout: Layout) -> int:
 
 
 def _adapter_bytes(model: PretrainedConfig, layout: Layout) -> int:
-    """All matrices of a layer have one."""
+    """Return the bytes of an adapter on all matrices of its layers."""
     per_layer = sum(each + out for each, out in _linears(model)) * layout.config.adapters.rank
     return per_layer * len(layout.domain_spec().layers) * _BYTES["float32"]

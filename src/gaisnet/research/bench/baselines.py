@@ -1,7 +1,7 @@
-"""What a finished run is held against: its own examples, learned from where they may not be, alone, or not at all.
+"""Baselines for a finished run, on its own examples: pooled data, each edge alone, from scratch, zero- and few-shot.
 
-Each baseline is written into the run's summary and report as soon as it is there, so that one that is stopped goes on
-with the next.
+Each baseline is written into the run's summary and report as soon as it is measured, so a stopped measurement resumes
+with the next one.
 """
 
 import random
@@ -30,28 +30,28 @@ from gaisnet.runs.run import hold_against, kept_config, kept_summary
 from gaisnet.runs.summary import Baselines, Summary
 
 SHOTS = 8
-"""Examples in the prompt of ``few_shot``."""
+"""Number of examples in the prompt of ``few_shot``."""
 
-_SCRATCH_LEARNING_RATE = 5e-4  # of all weights; LoRA's would be far too high for them
+_SCRATCH_LEARNING_RATE = 5e-4  # for all weights; LoRA's would be far too high
 
 KINDS = tuple(name for name in Baselines.model_fields if name != "cycles")
-"""What is measured, cheap or dear, in the order of the summary."""
+"""All baselines, in the order of the summary."""
 
 One = Callable[[Config, DomainData, int, int], float]
-"""Measures a baseline on one domain: settings with the whole run's passes, examples, layers of a DM, seed."""
+"""Measures one domain, given settings with the whole run's passes, examples, the number of a DM's layers, a seed."""
 
 
 def measure_baselines(
     out: Path, progress: Progress = silent, kinds: Sequence[str] = KINDS, overrides: Sequence[str] = ()
 ) -> Summary:
-    """Measure what the run in ``out`` lacks of some of ``KINDS``; its examples must be on this machine.
+    """Measure those of ``KINDS`` that the run in ``out`` lacks; its examples must be on this machine.
 
-    Those of another number of cycles are dropped. ``overrides`` as for ``kept_config``.
+    Baselines of another number of cycles are dropped. ``overrides`` as for ``kept_config``.
 
     Raises:
         NothingToResume: There is no run.
-        ConfigError: It has not finished a cycle.
-        GaisnetError: What keeps a model or the examples from being loaded, or the model is an encoder.
+        ConfigError: The run has not finished a cycle.
+        GaisnetError: A model or the examples cannot be loaded, or the model is an encoder.
     """
     with RunFolder.resume(out) as folder:
         config, summary = kept_config(folder, overrides), kept_summary(folder)
@@ -59,7 +59,7 @@ def measure_baselines(
         learning = [edge.domain for edge in config.learning_edges()]
         if not cycles:
             raise ConfigError(f"baselines of '{out}'", "it has not finished a cycle", f"gaisnet run --resume {out}")
-        read_config(config.model)  # an encoder is refused: it completes nothing
+        read_config(config.model)  # refuse an encoder, which completes nothing
         found = summary.baselines
         if found is None or found.cycles != cycles:
             found = Baselines(cycles=cycles)
@@ -81,9 +81,9 @@ def measure_baselines(
 
 
 def _with_all_passes(config: Config, data: DomainData, cycles: int) -> Config:
-    """Learning at once what the network learns over its cycles: as many passes, to the nearest one.
+    """Return settings for training at once as long as the network trains over all cycles, to the nearest whole pass.
 
-    The last mile begins anew in every cycle: the last one counts, for the share of the examples that it sees.
+    The last mile starts anew in every cycle, so the last one counts, for its share of the examples.
     """
     tune = config.fine_tune
     travelling = {name for edge in config.learning_edges() for name in edge.travelling}
@@ -97,9 +97,9 @@ def _with_all_passes(config: Config, data: DomainData, cycles: int) -> Config:
 def without_relay(
     config: Config, domains: Mapping[str, DomainData], cycles: int, progress: Progress = silent
 ) -> dict[str, float]:
-    """Every edge with its devices and its DM, as they come from the cloud, without a relay: accuracies by domain.
+    """Train every edge alone with its devices and its DM, without a relay; return accuracies by domain.
 
-    They learn for as many cycles, but nothing goes up or down in between. Newcomers learn nothing.
+    They train for as many cycles, but nothing goes up or down in between. Newcomers are not trained.
     """
     config = config.model_copy(update={"relay": config.relay.model_copy(update={"enabled": False})})
     shapes = {name: TaskTemplate(data.template, data.labels) for name, data in domains.items()}
@@ -119,13 +119,13 @@ def without_relay(
 
 
 def pooled(config: Config, data: DomainData, num_layers: int, seed: int) -> float:
-    """LoRA on all layers of the FM, with transformers' Trainer and peft."""
+    """Train LoRA on all layers of the FM with transformers' Trainer and peft."""
     task = _task(config, data)
     return _learned(adapted(task, False, seed), task, seed)
 
 
 def from_scratch(config: Config, data: DomainData, num_layers: int, seed: int) -> float:
-    """A model of the FM's shape with as many layers as a DM, all of its weights learned from nothing."""
+    """Train a model of the FM's shape with a DM's number of layers from scratch."""
     task = _task(config, data, _SCRATCH_LEARNING_RATE)
     shape = task.foundation_config()
     shape.num_hidden_layers = num_layers
@@ -139,21 +139,21 @@ def from_scratch(config: Config, data: DomainData, num_layers: int, seed: int) -
 
 
 def _learned(model: Any, task: Task, seed: int) -> float:
-    """Accuracy after all passes. The learning rate falls to zero, as the Trainer has it unless it is told.
+    """Return the accuracy after all passes. The learning rate falls to zero, the Trainer's default.
 
-    Logits are made of answers only, which takes less time for the same losses.
+    Logits are computed for answers only, which is faster and gives the same losses.
     """
     train(model, replace(task, test=()), seed, "linear", answered)
     return accuracy(model.eval(), task.test)
 
 
 def zero_shot(config: Config, data: DomainData, num_layers: int, seed: int) -> float:
-    """The FM as it is, asked as the examples ask."""
+    """Score the FM as it is on the examples' prompts."""
     return _asked(config, data, 0, seed)
 
 
 def few_shot(config: Config, data: DomainData, num_layers: int, seed: int) -> float:
-    """The FM as it is, with some training examples before the question."""
+    """Score the FM as it is with some training examples before the prompt."""
     return _asked(config, data, SHOTS, seed)
 
 
@@ -165,19 +165,19 @@ def _task(config: Config, data: DomainData, learning_rate: float | None = None) 
 
 
 def _asked(config: Config, data: DomainData, num_shots: int, seed: int) -> float:
-    """Held-out prompts as everybody sees them, a context's worth of tokens at most, and so each example before them."""
+    """Return test prompts as all contenders see them, and the shots before them, within the context."""
     foundation = load_foundation(config.model, plain=True)
     task = Task.of(config, data)
     shots = random.Random(seed).sample(task.pooled, min(num_shots, len(task.pooled)))
     opening, gap = opening_ids(foundation.tokenizer), continuing_ids(foundation.tokenizer, "\n\n")
     shown = [token for shot in shots for token in (*shot.input_ids[len(opening) :], *gap)]
     shown = [*opening, *shown] if shots else []
-    skipped = len(opening) if shots else 0  # one text opens once
+    skipped = len(opening) if shots else 0  # a text is opened once
     return accuracy(foundation.model, [_open_ended(tokens, skipped) for tokens in task.test], shown)
 
 
 def _open_ended(tokens: Tokens, skipped: int) -> Tokens:
-    """The same example without its first tokens; its answer need not end where the completion does."""
+    """Return the same example without its first tokens; its answer may go on after the completion."""
     return Tokens(tokens.input_ids[skipped:-1], tokens.label_ids[:-1])
 
 

@@ -1,7 +1,7 @@
-"""Fine-tuning by GaisNet and by what a user would pick instead: one model, the same examples, steps and settings.
+"""Fine-tuning by GaisNet and by its alternatives: one model, the same examples, steps and settings.
 
-Contenders take turns, round after round, each round with a seed of its own, so that a machine whose speed changes
-changes it for all. Quickest is whoever learns most samples per second; whether it has learned is another column.
+Contenders take turns, round after round, each round with its own seed, so that a change in the machine's speed affects
+all of them. Speed counts samples per second; accuracy is a separate column.
 """
 
 import gc
@@ -33,7 +33,7 @@ FILE_NAME = "bench.json"
 
 
 class Figures(BaseModel):
-    """Of one contender."""
+    """Figures of one contender."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,7 +51,7 @@ class Figures(BaseModel):
 
 
 class Contenders(BaseModel):
-    """All of them."""
+    """Figures of all contenders."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,7 +63,7 @@ class Contenders(BaseModel):
 
 
 class Ratios(BaseModel):
-    """What the command is for; each is taken within a round."""
+    """Ratios, each taken within a round: the purpose of the command."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -74,7 +74,7 @@ class Ratios(BaseModel):
 
 
 class Reference(BaseModel):
-    """The domain model in one piece on pooled data, Trainer and peft, adapters on GaisNet's layers: no contender."""
+    """The unsplit domain model on pooled data, Trainer and peft, adapters on GaisNet's layers; not a contender."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -83,7 +83,7 @@ class Reference(BaseModel):
 
 
 class Differences(BaseModel):
-    """GaisNet's accuracy minus another's, each within a round; step by step from its own model to the best."""
+    """Differences of accuracy between GaisNet and others within a round, from its own unsplit model to the best."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -95,7 +95,7 @@ class Differences(BaseModel):
 
 
 class LearningFigures(BaseModel):
-    """All of ``bench.json``."""
+    """Contents of ``bench.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
@@ -112,18 +112,18 @@ class LearningFigures(BaseModel):
 
 @dataclass
 class _Kept:
-    """Of one contender, a value a round."""
+    """Results of one contender, one value per round."""
 
     results: list[Result] = field(default_factory=list)
     peaks: list[int] = field(default_factory=list)
 
 
 def measure_learning(config: Config, rounds: int = 5, progress: Progress = silent) -> LearningFigures:
-    """Let all contenders learn what the devices of the one edge of ``config`` hold. Raises ``GaisnetError``.
+    """Train all contenders on the examples of the one edge of ``config``. Raises ``GaisnetError``.
 
     Args:
-        config: One edge whose devices are split; batch size, epochs and the like are those of all contenders.
-        rounds: How often; every figure is a median of them.
+        config: One edge with split devices; batch size, epochs and the like hold for all contenders.
+        rounds: Number of rounds; every figure is their median.
         progress: Told about every turn.
     """
     check_contest(config)
@@ -142,7 +142,7 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
     for number in range(rounds):
         for at, (name, contender) in enumerate(_turned(contenders, number)):
             progress("bench_learning", number * turns + at, rounds * turns, {})
-            gc.collect()  # what another one left behind would cost this one fresh pages of memory
+            gc.collect()  # freed memory of one contender must not cost the next one fresh pages
             kept[name].results.append(contender.run(task, config.seed + number))
             kept[name].peaks.append(contender.device_peak_bytes(task, config.seed + number))
         progress("bench_learning", number * turns + turns - 1, rounds * turns, {})
@@ -167,7 +167,7 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
 
 
 def check_contest(config: Config) -> None:
-    """Raise ``ConfigError`` for a network that the contenders cannot all learn on."""
+    """Raise ``ConfigError`` for a network that some contender cannot train on."""
     if len(config.edges) != 1:
         raise ConfigError("the contest's edges", f"there are {len(config.edges)}", "name one, all learn its domain")
     local = [device.name for _, device in config.each_device() if device.mode != "split"]
@@ -182,12 +182,12 @@ def check_contest(config: Config) -> None:
 
 
 def write_learning(figures: LearningFigures, path: Path) -> None:
-    """Put them into a file. Raises ``OutputNotWritable``."""
+    """Write the figures to a file. Raises ``OutputNotWritable``."""
     write_text(path, figures.model_dump_json(indent=2) + "\n")
 
 
 def _turned(contenders: Mapping[str, Contender], by: int) -> Iterable[tuple[str, Contender]]:
-    """Another one begins in every round."""
+    """Rotate, so that each round starts with another contender."""
     every = list(contenders.items())
     first = by % len(every)
     return [*every[first:], *every[:first]]

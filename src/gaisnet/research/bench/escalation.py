@@ -1,4 +1,4 @@
-"""What the model 'auto' keeps of always asking the foundation model (FM), thresholds judged where none is chosen."""
+"""The gain that the model 'auto' keeps of always asking the foundation model (FM), judged on unseen examples."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from gaisnet.serving.generation.device import AnsweringDevice
 from gaisnet.serving.generation.routing import DEFAULT_MEASURE
 
 _HALVINGS = 100
-"""Of the held-out examples, whatever the rounds: they cost nothing, and a median of five says little of so few."""
+"""Number of splits of the test set, regardless of rounds: they are cheap, and five of so few examples say little."""
 
 
 class AutoFigures(BaseModel):
-    """Of the model 'auto' in a domain, or in its mix with other domains' requests.
+    """Figures of the model 'auto' in a domain, or in a mix with other domains' requests.
 
-    Thresholds are from one half of the held-out examples, judged on the other.
+    Thresholds come from one half of the test set and are judged on the other.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,7 +34,7 @@ class AutoFigures(BaseModel):
 
 
 def measure_auto(device: AnsweringDevice, name: str, progress: Progress) -> dict[str, AutoFigures]:
-    """Of a domain's own requests, and of a mix with those of others if there are any."""
+    """Measure a domain's own requests, and a mix with those of other domains if there are any."""
     settings = RoutingSettings()
     own, others = device.trials(name, settings, DEFAULT_MEASURE, progress)
     mixes = {name: own} | ({f"{name}+others": [*own, *others]} if others else {})
@@ -43,7 +43,7 @@ def measure_auto(device: AnsweringDevice, name: str, progress: Progress) -> dict
 
 
 def auto_figures(halves: Sequence[tuple[Sequence[Trial], Sequence[Trial]]], settings: RoutingSettings) -> AutoFigures:
-    """What thresholds from the first halves do on the second ones."""
+    """Judge thresholds from the first halves on the second halves."""
     found: dict[str, list[float]] = {name: [] for name in AutoFigures.model_fields}
     for known, judged in halves:
         threshold = calibrate(known, settings, DEFAULT_MEASURE).threshold

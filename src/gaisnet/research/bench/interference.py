@@ -1,4 +1,4 @@
-"""Answers alone, fine-tuning alone, and both at the same time."""
+"""Interference: answers alone, fine-tuning alone, and both at the same time."""
 
 import time
 from collections.abc import Callable
@@ -15,27 +15,27 @@ from gaisnet.serving.generation.bodies import Target
 
 @dataclass(frozen=True)
 class InterferenceFigures:
-    """What one costs the other. Times are those between two tokens, 95th percentile."""
+    """The cost of each for the other. Times are 95th percentiles between two tokens."""
 
     idle_s: Spread
     tuning_s: Spread
     tuning_vs_idle: Spread
-    speed_kept: Spread  # of fine-tuning
+    speed_kept: Spread  # share of fine-tuning speed
 
 
 class Learning(Protocol):
-    """What a network does; what comes of it is thrown away."""
+    """Fine-tuning of a network whose results are discarded."""
 
     cycle: int
 
     def fine_tune(self) -> object:
-        """One round of all edges."""
+        """Run one round of all edges."""
 
 
 def beside_learning(writers: Writers, target: Target, network: Learning, rounds: Rounds) -> InterferenceFigures:
-    """What is learned changes the body that writes, so this comes last.
+    """Measure answers beside fine-tuning. It changes the body that writes, so it comes last.
 
-    Learning is timed by whole rounds: its steps are of different lengths, those of one domain and of another above all.
+    Training is timed in whole rounds, because steps of different domains take different times.
     """
     effort = rounds.effort
     idle_s: list[float] = []
@@ -50,10 +50,10 @@ def beside_learning(writers: Writers, target: Target, network: Learning, rounds:
     def learn() -> float:
         started = time.perf_counter()
         network.fine_tune()
-        network.cycle += 1  # an order that was carried out would not be carried out again
+        network.cycle += 1  # an order that was executed would not be executed again
         return time.perf_counter() - started
 
-    learn()  # whoever learns first fills caches
+    learn()  # the first round fills caches
     with ThreadPoolExecutor(1, thread_name_prefix="learning") as pool:
         for _ in rounds.of("tuning", 0, ratios):
             idle_s.append(p95(_after(effort.seconds)))
@@ -66,6 +66,6 @@ def beside_learning(writers: Writers, target: Target, network: Learning, rounds:
 
 
 def _after(seconds: float) -> Callable[[], bool]:
-    """Whether they have passed."""
+    """Return a function that says whether the seconds have passed."""
     until = time.perf_counter() + seconds
     return lambda: time.perf_counter() >= until

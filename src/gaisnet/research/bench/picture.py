@@ -1,4 +1,4 @@
-"""The contest of fine-tuning as a picture: for those who would rather look than read."""
+"""The contest of fine-tuning as a picture."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ _PANELS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def draw_learning(figures: LearningFigures, path: Path) -> None:
-    """Put a PNG with a panel per figure at ``path``. Raises ``OutputNotWritable``."""
+    """Write a PNG with one panel per figure to ``path``. Raises ``OutputNotWritable``."""
     drawn = {name: getattr(figures.contenders, name) for name in type(figures.contenders).model_fields}
     drawn["DM in one piece"] = figures.unsplit_domain_model
     panels = [

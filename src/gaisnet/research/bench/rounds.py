@@ -1,4 +1,4 @@
-"""Rounds of a measurement of answers: the prompts of each, and how far it is."""
+"""Rounds of a measurement of answers: the prompts of each, and progress."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from gaisnet.research.bench.writing import Prompt, batches
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done."""
+    """Amount of work."""
 
     rounds: int = 5
-    prompts: int = 4  # per round, to one session
+    prompts: int = 4  # per round, for one session
     tokens: int = 64
     at_once: int = 16
     beside: int = 4  # sessions that answer beside fine-tuning
-    seconds: float = 15.0  # of a window of answers without fine-tuning; with it, a window is a round of that
+    seconds: float = 15.0  # length of a window without fine-tuning; with it, a window is a round
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What a stage goes through.
+    """Rounds of a stage.
 
     Attributes:
-        prompts: All that there are; taken in turn, and from the beginning again.
-        effort: How much is done.
-        progress: Told before every round, with the median of what was found so far.
+        prompts: All prompts; taken in turn, and from the beginning again.
+        effort: Amount of work.
+        progress: Told before every round, with the median so far.
     """
 
     prompts: Sequence[Prompt]
@@ -36,7 +36,7 @@ class Rounds:
     progress: Progress
 
     def of(self, stage: str, num_prompts: int, found: Sequence[float]) -> Iterator[list[Prompt]]:
-        """The prompts of every round. ``found`` grows by one in each."""
+        """Yield the prompts of every round. ``found`` grows by one in each."""
         for number, prompts in enumerate(islice(batches(self.prompts, num_prompts), self.effort.rounds)):
             self._tell(stage, number, found)
             yield prompts

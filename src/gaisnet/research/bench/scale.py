@@ -1,8 +1,8 @@
-"""What a device costs in networks of 10 to 10,000 of them: computing per device round, and memory while it is idle.
+"""Cost of a device in networks of 10 to 10,000: computation per device round, and memory while it is idle.
 
 A device round is one device's part of one edge round: its head once, its steps, its share of averaging. Every network
-has a process of its own and one thread, and time is the processor's. Yet a processor that others use, too, is slower
-for minutes at a time: edges take turns with that of a small network, which the others are compared with.
+has a process of its own with one thread, and times are CPU times. A shared processor is still slower for minutes at a
+time, so edges take turns with those of a small network, the reference.
 """
 
 import gc
@@ -28,17 +28,17 @@ from gaisnet.tiers.edge.edge import Edge
 FILE_NAME = "scale.json"
 SIZES = (10, 100, 1_000, 10_000)
 REFERENCE = 100
-"""Devices of the network that others are compared with: it has one edge."""
+"""Devices of the reference network, which has one edge."""
 
 _EDGES = 5
-"""Rounds of edges that a process times at least: smaller networks are built and timed again."""
+"""Edge rounds that a process times at least: smaller networks are built and timed again."""
 
 _BETWEEN = 4
-"""Rounds of edges between those of the small network."""
+"""Edge rounds between those of the reference network."""
 
 
 class SizeFigures(BaseModel):
-    """Of the networks of one size."""
+    """Figures of the networks of one size."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,7 +54,7 @@ class SizeFigures(BaseModel):
 
 
 class ScaleFigures(BaseModel):
-    """All of ``scale.json``."""
+    """Contents of ``scale.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
@@ -67,10 +67,10 @@ class ScaleFigures(BaseModel):
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one process."""
+    """Measurement of one process."""
 
     device_round_s: float
-    reference_s: float  # of a device round in the network that it is compared with
+    reference_s: float  # per device round in the reference network
     equip_s: float
     idle_bytes: float
     kept_bytes: float
@@ -79,7 +79,7 @@ class Sample:
 def measure_scale(sizes: Sequence[int] = SIZES, rounds: int = 5, progress: Progress = silent) -> ScaleFigures:
     """Measure networks of these numbers of devices, ``rounds`` times each.
 
-    Raises ``ConfigError`` for no sizes, or one below 1, and ``MeasureError`` where a process fails.
+    Raises ``ConfigError`` for no sizes or one below 1, and ``MeasureError`` if a process fails.
     """
     if not sizes or min(sizes) < 1:
         raise ConfigError("the sizes of networks", f"are {list(sizes)}", "name numbers of devices, such as 10,100")
@@ -99,14 +99,14 @@ def measure_scale(sizes: Sequence[int] = SIZES, rounds: int = 5, progress: Progr
 
 
 def write_scale(figures: ScaleFigures, path: Path) -> None:
-    """Put them into a file. Raises ``OutputNotWritable``."""
+    """Write the figures to a file. Raises ``OutputNotWritable``."""
     write_text(path, figures.model_dump_json(indent=2) + "\n")
 
 
 def sample(num_devices: int) -> Sample:
-    """Build a network in this process, which is to be a new one, and let all devices take part in an edge round."""
+    """Build a network in this (new) process, and run an edge round with all devices."""
     torch.set_num_threads(1)
-    _round_of(1)  # whatever is loaded or made once only
+    _round_of(1)  # loads whatever is loaded only once
     before = _resident()
     tiers, equip_s = _equipped(num_devices)
     idle_bytes = _resident() - before
@@ -126,7 +126,7 @@ def sample(num_devices: int) -> Sample:
 
 
 def _equipped(num_devices: int) -> tuple[Tiers, float]:
-    """A network whose devices have their parts, and the seconds in which they were given them."""
+    """Return a network whose devices have their parts, and the seconds that this took."""
     tiers = simulate(num_devices)
     tiers.network.install()
     started = time.process_time()
@@ -135,7 +135,7 @@ def _equipped(num_devices: int) -> tuple[Tiers, float]:
 
 
 def _in_turn(tiers: Tiers) -> tuple[list[float], list[float]]:
-    """Seconds of a round of every edge, and of those of small networks in between."""
+    """Time a round of every edge, and of reference networks in between, in seconds."""
     own, reference = [], []
     for number, edge in enumerate(tiers.edges.values()):
         own.append(_round(edge))
@@ -145,13 +145,13 @@ def _in_turn(tiers: Tiers) -> tuple[list[float], list[float]]:
 
 
 def _round_of(num_devices: int) -> float:
-    """The same for a new network with one edge."""
+    """Time a round of a new network with one edge."""
     (edge,) = _equipped(num_devices)[0].edges.values()
     return _round(edge)
 
 
 def _round(edge: Edge) -> float:
-    """Seconds of an edge round with all devices."""
+    """Time an edge round with all devices, in seconds."""
     started = time.process_time()
     edge.handle(FineTune(0))
     return time.process_time() - started

@@ -1,6 +1,6 @@
-"""How well a finished run answers, in ratios of two things that are done in turn in one process, round after round.
+"""Answers of a finished run, as ratios of two things done in turn in one process, round after round.
 
-Nothing of the run is changed: what is learned here while it answers is thrown away.
+The run is not changed: anything trained here is discarded.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ FILE_NAME = "serving.json"
 
 
 class Ratios(BaseModel):
-    """What the command is for."""
+    """The purpose of the command."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,7 +45,7 @@ class Ratios(BaseModel):
 
 
 class Same(BaseModel):
-    """Answers that equal those of the model that they must equal, token for token."""
+    """Shares of answers that equal the reference model's, token for token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,7 +56,7 @@ class Same(BaseModel):
 
 
 class ServingFigures(BaseModel):
-    """All of ``serving.json``."""
+    """Contents of ``serving.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
@@ -73,10 +73,10 @@ class ServingFigures(BaseModel):
 
 
 def measure_serving(run: Path, effort: Effort | None = None, progress: Progress = silent) -> ServingFigures:
-    """Measure a finished run; its folder is claimed meanwhile. Raises ``GaisnetError``."""
+    """Measure a finished run; its folder is locked meanwhile. Raises ``GaisnetError``."""
 
     def told(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        if stage != "fine_tune":  # a measurement tells its rounds
+        if stage != "fine_tune":  # a measurement reports its own rounds
             progress(stage, done, total, figures)
 
     with serve_run(run, (), told) as served:
@@ -86,12 +86,12 @@ def measure_serving(run: Path, effort: Effort | None = None, progress: Progress 
 
 
 def write_figures(figures: ServingFigures, path: Path) -> None:
-    """Put them into a file. Raises ``OutputNotWritable``."""
+    """Write the figures to a file. Raises ``OutputNotWritable``."""
     write_text(path, figures.model_dump_json(indent=2) + "\n")
 
 
 def _measure(run: str, served: ServedRun, effort: Effort, progress: Progress) -> ServingFigures:
-    """All figures, the models as they are first: learning comes last."""
+    """Take all figures with the models as they are; fine-tuning comes last."""
     device = device_of(served, None)
     home, domain = device.domain, device.domains[device.domain]
     writers = Writers(device.parts, served.bodies)
@@ -129,14 +129,14 @@ def _measure(run: str, served: ServedRun, effort: Effort, progress: Progress) ->
 
 
 def _worst(ratios: Iterable[Spread]) -> Spread:
-    """Of all bodies."""
+    """Return the lowest figure over all bodies."""
     return min(ratios, key=lambda spread: spread.median)
 
 
 def _by_body(
     singles: Mapping[Place, Single], many: Mapping[Place, Batch], beside: InterferenceFigures
 ) -> dict[str, dict[str, Spread]]:
-    """What the ratios are made of; the DM is the one that learns."""
+    """Return the figures behind the ratios; the DM is the one that is trained."""
     found: dict[str, dict[str, Spread]] = {
         place: {
             "single_tokens_per_s": one.split,

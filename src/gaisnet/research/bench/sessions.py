@@ -1,4 +1,4 @@
-"""How fast sessions write: one against the model in one piece, many against one, and a pair that speculates."""
+"""Speed of sessions: one against the unsplit model, many against one, and a speculating pair."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,38 +13,38 @@ from gaisnet.serving.generation.speculation import DraftLength, Tally, write_spe
 
 @dataclass(frozen=True)
 class Single:
-    """One session, split, against the model in one piece."""
+    """One split session against the unsplit model."""
 
     split: Spread  # tokens/s
     whole: Spread  # tokens/s
     ratio: Spread
-    num_same: int  # answers, of all rounds
+    num_same: int  # equal answers, all rounds
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Many sessions at once against one."""
+    """Many concurrent sessions against one."""
 
-    many: Spread  # tokens/s, once all have read their prompts
+    many: Spread  # tokens/s, after all have read their prompts
     ratio: Spread
     ratio_with_prompts: Spread
 
 
 @dataclass(frozen=True)
 class Speculated:
-    """Drafts of one body, checked by another one."""
+    """Drafts of one body, verified by another."""
 
     tokens_per_check: Spread
-    num_same: int  # answers that are those without drafts
+    num_same: int  # answers equal to those without drafts
 
 
 def single(writers: Writers, target: Target, unsplit: Unsplit, rounds: Rounds, stage: str) -> Single:
-    """The same prompts in turn, round by round; first each writes once what does not count."""
+    """Time the same prompts in turn, round by round, after an uncounted warm-up."""
     num_tokens, same = rounds.effort.tokens, 0
     split_s: list[float] = []
     whole_s: list[float] = []
     ratios: list[float] = []
-    writers.one_by_one(target, rounds.prompts[:1], num_tokens)  # whatever is done once only
+    writers.one_by_one(target, rounds.prompts[:1], num_tokens)  # loads whatever is loaded only once
     unsplit.write(rounds.prompts[:1], num_tokens)
     for prompts in rounds.of(stage, rounds.effort.prompts, ratios):
         split, whole = writers.one_by_one(target, prompts, num_tokens), unsplit.write(prompts, num_tokens)
@@ -56,7 +56,7 @@ def single(writers: Writers, target: Target, unsplit: Unsplit, rounds: Rounds, s
 
 
 def batch(writers: Writers, target: Target, rounds: Rounds, stage: str) -> Batch:
-    """The first of a round's prompts alone, then all of them together."""
+    """Time the first prompt of a round alone, then all of them together."""
     effort = rounds.effort
     speeds: list[float] = []
     ratios: list[float] = []
@@ -71,7 +71,7 @@ def batch(writers: Writers, target: Target, rounds: Rounds, stage: str) -> Batch
 
 
 def speculation(writers: Writers, drafter: Target, checker: Target, rounds: Rounds) -> Speculated:
-    """With drafts, and without."""
+    """Time answers with and without drafts."""
     calls: list[float] = []
     same, num_tokens = 0, rounds.effort.tokens
     for prompts in rounds.of("speculation", rounds.effort.prompts, calls):

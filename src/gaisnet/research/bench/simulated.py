@@ -1,4 +1,4 @@
-"""A network of any number of devices in one process, with a tiny random model: real tiers, and bytes on every link."""
+"""A network of any size in one process with a tiny random model: real tiers, and bytes on every link."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -23,7 +23,7 @@ _RETENTION_CHARS = 1000
 
 
 def simulate(num_devices: int) -> Tiers:
-    """Cloud, edges and split devices, so many at each edge, with two examples each to learn from."""
+    """Build cloud, edges and split devices, a fixed number per edge, with two training examples each."""
     config = _config(num_devices)
     shapes = {edge.domain: TaskTemplate(None, ()) for edge in config.edges}
     data = {device.name: _data(device.name) for _, device in config.each_device()}
@@ -32,14 +32,14 @@ def simulate(num_devices: int) -> Tiers:
 
 
 def equip(tiers: Tiers) -> None:
-    """Every device is given its part of the model, which its edge has by now."""
+    """Send every device its part of the model; edges have theirs."""
     edges = list(tiers.edges.values())
     for number, name in enumerate(tiers.devices):
         edges[number // DEVICES_PER_EDGE].equip_device(name)
 
 
 def num_edges(num_devices: int) -> int:
-    """How many there are for so many devices."""
+    """Return the number of edges for this many devices."""
     return -(-num_devices // DEVICES_PER_EDGE)
 
 
@@ -71,7 +71,7 @@ def _data(name: str) -> DeviceData:
 
 
 def _foundation(seed: int) -> Foundation:
-    """A Llama of six layers of width 32 that reads bytes."""
+    """Make a Llama of six layers of width 32 that reads bytes."""
     config = AutoConfig.for_model(
         "llama",
         vocab_size=_NUM_BYTES + 2,
@@ -93,7 +93,7 @@ def _foundation(seed: int) -> Foundation:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes as tokens, and two special ones."""
+    """Make a tokenizer of bytes and two special tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: number for number, letter in enumerate((*letters, "<s>", "</s>"))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

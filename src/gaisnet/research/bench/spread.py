@@ -1,4 +1,4 @@
-"""A figure that was measured several times."""
+"""A figure measured several times."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Spread(BaseModel):
-    """Of a figure over all rounds; no mean, for one slow moment of a shared machine would move it."""
+    """Median and range over all rounds; no mean, which one slow moment of a shared machine would move."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -19,11 +19,11 @@ class Spread(BaseModel):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Self:
-        """Raises ``ValueError`` for none."""
+        """Summarise values. Raises ``ValueError`` for none."""
         if not values:
             raise ValueError("there is no spread of no values")
         return cls(median=median(values), min=min(values), max=max(values), rounds=len(values))
 
     def __str__(self) -> str:
-        """Median, and the range."""
+        """Return the median and the range as text."""
         return f"{self.median:.2f} ({self.min:.2f} to {self.max:.2f})"

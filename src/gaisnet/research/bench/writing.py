@@ -1,4 +1,4 @@
-"""Answers written to be timed: by the network, split, one or many at once, and by the same model in one piece."""
+"""Timed answers: by the split network, one or many at once, and by the same model in one piece."""
 
 import threading
 import time
@@ -27,31 +27,31 @@ Prompt = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Written:
-    """Greedy answers to some prompts, and how long they took together."""
+    """Greedy answers to some prompts, and the seconds that they took together."""
 
     answers: tuple[Prompt, ...]
     seconds: float
 
     @property
     def tokens_per_s(self) -> float:
-        """All tokens over all of the time, prompts included."""
+        """Tokens per second over the whole time, prompts included."""
         return sum(map(len, self.answers)) / self.seconds
 
 
 @dataclass(frozen=True)
 class WrittenBySessions(Written):
-    """The same by sessions, of which it is known when every prompt was read."""
+    """Answers by sessions, with the moment at which every prompt had been read."""
 
     writing_s: float  # after every first token
 
     @property
     def writing_tokens_per_s(self) -> float:
-        """Tokens but the first ones, while nothing but tokens is written."""
+        """Tokens per second without first tokens, while sessions only generate."""
         return sum(len(answer) - 1 for answer in self.answers) / self.writing_s
 
 
 def num_same(some: Sequence[Prompt], others: Sequence[Prompt]) -> int:
-    """Answers that are the same, token for token."""
+    """Count answers that are equal, token for token."""
     return sum(one == other for one, other in zip(some, others, strict=True))
 
 
@@ -59,8 +59,8 @@ class Writers:
     """Lets the network write.
 
     Args:
-        parts: The device's.
-        bodies: Where it asks.
+        parts: The device's parts.
+        bodies: The bodies to ask.
     """
 
     def __init__(self, parts: DeviceParts, bodies: Bodies) -> None:
@@ -68,13 +68,13 @@ class Writers:
         self.bodies = bodies
 
     def one_by_one(self, target: Target, prompts: Sequence[Prompt], num_tokens: int) -> WrittenBySessions:
-        """One session at a time, each of exactly ``num_tokens``."""
+        """Write in one session at a time, exactly ``num_tokens`` each."""
         every = [self.at_once(target, [prompt], num_tokens) for prompt in prompts]
         seconds, writing_s = sum(one.seconds for one in every), sum(one.writing_s for one in every)
         return WrittenBySessions(tuple(answer for one in every for answer in one.answers), seconds, writing_s)
 
     def at_once(self, target: Target, prompts: Sequence[Prompt], num_tokens: int) -> WrittenBySessions:
-        """All at the same time, each in a thread of its own; who has its first token waits for the others."""
+        """Write all at the same time, in a thread each; sessions wait for each other after their first token."""
         all_begun, begun_at = threading.Barrier(len(prompts)), []
 
         def one(prompt: Prompt) -> Prompt:
@@ -85,7 +85,7 @@ class Writers:
                     begun_at.append(time.perf_counter())
                     return (first, *tokens)
             except BaseException:
-                all_begun.abort()  # the others need not wait for this one
+                all_begun.abort()  # the others must not wait for this one
                 raise
 
         started = time.perf_counter()
@@ -101,7 +101,7 @@ class Writers:
     def gaps(
         self, target: Target, prompts: Sequence[Prompt], num_tokens: int, at_once: int, enough: Callable[[], bool]
     ) -> list[float]:
-        """Seconds between two tokens of an answer, while ``at_once`` sessions write one answer after the other."""
+        """Return the seconds between tokens while ``at_once`` sessions write one answer after another."""
         turns, guard = cycle(prompts), threading.Lock()
 
         def go_on(_: int) -> list[float]:
@@ -127,27 +127,27 @@ class Writers:
 
 
 class Unsplit:
-    """The same model in one piece, as transformers runs it.
+    """The same model in one piece, run by transformers.
 
     Args:
-        model: Freshly loaded; it is taken over.
-        compute_lock: Of the machine.
+        model: Freshly loaded; this object takes it over.
+        compute_lock: The machine's lock.
     """
 
     def __init__(self, model: PreTrainedModel, compute_lock: ComputeLock) -> None:
         self._model: Any = model
         self._compute_lock = compute_lock
-        model.generation_config.eos_token_id = None  # answers have all their tokens, as those they are compared with
+        model.generation_config.eos_token_id = None  # answers have full length, as the ones they are compared with
         self._pad = model.config.vocab_size - 1
 
     def write(self, prompts: Sequence[Prompt], num_tokens: int) -> Written:
-        """What ``generate`` writes greedily, to one prompt at a time."""
+        """Write greedily with ``generate``, one prompt at a time."""
         started = time.perf_counter()
         answers = tuple(self._answer(prompt, num_tokens) for prompt in prompts)
         return Written(answers, time.perf_counter() - started)
 
     def with_body(self, body: Body, first: int) -> "Unsplit":
-        """The model with a body in place of its layers from ``first`` on; adapters act as they do at the moment."""
+        """Return the model with a body in place of its layers from ``first`` on; active adapters stay active."""
         own = list(self._model.model.layers[:first])
         self._model.model.layers = nn.ModuleList([*own, *body.layers.values()])
         return self
@@ -167,7 +167,7 @@ class Unsplit:
 
 
 def in_one_piece(served: ServedRun, device: AnsweringDevice, place: Place) -> Unsplit:
-    """The model that writes for ``device`` at ``place``: the foundation model as transformers loads it, or the DM."""
+    """Return the unsplit model for ``device`` at ``place``: the FM as transformers loads it, or the DM."""
     model = load_foundation(served.config.model, plain=place == "cloud").model
     unsplit = Unsplit(model, served.bodies.compute_lock)
     if place == "cloud":
@@ -176,7 +176,7 @@ def in_one_piece(served: ServedRun, device: AnsweringDevice, place: Place) -> Un
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """So many at a time, and from the beginning again."""
+    """Yield this many prompts at a time, and from the beginning again."""
     endless = cycle(prompts)
     while True:
         yield [next(endless) for _ in range(size)]

@@ -1,6 +1,6 @@
-"""Centralised LoRA on pooled data, as most would do it: transformers' Trainer and peft, nothing of ours.
+"""Centralised LoRA on pooled data the usual way: transformers' Trainer and peft, none of our code.
 
-It gets batches of examples of like lengths, so that it pads no more than the others.
+Its batches hold examples of similar length, so it pads no more than the others.
 """
 
 import tempfile
@@ -22,7 +22,7 @@ Collate = Callable[[Sequence[Tokens]], dict[str, Any]]
 
 
 class _Epochs:
-    """A sampler of batches that has another order in every epoch."""
+    """A sampler of batches with another order in every epoch."""
 
     def __init__(self, epochs: Sequence[list[list[int]]]) -> None:
         self._epochs = list(epochs)
@@ -38,7 +38,7 @@ class _Epochs:
 
 
 class _Trainer(Trainer):
-    """Takes the batches that it is given, and keeps every loss as it is."""
+    """A Trainer that takes the given batches and keeps every loss."""
 
     def __init__(
         self, model: Any, arguments: TrainingArguments, examples: list[Tokens], epochs: _Epochs, collate: Collate
@@ -57,7 +57,7 @@ class _Trainer(Trainer):
 
 
 class _Scores(TrainerCallback):
-    """Scores after every epoch."""
+    """Scores the model after every epoch."""
 
     def __init__(self, examples: Sequence[Tokens]) -> None:
         self._examples = examples
@@ -74,8 +74,8 @@ class Centralised:
     """LoRA on every linear module of the layers from ``first_layer`` on.
 
     Args:
-        name: Of the contender.
-        late: Only the layers that GaisNet adapts; else all.
+        name: The contender's name.
+        late: Adapt only the layers that GaisNet adapts, instead of all.
     """
 
     def __init__(self, name: str, late: bool) -> None:
@@ -83,15 +83,15 @@ class Centralised:
         self._late = late
 
     def device_flops(self, task: Task) -> float:
-        """There is no device: of the machine where the examples are pooled."""
+        """Return the operations of the machine that pools the examples; there is no device."""
         return of_whole_model(Shape.of(task.foundation_config()), first_layer(task, self._late), task.pooled)
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:
-        """Of that machine."""
+        """Return the peak memory of that machine."""
         return peak_bytes(_learn, self, task.longest(), seed)
 
     def run(self, task: Task, seed: int) -> Result:
-        """Learn and score."""
+        """Train and score."""
         return train(adapted(task, self._late, seed), task, seed)
 
 
@@ -102,9 +102,9 @@ def train(
     schedule: Literal["constant", "linear"] = "constant",
     collate: Collate = padded,
 ) -> Result:
-    """Let what learns of ``model`` learn from the pooled examples, with transformers' Trainer, and score it.
+    """Train the trainable parameters of ``model`` on the pooled examples with transformers' Trainer, and score it.
 
-    ``schedule``: of the learning rate; 'linear' falls to zero. ``collate`` makes a batch of some examples.
+    ``schedule`` names the learning rate schedule; 'linear' falls to zero. ``collate`` builds a batch from examples.
     """
     examples, settings = task.pooled, task.config.fine_tune
     epochs = _Epochs(list(task.batches(examples, task.epochs, seed)))
@@ -127,29 +127,29 @@ def train(
         trainer = _Trainer(model, arguments, examples, epochs, collate)
         scores = _Scores(task.test)
         trainer.add_callback(scores)
-        trainer.remove_callback(PrinterCallback)  # it would print into whatever shows progress
+        trainer.remove_callback(PrinterCallback)  # it would print into the progress display
         trainer.train()
     num_samples = len(examples) * task.epochs
     return Result(scores.watch.seconds, tuple(trainer.losses), num_samples, 0, 0, tuple(scores.watch.curve))
 
 
 def first_layer(task: Task, late: bool) -> int:
-    """That learns."""
+    """First trained layer."""
     return task.config.adapters.first_layer if late else 0
 
 
 def _learn(contender: Centralised, task: Task, seed: int) -> None:
-    """Work for a process."""
+    """Train, as the work of a process."""
     contender.run(task, seed)
 
 
 def adapted(task: Task, late: bool, seed: int) -> Any:
-    """The foundation model with fresh adapters of peft; only they learn."""
+    """Return the foundation model with fresh peft adapters; only these are trained."""
     return with_adapters(task.foundation().model, task, late, seed)
 
 
 def with_adapters(model: Any, task: Task, late: bool, seed: int) -> Any:
-    """A model with fresh adapters of peft; only they learn."""
+    """Add fresh peft adapters to a model; only these are trained."""
     torch.manual_seed(seed)
     spec = task.lora(first_layer(task, late), model.config.num_hidden_layers)
     return get_peft_model(model, spec.peft_config())

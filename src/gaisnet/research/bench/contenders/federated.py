@@ -1,4 +1,4 @@
-"""Federated LoRA: every device holds the whole foundation model, and the server averages adapters after each epoch.
+"""Federated LoRA: every device holds the whole foundation model; the server averages adapters after each epoch.
 
 FedAvg (McMahan et al., arXiv 1602.05629) on LoRA. The adapters cross a link as messages, which are counted.
 """
@@ -23,20 +23,20 @@ _DEVICE_SEEDS = 1_000
 
 
 class Federated:
-    """All devices learn one after the other on this machine, each from the adapters that the server sent."""
+    """Devices train one after the other on this machine, each from the adapters that the server sent."""
 
     name = "federated"
 
     def device_flops(self, task: Task) -> float:
-        """Of every device: it has the whole model."""
+        """Return a device's operations: it has the whole model."""
         return of_whole_model(Shape.of(task.foundation_config()), 0, task.pooled)
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:
-        """Of a device, which averages with nobody."""
+        """Return the peak memory of a single device, without averaging."""
         return peak_bytes(_learn, self, task.longest(), seed)
 
     def run(self, task: Task, seed: int) -> Result:
-        """Learn and score."""
+        """Train and score."""
         model, codec = adapted(task, late=False, seed=seed), Codec(task.config.wire)
         present: AdapterTensors = dict(get_peft_model_state_dict(model))
         losses: list[float] = []
@@ -60,7 +60,7 @@ class Federated:
         return Result(watch.seconds, tuple(losses), num_samples, up, down, tuple(watch.curve))
 
     def _epoch(self, model: Any, task: Task, examples: Sequence[Tokens], seed: int) -> list[float]:
-        """One pass over a device's examples; its losses."""
+        """Make one pass over a device's examples; return its losses."""
         settings, losses = task.config.fine_tune, []
         parameters = [p for p in model.parameters() if p.requires_grad]
         decay = settings.weight_decay
@@ -78,5 +78,5 @@ class Federated:
 
 
 def _learn(contender: Federated, task: Task, seed: int) -> None:
-    """Work for a process."""
+    """Train, as the work of a process."""
     contender.run(task, seed)

@@ -1,4 +1,4 @@
-"""Memory, from the operating system, of work that has a process of its own: the interpreter and torch included."""
+"""Memory of work in a process of its own, measured by the operating system, interpreter and torch included."""
 
 import multiprocessing
 import resource
@@ -16,9 +16,9 @@ _KIB = 1024
 
 
 def apart(work: Callable[..., T], *args: Any) -> T:
-    """What ``work(*args)`` gives in a new process; arguments and result must be picklable.
+    """Run ``work(*args)`` in a new process and return its result; arguments and result must be picklable.
 
-    Raises ``MeasureError`` where the process fails, which has then told why on its standard error.
+    Raises ``MeasureError`` if the process fails; its standard error says why.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
@@ -35,12 +35,12 @@ def apart(work: Callable[..., T], *args: Any) -> T:
 
 
 def peak_bytes(work: Callable[..., None], *args: Any) -> int:
-    """Most memory that a new process holds in RAM until ``work(*args)`` is done; see ``apart``."""
+    """Return the most memory that a new process holds in RAM until ``work(*args)`` is done; see ``apart``."""
     return apart(_peak, work, args)
 
 
 def resident_bytes() -> int:
-    """What this process holds in RAM now; where the system does not tell, the most that it has held."""
+    """Return what this process holds in RAM now, or its peak where the system reports only that."""
     return _status("VmRSS") if _STATUS.is_file() else _most_resident()
 
 
@@ -54,7 +54,7 @@ def _peak(work: Callable[..., None], args: tuple[Any, ...]) -> int:
 
 
 def _most_resident() -> int:
-    """Of this process since its program was started: ``ru_maxrss`` would remember the one that started it."""
+    """Return this process's peak since its program started; ``ru_maxrss`` would include the parent's."""
     if _STATUS.is_file():
         return _status("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

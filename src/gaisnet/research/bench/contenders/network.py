@@ -1,6 +1,6 @@
-"""GaisNet itself, as a contender: one edge and its split devices, with the links of one process.
+"""GaisNet as a contender: one edge and its split devices, with links inside one process.
 
-For its memory a device has a process of its own: what a device is told in a run is kept, and told to it again.
+To measure its memory, a device runs in a process of its own: messages recorded in a run are replayed to it.
 """
 
 import tempfile
@@ -25,11 +25,11 @@ from gaisnet.transport.ledger import Direction, Ledger, LinkKind
 
 
 class GaisNet:
-    """Fine-tunes in one edge round, as far as the other contenders do in all their epochs.
+    """Fine-tunes in one edge round for as many epochs as the other contenders.
 
     Args:
         data: Examples, by device.
-        shape: What is public about the task.
+        shape: Public description of the task.
         retention_text: Public text.
     """
 
@@ -41,12 +41,12 @@ class GaisNet:
         self._retention_text = retention_text
 
     def device_flops(self, task: Task) -> float:
-        """Of a device with the longest head, per sample; the head runs once for all epochs."""
+        """Return operations per sample of a device with the longest head; the head runs once for all epochs."""
         shape = Shape.of(task.foundation_config())
         return of_split_device(shape, _longest(task)[1].head_layers, task.pooled, task.epochs, cached=True)
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:
-        """Of a device with the longest head that is alone at its edge, so that every row of a batch is its own."""
+        """Return the peak memory of a device with the longest head, alone at its edge so that all rows are its own."""
         edge, settings = _longest(task)
         config = task.config.model_copy(
             update={"seed": seed, "edges": (edge.model_copy(update={"devices": (settings,)}),)}
@@ -61,7 +61,7 @@ class GaisNet:
             return peak_bytes(_be_device, config, data, Path(folder))
 
     def run(self, task: Task, seed: int) -> Result:
-        """Learn and score; devices' heads and the cache of activations are part of the time, and of the bytes."""
+        """Train and score; devices' heads and the cache of activations count in time and bytes."""
         config = task.config.model_copy(update={"seed": seed})
         losses: list[float] = []
 
@@ -71,7 +71,7 @@ class GaisNet:
 
         network = self._network(config, self._data, progress=note)
         network.install()
-        network.evaluate()  # hands the devices their parts
+        network.evaluate()  # sends devices their parts
         before = network.traffic()["device_edge"]
         started = time.perf_counter()
         network.fine_tune()
@@ -97,12 +97,12 @@ class GaisNet:
 
 
 def _longest(task: Task) -> tuple[EdgeSettings, DeviceSettings]:
-    """The device with the longest head, and its edge."""
+    """Return the device with the longest head, and its edge."""
     return max(task.config.each_device(), key=lambda pair: pair[1].head_layers)
 
 
 class _Overheard(Ledger):
-    """Of an edge with one device: puts what the device is told into files of a folder."""
+    """A ledger of an edge with one device that records messages to the device as files."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Overheard(Ledger):
         self._count = 0
 
     def record(self, kind: LinkKind, direction: Direction, frame: bytes) -> None:
-        """Count one frame, and keep it if it goes down to the device."""
+        """Count one frame, and store it if it goes down to the device."""
         super().record(kind, direction, frame)
         if (kind, direction) == ("device_edge", "down"):
             (self._folder / f"{self._count:06d}").write_bytes(frame)
@@ -118,7 +118,7 @@ class _Overheard(Ledger):
 
 
 def _be_device(config: Config, data: DeviceData, told: Path) -> None:
-    """Work for a process: be the one device of ``config``, which is told what is in a folder, in order."""
+    """Act as the one device of ``config``, as the work of a process: replay a folder's messages in order."""
     ((_, settings),) = config.each_device()
     codec = Codec(config.wire)
     answer = coded(Device(settings, with_context(config), load_tokenizer(config.model), data), codec)

@@ -1,7 +1,7 @@
 """Plain U-shaped split learning, as in SplitLoRA (arXiv 2407.00952) and SplitFed (arXiv 2004.12088).
 
 The device has the head and the tail, the server the layers between. In every step all positions cross in float32: the
-head's output up, the body's output down, its gradient up. Nothing is kept from one epoch to the next.
+head's output up, the body's output down, its gradient up. Nothing is cached between epochs.
 """
 
 import tempfile
@@ -31,17 +31,17 @@ M = TypeVar("M", bound=Message)
 
 
 class PlainSplit:
-    """One batch at a time, its examples from all devices; adapters on the server's late layers, as GaisNet has them."""
+    """One batch at a time from all devices' examples; adapters on the server's late layers, as in GaisNet."""
 
     name = "split_plain"
 
     def device_flops(self, task: Task) -> float:
-        """Of a device with the longest head, per sample."""
+        """Return operations per sample of a device with the longest head."""
         shape = Shape.of(task.foundation_config())
         return of_split_device(shape, _head_layers(task), task.pooled, task.epochs, cached=False)
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:
-        """Of a device with the longest head, in a process of its own."""
+        """Return the peak memory of a device with the longest head, in a process of its own."""
         decoder, cut = task.foundation().decoder, CutLayers(_head_layers(task))
         release = release_model(decoder, cut_decoder(decoder, cut)[1], (), cut.head, len(decoder.layers))
         with tempfile.NamedTemporaryFile(prefix="gaisnet-bench-") as file:
@@ -50,7 +50,7 @@ class PlainSplit:
             return peak_bytes(_be_device, task.longest(), cut, seed, file.name)
 
     def run(self, task: Task, seed: int) -> Result:
-        """Learn and score."""
+        """Train and score."""
         foundation = task.foundation()
         cut = CutLayers(_head_layers(task))
         head, body, tail = cut_decoder(foundation.decoder, cut)
@@ -75,27 +75,27 @@ class PlainSplit:
 
 
 class _Wire:
-    """Turns messages into bytes and back, and counts them."""
+    """Encodes and decodes messages, and counts their bytes."""
 
     def __init__(self) -> None:
         self._codec = Codec(_WIRE)
         self.up = self.down = 0
 
     def to_server(self, message: M) -> M:
-        """From the devices."""
+        """Send messages from the devices up."""
         frame = self._codec.encode(message)
         self.up += len(frame)
         return cast(M, self._codec.decode(frame))
 
     def to_device(self, message: M) -> M:
-        """From the server."""
+        """Send messages from the server down."""
         frame = self._codec.encode(message)
         self.down += len(frame)
         return cast(M, self._codec.decode(frame))
 
 
 class PlainDevice:
-    """Head, tail and labels. The devices of a batch do the same side by side; here one does it for all of them."""
+    """Head, tail and labels. Devices of a batch do the same work side by side; here one does it for all."""
 
     def __init__(self, head: Head, tail: Tail) -> None:
         self._head = head
@@ -103,7 +103,7 @@ class PlainDevice:
 
     @torch.no_grad()
     def smash(self, examples: Sequence[Tokens]) -> SmashedData:
-        """The head's output at all positions of a batch."""
+        """Return the head's output at all positions of a batch."""
         ids_BT = pad_sequence([torch.tensor(t.input_ids) for t in examples], batch_first=True)
         hidden_BTD = self._head(ids_BT)
         lengths, num_labels = [len(t.input_ids) for t in examples], [len(t.label_ids) for t in examples]
@@ -112,7 +112,7 @@ class PlainDevice:
         return SmashedData("devices", "train", len(self._head.stack.indices), lengths_E, num_labels_E, rows_ND)
 
     def gradient(self, output: BodyOutput, examples: Sequence[Tokens]) -> BodyOutputGrad:
-        """Of the mean loss over the batch's label tokens, at all positions."""
+        """Return the gradient of the mean loss over the batch's label tokens, at all positions."""
         rows_ND = output.rows_ND.requires_grad_()
         ends = torch.tensor([len(t.input_ids) for t in examples]).cumsum(0).tolist()
         at = [n for end, t in zip(ends, examples, strict=True) for n in range(end - len(t.label_ids), end)]
@@ -123,10 +123,10 @@ class PlainDevice:
 
 
 def _real_rows(hidden_BTD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Those of a padded batch that are no padding, [N, D]."""
+    """Return the rows of a padded batch without padding, [N, D]."""
     longest = hidden_BTD.shape[1]
     rows = [b * longest + t for b, n in enumerate(lengths) for t in range(n)]
-    # All at once: the gradient of a slice per sequence would be a whole batch of zeros per sequence.
+    # All at once: slicing per sequence would make a batch of zero gradients per sequence.
     return hidden_BTD.flatten(0, 1).index_select(0, torch.tensor(rows))
 
 
@@ -135,7 +135,7 @@ def _head_layers(task: Task) -> int:
 
 
 def _be_device(task: Task, cut: CutLayers, seed: int, release: str) -> None:
-    """Work for a process: head and tail as they are in a file; one epoch of batches, all examples its own."""
+    """Act as the device, as the work of a process: load head and tail from a file, run one epoch of batches."""
     codec, examples = Codec(_WIRE), task.pooled
     model = ReleasedModel(cast(ModelRelease, codec.decode(Path(release).read_bytes())))
     head = model.head(cut)
@@ -145,13 +145,13 @@ def _be_device(task: Task, cut: CutLayers, seed: int, release: str) -> None:
         for batch in batches:
             some = [examples[i] for i in batch]
             smashed = cast(SmashedData, codec.decode(codec.encode(device.smash(some))))
-            numbers = torch.arange(len(some), dtype=torch.int32)  # what a body gives has the shape of what it gets
+            numbers = torch.arange(len(some), dtype=torch.int32)  # a body's output has the shape of its input
             output = BodyOutput("train", 0, int(smashed.num_labels_E.sum()), numbers, smashed.hidden_ND)
             codec.encode(device.gradient(cast(BodyOutput, codec.decode(codec.encode(output))), some))
 
 
 def _step(device: PlainDevice, body: Body, examples: Sequence[Tokens], wire: _Wire, step: int) -> float:
-    """Forward and backward of a batch; gradients are left on the adapter. Returns its loss."""
+    """Run a batch forward and backward, leaving gradients on the adapter; return its loss."""
     smashed = wire.to_server(device.smash(examples))
     lengths, num_labels = smashed.lengths_E.tolist(), smashed.num_labels_E.tolist()
     hidden_BTD = pad_sequence(list(smashed.hidden_ND.split(lengths)), batch_first=True)

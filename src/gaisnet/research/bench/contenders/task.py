@@ -1,4 +1,4 @@
-"""What all contenders learn, and what is asked of them: one model, the same examples, steps and settings."""
+"""The task of all contenders: one model, the same examples, steps and settings."""
 
 import copy
 import math
@@ -22,9 +22,9 @@ from gaisnet.models.parts import CACHE
 from gaisnet.models.ragged import by_length, shuffled_batches
 from gaisnet.models.tokenization import ends_of
 
-_IGNORED = -100  # a label that transformers' loss passes over
+_IGNORED = -100  # label that transformers' loss ignores
 _SCORED = 32
-_LONGEST = 3  # batches
+_LONGEST = 3  # number of batches
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Task:
     """Fine-tuning on the examples of several devices.
 
     Attributes:
-        config: Settings of GaisNet; batch size, epochs, learning rate and LoRA's shape are those of all.
-        train: Examples to learn from, by device.
-        test: Examples that nobody learns from.
+        config: GaisNet's settings; batch size, epochs, learning rate and LoRA shape hold for all contenders.
+        train: Training examples, by device.
+        test: Test examples.
     """
 
     config: Config
@@ -43,7 +43,7 @@ class Task:
 
     @classmethod
     def of(cls, config: Config, data: DomainData) -> "Task":
-        """The examples of a domain's devices. Raises ``DataError``."""
+        """Load the examples of a domain's devices. Raises ``DataError``."""
         tokenizer, context = load_tokenizer(config.model), with_context(config).model.most_tokens
         train = {name: tokenize(mine.train, tokenizer, context, name) for name, mine in data.devices.items()}
         test = [t for name, mine in data.devices.items() for t in tokenize(mine.test, tokenizer, context, name)]
@@ -51,36 +51,36 @@ class Task:
 
     @property
     def pooled(self) -> list[Tokens]:
-        """All examples, device after device."""
+        """Return all examples, device after device."""
         return [tokens for mine in self.train.values() for tokens in mine]
 
     @property
     def epochs(self) -> int:
-        """Passes over the examples."""
+        """Number of passes over the examples."""
         return self.config.fine_tune.passes_in_round
 
     def longest(self) -> "Task":
-        """The same with some batches of the longest examples, of one device, once: what needs most memory."""
+        """Return a task with a few batches of the longest examples on one device, once: the peak of memory."""
         some = sorted(self.pooled, key=lambda t: -len(t.input_ids))[: _LONGEST * self.config.fine_tune.batch_size]
         settings = self.config.fine_tune.model_copy(update={"local_epochs": 1})
         return Task(self.config.model_copy(update={"fine_tune": settings}), {"one": some}, ())
 
     def foundation_config(self) -> PretrainedConfig:
-        """Of the foundation model, without its weights."""
+        """Load the foundation model's configuration, without weights."""
         return read_config(self.config.model)
 
     def foundation(self) -> Foundation:
-        """The foundation model, freshly loaded, as transformers has it."""
+        """Load the foundation model afresh, as transformers does."""
         return load_foundation(self.config.model, plain=True)
 
     def lora(self, first_layer: int, num_layers: int) -> LoraSpec:
-        """Adapters on all layers from ``first_layer`` on."""
+        """Describe adapters on all layers from ``first_layer`` on."""
         settings = self.config.adapters
         targets = settings.targets or LLAMA.targets
         return LoraSpec(settings.rank, settings.alpha, targets, tuple(range(first_layer, num_layers)))
 
     def batches(self, examples: Sequence[Tokens], epochs: int, seed: int) -> Iterator[list[list[int]]]:
-        """The batches of each epoch, numbers of ``examples``: of like lengths, in random order."""
+        """Return the batches of each epoch, as indices into ``examples``: similar lengths, random order."""
         generator = torch.Generator().manual_seed(seed)
         lengths = [len(tokens.input_ids) for tokens in examples]
         for _ in range(epochs):
@@ -89,22 +89,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of learning."""
+    """The result of training."""
 
-    seconds: float  # of all epochs, without loading the model
-    losses: tuple[float, ...]  # of each step, mean over its label tokens
+    seconds: float  # all epochs, without loading the model
+    losses: tuple[float, ...]  # mean over label tokens, per step
     num_samples: int  # examples times epochs
-    bytes_up: int  # of all devices
+    bytes_up: int  # all devices
     bytes_down: int
-    curve: tuple[tuple[float, float], ...]  # seconds of learning so far, and accuracy then; at the end at least
+    curve: tuple[tuple[float, float], ...]  # seconds of training so far, and the accuracy then; at least at the end
 
     @property
     def accuracy(self) -> float:
-        """In the end: share of held-out examples that greedy decoding would write to the letter."""
+        """Return the final accuracy: the share of test examples that greedy decoding writes exactly."""
         return self.curve[-1][1]
 
     def seconds_to(self, accuracy: float) -> float | None:
-        """Of learning, until it was first seen to be as good; None if never."""
+        """Return the seconds of training until an accuracy was first reached; None if never."""
         return next((seconds for seconds, found in self.curve if found >= accuracy), None)
 
     @property
@@ -114,12 +114,12 @@ class Result:
 
     @property
     def bytes_per_sample(self) -> float:
-        """On the devices' links, both ways."""
+        """Bytes per sample on the devices' links, both ways."""
         return (self.bytes_up + self.bytes_down) / self.num_samples
 
 
 class Watch:
-    """Seconds of learning, without those of scoring, and the accuracy after each epoch."""
+    """Stopwatch of training that excludes scoring, with the accuracy after each epoch."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -127,7 +127,7 @@ class Watch:
         self._started = time.perf_counter()
 
     def score(self, model: Any, examples: Sequence[Tokens]) -> None:
-        """The watch stands while this scores."""
+        """Score while the watch stands still."""
         self.seconds += time.perf_counter() - self._started
         was_training = model.training
         model.eval()
@@ -142,17 +142,17 @@ class Contender(Protocol):
     name: str
 
     def run(self, task: Task, seed: int) -> Result:
-        """Learn and score. Raises a ``GaisnetError``."""
+        """Train and score. Raises a ``GaisnetError``."""
 
     def device_flops(self, task: Task) -> float:
-        """Floating-point operations per sample and epoch of the machine that holds the examples."""
+        """Return operations per sample and epoch of the machine that holds the examples."""
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:
-        """Most memory that it holds at once, in a process of its own, interpreter and libraries included."""
+        """Return that machine's peak memory in a process of its own, interpreter and libraries included."""
 
 
 def padded(examples: Sequence[Tokens]) -> dict[str, Tensor]:
-    """A batch as transformers' causal models take it: int64 [B, T], padded on the right, labels at answers only."""
+    """Collate a batch for transformers' causal models: int64 [B, T], right-padded, labels at answers only."""
     ids = [torch.tensor([*t.input_ids, t.label_ids[-1]]) for t in examples]
     labels = [torch.tensor([_IGNORED] * (len(t.input_ids) + 1 - len(t.label_ids)) + [*t.label_ids]) for t in examples]
     return {
@@ -163,9 +163,9 @@ def padded(examples: Sequence[Tokens]) -> dict[str, Tensor]:
 
 
 def answered(examples: Sequence[Tokens]) -> dict[str, Any]:
-    """The same batch, of which a model makes logits from the first answer on only: a vocabulary is long.
+    """Collate the same batch, but compute logits from the first answer on only: vocabularies are large.
 
-    Labels [B, K] then are those of the last K positions, of which the first is nobody's.
+    Labels [B, K] are those of the last K positions; the first of these is ignored.
     """
     batch: dict[str, Any] = dict(padded(examples))
     labels_BT = batch["labels"]
@@ -175,9 +175,9 @@ def answered(examples: Sequence[Tokens]) -> dict[str, Any]:
 
 @torch.no_grad()
 def accuracy(model: Any, examples: Sequence[Tokens], shown: Sequence[int] = ()) -> float:
-    """Share of examples whose every label is the likeliest token, given the ones before; nan for no examples.
+    """Return the share of examples whose every label is the most likely token given the previous ones; nan for none.
 
-    Where the model has several tokens that end an answer, any of them counts for another.
+    If several tokens end an answer, any of them counts as any other.
 
     ``shown``: tokens that stand before every example. The model reads them once.
     """
@@ -199,7 +199,7 @@ def accuracy(model: Any, examples: Sequence[Tokens], shown: Sequence[int] = ()) 
 
 
 class _Behind:
-    """Puts batches behind tokens that ``model`` has read, whose keys and values it keeps."""
+    """Puts batches after tokens that ``model`` has already read; their keys and values are kept."""
 
     def __init__(self, model: Any, shown: Sequence[int]) -> None:
         ids = torch.tensor([shown], device=next(model.parameters()).device)
@@ -208,8 +208,11 @@ class _Behind:
         self._num_shown = len(shown)
 
     def put(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The same batch, with what was read before it."""
-        mask_BT, read = inputs["attention_mask"], copy.deepcopy(self._read)  # a model adds to what it is given
+        """Return the same batch, preceded by the tokens already read."""
+        mask_BT, read = (
+            inputs["attention_mask"],
+            copy.deepcopy(self._read),
+        )  # the model extends the cache that it is given
         read.batch_repeat_interleave(len(mask_BT))
         before = mask_BT.new_ones(len(mask_BT), self._num_shown)
         return {**inputs, "attention_mask": torch.cat([before, mask_BT], dim=1), CACHE: read}

@@ -1,7 +1,7 @@
-"""The domain model (DM) in one piece, centralised: what GaisNet's accuracy is held against.
+"""The unsplit domain model (DM), trained centrally: the reference for GaisNet's accuracy.
 
-It is no contender: nobody would have it. It is the DM that GaisNet splits, on pooled data, so that what is between
-the two is splitting, rounding on links and the anchor; and between it and the foundation model, the recipe.
+It is not a contender. It is the DM that GaisNet splits, trained on pooled data: the difference to GaisNet is splitting,
+rounding on links and the anchor; the difference to the foundation model is the recipe.
 """
 
 from typing import Any
@@ -18,12 +18,12 @@ from gaisnet.tiers.split.layout import Layout
 
 
 def run_unsplit(task: Task, seed: int) -> Result:
-    """Let the late layers of the DM learn, with transformers' Trainer and peft, and score it."""
+    """Train the DM's late layers with transformers' Trainer and peft, and score it."""
     return train(with_adapters(unsplit_domain_model(task, seed), task, late=True, seed=seed), task, seed)
 
 
 def unsplit_domain_model(task: Task, seed: int) -> Any:
-    """The foundation model as transformers has it, but with the DM's middle, made as the cloud makes it in a run."""
+    """Load the foundation model as transformers does, with the DM's middle made as the cloud makes it."""
     config = task.config.model_copy(update={"seed": seed})
     foundation = load_foundation(config.model)
     cloud = DecoderParts(foundation, Layout(config, len(foundation.decoder.layers)), ComputeLock())
@@ -39,8 +39,8 @@ def unsplit_domain_model(task: Task, seed: int) -> Any:
 
 
 class _Dropped(nn.Module):
-    """In place of a layer, so that the others keep their numbers."""
+    """Placeholder for a dropped layer, so that the others keep their numbers."""
 
     def forward(self, hidden_BTD: Tensor, **_: Any) -> Tensor:
-        """What came in."""
+        """Return the input."""
         return hidden_BTD
