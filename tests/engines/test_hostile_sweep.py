@@ -136,31 +136,31 @@ class World:
 
     def fetched(self, reply: Message) -> object:
         """The edge, which asked a device for activations."""
-        held, settings = self.edge._holding, self.config.edges[0]
-        asked = type("Asked", (), {"ask": lambda *_: {OWNER: reply}})
+        held, settings = self.edge._state, self.config.edges[0]
+        asked = type("Asked", (), {"ask_devices": lambda *_: {OWNER: reply}})
         store = ActivationStore(settings, FaultSettings(), cast(DevicePool, asked()))
-        store.reset_for_run(held.hidden_size, False, held.longest)
+        store.reset_for_run(held.hidden_size, False, held.max_positions)
         return _raised(store.fetch_activations([OWNER], "train").get(OWNER))
 
     def alone(self, reply: Message) -> object:
         """The edge, which asked a local device to learn."""
-        learning, start = self.edge._learning, self.edge._domain_release()
-        asked = type("Asked", (), {"collect": lambda *_: {"north-c": reply}})
-        own, learning._cluster = learning._cluster, asked()
+        learning, start = self.edge._learning, self.edge._state.domain_release()
+        asked = type("Asked", (), {"collect_replies": lambda *_: {"north-c": reply}})
+        own, learning._device_pool = learning._device_pool, asked()
         try:
             failed: dict[str, GaisnetError] = {}
-            learning._finish_alone(None, start, 0, failed)
+            learning._collect_local(None, start, 0, failed)
             return _raised(failed.get("north-c"))
         finally:
-            learning._cluster = own
+            learning._device_pool = own
 
     def stepped(self, reply: Message) -> object:
         """The edge, which asked for a gradient."""
         output = BodyOutput("train", 7, 4, _ints(0), torch.randn(3, 32))
-        return _raised(check_reply(cast(Any, reply), output, OWNER, "here", self.edge._model().gradient_bounds))
+        return _raised(check_reply(cast(Any, reply), output, OWNER, "here", self.edge._domain().gradient_bounds))
 
     def reported(self, reply: Message) -> object:
-        self.edge._had([OWNER], "test")  # an order to install another run may have come before
+        self.edge._ensure_activations([OWNER], "test")  # an order to install another run may have come before
         return self.edge._check_report(OWNER, reply, "test")
 
     def session(self, message: Message) -> object:

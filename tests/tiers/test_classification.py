@@ -325,11 +325,11 @@ def test_an_example_that_is_classified_has_one_label(classifies: bool) -> None:
     sent = SmashedData("north-a", "train", 1, lengths_E, labels_E, torch.ones(3, 8))
 
     class Asked:
-        def ask(self, *_: object) -> dict[str, SmashedData]:
+        def ask_devices(self, *_: object) -> dict[str, SmashedData]:
             return {"north-a": sent}
 
     store = ActivationStore(settings, FaultSettings(), cast(Any, Asked()))
-    store.reset_for_run(8, classifies, longest=3)
+    store.reset_for_run(8, classifies, max_positions=3)
     failed = store.fetch_activations(["north-a"], "train")
     assert failed.keys() == ({"north-a"} if classifies else set())
     assert all(

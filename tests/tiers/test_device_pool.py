@@ -243,7 +243,7 @@ def test_what_it_was_asked_before_it_was_given_up_is_dropped(bench: Bench) -> No
     bench.a.die()
     asked = bench.cluster.send_requests({"a": ASK})
     assert isinstance(bench.cluster.collect_replies(asked, EvaluationReport, DEADLINE_S)["a"], LinkTimeout)
-    assert asked.answers["a"].cancelled()
+    assert asked.replies["a"].cancelled()
 
 
 def test_a_link_that_drops_for_a_moment_costs_no_kit(bench: Bench) -> None:

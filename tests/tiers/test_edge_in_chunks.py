@@ -75,8 +75,8 @@ def num_chunks() -> int:
 
 
 def held(one: Edge) -> dict[str, torch.Tensor]:
-    assert one._holding is not None
-    return dict(one._holding.release.tensors)
+    assert one._state is not None
+    return dict(one._state.release.tensors)
 
 
 def same(one: Edge) -> bool:
@@ -137,7 +137,7 @@ def test_a_model_that_could_not_be_kept_is_installed_by_the_next_order(
             one.handle(order)
     assert one.handle(order) == Installed(0, -1)
     assert same(one) and shelf.get("model") is not None
-    assert one._smashed._hidden_size == 32  # so that devices' activations are held against this model
+    assert one._activations._hidden_size == 32  # so that devices' activations are held against this model
 
 
 def test_another_model_takes_the_place_of_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:

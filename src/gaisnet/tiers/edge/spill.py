@@ -1,4 +1,4 @@
-"""Activations beyond what an edge may keep in memory: in files that are mapped, and gone with the last use of them."""
+"""Spill activations to mapped files once an edge's memory limit is reached."""
 
 import os
 import tempfile
@@ -13,16 +13,15 @@ _MIB = 2**20
 
 
 def spill_beyond(rows: Tensor, others: Iterable[Tensor], max_mib: int | None) -> Tensor:
-    """The rows themselves, or the same in a file, if with them more than ``max_mib`` would be in memory.
+    """Return the rows, moved to a mapped file if they would raise memory use above ``max_mib``.
 
-    The file is written before it is mapped, so that a full disk is an error and not a signal. It has no name any more
-    when this returns: the system removes it when the tensor, or the process, has ended. Only what is in main memory
-    counts, and only that is moved.
+    The file is written before it is mapped, so that a full disk is an error and not a signal. It is unlinked before
+    this returns: the system removes it with the tensor or the process. Only tensors in main memory count and move.
 
     Args:
-        rows: Any shape and dtype.
-        others: What is kept besides, in memory or in files.
-        max_mib: None for no limit.
+        rows: A tensor of any shape and dtype.
+        others: Other tensors that are kept, in memory or in files.
+        max_mib: Limit for all of them; None for no limit.
 
     Raises:
         ActivationsNotKept: The file cannot be written; nothing has changed.

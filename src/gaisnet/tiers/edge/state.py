@@ -1,4 +1,4 @@
-"""What an edge holds of a run: model, anchor, adapters, how far it is; on a shelf, to outlive the process."""
+"""The state of an edge in a run: model, anchor, adapters and progress, kept on a shelf to survive a restart."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,10 +22,10 @@ _KINDS: tuple[LinkKind, ...] = ("device_edge", "edge_cloud")
 
 @dataclass(frozen=True)
 class RoundProgress:
-    """How far a cycle's edge rounds are."""
+    """Progress through the edge rounds of a cycle."""
 
     cycle: int
-    base: int  # version of the domain adapter that the cycle began with
+    base: int  # version of the domain adapter at the start of the cycle
     done: int = 0
     num_steps: int = 0
     num_examples: int = 0  # of the last round
@@ -35,7 +35,7 @@ class RoundProgress:
 
 @dataclass
 class EdgeState:
-    """Everything that an edge must have to go on with a run.
+    """Everything that an edge needs to continue a run.
 
     Raises ``ModelError`` or ``CutError`` where the release does not fit the configuration.
     """
@@ -49,10 +49,11 @@ class EdgeState:
     num_classes: int = 0  # of the domain, where the model is an encoder
     relay: AdapterRelease | None = None
     rounds: RoundProgress | None = None
+    local_start: AdapterRelease | None = None  # domain adapter from which local devices train next
     domain: DomainModel = field(init=False)
     layout: Layout = field(init=False)
     hidden_size: int = field(init=False)
-    max_positions: int = field(init=False)  # positions of an example
+    max_positions: int = field(init=False)  # of an example
 
     def __post_init__(self) -> None:
         model = released(self.release)
@@ -63,11 +64,11 @@ class EdgeState:
         self.domain.gradient_bounds = GradientBounds.from_release(
             self.release, self.config.tail_layers, model.family.is_encoder
         )
-        self.longest = max_positions(model.config, self.config.model.most_tokens)
+        self.max_positions = max_positions(model.config, self.config.model.most_tokens)
         self.domain.set_anchor(self.anchor)
 
     def release_for(self, device: DeviceSettings) -> ModelRelease:
-        """What a device needs: head and tail in ``device_precision``, and if it is local, all of the DM between."""
+        """Return a device's part: head and tail in ``device_precision``, and the DM in between if it is local."""
         held = (*range(device.head_layers), *range(self.layout.tail_start, self.layout.num_layers))
         if device.mode == "local":
             return rounded(self.release, held, self.config.device_precision)
@@ -75,20 +76,25 @@ class EdgeState:
 
     @cached_property
     def _outer(self) -> ModelRelease:
-        """Head and tail of all devices; rounded once."""
+        """Heads and tails of all devices, rounded once."""
         layers = (*range(self.layout.last_cut), *range(self.layout.tail_start, self.layout.num_layers))
         return rounded(restrict(self.release, layers), layers, self.config.device_precision)
 
     def install_adapter(self, release: AdapterRelease) -> None:
-        """Put a released adapter in. Raises ``AdapterMismatch``."""
+        """Put a released adapter into the DM. Raises ``AdapterMismatch``."""
         self.domain.install_adapter(release)
         if release.role == "relay":
             self.relay = release
         else:
             self.rounds = None
+        self.local_start = self.domain_release()
+
+    def domain_release(self) -> AdapterRelease:
+        """Copy the current domain adapter into a message."""
+        return AdapterRelease("domain", self.domain.versions["domain"], self.domain.copy_adapter("domain"))
 
     def save_model(self, shelf: Shelf) -> None:
-        """Write what never changes within a run."""
+        """Write the parts that never change within a run."""
         release = self.release
         state = {
             "run": self.run,
@@ -117,28 +123,28 @@ class EdgeState:
 def load_state(
     shelf: Shelf, config: Config, ledger: Ledger, compute_lock: ComputeLock, num_classes: int = 0
 ) -> EdgeState | None:
-    """What was kept last; None if that was nothing whole. Raises ``CheckpointError``."""
+    """Load the saved state; None where the shelf has no complete one. Raises ``CheckpointError``."""
     model, anchor, progress = shelf.get("model"), shelf.get("anchor"), shelf.get("progress")
     if model is None or anchor is None or progress is None:
         return None
-    state, tensors = model
-    run = state["run"]
+    saved, tensors = model
+    run = saved["run"]
     if anchor[0]["run"] != run or progress[0]["run"] != run:
-        return None  # it was stopped while a new run replaced an old one: the cloud will send it all again
-    release = ModelRelease(state["config_json"], tuple(state["layers"]), tuple(state["int8_layers"]), tensors)
-    anchored = AnchorRelease(anchor[1]["lengths"], anchor[1]["hidden"])
-    held = EdgeState(config, run, state["digest"], release, anchored, compute_lock, num_classes)
-    _restore(held, progress[0], progress[1])
+        return None  # stopped while a new run replaced an old one: the cloud will send everything again
+    release = ModelRelease(saved["config_json"], tuple(saved["layers"]), tuple(saved["int8_layers"]), tensors)
+    anchor_release = AnchorRelease(anchor[1]["lengths"], anchor[1]["hidden"])
+    state = EdgeState(config, run, saved["digest"], release, anchor_release, compute_lock, num_classes)
+    _restore_progress(state, progress[0], progress[1])
     for kind in _KINDS:
         ledger.add(kind, Traffic(**progress[0]["traffic"][kind]))
-    return held
+    return state
 
 
-def _restore(held: EdgeState, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    versions = state["versions"]
+def _restore_progress(state: EdgeState, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    versions = saved["versions"]
     relay = under("relay/", tensors)
     if relay:
-        held.install_adapter(AdapterRelease("relay", versions["relay"], relay))
-    held.install_adapter(AdapterRelease("domain", versions["domain"], under("domain/", tensors)))
-    if state["rounds"]:
-        held.rounds = RoundProgress(**{**state["rounds"], "faults": tuple(state["rounds"]["faults"])})
+        state.install_adapter(AdapterRelease("relay", versions["relay"], relay))
+    state.install_adapter(AdapterRelease("domain", versions["domain"], under("domain/", tensors)))
+    if saved["rounds"]:
+        state.rounds = RoundProgress(**{**saved["rounds"], "faults": tuple(saved["rounds"]["faults"])})
