@@ -306,8 +306,7 @@ def encoder_raw_config(kind: str = "lora", **changes: Any) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "domain": {"precision": "float32"},
         "adapters": {"kind": kind, "rank": 2, "alpha": 4, "num_prompts": 3, "first_layer": 4},
-        "relay": {"enabled": False},
-        "fine_tune": {"local_epochs": 4, "batch_size": 4, "learning_rate": 0.01, "anchor_weight": 0.0},
+        "fine_tune": {"local_epochs": 4, "batch_size": 4, "learning_rate": 0.01},
         "edges": edges,
     }
     return tiny_raw_config(**{**raw, **changes})

@@ -83,6 +83,15 @@ def test_there_is_a_kit_for_every_site_and_it_says_whose_it_is(config: Config, k
     assert kits_in(kits[CLOUD].parent).keys() == SITES
 
 
+def test_every_kit_of_an_encoders_network_holds_the_same_resolved_settings(tmp_path: Path) -> None:
+    given = load_config(write_tiny_bert_run(tmp_path))
+    assert given.relay.enabled and given.fine_tune.anchor_weight
+    for folder in prepare(given, tmp_path / "sites").values():
+        kept = read_site(folder).config
+        assert not kept.relay.enabled and not kept.fine_tune.anchor_weight
+        assert (kept.wire, kept.absorb, kept.adapters) == (given.wire, given.absorb, given.adapters)
+
+
 def test_every_port_is_another_and_all_kits_agree(kits: Mapping[str, Path]) -> None:
     found: dict[str, set[int]] = {}
     for folder in kits.values():

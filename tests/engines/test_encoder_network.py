@@ -38,14 +38,14 @@ from gaisnet.messages import (
     ModelRelease,
     SmashedData,
 )
-from gaisnet.models.families import ENCODERS, VIT
+from gaisnet.models.families import BERT, ENCODERS, VIT
 from gaisnet.models.foundation import Foundation
 from gaisnet.network import Network, Scores
 from gaisnet.progress import silent
 from gaisnet.tiers.device.device import Device
 from gaisnet.tiers.edge.edge import Edge
 from gaisnet.tiers.split.inputs import EncoderInputs
-from gaisnet.tiers.split.layout import Layout
+from gaisnet.tiers.split.layout import Layout, with_family_defaults
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink
@@ -269,7 +269,7 @@ def test_devices_may_hold_their_layers_in_few_bits(precision: str) -> None:
 
 
 def test_products_of_adapters_may_be_averaged() -> None:
-    tune = {"local_epochs": 4, "batch_size": 4, "learning_rate": 0.01, "anchor_weight": 0.0, "average": "products"}
+    tune = {"local_epochs": 4, "batch_size": 4, "learning_rate": 0.01, "average": "products"}
     for kind in KINDS:
         run = Run("vit", encoder_config(kind, cycles=1, fine_tune=tune)).go()
         assert all(run.scores[1].domain[d].loss_sum < run.scores[0].domain[d].loss_sum for d in CLASSES)
@@ -356,7 +356,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
 
 
 def test_an_edge_that_restarts_goes_on_from_its_shelf(tmp_path: Path) -> None:
-    config = encoder_config("prompts", edges=changed(0)[:1], cycles=1)
+    config = with_family_defaults(encoder_config("prompts", edges=changed(0)[:1], cycles=1), BERT)
     codec, data, cloud = Codec(config.wire), encoder_data(config, "bert"), Run("bert", config).network.cloud
     devices = {
         one.name: Device(one, config, tiny_bert_tokenizer(), data[one.name], labels=edge.labels)
@@ -488,17 +488,20 @@ def changed(index: int, **edge: Any) -> list[dict[str, Any]]:
     ("changes", "message"),
     [
         ({"relay": {"enabled": True}}, "relay.enabled: is true, but the model is an encoder"),
-        ({"fine_tune": {}}, "fine_tune.anchor_weight: is 10, but .* writes no text to hold to; set it to 0"),
+        (
+            {"fine_tune": {"anchor_weight": 10.0}},
+            "fine_tune.anchor_weight: is 10, but .* writes no text to hold to; set it to 0",
+        ),
         ({"evaluate": {"everywhere": True}}, "evaluate.everywhere: is true, but .*; set it to false"),
         ({"edges": changed(1, labels=[])}, r"edges.1.labels: are \[\], but .*; name the classes"),
         ({"edges": changed(0, labels=["one"])}, r"edges.0.labels: are \['one'\], but .* two or more"),
         ({"edges": changed(0, labels=["a", "b", "a"])}, "edges.0: labels must differ, but these are given twice: a;"),
         (
-            {"edges": changed(0, labels=[str(i) for i in range(32)])},
+            {"edges": changed(0, labels=[str(i) for i in range(32)]), "wire": {"body_output": "int4"}},
             "wire.body_output: is int4, in which the likeliest of the 32 classes of 'shapes' .*; use float16 or int8",
         ),
         (
-            {"edges": changed(0, labels=[str(i) for i in range(32)]), "wire": {"body_output": "float16"}},
+            {"edges": changed(0, labels=[str(i) for i in range(32)]), "wire": {"gradient": "int4"}},
             "wire.gradient: is int4, in which",
         ),
         ({"edges": changed(1, follows="shapes")}, "edges.1.labels: are not those of 'shapes'.*; name the same"),
@@ -506,7 +509,7 @@ def changed(index: int, **edge: Any) -> list[dict[str, Any]]:
 )
 def test_what_an_encoder_cannot_do_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Layout(encoder_config(**changes), NUM_LAYERS, VIT)
+        Layout(with_family_defaults(encoder_config(**changes), VIT), NUM_LAYERS, VIT)
 
 
 @pytest.mark.parametrize(("keep", "precision"), [(None, "int8"), (5, "float32")])

@@ -179,13 +179,13 @@ class World:
 
     def told(self, reply: Message) -> object:
         """The edge, which asked a device how long its examples are."""
-        cluster, edge = self.edge._cluster, self.edge
-        asked = type("Asked", (), {"gather": lambda *_: {}, "ask": lambda *_: {OWNER: reply}})
-        edge._cluster = asked()
+        pool, edge = self.edge._device_pool, self.edge
+        asked = type("Asked", (), {"ensure_ready": lambda *_: {}, "ask_devices": lambda *_: {OWNER: reply}})
+        edge._device_pool = asked()
         try:
-            return edge._lengths()
+            return edge._collect_lengths()
         finally:
-            edge._cluster = cluster
+            edge._device_pool = pool
 
     # -- parcels -------------------------------------------------------------------------------------------------------
 

@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 
 from gaisnet.adapters.tuning import LoraSpec
+from gaisnet.config.file import parse_config
 from gaisnet.errors import CutError
+from gaisnet.models.families import BERT, LLAMA
 from gaisnet.models.parts import CutLayers
 from gaisnet.models.recipe import Middle
-from gaisnet.tiers.split.layout import Layout
-from tests.tiny import NUM_LAYERS, tiny_config
+from gaisnet.tiers.split.layout import Layout, with_family_defaults
+from tests.tiny import NUM_LAYERS, encoder_raw_config, tiny_config, tiny_edge
 
 
 def layout(
@@ -107,3 +109,35 @@ def test_a_recipe_is_checked_against_the_middle() -> None:
 def test_the_default_settings_fit_the_default_model() -> None:
     raw: dict[str, Any] = {"adapters": {}, "domain": {}, "relay": {}}
     assert Layout(tiny_config(**raw), 30).domain_spec().layers == tuple(range(18, 30))
+
+
+# -- defaults of a family ----------------------------------------------------------------------------------------------
+
+
+def test_defaults_that_do_not_suit_an_encoder_are_replaced() -> None:
+    config = parse_config(encoder_raw_config(relay={"rank": 4}))
+    assert config.relay.enabled and config.fine_tune.anchor_weight
+    resolved = with_family_defaults(config, BERT)
+    assert not resolved.relay.enabled and not resolved.fine_tune.anchor_weight
+    changed = {"relay": {"enabled"}, "fine_tune": {"anchor_weight"}}
+    assert resolved.model_dump(exclude=changed) == config.model_dump(exclude=changed)
+    Layout(resolved, NUM_LAYERS, BERT)  # raises nothing
+
+
+def test_logits_of_many_classes_are_not_written_in_int4_by_default() -> None:
+    edges = [{**tiny_edge("north", "shapes"), "labels": [str(i) for i in range(32)]}]
+    resolved = with_family_defaults(parse_config(encoder_raw_config(edges=edges, wire={"gradient": "int8"})), BERT)
+    assert (resolved.wire.body_output, resolved.wire.gradient) == ("float16", "int8")
+    Layout(resolved, NUM_LAYERS, BERT)
+
+
+def test_settings_of_the_user_and_of_a_decoder_stay() -> None:
+    raw = encoder_raw_config(relay={"enabled": True}, fine_tune={"anchor_weight": 1.0})
+    assert with_family_defaults(parse_config(raw), BERT) == parse_config(raw)
+    assert with_family_defaults(tiny_config(), LLAMA) == tiny_config()
+
+
+def test_a_resolved_configuration_that_is_written_and_read_stays_the_same() -> None:
+    resolved = with_family_defaults(parse_config(encoder_raw_config()), BERT)
+    again = parse_config(resolved.model_dump(mode="json"))
+    assert again == resolved == with_family_defaults(again, BERT)

@@ -23,7 +23,7 @@ class WireSettings(Settings):
     body_output: TensorCode = Field(
         "int4",
         description="Activations of examples, edge or cloud -> device; of an encoder logits. Those of fewer than 32 "
-        "classes are in float32 where this says int4, which is refused for more.",
+        "classes are in float32 where this says int4; with more, float16 is the default and int4 is refused.",
     )
     gradient: TensorCode = Field(
         "int4", description="Gradients device -> edge, and in the last mile on to the cloud; of logits as there."

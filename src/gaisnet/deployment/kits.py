@@ -12,7 +12,9 @@ from gaisnet.deployment.site_config import own_part
 from gaisnet.engines.nvflare.provision import ADMIN, NetworkAddresses, SiteAddress, provision
 from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import OutputInUse
-from gaisnet.models.foundation import load_tokenizer, reads_text, with_context
+from gaisnet.models.families import family_of
+from gaisnet.models.foundation import load_tokenizer, read_shape, reads_text, with_context
+from gaisnet.tiers.split.layout import with_family_defaults
 
 _NETWORK = "gaisnet"
 _START = """#!/usr/bin/env bash
@@ -56,7 +58,8 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
         load_public_task(edge, config)  # a missing package is better met here than by every device
     check_sizes(config)
     tokenizer = load_tokenizer(config.model) if reads_text(config.model) else None
-    config = _with_ports(with_context(config))  # the same for all: no site but the cloud's has the model
+    # Settled here for all sites: only the cloud has the model.
+    config = with_family_defaults(_with_ports(with_context(config)), family_of(read_shape(config.model)))
     made = provision(_addresses(config), out)
     made.pop(ADMIN).rename(made[CLOUD] / ADMIN)
     for name, folder in made.items():

@@ -15,6 +15,7 @@ from gaisnet.tiers.cloud.cloud import Cloud
 from gaisnet.tiers.device.device import Device
 from gaisnet.tiers.device.shared_weights import SharedWeights
 from gaisnet.tiers.edge.edge import Edge
+from gaisnet.tiers.split.layout import with_family_defaults
 from gaisnet.tiers.split.publisher import NoPublisher, Publisher
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
@@ -103,7 +104,7 @@ def build_tiers(
     Raises:
         GaisnetError: Something does not fit, before any work.
     """
-    config = with_context(config, foundation.model.config)
+    config = with_family_defaults(with_context(config, foundation.model.config), foundation.family)
     codec, compute_lock = Codec(config.wire), publishers.compute_lock
     shared_weights = SharedWeights(config, compute_lock)
     nothing: DeviceData[Any] = DeviceData((), ())

@@ -11,7 +11,7 @@ from gaisnet.models.foundation import read_shape
 from gaisnet.models.int8 import to_empty_int8
 from gaisnet.models.parts import Body
 from gaisnet.models.release import release_encoder, release_model
-from gaisnet.tiers.split.layout import Layout
+from gaisnet.tiers.split.layout import Layout, with_family_defaults
 from gaisnet.transport.codec import Codec
 
 
@@ -33,6 +33,7 @@ def planned_release(config: Config, shape: PretrainedConfig) -> ModelRelease:
     same sizes. Raises ``CutError`` or ``ConfigError`` where the configuration does not fit the model.
     """
     family = family_of(shape)
+    config = with_family_defaults(config, family)
     layout = Layout(config, int(shape.num_hidden_layers), family)
     empty = empty_encoder(shape) if family.is_encoder else empty_decoder(shape)
     for part in vars(empty).values():

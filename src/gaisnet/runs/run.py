@@ -42,6 +42,7 @@ from gaisnet.runs.summary import (
     Summary,
     Traffic,
 )
+from gaisnet.tiers.split.layout import with_family_defaults
 from gaisnet.transport.ledger import Ledger, LinkKind
 
 T = TypeVar("T")
@@ -174,7 +175,6 @@ class Run:
         build: Build,
         majorities: Mapping[str, float | None],
     ) -> None:
-        self._config = config
         self._folder = folder
         self._progress = progress
         self._steps = 0
@@ -182,6 +182,7 @@ class Run:
         progress("load", 0, 2, {})
         check_sizes(config)
         foundation = load_foundation(config.model)
+        self._config = config = with_family_defaults(config, foundation.family)
         kept = folder.shelf.get(_CHECKPOINT)
         self._digest = _same_model(folder, foundation, kept[0] if kept else {})
         self._base_model, self._layers_path = foundation.source, foundation.family.layers_path

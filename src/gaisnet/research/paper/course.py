@@ -153,8 +153,7 @@ def _config(clusters: Sequence[Sequence[Site]], kind: Kind, num_rounds: int, see
             "cycles": num_rounds,
             "domain": {"precision": "float32"},
             "adapters": {"kind": kind, "first_layer": FIRST_LAYER},
-            "relay": {"enabled": False},
-            "fine_tune": {"local_epochs": EPOCHS, "learning_rate": LEARNING_RATES[kind], "anchor_weight": 0.0},
+            "fine_tune": {"local_epochs": EPOCHS, "learning_rate": LEARNING_RATES[kind]},
             "edges": edges,
         }
     )

@@ -53,7 +53,7 @@ class DevicePool:
         self._equipped.clear()
 
     def ensure_ready(self, names: Iterable[str]) -> dict[str, GaisnetError]:
-        """Send kits to devices that lack them, waiting for those that are away. Return the errors of unavailable ones."""
+        """Send kits to devices that lack them, waiting for those that are away. Return errors of the unavailable."""
         self._given_up = {name for name in self._given_up if not self._links[name].peer}
         until = time.monotonic() + self._faults.away_s  # they are waited for together
         incarnations = {name: self._incarnation(name, until) for name in names}

@@ -16,6 +16,28 @@ from gaisnet.tiers.split.activations import RowSelection
 _LAST_MODULE = "down_proj"  # of a layer of every decoder in ``models.families``
 
 
+def with_family_defaults(config: Config, family: Family) -> Config:
+    """Return the configuration with the family's values in place of defaults that do not suit it.
+
+    The defaults are those of a decoder. Settings that the user has set stay; ``Layout`` refuses them where the family
+    cannot have them. Every site of a network needs the result, so kits hold it.
+    """
+    if not family.is_encoder:
+        return config
+    defaults: dict[str, dict[str, object]] = {
+        "relay": {"enabled": False},  # an encoder writes no text to fit a relay to
+        "fine_tune": {"anchor_weight": 0.0},  # nor text for an anchor
+    }
+    if max(len(edge.labels) for edge in config.edges) >= GROUP:  # see ``Layout._check_labels``
+        defaults["wire"] = {"body_output": "float16", "gradient": "float16"}
+    groups: dict[str, object] = {}
+    for name, values in defaults.items():
+        group = getattr(config, name)
+        unset = {key: value for key, value in values.items() if key not in group.model_fields_set}
+        groups[name] = group.model_copy(update=unset)
+    return config.model_copy(update=groups)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Layer numbers of a run on a foundation model with ``num_layers`` layers, and what its family makes of them."""
