@@ -1,6 +1,6 @@
-"""One adapter out of many, by their weights alone.
+"""Arithmetic on adapters by their weights alone.
 
-A sum (task arithmetic, Ilharco et al., arXiv 2212.04089), and sums in which some numbers are left out, as peft has
+Sums (task arithmetic, Ilharco et al., arXiv 2212.04089), and sparse sums as peft has
 them: TIES (Yadav et al., arXiv 2306.01708) and DARE (Yu et al., arXiv 2311.03099).
 """
 
@@ -18,15 +18,15 @@ Sparse = Literal["ties", "dare"]
 
 
 def weakened(adapter: AdapterTensors, share: float) -> AdapterTensors:
-    """The adapter whose products B A are a share of this one's."""
+    """Scale an adapter's products B A by a share."""
     return {key: tensor * share if ".lora_B." in key else tensor for key, tensor in adapter.items()}
 
 
 def side_by_side(adapters: Sequence[AdapterTensors], weight: float = 1.0) -> AdapterTensors:
-    """One adapter whose product B A is ``weight`` times the sum of the products of all, exactly.
+    """Return the adapter whose product B A is exactly ``weight`` times the sum of all products.
 
-    Products of averaged factors are not averaged products; putting the factors side by side keeps each product whole
-    (what peft calls combination type "cat"). Its rank is the sum of the ranks, and so must its alpha be.
+    Products of averaged factors are not averaged products; concatenating factors keeps each product whole
+    (peft's combination type "cat"). Its rank is the sum of the ranks, and so must its alpha be.
     """
     return {key: _joined([a[key] for a in adapters], key, weight) for key in adapters[0]}
 
@@ -39,7 +39,7 @@ def _joined(factors: Sequence[Tensor], key: str, weight: float) -> Tensor:
 
 @torch.no_grad()
 def compressed(adapter: AdapterTensors, rank: int) -> AdapterTensors:
-    """The adapter of a lower rank whose products B A are nearest to this one's (by singular values)."""
+    """Return the adapter of lower rank with the nearest products B A (by singular values)."""
     smaller: AdapterTensors = {}
     for key_a in (key for key in adapter if ".lora_A." in key):
         key_b = key_a.replace(".lora_A.", ".lora_B.")
@@ -54,13 +54,13 @@ def compressed(adapter: AdapterTensors, rank: int) -> AdapterTensors:
 def sparse_sum(
     adapters: Sequence[AdapterTensors], method: Sparse, weight: float, density: float, seed: int
 ) -> AdapterTensors:
-    """One adapter of as many ranks as all have together, nearest to the merged products B A (by singular values).
+    """Merge adapters into one with the ranks of all together, nearest to the merged products B A (by singular values).
 
     Args:
-        adapters: Of one shape.
+        adapters: Adapters of one shape.
         method: 'ties' keeps the largest numbers of each product, and of those the ones whose sign most agree on;
-            'dare' keeps random ones and makes them larger by as much.
-        weight: Of each product.
+            'dare' keeps random ones and scales them up accordingly.
+        weight: Weight of each product.
         density: Share of the numbers that are kept.
         seed: For 'dare'.
     """
@@ -78,7 +78,7 @@ def sparse_sum(
 
 
 def _factors(product_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [R, I] and B [O, R] whose product B A is nearest to a matrix; padded with zeros beyond its own rank."""
+    """Factor a matrix into A [R, I] and B [O, R] with the nearest product B A, zero-padded beyond its own rank."""
     u_OK, s_K, v_KI = torch.linalg.svd(product_OI, full_matrices=False)
     root_K, lacking = s_K[:rank].sqrt(), max(0, rank - len(s_K))
     a_RI = F.pad(root_K[:, None] * v_KI[:rank], (0, 0, 0, lacking))

@@ -1,4 +1,4 @@
-"""An adapter's own classifier, in place of a body's: new for every task, it learns with the adapter and goes with it.
+"""An adapter's own classifier, in place of a body's: new for every task, trained and moved with the adapter.
 
 peft knows the idea as ``modules_to_save``. Shape legend: N rows, D hidden size, C classes.
 """
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from gaisnet.adapters.slot import OneOf, peft_name
 from gaisnet.errors import AdapterMismatch
 
-_SPREAD = 0.02  # of the weights of a new one, as transformers begins
+_SPREAD = 0.02  # standard deviation of new weights, transformers' default
 _OWN = "own"  # unlike any ``peft_name``
 
 
@@ -23,11 +23,11 @@ class Classifying(Protocol):
     classifier: nn.Module | None
 
     def classify(self, rows_ND: Tensor) -> Tensor:
-        """Logits [N, C]."""
+        """Return logits [N, C]."""
 
 
 class Classifiers(OneOf):
-    """Of several adapters, and the body's own, which acts where none of theirs does.
+    """Classifiers of several adapters, and the body's own, which is active if none of theirs is.
 
     Args:
         own: [N, D] -> [N, C]; None if the body has none.
@@ -39,7 +39,7 @@ class Classifiers(OneOf):
         super().__init__({} if own is None else {_OWN: own})
 
     def forward(self, rows_ND: Tensor) -> Tensor:
-        """Logits [N, C] by the classifier that acts. Raises ``AdapterMismatch`` if there is none."""
+        """Return logits [N, C] of the active classifier. Raises ``AdapterMismatch`` if there is none."""
         name = self.acting[0] if self.acting else _OWN
         if name not in self:
             raise AdapterMismatch("of a classifier", "one that acts", "none that does")
@@ -54,7 +54,7 @@ def check_classifying(body: nn.Module, name: str) -> None:
 
 
 def add_classifier(body: nn.Module, name: str, num_classes: int) -> None:
-    """Put a random classifier at the end of ``body``, which has been checked."""
+    """Put a random classifier at the end of a checked ``body``."""
     whole, device = cast(Classifying, body), next(body.parameters()).device
     if not isinstance(whole.classifier, Classifiers):
         whole.classifier = Classifiers(whole.classifier)

@@ -1,7 +1,7 @@
-"""Full tuning: an adapter has all weights of the adapted layers, and where it acts they stand in place of the model's.
+"""Full tuning: an adapter with all weights of the adapted layers, which replace the model's while it is active.
 
-Nothing is copied when another one acts: modules are given other parameters. So the model's own are what they were,
-to the bit, as soon as no adapter acts. Each adapter takes as much memory as the layers that it adapts, beside theirs.
+Activation copies nothing: modules get other parameters. The model's own weights are unchanged to the bit as soon as no
+adapter is active. Each adapter takes as much memory as the layers that it adapts, in addition to theirs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,11 +19,11 @@ _OWN = "own"  # unlike any ``peft_name``
 
 @dataclass(frozen=True)
 class FullSpec:
-    """Shape of an adapter of all weights of some layers.
+    """Shape of an adapter with all weights of some layers.
 
     Attributes:
         layers: FM numbers of the layers.
-        num_classes: Of the adapter's own classifier; 0 where it has none.
+        num_classes: Classes of the adapter's own classifier; 0 if it has none.
     """
 
     layers: tuple[int, ...]
@@ -31,32 +31,32 @@ class FullSpec:
 
 
 class Weights(OneOf):
-    """Of one module: its own, and those of adapters.
+    """Weights of one module: its own, and those of adapters.
 
     Args:
-        module: What they are for; it gets the weights of the adapter that acts, else its own.
+        module: Gets the weights of the active adapter, else its own.
     """
 
     kind: ClassVar[str] = "weights of a layer"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__({_OWN: _Parameters(dict(module.named_parameters(recurse=False)))})
-        self._of = (module,)  # a tuple, for a module must not be inside of its own child
+        self._of = (module,)  # a tuple, since a module must not be inside of its own child
 
     def copy_for(self, name: str) -> None:
-        """Let an adapter have weights; they begin as the module's own."""
+        """Give an adapter weights, copied from the module's own."""
         own = self[_OWN].named_parameters()
         self[peft_name(name)] = _Parameters({kind: nn.Parameter(each.detach().clone()) for kind, each in own})
 
     def act(self, names: Iterable[str]) -> None:
-        """See ``Slot``."""
+        """Activate an adapter; see ``Slot``."""
         super().act(names)
         for kind, parameter in self[self.acting[0] if self.acting else _OWN].named_parameters():
             setattr(self._of[0], kind, parameter)
 
 
 class _Parameters(nn.Module):
-    """Holds parameters by the names that they have in a module."""
+    """Parameters, by the names that they have in a module."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def add_full(body: Any, name: str, spec: FullSpec) -> None:
 
 
 def _with_weights(module: nn.Module) -> Iterator[nn.Module]:
-    """Modules that have weights by themselves, without those of adapters."""
+    """Yield modules with weights of their own, adapters excluded."""
     children = [module.get_base_layer()] if isinstance(module, LoraLayer) else module.children()
     for child in children:
         if not isinstance(child, Slot):

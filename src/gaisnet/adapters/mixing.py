@@ -1,10 +1,10 @@
-"""Many adapters on one body at once: every row of a batch has its own, and keeps the version that it began with.
+"""Mixed adapters on one body: every row of a batch has its own, in the version with which its session began.
 
-A body that learns changes its adapter in place. What is served are copies, one per version: ``domain@3``, or
-``domain@3+`` for one that was learned again under the same number. They are plain tensors beside the body, and hooks on
-its linear modules add what they give to the rows that asked for them (S-LoRA's idea, arXiv 2311.03285). So the modules
-of the body stay as they are when versions come and go. Adapters that peft has put there for learning do not act on rows
-that are served, and a thread that serves changes nothing for one that learns on the same body at the same time.
+A body in training changes its adapter in place. Served adapters are copies, one per version: ``domain@3``, or
+``domain@3+`` for one that was trained again under the same number. They are plain tensors beside the body; hooks on
+its linear modules add their outputs to the rows that asked for them (as in S-LoRA, arXiv 2311.03285). So the modules
+of the body do not change when versions come and go. Adapters that peft has put there for training do not act on served
+rows, and a serving thread changes nothing for a thread that trains on the same body.
 
 Shape legend: N rows, R rank.
 """
@@ -32,13 +32,13 @@ Stack = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Factors:
-    """What an adapter adds to one linear module; float32, B with the scale in it."""
+    """An adapter's factors for one linear module; float32, B with the scale in it."""
 
     a: Tensor  # [R, in]
     b: Tensor  # [out, R]
 
     def added(self, output: Tensor, input: Tensor, rows_N: Tensor | None) -> Tensor:
-        """``output`` and the adapter's part, at some rows of the first dimension; None for all."""
+        """Return ``output`` plus the adapter's part, at some rows of the first dimension; None for all."""
         chosen = input if rows_N is None else input[rows_N]
         delta = F.linear(F.linear(chosen.to(self.a.dtype), self.a), self.b).to(output.dtype)
         return output + delta if rows_N is None else output.index_add(0, rows_N.to(output.device), delta)
@@ -52,17 +52,17 @@ _NONE = "__base__"  # peft's word for a row without an adapter
 
 
 class _Batch(threading.local):
-    """What runs in this thread: which rows each served adapter acts on, and that peft's own act on none."""
+    """The batch of this thread: rows of each served adapter, and peft's marker that its own adapters act on none."""
 
     rows_of: Mapping[str, Tensor | None] = {}
     none: Sequence[str] = ()
 
 
 class ServedAdapters:
-    """The versions of adapters that are served on one body. Its methods are for one thread at a time.
+    """Served versions of adapters on one body. For one thread at a time.
 
     Args:
-        body: Where they act; adapters that learn are on it before sessions begin.
+        body: The body they act on; adapters in training are on it before sessions begin.
     """
 
     def __init__(self, body: nn.Module) -> None:
@@ -77,7 +77,7 @@ class ServedAdapters:
     def put(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """Serve a version of an adapter to sessions that begin from now on; an older one goes with its last user.
 
-        Raises ``AdapterMismatch``, and then serves what it served.
+        Raises ``AdapterMismatch``, and then changes nothing.
         """
         modules = _targets(self._body, spec)
         check_same_shapes(name, _expected(name, modules, spec), tensors)
@@ -91,9 +91,9 @@ class ServedAdapters:
             self._drop_unused(old)
 
     def take(self, names: Sequence[str]) -> Stack:
-        """The present versions of these adapters, kept until ``give_back``.
+        """Return the current versions of these adapters, held until ``give_back``.
 
-        Raises ``UnknownAdapter``, or ``AdapterMismatch`` where two of them sit on the same module.
+        Raises ``UnknownAdapter``, or ``AdapterMismatch`` if two of them sit on the same module.
         """
         self._watch()
         for name in names:
@@ -108,7 +108,7 @@ class ServedAdapters:
         return stack
 
     def give_back(self, stack: Stack) -> None:
-        """A session has ended; versions that nobody else uses and that are not the present ones go."""
+        """Release a session's versions; those without users go, unless they are current."""
         self._users.subtract(stack)
         for served in stack:
             self._drop_unused(served)
@@ -120,12 +120,12 @@ class ServedAdapters:
 
     @property
     def versions(self) -> list[str]:
-        """All that are held, each as ``name@version``."""
+        """All versions held, each as ``name@version``."""
         return sorted(self._served)
 
     @contextmanager
     def for_rows(self, stacks: Sequence[Stack]) -> Iterator[None]:
-        """Inside, row n of what runs through the body has the adapters ``stacks[n]`` and no others."""
+        """Inside the context, row n of a batch through the body has the adapters ``stacks[n]`` and no others."""
         acting = {served for stack in set(stacks) for served in stack}
         self._batch.rows_of = {served: _rows(stacks, served) for served in acting}
         self._batch.none = [_NONE] * len(stacks)
@@ -135,18 +135,18 @@ class ServedAdapters:
             self._batch.rows_of, self._batch.none = {}, ()
 
     def _watch(self) -> None:
-        """Know all modules that peft has wrapped; to walk through a body at every token would take too long."""
+        """Remember all modules that peft has wrapped; walking through a body at every token would take too long."""
         for module in self._body.modules():
             if isinstance(module, LoraLayer) and module not in self._learning:
                 module.register_forward_pre_hook(self._keep_out, with_kwargs=True)
                 self._learning.add(module)
 
     def _keep_out(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Forward hook of what peft has wrapped: rows that are served have none of its adapters."""
+        """Forward hook of modules that peft has wrapped: keeps its adapters away from served rows."""
         return (args, {**kwargs, "adapter_names": self._batch.none}) if self._batch.none else None
 
     def _hook(self, modules: Mapping[str, nn.Module]) -> None:
-        """Once per module. Where peft wraps it later, it is the wrapper's base and still called."""
+        """Hook a module once. If peft wraps it later, it is the wrapper's base and still called."""
         for path in modules.keys() - self._hooked:
             modules[path].register_forward_hook(partial(self._add, path))
             self._hooked.add(path)
@@ -160,7 +160,10 @@ class ServedAdapters:
         return output
 
     def _name_for(self, served: str, adapter: _Served) -> str:
-        """What sessions have stays as it is, even where a cycle that was broken off gives the same number again."""
+        """Return a version's name.
+
+        Held versions never change, even if an interrupted cycle gives the same number again.
+        """
         while served in self._served and not _same(self._served[served], adapter):
             served += "+"
         return served
@@ -173,7 +176,7 @@ class ServedAdapters:
 
 
 def _targets(body: nn.Module, spec: LoraSpec) -> dict[str, nn.Module]:
-    """The linear modules that an adapter acts on, by path; of the layers that the body has."""
+    """Return the linear modules that an adapter acts on, by path, in the layers that the body has."""
 
     def meant(path: str) -> bool:
         parts = path.split(".")
@@ -183,7 +186,7 @@ def _targets(body: nn.Module, spec: LoraSpec) -> dict[str, nn.Module]:
 
 
 def _expected(name: str, modules: Mapping[str, nn.Module], spec: LoraSpec) -> dict[str, Tensor]:
-    """Tensors of the right shapes without any data."""
+    """Return tensors of the right shapes without data."""
     if not modules:
         raise AdapterMismatch(name, f"linear modules named {', '.join(spec.targets)}", "none in the body's layers")
     shapes: dict[str, tuple[int, int]] = {}

@@ -1,8 +1,8 @@
-"""Deep prompts: rows that learn, before the sequence at the input of every adapted layer (VPT-deep, arXiv 2203.12119).
+"""Deep prompts: trained rows before the sequence at the input of every adapted layer (VPT-deep, arXiv 2203.12119).
 
-In the paper the rows run through the layer with those of the sequence, and what comes out of them is dropped before the
-next layer's own rows are put in. So all that counts of them is what the others see: keys and values. Here nothing else
-of them is computed, and the result is the same.
+In the paper these rows run through the layer, and their outputs are dropped before the next layer's own rows are put
+in. So only their keys and values matter to the others. Nothing else of them is computed here, and the result is the
+same.
 
 Shape legend: P rows of a prompt, D hidden size.
 """
@@ -24,9 +24,9 @@ class PromptSpec:
     """Shape of an adapter of deep prompts.
 
     Attributes:
-        num_rows: Of the prompt in each layer.
+        num_rows: Rows of the prompt in each layer.
         layers: FM numbers of the layers.
-        num_classes: Of the adapter's own classifier; 0 where it has none.
+        num_classes: Classes of the adapter's own classifier; 0 if it has none.
     """
 
     num_rows: int
@@ -36,26 +36,26 @@ class PromptSpec:
 
 @runtime_checkable
 class Seeing(Protocol):
-    """A body whose positions can be shown more rows."""
+    """A body whose positions can attend to extra rows."""
 
     config: PretrainedConfig
     layers: nn.ModuleDict  # by FM number
 
     def let_see(self, layer: int, rows: Callable[[], Tensor | None]) -> None:
-        """From now on a layer's positions see these rows [P, D] at the layer's input; None for none."""
+        """Let a layer's positions attend to the returned rows [P, D], given at the layer's input; None for none."""
 
 
 class Prompts(Slot):
     """The prompts of one layer, by adapter."""
 
     def rows(self) -> Tensor | None:
-        """Those that act, [P, D] in all; None if none does."""
+        """Return the active rows, [P, D] in all; None if there are none."""
         prompts = tuple(cast(_Prompt, self[name]).weight for name in self.acting)
         return torch.cat(prompts) if prompts else None
 
 
 class _Prompt(nn.Module):
-    """``weight`` [P, D], float32."""
+    """One prompt: ``weight`` [P, D], float32."""
 
     def __init__(self, num_rows: int, width: int, device: torch.device) -> None:
         super().__init__()

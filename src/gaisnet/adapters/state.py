@@ -1,9 +1,9 @@
-"""An adapter's tensors: taken out of a body, put into one, written for peft.
+"""An adapter's tensors: read from a body, written into one, saved for peft.
 
-Tensors are named as in peft, without the name of the adapter: ``layers.12.self_attn.q_proj.lora_A.weight``, float
-[rank, in] for A and [out, rank] for B. Layer numbers are the FM's in every body. What peft does not put in is named
-alike: ``layers.12.prompts.weight`` [P, D], ``classifier.weight`` [C, D] and ``classifier.bias`` [C]. Weights in place
-of a layer's are named as those are: ``layers.12.attention.q_proj.weight``.
+Tensors are named as in peft, without the adapter's name: ``layers.12.self_attn.q_proj.lora_A.weight``, float [rank, in]
+for A and [out, rank] for B. Layer numbers are the FM's in every body. Adapters that peft does not have are named alike:
+``layers.12.prompts.weight`` [P, D], ``classifier.weight`` [C, D] and ``classifier.bias`` [C]. Replaced weights of a
+layer have the names of the originals: ``layers.12.attention.q_proj.weight``.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ AdapterTensors = dict[str, Tensor]
 
 
 def take_out(body: nn.Module, name: str) -> AdapterTensors:
-    """Copies of an adapter's tensors. Raises ``AdapterMismatch`` where ``body`` has no such adapter."""
+    """Copy an adapter's tensors from a body. Raises ``AdapterMismatch`` if ``body`` has no such adapter."""
     tensors = {plain: p.detach().clone() for plain, p in parameters_of(body, name).items()}
     if not tensors:
         raise AdapterMismatch(name, "an adapter of this name on the body", "none")
@@ -33,7 +33,7 @@ def take_out(body: nn.Module, name: str) -> AdapterTensors:
 
 @torch.no_grad()
 def put_in(body: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Overwrite an adapter's tensors. Raises ``AdapterMismatch``, before any change, where names or shapes differ."""
+    """Overwrite an adapter's tensors. Raises ``AdapterMismatch``, before any change, if names or shapes differ."""
     parameters = parameters_of(body, name)
     check_same_shapes(name, parameters, tensors)
     for plain, parameter in parameters.items():
@@ -41,7 +41,7 @@ def put_in(body: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_same_shapes(name: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise ``AdapterMismatch`` unless ``found`` has the names and shapes of ``expected`` and only finite numbers."""
+    """Raise ``AdapterMismatch`` unless ``found`` has ``expected``'s names and shapes, and only finite numbers."""
     if expected.keys() != found.keys():
         odd = sorted(expected.keys() ^ found.keys())[0]
         raise AdapterMismatch(name, f"{len(expected)} tensors", f"{len(found)}, different from '{odd}' on")
@@ -57,7 +57,7 @@ def save_adapter(
 ) -> None:
     """Write an adapter of any kind, whole or not at all; arguments as for ``save_for_peft``.
 
-    Raises ``OutputNotWritable``; the adapter that was in ``folder`` then stays.
+    Raises ``OutputNotWritable``; an adapter already in ``folder`` then stays.
     """
     with replacing_folder(folder) as scratch:
         if isinstance(spec, PromptSpec):
@@ -74,11 +74,11 @@ def save_for_peft(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` so that plain peft loads them on the FM.
 
     Args:
-        folder: Is made if it is not there.
+        folder: Created if missing.
         spec: Shape of the adapter.
-        tensors: Of the adapter. A classifier is loaded into an FM that was made with as many classes.
+        tensors: The adapter's. A classifier needs an FM made with as many classes.
         base_model: A hub id or an absolute path from which transformers loads the FM; peft looks for it there.
-        layers_path: Where it has its layers, see ``models.families``.
+        layers_path: Path to the FM's layers, see ``models.families``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = spec.peft_config()
@@ -96,7 +96,7 @@ def save_for_peft(
 
 
 def save_prompts(folder: Path, spec: PromptSpec, tensors: Mapping[str, Tensor], base_model: str) -> None:
-    """Write prompts as ``prompts.safetensors``, since peft has none such; what they are for is in its metadata."""
+    """Write prompts as ``prompts.safetensors``, since peft has no such kind; the metadata describes them."""
     folder.mkdir(parents=True, exist_ok=True)
     said = {
         "format": "pt",
@@ -109,7 +109,7 @@ def save_prompts(folder: Path, spec: PromptSpec, tensors: Mapping[str, Tensor], 
 
 
 def save_full(folder: Path, tensors: Mapping[str, Tensor], base_model: str, layers_path: str) -> None:
-    """Write weights as ``model.safetensors``, named as in the model: ``load_state_dict(..., strict=False)`` takes them.
+    """Write weights as ``model.safetensors``, named as in the model, for ``load_state_dict(..., strict=False)``.
 
     The model must have been made with as many classes.
     """
@@ -119,5 +119,5 @@ def save_full(folder: Path, tensors: Mapping[str, Tensor], base_model: str, laye
 
 
 def _in_the_model(key: str, layers_path: str) -> str:
-    """What a tensor of an adapter is called in the model in one piece."""
+    """Return the name of an adapter's tensor in the whole model."""
     return f"{layers_path}{key.removeprefix('layers')}" if key.startswith("layers.") else key

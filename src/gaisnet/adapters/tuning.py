@@ -1,7 +1,7 @@
-"""Adapters of frozen layers: LoRA (Hu et al., arXiv 2106.09685), put in through peft, deep prompts, or other weights.
+"""Adapters of frozen layers: LoRA (Hu et al., arXiv 2106.09685) through peft, deep prompts, or full weights.
 
-An adapter has a name. Several may sit on one body; those that are active add up. On an encoder an adapter may have a
-classifier of its own. Of those that have one, or that have other weights for a layer, one at a time can be active.
+An adapter has a name. Several may sit on one body; the active ones add up. On an encoder an adapter may have its
+own classifier. Of adapters with a classifier or full weights, one at a time can be active.
 """
 
 import threading
@@ -27,14 +27,14 @@ from gaisnet.onednn import add_low_rank
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Shape of a LoRA adapter: everything that its tensors do not say.
+    """Shape of a LoRA adapter: everything that its tensors do not tell.
 
     Attributes:
-        rank: Of every product.
+        rank: Rank of every product.
         alpha: Numerator of the scale; the scale is alpha / rank.
         targets: Names of linear modules in a layer.
         layers: FM numbers of the layers.
-        num_classes: Of the adapter's own classifier; 0 where it has none.
+        num_classes: Classes of the adapter's own classifier; 0 if it has none.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class LoraSpec:
     num_classes: int = 0
 
     def peft_config(self) -> LoraConfig:
-        """The same in peft's words."""
+        """Return the equivalent configuration of peft."""
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -60,11 +60,11 @@ AdapterSpec = LoraSpec | PromptSpec | FullSpec
 
 
 class _Fused(LoraVariant):
-    """Tells peft how to run an adapter: as it does by itself, but in one operation where the adapter learns."""
+    """Tells peft how to run an adapter: unchanged, but as one operation during training."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """``result`` [..., out] and what the adapter makes of ``x`` [..., in]."""
+        """Return ``result`` [..., out] plus the adapter's output for ``x`` [..., in]."""
         a, b, scale = (factors[active_adapter] for factors in (module.lora_A, module.lora_B, module.scaling))
         if a.weight.requires_grad:
             return add_low_rank(result, x, a.weight, b.weight, scale)
@@ -75,10 +75,10 @@ class _Fused(LoraVariant):
 def add_adapter(body: nn.Module, name: str, spec: AdapterSpec, seed: int) -> None:
     """Put a new adapter, random from ``seed``, beside the layers of ``body``; it starts inactive and frozen.
 
-    A LoRA's B is zero, and weights of layers are as the model's own, so they do nothing yet. Prompts are seen, and a
-    classifier classifies, as soon as they act.
+    A LoRA's B is zero, and full weights are copies, so both do nothing yet. Prompts and a classifier
+    act as soon as they are active.
 
-    Raises ``AdapterMismatch`` where no linear module of ``body`` is a target, or it is not made for such an adapter.
+    Raises ``AdapterMismatch`` if no linear module of ``body`` is a target, or the body does not take such an adapter.
     """
     active = active_adapters(body)
     if spec.num_classes:
@@ -99,7 +99,7 @@ def add_adapter(body: nn.Module, name: str, spec: AdapterSpec, seed: int) -> Non
 
 def _add_lora(body: nn.Module, name: str, spec: LoraSpec) -> None:
     try:
-        with warnings.catch_warnings():  # several adapters on one body are what we want
+        with warnings.catch_warnings():  # several adapters on one body are intended
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
             inject_adapter_in_model(spec.peft_config(), body, adapter_name=peft_name(name))
     except ValueError as error:
@@ -112,7 +112,7 @@ def _add_lora(body: nn.Module, name: str, spec: LoraSpec) -> None:
 
 
 def activate(body: nn.Module, names: Iterable[str]) -> None:
-    """Let exactly these adapters act; all are frozen. Raises ``AdapterMismatch`` if they cannot act together."""
+    """Activate exactly these adapters; all are frozen. Raises ``AdapterMismatch`` if they cannot be active together."""
     plain, slots = tuple(names), _slots(body)
     for slot in slots:
         slot.check(plain)
@@ -128,23 +128,23 @@ def activate(body: nn.Module, names: Iterable[str]) -> None:
 
 
 def active_adapters(body: nn.Module) -> list[str]:
-    """Names of the adapters that act, sorted."""
+    """Return the names of the active adapters, sorted."""
     names = {n for layer in _adapted(body) if not layer.disable_adapters for n in layer.active_adapters}
     names |= {n for slot in _slots(body) for n in slot.acting}
     return sorted(name.removeprefix(peft_name("")) for name in names)
 
 
 def has_adapter(body: nn.Module, name: str) -> bool:
-    """Whether an adapter of this name sits on ``body``."""
+    """Return whether an adapter of this name sits on ``body``."""
     places = [*(layer.lora_A for layer in _adapted(body)), *_slots(body)]
     return any(peft_name(name) in place for place in places)
 
 
 @contextmanager
 def watched(layer: nn.Module, name: str) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, what enters each module of ``layer`` that an adapter sits on, call after call, by the module's path.
+    """Record the inputs of each module of ``layer`` that has an adapter, call after call, by the module's path.
 
-    What this thread makes enter: another may serve the same layer meanwhile.
+    Only this thread's calls count: another may serve the same layer meanwhile.
     """
     seen: dict[str, list[Tensor]] = {}
     handles = []
@@ -166,7 +166,7 @@ def _keep_input(seen: list[Tensor], thread: int, module: nn.Module, inputs: tupl
 
 
 def trainable(body: nn.Module, name: str) -> list[nn.Parameter]:
-    """Unfreeze one adapter and freeze everything else; returns its parameters in a fixed order."""
+    """Unfreeze one adapter and freeze everything else; return its parameters in a fixed order."""
     body.requires_grad_(False)
     chosen = list(parameters_of(body, name).values())
     for parameter in chosen:
@@ -175,14 +175,14 @@ def trainable(body: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def parameters_of(body: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """An adapter's own parameters on ``body``, as they are named without the adapter, in a fixed order."""
+    """Return an adapter's own parameters on ``body``, named without the adapter, in a fixed order."""
     inner, found = f".{peft_name(name)}", {}
-    for path, parameter in body.named_parameters(remove_duplicate=False):  # one that acts in place is there twice
+    for path, parameter in body.named_parameters(remove_duplicate=False):  # one that is active in place is there twice
         module, _, kind = path.rpartition(".")  # kind: weight or bias
         if module.endswith(inner):
             place = module.removesuffix(inner)
             if place.endswith(IN_PLACE):
-                place = place.removesuffix(f".{IN_PLACE}").removesuffix(".base_layer")  # which peft puts in
+                place = place.removesuffix(f".{IN_PLACE}").removesuffix(".base_layer")  # added by peft
             found[f"{place}.{kind}"] = parameter
     return found
 

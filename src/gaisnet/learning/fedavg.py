@@ -1,6 +1,6 @@
 """Federated averaging (McMahan et al., arXiv 1602.05629, algorithm 1): the mean weighted by number of examples.
 
-A LoRA's factors may be averaged, or its products: the mean of the factors B and A is not a pair of factors of the mean
+LoRA factors can be averaged, or their products: the mean of the factors B and A is not a pair of factors of the mean
 of the products B A (Wang et al., arXiv 2409.05976).
 """
 
@@ -17,7 +17,7 @@ def fedavg(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTensors:
     """Average adapters tensor by tensor, weighted by ``num_examples``.
 
     Args:
-        updates: Pairs of an adapter and the number of examples that it learned from; at least one, all of one shape.
+        updates: Pairs of an adapter and the number of examples that it was trained on; at least one, all of one shape.
 
     Raises:
         AdapterMismatch: Adapters of different shape, or with a number that is not finite.
@@ -28,9 +28,9 @@ def fedavg(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTensors:
 
 
 def average_products(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTensors:
-    """The same of the products of LoRA adapters, and of their sum what is nearest to it in the rank of one.
+    """Average the products of LoRA adapters, and return the nearest adapter of one adapter's rank.
 
-    What is no factor of a product, such as a classifier, is averaged as it is. An adapter that is alone stays as it is.
+    Other tensors, such as a classifier's, are averaged directly. A single adapter is returned unchanged.
     Arguments and errors as for ``fedavg``.
     """
     total, mean = _checked(updates), fedavg(updates)
@@ -42,7 +42,7 @@ def average_products(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTe
 
 
 def _checked(updates: Sequence[tuple[AdapterTensors, int]]) -> int:
-    """Number of examples of all."""
+    """Return the number of examples of all."""
     total = sum(num_examples for _, num_examples in updates)
     if total < 1:
         raise ValueError("fedavg needs at least one update with at least one example")

@@ -1,4 +1,4 @@
-"""The up flow's gate: what adapters cost the foundation model (FM) in general ability, and what devices say of them."""
+"""The gate of the up flow: an adapter's cost for the FM's general ability, and devices' scores."""
 
 import math
 from collections.abc import Callable, Collection
@@ -12,25 +12,25 @@ from gaisnet.messages import EvaluationReport
 
 _BISECTIONS = 3
 CHUNK_ROWS = 64
-"""Given to a vocabulary head at once: it is long, and more would keep answers on the same machine waiting."""
+"""Rows for a vocabulary head at once: vocabularies are large, and answers on the same machine wait."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate decided about an adapter, and why."""
+    """The gate's decision about an adapter, and its reasons."""
 
     accepted: bool
     adapter: str
     perplexity: float
     limit: float
-    unfit: str = ""  # why it was not taken, where that is not its perplexity
-    share: float = 1.0  # of its strength, with which it was tried
-    said: str = ""  # what was looked at, where there is no perplexity
-    made: str = ""  # how the adapter came to be, where that is not plain
-    reported: str = ""  # by devices
+    unfit: str = ""  # reason other than perplexity
+    share: float = 1.0  # share of its strength at which it was tried
+    said: str = ""  # evidence where there is no perplexity
+    made: str = ""  # how the adapter was made, where that is not plain
+    reported: str = ""  # scores by devices
 
     def __str__(self) -> str:
-        """The decision in a sentence."""
+        """Return the decision as a sentence."""
         weaker = f" at {self.share:.0%} of its strength" if self.share < 1.0 else ""
         found = f"perplexity on public text {self.perplexity:.2f}, limit {self.limit:.2f}"
         reasons = [self.unfit or self.said or found, *([self.reported] if self.reported else [])]
@@ -39,17 +39,20 @@ class Verdict:
 
 
 def refused(adapter: str, why: str) -> Verdict:
-    """One that was not taken for another reason than its perplexity."""
+    """Return a rejection for a reason other than perplexity."""
     return Verdict(False, adapter, math.nan, math.nan, why)
 
 
 def comparable(one: EvaluationReport, other: EvaluationReport) -> bool:
-    """Whether both are of the same examples, as far as their numbers tell: a device may have been away for one."""
+    """Return whether two reports cover the same examples, judging by their counts.
+
+    A device may have been away for one.
+    """
     return (one.num_examples, one.num_tokens) == (other.num_examples, other.num_tokens)
 
 
 def fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool:
-    """Whether accuracy fell by more than ``most`` and two standard errors of a difference; not of other examples.
+    """Return whether accuracy fell by more than ``most`` plus two standard errors; False for different examples.
 
     The errors are those of two independent counts; on the same examples the true ones are smaller.
     """
@@ -61,9 +64,9 @@ def fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool
 
 
 def standing(reports: Collection[EvaluationReport]) -> tuple[float, float]:
-    """Rank of an adapter over several domains, the better the larger: mean accuracy, then the negative loss.
+    """Rank an adapter over several domains, larger is better: mean accuracy, then the negative loss.
 
-    Zeros where nobody says anything.
+    Zeros without reports.
     """
     if not reports:
         return 0.0, 0.0
@@ -72,18 +75,18 @@ def standing(reports: Collection[EvaluationReport]) -> tuple[float, float]:
 
 
 def gate(adapter: str, perplexity: float, before: float, max_increase: float, share: float = 1.0) -> Verdict:
-    """Refuse an adapter that raises the FM's perplexity on public text from ``before`` by more than a share.
+    """Reject an adapter that raises the FM's perplexity on public text from ``before`` by more than a share.
 
-    A perplexity that is not a number is refused, too. ``share``: of its strength, with which it was measured.
+    A perplexity of NaN is rejected, too. ``share``: the adapter's strength at which it was measured.
     """
     limit = before * (1.0 + max_increase)
     return Verdict(perplexity <= limit, adapter, perplexity, limit, share=share)
 
 
 def strongest(judge: Callable[[float], Verdict], least: float) -> Verdict:
-    """The verdict on the largest share of an adapter's strength that is accepted; its refusal if it is below ``least``.
+    """Return the verdict on the largest accepted share of an adapter's strength; a rejection if it is below ``least``.
 
-    What an adapter costs grows with its strength, so a bisection finds the share, to within a sixteenth for a half.
+    Cost grows with strength, so a bisection finds the share, to within a sixteenth for a half.
     """
     whole = judge(1.0)
     best = whole if whole.accepted or least >= 1.0 else judge(least)
@@ -101,7 +104,7 @@ def strongest(judge: Callable[[float], Verdict], least: float) -> Verdict:
 
 @torch.no_grad()
 def perplexity(output_BTD: Tensor, logits: Callable[[Tensor], Tensor], input_ids_BT: Tensor) -> float:
-    """Exp of the mean next-token loss over all windows.
+    """Return exp of the mean next-token loss over all windows.
 
     Args:
         output_BTD: Output of the last layer for ``input_ids_BT``.

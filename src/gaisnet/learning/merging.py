@@ -1,13 +1,13 @@
-"""The up flow's end: one adapter out of those of many domains.
+"""The end of the up flow: one adapter from the adapters of many domains.
 
-Every product B A acts wherever the adapter does, also on the text of other domains. Regression (RegMean, Jin et al.,
-arXiv 2212.09849, on text that the foundation model (FM) wrote) asks of the merged product that on what enters a module
-in a domain's text it gives what that domain's own gives, and nothing on free text; and, since no text of the FM's shows
-all that a domain's does, that it is near the weighted sum of the products. The least squares have a closed form: each A
-goes through a filter, (G_d + weight * ridge) S^-1, where G_d is the second moment of what enters in domain d's text,
-and S the sum of all, free text's and the ridge among them.
+Every product B A acts wherever the adapter does, also on other domains' text. Regression (RegMean, Jin et al., arXiv
+2212.09849, on text that the foundation model (FM) generated) fits the merged product: on a module's inputs in a
+domain's text it should give what that domain's own product gives, and nothing on free text. Since generated text does
+not cover all of a domain's text, it should also stay near the weighted sum of the products. The least squares have a
+closed form: each A goes through a filter, (G_d + weight * ridge) S^-1, where G_d is the second moment of the inputs in
+domain d's text, and S the sum over all texts, free text and the ridge included.
 
-``adapters.arithmetic`` has what looks at the adapters' weights alone.
+``adapters.arithmetic`` has the methods that use the adapters' weights alone.
 
 Shape legend: N rows, I inputs of a module, R rank of a domain's adapter.
 """
@@ -24,7 +24,7 @@ from gaisnet.learning.regression import moments, solved
 from gaisnet.models.ragged import Ragged
 
 Trace = Callable[[str | None, int, Ragged], tuple[dict[str, Ragged], Ragged]]
-"""Runs a layer with an adapter, or none, on what enters it: see ``relay.regression.traced``."""
+"""Runs a layer with an adapter, or none, on its inputs: see ``learning.regression.traced``."""
 
 
 @torch.no_grad()
@@ -36,15 +36,15 @@ def by_regression(
     trace: Trace,
     settings: MergeSettings,
 ) -> AdapterTensors:
-    """Merge adapters layer by layer, so that no more than one layer's moments are held.
+    """Merge adapters layer by layer, so that only one layer's moments are held.
 
     Args:
         adapters: By name, all of one shape.
-        entering: Hidden states that enter the first of ``layers`` in a domain's text, by the name of its adapter.
-        free: The same in text that belongs to no domain.
+        entering: Inputs of the first of ``layers`` in a domain's text, by the name of its adapter.
+        free: The same in free text.
         layers: FM numbers of the layers that have adapters, in order.
         trace: Runs one of them.
-        settings: How much free text and the sum count.
+        settings: Weights of free text and of the sum.
     """
     merged, states = side_by_side(list(adapters.values())), dict(entering)
     for layer in layers:
@@ -61,7 +61,7 @@ def by_regression(
 
 
 def filtered(factors: Sequence[Tensor], seen: Sequence[Tensor], free_II: Tensor, settings: MergeSettings) -> Tensor:
-    """Each A [R, I] times its filter, one below the other.
+    """Filter each A [R, I], and stack the results.
 
     ``seen`` are second moments [I, I] in the text of each one's domain, ``free_II`` those in free text.
     """

@@ -1,4 +1,4 @@
-"""Least squares of what layers make of text: the closed forms behind relays and merged adapters.
+"""Least squares on layers' outputs for a text: the closed forms behind relays and merged adapters.
 
 Shape legend: N rows (positions of all sequences), I inputs of a linear module, D hidden size, R rank, K of a system.
 """
@@ -15,41 +15,41 @@ _BATCH = 32
 
 
 def fit_low_rank(x_NI: Tensor, y_ND: Tensor, rank: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """The A [R, I] and B [D, R] for which ``x @ A.T @ B.T`` is nearest to ``y``: reduced-rank ridge regression.
+    """Return A [R, I] and B [D, R] with ``x @ A.T @ B.T`` nearest to ``y``: reduced-rank ridge regression.
 
     Least squares plus ``penalty`` times the mean square of a column of ``x``, times that of the weights B A (Mukherjee
     and Zhu, Statistical Analysis and Data Mining 4, 2011). float32.
     """
     x_NI, y_ND = x_NI.float(), y_ND.float()
     ridge = penalty * float(x_NI.square().sum()) / x_NI.shape[1]
-    if len(x_NI) < x_NI.shape[1]:  # the same weights either way; the smaller system is solved
+    if len(x_NI) < x_NI.shape[1]:  # both give the same weights; the smaller system is solved
         full_ID = x_NI.T @ solved(x_NI @ x_NI.T, ridge, y_ND)
     else:
         full_ID = solved(x_NI.T @ x_NI, ridge, x_NI.T @ y_ND)
-    _, directions_DD = torch.linalg.eigh(y_ND.T @ x_NI @ full_ID)  # in order of what they explain
+    _, directions_DD = torch.linalg.eigh(y_ND.T @ x_NI @ full_ID)  # in order of explained variance
     b_DR = directions_DD[:, -rank:]
     a_RI = (full_ID @ b_DR).T
-    lacking = rank - len(a_RI)  # of a rank above the width
+    lacking = rank - len(a_RI)  # for a rank above the width
     return F.pad(a_RI, (0, 0, 0, lacking)).contiguous(), F.pad(b_DR, (0, lacking)).contiguous()
 
 
 def solved(gram_KK: Tensor, ridge: float, right_KD: Tensor) -> Tensor:
-    """Solves (gram + ridge) @ solution = right, also where rounding, or what is no number, spoils Cholesky's way."""
+    """Solve (gram + ridge) @ solution = right, also where rounding or NaN defeats Cholesky."""
     system_KK = gram_KK + ridge * torch.eye(len(gram_KK), device=gram_KK.device)
     factor_KK, failed = torch.linalg.cholesky_ex(system_KK)
     return torch.linalg.solve(system_KK, right_KD) if failed else torch.cholesky_solve(right_KD, factor_KK)
 
 
 def moments(rows_NI: Tensor) -> Tensor:
-    """Mean outer product [I, I] of the rows, in float32."""
+    """Return the mean outer product [I, I] of the rows, in float32."""
     rows_NI = rows_NI.float()
     return rows_NI.T @ rows_NI / max(len(rows_NI), 1)
 
 
 def traced(body: Layers, adapter: str, layer: int, hidden: Ragged) -> tuple[dict[str, Ragged], Ragged]:
-    """Run a layer: what enters each of its modules that ``adapter`` sits on, by the module's path, and what leaves it.
+    """Run a layer; return the inputs of each module that has ``adapter``, by the module's path, and the layer's output.
 
-    Whether the adapter acts is not asked. Without gradients.
+    The adapter need not be active. Without gradients.
     """
     widths: list[int] = []
     with watched(body.layers[str(layer)], adapter) as seen:

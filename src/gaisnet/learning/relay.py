@@ -1,9 +1,9 @@
-"""The down flow: data-free knowledge relay. The FM writes text, and a DM learns to see in it what the FM sees.
+"""The down flow: data-free knowledge relay. The FM generates text, and a DM is fitted to the FM's hidden states on it.
 
-No data set enters. The public task template and label names may shape the text. What has to be repaired is the input
+No data set is used. The public task template and label names may shape the text. The relay must repair the input
 of the layers that both models share (from ``adapters.first_layer`` on), so the target is the FM's hidden state on the
-way there. A relay sits on the last linear module of a layer and adds to what leaves the layer; so its best low-rank
-weights have a closed form, layer after layer, and no step of an optimizer is needed.
+way there. A relay sits on the last linear module of a layer and adds to the layer's output; so its best low-rank
+weights have a closed form, layer after layer, and no optimizer is needed.
 
 Shape legend: N rows (positions of all sequences), I inputs of a linear module, D hidden size, R rank.
 """
@@ -38,7 +38,7 @@ _TEXT = "{text}"
 
 @dataclass(frozen=True)
 class TaskTemplate:
-    """What is public about a task: a template with ``{text}``, which the answer follows, and the answers' names."""
+    """The public description of a task: a template with ``{text}``, which the answer follows, and the label names."""
 
     template: str | None
     labels: tuple[str, ...]
@@ -46,13 +46,13 @@ class TaskTemplate:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How far a DM is from the FM, on generated text that its relay was not fitted to, before and after.
+    """Distance of a DM from the FM, on generated text that its relay was not fitted to, before and after.
 
     Attributes:
-        error_before: Mean relative error of the hidden state that the suffix reads.
+        error_before: Mean relative error of the suffix's input.
         error_after: The same.
-        kl_before: Mean divergence of the DM's next token from the FM's, in nats, both with the adapter that the FM has
-            for the domain.
+        kl_before: Mean divergence of the DM's next token from the FM's, in nats, both with the FM's adapter for the
+            domain.
         kl_after: The same.
     """
 
@@ -63,13 +63,13 @@ class Distillation:
 
     @property
     def helped(self) -> bool:
-        """Whether the DM is nearer to the FM than before; what does not help is not released."""
+        """Whether the DM is nearer to the FM than before; otherwise the relay is not released."""
         return self.error_after < self.error_before
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Generated text as the FM sees it: hidden states that enter layers of the middle, and those that leave it."""
+    """Generated text as the FM sees it: inputs of layers of the middle, and the middle's output."""
 
     states: Mapping[int, Ragged]  # by the number of the FM layer that they enter
 
@@ -79,19 +79,19 @@ class Lesson:
         return min(self.states), max(self.states)
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Return the number of sequences."""
         return len(self.states[self.middle[0]])
 
     def some(self, indices: Sequence[int]) -> "Lesson":
-        """Of some of the sequences."""
+        """Return some of the sequences."""
         return Lesson({layer: states.some(indices) for layer, states in self.states.items()})
 
     def and_also(self, other: "Lesson") -> "Lesson":
-        """Both, one after the other."""
+        """Concatenate with another lesson."""
         return Lesson({layer: join([states, other.states[layer]]) for layer, states in self.states.items()})
 
     def halves(self) -> "tuple[Lesson, Lesson]":
-        """What to learn from; and every eighth sequence, to see whether that has helped."""
+        """Split into text to fit to, and every eighth sequence to test the result on."""
         every = range(len(self))
         return self.some([i for i in every if i % _HOLD_OUT]), self.some(every[::_HOLD_OUT])
 
@@ -104,10 +104,10 @@ def generate_text(
     settings: RelaySettings,
     seed: int,
 ) -> list[list[int]]:
-    """``num`` sequences of at most ``settings.tokens`` token ids, sampled from the FM.
+    """Sample ``num`` sequences of at most ``settings.tokens`` token ids from the FM.
 
-    They fill the task's template: the FM continues what stands before ``{text}``, and a random label name follows.
-    Without a template they continue nothing but the beginning-of-sequence token. Special tokens among what it writes
+    They fill the task's template: the FM continues the part before ``{text}``, and a random label name follows.
+    Without a template they continue nothing but the beginning-of-sequence token. Special tokens written
     into a template are left out.
     """
     with torch.random.fork_rng(devices=_cuda_devices(model)):
@@ -134,7 +134,7 @@ def _shaped(
     endings = [f"{after} {label}" for label in labels] or [after]
     opening = list(prompt_ids(tokenizer, before.rstrip() or " "))
     shortest = min(len(pair_ids(tokenizer, before, ending).completion) for ending in endings)
-    room = settings.tokens - len(opening) - shortest  # what is written beyond it would be cut off
+    room = settings.tokens - len(opening) - shortest  # anything beyond it would be cut off
     written = _sample(model, tokenizer, opening, num, max(1, room), settings)
     sequences = []
     for ids, pick in zip(written, torch.randint(len(endings), (num,)).tolist(), strict=True):
@@ -142,15 +142,15 @@ def _shaped(
         pair = pair_ids(tokenizer, before + line, endings[pick])
         body = [*pair.opening, *pair.prompt][: max(1, settings.tokens - len(pair.completion))]
         filled = [*body, *pair.completion][: settings.tokens]
-        sequences.append(filled if len(filled) > 1 else ids[: settings.tokens])  # one token teaches nothing
+        sequences.append(filled if len(filled) > 1 else ids[: settings.tokens])  # a single token teaches nothing
     return sequences
 
 
 class _Draw(LogitsProcessor):
-    """Draws a token by inverting the cumulative distribution, and leaves no choice but that.
+    """Draws a token by inverting the cumulative distribution, and leaves only that choice.
 
-    It takes a random number per sequence, where ``generate`` itself takes one per token of the vocabulary: a fifth of
-    the time of writing.
+    It takes one random number per sequence, where ``generate`` takes one per token of the vocabulary: a fifth of
+    the time.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -194,20 +194,20 @@ def _sample(
 
 @torch.no_grad()
 def repair(body: Layers, spec: LoraSpec, lesson: Lesson, penalty: float, progress: Progress) -> AdapterTensors:
-    """Fit a relay, layer after layer: what leaves a layer shall be what enters the FM's next.
+    """Fit a relay, layer after layer: each layer's output should match the input of the FM's next layer.
 
-    A layer sees what the repaired ones before it give, so that each mends what the others left. Rows count by their
-    relative errors: the first position, an attention sink, is hundreds of times as large as others.
+    A layer sees the outputs of the repaired layers before it, so each corrects what the others left. Rows are weighted
+    by their relative errors: the first position, an attention sink, is hundreds of times as large as others.
 
     Args:
         body: The DM's, whose adapter ``RELAY`` is active. It is overwritten.
-        spec: Its shape, on one linear module of each layer, whose output is added to what leaves the layer.
+        spec: Shape of the relay, on one linear module per layer whose output is added to the layer's output.
         lesson: With the states behind every layer of ``spec``.
-        penalty: On the weights, as ``fit_low_rank`` takes it.
+        penalty: On the weights, as in ``fit_low_rank``.
         progress: Told after every layer.
 
     Raises:
-        NotFinite: An error stopped being a number.
+        NotFinite: An error is no longer finite.
     """
     relay = {key: torch.zeros_like(tensor) for key, tensor in take_out(body, RELAY).items()}
     put_in(body, RELAY, relay)
@@ -242,13 +242,13 @@ def _named(relay: AdapterTensors, layer: int, a_RI: Tensor, b_DR: Tensor) -> Ada
 
 
 def leaving(body: Layers, lesson: Lesson) -> Ragged:
-    """What ``body`` makes of the text where the middle ends, without gradients."""
+    """Return ``body``'s output at the end of the middle for the text, without gradients."""
     first, end = lesson.middle
     return lesson.states[first].map_batches(lambda hidden_BTD: body.run(hidden_BTD, first, end), _BATCH)
 
 
 def relative_error(found: Ragged, lesson: Lesson) -> float:
-    """Mean of |hidden - target| / |target| where the middle ends, first positions left out."""
+    """Return the mean of |hidden - target| / |target| at the end of the middle, without first positions."""
     target_ND = lesson.states[lesson.middle[1]].later()
     errors_N = (found.later() - target_ND).norm(dim=-1) / target_ND.norm(dim=-1)
     return float(errors_N.sum()) / max(len(errors_N), 1)

@@ -1,9 +1,9 @@
-"""Attention of transformers' layers, which a call may replace through the interface that transformers has for it.
+"""Replaceable attention for transformers' layers, through transformers' own attention interface.
 
-The layers' own code runs, and nothing of it is copied. Without a replacement they use what transformers calls 'sdpa'.
+The layers' code runs unchanged and is not copied. Without a replacement they use 'sdpa'.
 
-Shape legend: B sequences, T positions, H attention heads, G of them with keys and values of their own, S size of a
-head, D hidden size, P rows that are shown besides.
+Shape legend: B sequences, T positions, H attention heads, G heads of keys and values, S size of a head, D hidden size,
+P extra rows.
 """
 
 import copy
@@ -19,20 +19,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 _NAME = "gaisnet"
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
-"""Takes what transformers gives an attention: the module, query [B, H, T, S], key and value [B, G, T, S], a mask, its
-settings by name. Gives back [B, T, H, S], and weights or None."""
+"""An attention: takes what transformers passes (the module, query [B, H, T, S], key and value [B, G, T, S], a mask,
+settings by name) and returns [B, T, H, S], and weights or None."""
 
 Rows = Callable[[], Tensor | None]
-"""Gives rows [P, D], or none."""
+"""Returns extra rows [P, D], or none."""
 
 
 def let_attention_be_replaced(layers: nn.ModuleDict) -> None:
-    """From now on these layers (``Layers.layers``) take a replacement, ``attend``, wherever they are called.
+    """Let these layers (``Layers.layers``) accept a replacement, the argument ``attend`` of every call.
 
-    Masks are made as before.
-
-    Their attention gets a configuration of its own that names ours, so it is 'sdpa' also where a model was loaded with
-    another.
+    Masks are made as before. The layers' attention gets its own copy of the configuration, so it is 'sdpa' even if the
+    model was loaded with another one.
     """
     for module in layers.modules():
         config = getattr(module, "config", None)
@@ -43,12 +41,12 @@ def let_attention_be_replaced(layers: nn.ModuleDict) -> None:
 
 
 def let_see(attention: nn.Module, rows: Rows, keys_and_values: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-    """From now on every position that this attention looks from sees these rows, too, at every call.
+    """Let every position of this attention also attend to extra rows, at every call.
 
     Args:
-        attention: Not a causal one; ``let_attention_be_replaced`` must have seen its layer.
-        rows: Asked at every call.
-        keys_and_values: What the attention makes of rows [P, D] in its own dtype: each [P, G * S].
+        attention: Not causal; its layer must have passed ``let_attention_be_replaced``.
+        rows: Called for the rows at every call.
+        keys_and_values: Maps rows [P, D] to keys and values, each [P, G * S], in the attention's dtype.
     """
 
     def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -70,7 +68,7 @@ def attend_to_all(
     shown: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """'sdpa' over the sequences, and over keys and values [P, G * S] that are ``shown`` to all of them."""
+    """Run 'sdpa' over the sequences with extra keys and values [P, G * S] before every one."""
     if shown is not None:
         key, value = (_before(rows, own) for rows, own in zip(shown, (key, value), strict=True))
         mask = mask if mask is None else F.pad(mask, (len(shown[0]), 0), value=True)
@@ -78,7 +76,7 @@ def attend_to_all(
 
 
 def _before(rows: Tensor, own_BGTS: Tensor) -> Tensor:
-    """Rows [P, G * S] and a sequence's own: [B, G, P + T, S]."""
+    """Put rows [P, G * S] before a sequence's own: [B, G, P + T, S]."""
     num, heads, _, size = own_BGTS.shape
     rows_GPS = rows.view(-1, heads, size).transpose(0, 1)
     return torch.cat([rows_GPS.expand(num, -1, -1, -1), own_BGTS], dim=2)

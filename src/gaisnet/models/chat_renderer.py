@@ -1,7 +1,7 @@
-"""Renders chat templates, as a process of its own: run as a script, by ``models.chat_template``.
+"""Renders chat templates in a process of its own; run as a script, by ``models.chat_template``.
 
-A template is a program that comes with a model, and may loop or grow without end. What it may use is kept by the
-operating system: when it is up, the process is ended, in the middle of whatever it does.
+A template is a program that comes with a model, and may loop or grow without end. The operating system enforces its
+limits: at the end of them the process is killed, whatever it is doing.
 
 Each line of standard input is a request, each line of standard output its answer, both JSON.
 """
@@ -21,15 +21,15 @@ def main(cpu_s: int, memory_bytes: int, characters: int) -> None:
     """Answer requests until standard input ends.
 
     Args:
-        cpu_s: Seconds of the processor for one template; beyond them SIGPROF ends this process.
-        memory_bytes: Memory that it may take beyond what it has when it begins.
+        cpu_s: CPU seconds for one template; beyond them SIGPROF ends this process.
+        memory_bytes: Memory that a template may take beyond the process's own.
         characters: Longest text that may come out.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks, which ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory(memory_bytes)
-    _say({})  # ready: what it took to come here is no template's fault
+    _say({})  # ready; start-up does not count against a template
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, cpu_s)
         answer = _answer(render_jinja_template, json.loads(line), characters)
@@ -47,14 +47,14 @@ def _answer(render: Any, asked: dict[str, Any], characters: int) -> dict[str, st
         )
     except MemoryError:
         return {"refused": "it needs too much memory"}
-    except Exception as error:  # a template is a program and may fail in any way
+    except Exception as error:  # a template is a program and may raise anything
         return {"refused": (str(error) or type(error).__name__)[:_LONGEST_REASON]}
     text = rendered[0]
     return {"refused": f"it writes more than {characters} characters"} if len(text) > characters else {"text": text}
 
 
 def _limit_memory(size_bytes: int) -> None:
-    with suppress(OSError, ValueError):  # systems that do not tell or do not limit
+    with suppress(OSError, ValueError):  # on systems that do not report or limit it
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limit = pages * resource.getpagesize() + size_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,7 +1,7 @@
-"""A chat as text, by the template that came with a model, within limits of time, memory and length.
+"""Chats rendered as text by the model's own template, within limits of time, memory and length.
 
-A template is a program of whoever made the model. It runs in transformers' sandbox, which keeps it from files and from
-Python's inside, and in a process of its own (``models.chat_renderer``), which is ended when it takes too long.
+A template is a program by the model's author. It runs in transformers' sandbox, which keeps it from files and Python's
+internals, and in a process of its own (``models.chat_renderer``), which is killed if it takes too long.
 """
 
 import atexit
@@ -20,28 +20,28 @@ from transformers import PreTrainedTokenizerBase
 from gaisnet.errors import ServiceFull, SessionRefused
 
 CPU_S = 2
-"""Seconds of the processor that a template may take for one chat."""
+"""CPU seconds of a template for one chat."""
 MEMORY_BYTES = 2**28
-"""Memory that it may take."""
+"""Memory of a template."""
 CHARACTERS = 2**22
-"""Length of the text that it may write."""
+"""Length of the text that a template may write."""
 
-_WAIT_S = 10.0  # for chats before this one
+_WAIT_S = 10.0  # for earlier chats
 _SCRIPT = Path(__file__).with_name("chat_renderer.py")
 _KEPT = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 
 
 def rendered_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
-    """The text of a chat, up to where the assistant's next message begins.
+    """Render a chat as text, up to where the assistant's next message begins.
 
     Args:
-        tokenizer: Has the template.
+        tokenizer: Carries the template.
         messages: ``role`` and ``content`` of each.
 
     Raises:
-        SessionRefused: The tokenizer has no template; or its template refuses these messages, fails, or exceeds its
+        SessionRefused: The tokenizer has no template; or the template refuses these messages, fails, or exceeds its
             limits of time, memory or length.
-        ServiceFull: Other chats are being rendered, and take all the time; or no process can be started for it.
+        ServiceFull: Other chats take all the time; or no process can be started.
     """
     if not tokenizer.chat_template:
         found, do = "the model's tokenizer has no chat template", "use a completion, or a model made for chats"
@@ -59,7 +59,7 @@ def rendered_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
 
 
 class _Renderer:
-    """The process that renders, started when it is first needed and again when a template has cost it its life."""
+    """The process that renders. It starts when first needed, and again after a template has killed it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -84,10 +84,10 @@ class _Renderer:
             self._process = None
 
     def _started(self) -> subprocess.Popen[bytes]:
-        """A process that is ready. It gets none of this one's secrets. Raises ``ServiceFull``."""
+        """Return a ready process, without this one's secrets. Raises ``ServiceFull``."""
         command = [sys.executable, "-P", str(_SCRIPT), str(CPU_S), str(MEMORY_BYTES), str(CHARACTERS)]
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-        environment["OPENBLAS_NUM_THREADS"] = "1"  # each would reserve memory
+        environment["OPENBLAS_NUM_THREADS"] = "1"  # each thread would reserve memory
         try:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         except OSError as error:
@@ -102,12 +102,12 @@ class _Renderer:
             process.stdin.write(line)
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # the next line says how it ended
+            pass  # the next line reports the end
         return _line_of(process)
 
 
 def _line_of(process: subprocess.Popen[bytes]) -> dict[str, str]:
-    """Read the next answer of the process, or say how it ended."""
+    """Read the next answer of the process, or report its end."""
     assert process.stdout is not None
     line = process.stdout.readline(16 * CHARACTERS)
     if line.endswith(b"\n"):
@@ -119,7 +119,7 @@ def _line_of(process: subprocess.Popen[bytes]) -> dict[str, str]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    with suppress(BrokenPipeError), process:  # closes both pipes, of which one may hold unread bytes, and waits
+    with suppress(BrokenPipeError), process:  # closes both pipes (one may hold unread bytes) and waits
         pass
 
 

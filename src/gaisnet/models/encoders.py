@@ -1,11 +1,9 @@
 """An encoder cut in two: ``EncoderHead`` at the device, and ``EncoderBody`` to the end of the model.
 
-Shape legend: B sequences, T positions, D hidden size, N rows ([CLS] of several sequences), C classes, P rows
-that are shown to an attention.
+Shape legend: B sequences, T positions, D hidden size, N rows ([CLS] of several sequences), C classes, P extra rows.
 
-What is classified is the first row of a sequence. The classifier is new for every task and learns with the adapters, so
-it is where their layers are; for the device's tail only the loss is left. Nothing of an encoder is causal: where
-sequences are padded, a mask must say so.
+The first row of a sequence, [CLS], is classified. The classifier is new for every task and trained with the adapters,
+so it lives in the body; the device's tail is only the loss. An encoder is not causal: padded sequences need a mask.
 """
 
 from collections.abc import Mapping
@@ -22,7 +20,7 @@ from gaisnet.models.parts import Body, CutLayers, Layers
 
 
 class EncoderHead(nn.Module):
-    """A device's part: embeddings and the first layers. Token ids or pixels in, smashed data out."""
+    """A device's part: embeddings and the first layers. Maps token ids or pixels to smashed data."""
 
     def __init__(self, embeddings: nn.Module, layers: Layers) -> None:
         super().__init__()
@@ -30,7 +28,7 @@ class EncoderHead(nn.Module):
         self.stack = layers
 
     def forward(self, inputs: Tensor, attention_mask_BT: Tensor | None = None) -> Tensor:
-        """Smashed data [B, T, D] of int64 token ids [B, T], or of pixels [B, channels, height, width].
+        """Return smashed data [B, T, D] of int64 token ids [B, T], or of pixels [B, channels, height, width].
 
         ``attention_mask_BT`` is 1 for real and 0 for padded positions; None if all are real. Raises ``DataError``.
         """
@@ -46,7 +44,7 @@ class EncoderHead(nn.Module):
 
 
 def _check_input(inputs: Tensor, config: PretrainedConfig) -> None:
-    """Raise ``DataError`` unless the shape is one that embeddings of ``config`` take."""
+    """Raise ``DataError`` unless ``config``'s embeddings take this shape."""
     if hasattr(config, "image_size"):
         size = config.image_size
         expected = (config.num_channels, *((size, size) if isinstance(size, int) else size))
@@ -63,13 +61,13 @@ def _not_taken(inputs: Tensor, config: PretrainedConfig, expected: str) -> DataE
 
 
 class EncoderBody(Body):
-    """All layers from some on, and the end of the model.
+    """All layers from a given one on, and the end of the model.
 
     Args:
-        config: The FM's.
-        layers: By their numbers in the FM.
+        config: The FM's configuration.
+        layers: Layers by their FM numbers.
         ending: The FM's last norm, or its pooler.
-        classifier: Of the task that the FM was made for, or None. Adapters bring their own.
+        classifier: The FM's own classifier, or None. Adapters bring their own.
     """
 
     def __init__(
@@ -84,33 +82,33 @@ class EncoderBody(Body):
         self.classifier = classifier
 
     def let_see(self, layer: int, rows: Rows) -> None:
-        """From now on an FM layer's positions see ``rows`` [P, D], too, as if they were before every sequence.
+        """Let an FM layer's positions also attend to ``rows`` [P, D], as if they preceded every sequence.
 
-        They are at the layer's input, and what the layer would make of them is dropped, so it is never computed.
+        The rows enter at the layer's input; their own outputs would be dropped, so they are not computed.
         """
         let_attention_be_replaced(self.layers)
         module: Any = self.layers[str(layer)]
         let_see(module.attention, rows, partial(ENCODERS[self.config.model_type].keys_and_values, module))
 
     def classify(self, rows_ND: Tensor) -> Tensor:
-        """Logits [N, C] of the last layer's output at [CLS] rows [N, D]. Raises ``ModelError`` without a classifier."""
+        """Return logits [N, C] of the last layer's [CLS] rows [N, D]. Raises ``ModelError`` without a classifier."""
         if self.classifier is None:
             found = "it has no classifier, for it was made for no task"
             raise ModelError(self.config.model_type, found, "put an adapter in that has one")
         return cast(Tensor, self.classifier(self.features(rows_ND)))
 
     def features(self, rows_ND: Tensor) -> Tensor:
-        """What a classifier sees of the last layer's output at [CLS] rows, [N, D] both."""
-        # A norm takes any rows; a pooler takes the first one of each sequence, and here that is all there is of it.
+        """Return the classifier's input for [CLS] rows of the last layer, [N, D] both."""
+        # A norm takes any rows. A pooler takes the first row of each sequence; here each sequence is that row.
         return cast(Tensor, self.ending(rows_ND[:, None]).flatten(1))
 
     def for_owners(self, rows_ND: Tensor) -> Tensor:
-        """What goes to the owners of [CLS] rows [N, D]: logits [N, C]. Raises as ``classify``."""
+        """Return what the owners of [CLS] rows [N, D] receive: logits [N, C]. Raises as ``classify``."""
         return self.classify(rows_ND)
 
 
 def first_rows(hidden_BTD: Tensor) -> Tensor:
-    """Picks the row of each sequence that is classified, [B, D]."""
+    """Pick the classified row of each sequence, [B, D]."""
     return hidden_BTD[:, 0]
 
 

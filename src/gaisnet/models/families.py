@@ -1,12 +1,11 @@
-"""What is known of each Hugging Face model family: where it keeps its parts, and how its layers are called.
+"""Hugging Face model families: where each keeps its parts, and how its layers are called.
 
-A decoder is supported when it has the Llama shape: embeddings, a list of equal layers that are called with the same
-arguments, a last norm, a linear vocabulary head, and rotary position embeddings shared by all layers. An encoder has
-embeddings, equal layers in which every position sees every other, and a classifier of what they make of the first one.
-Only families whose split is proved equal to the unsplit model by a test are in ``FAMILIES``.
+A supported decoder has the Llama shape: embeddings, a list of equal layers called with the same arguments, a last norm,
+a linear vocabulary head, and rotary position embeddings shared by all layers. A supported encoder has embeddings, equal
+layers in which every position sees every other, and a classifier of the first position. ``FAMILIES`` lists only
+families for which a test proves the split equal to the unsplit model.
 
-Shape legend: B sequences, T positions, D hidden size, N rows (positions picked out of several sequences), P rows that
-are shown to an attention.
+Shape legend: B sequences, T positions, D hidden size, N rows (positions picked from several sequences), P extra rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,16 +21,16 @@ from gaisnet.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """How to run a layer in two halves, which ones have adapters, and where they are.
+    """How to run a layer in two halves, which modules get adapters, and where layers are.
 
     Attributes:
-        attend: A layer up to where every row goes on by itself: the layer, hidden states [B, T, D] and the layer's
-            other arguments to [B, T, D].
-        finish: The rest of the layer, for any rows [..., D] of that.
-        targets: Linear modules of a layer that an adapter is put beside, unless the user names others.
-        layers_path: Of the list of layers, in a model for a task.
-        is_encoder: Every position sees every other, and the first one is classified. Otherwise a position sees those
-            before it, and the last ones carry labels.
+        attend: The layer's first half, up to where rows are independent: takes the layer, hidden states [B, T, D] and
+            the layer's other arguments; returns [B, T, D].
+        finish: The second half, for any rows [..., D] of the first one's output.
+        targets: A layer's linear modules that get adapters, unless the user names others.
+        layers_path: Path to the list of layers in a model for a task.
+        is_encoder: Whether every position sees every other and the first one is classified. Otherwise a position sees
+            earlier ones, and the last ones carry labels.
     """
 
     attend: Callable[[Any, Tensor, Mapping[str, Any]], Tensor]
@@ -43,12 +42,11 @@ class Family:
 
 @dataclass(frozen=True)
 class EncoderFamily(Family):
-    """What there is besides in an encoder, whose layers call their attention ``attention``.
+    """Additional facts about an encoder, whose layers call their attention ``attention``.
 
     Attributes:
         ending: Name of the module between the last layer and the classifier.
-        keys_and_values: What the attention of a layer makes of rows [P, D] at the layer's input: keys and values, each
-            [P, heads * size].
+        keys_and_values: Maps rows [P, D] at a layer's input to keys and values, each [P, heads * size].
     """
 
     ending: str
@@ -117,7 +115,7 @@ BERT = EncoderFamily(
 )
 
 ATTENTION = "sdpa"
-"""The implementation of attention that every model is made with; packed and mixed rows replace it by their own."""
+"""The attention implementation of every model; packed and mixed rows replace it."""
 
 LLAMA_SHAPED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 ENCODERS = {"bert": BERT, "vit": VIT}
@@ -125,7 +123,7 @@ FAMILIES: Mapping[str, Family] = {**dict.fromkeys(LLAMA_SHAPED, LLAMA), **ENCODE
 
 
 class Decoder:
-    """The parts of a Llama-shaped causal language model, by name; it owns none of them."""
+    """Parts of a Llama-shaped causal language model by name; it owns none of them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         check_family(model.config, _name(model))
@@ -139,12 +137,12 @@ class Decoder:
 
 
 class Encoder:
-    """The parts of an encoder, with a classifier or without one, by name; it owns none of them.
+    """Parts of an encoder by name, with or without a classifier; it owns none of them.
 
     Attributes:
-        embeddings: Token ids [B, T], or pixels [B, C, height, width], to rows [B, T, D] of which the first is [CLS].
-        ending: What [CLS] rows pass between the last layer and the classifier: a norm, or BERT's pooler.
-        classifier: Of the task that the model was made for; None where it was made for none.
+        embeddings: Maps token ids [B, T], or pixels [B, C, height, width], to rows [B, T, D], [CLS] first.
+        ending: The module between the last layer and the classifier: a norm, or BERT's pooler.
+        classifier: The model's own classifier; None if it has none.
     """
 
     rotary_emb: None = None  # positions are in the embeddings
@@ -165,7 +163,7 @@ class Encoder:
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """Of a model that has been checked."""
+    """Return the family of a checked model."""
     return FAMILIES[config.model_type]
 
 
@@ -201,7 +199,7 @@ def check_encoder(config: PretrainedConfig, asked: str) -> None:
 
 
 def layer_types(config: PretrainedConfig) -> list[str]:
-    """Kind of attention of each layer: 'full_attention' or 'sliding_attention'."""
+    """Return each layer's kind of attention: 'full_attention' or 'sliding_attention'."""
     types = getattr(config, "layer_types", None)
     if types:
         return list(types)
@@ -210,12 +208,12 @@ def layer_types(config: PretrainedConfig) -> list[str]:
 
 
 def empty_decoder(config: PretrainedConfig) -> Decoder:
-    """The modules of a model of ``config`` without memory for weights (meta device), to load tensors into."""
+    """Build the modules of a model of ``config`` without memory (meta device), to load tensors into."""
     return Decoder(_empty(AutoModelForCausalLM, config))
 
 
 def empty_encoder(config: PretrainedConfig) -> Encoder:
-    """The same of an encoder, without a classifier."""
+    """Build an encoder's modules without memory, and without a classifier."""
     return Encoder(_empty(AutoModel, config))
 
 

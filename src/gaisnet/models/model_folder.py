@@ -1,6 +1,6 @@
-"""A pretrained model's files, looked at before any of them is loaded: each fault has its name, and a way out.
+"""Checks of a pretrained model's files before any of them is loaded; each fault has a clear error.
 
-transformers would raise from its middle, load something else, or ask the user whether to run foreign code.
+transformers would raise from deep inside, load something else, or ask the user whether to run foreign code.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def check_folder(folder: Path, asked: str) -> None:
 
 
 def check_config(raw: Mapping[str, Any], asked: str) -> None:
-    """Raise ``ModelError`` for a model that needs foreign code, is of no family that can be cut, or is quantised."""
+    """Raise ``ModelError`` for a model that needs foreign code, has no supported family, or is quantized."""
     if raw.get("auto_map"):
         found = f"it is made for code of its author's own ({_CONFIG} has 'auto_map'), which GaisNet never runs"
         raise ModelError(asked, found, "use a model that transformers has without it")
@@ -60,7 +60,7 @@ def check_config(raw: Mapping[str, Any], asked: str) -> None:
 
 
 def check_weights(folder: Path, asked: str) -> None:
-    """Raise ``ModelError`` unless all weights are there, as safetensors files that are whole."""
+    """Raise ``ModelError`` unless all weights are there, in whole safetensors files."""
     for name in _files_of_weights(folder, asked):
         if not (folder / name).is_file():
             raise ModelError(asked, f"'{name}' is missing, which {_INDEX} names", AGAIN)
@@ -72,7 +72,7 @@ def check_weights(folder: Path, asked: str) -> None:
 
 
 def check_tokenizer_files(folder: Path, asked: str) -> None:
-    """Raise ``ModelError`` where a folder has no file of a tokenizer."""
+    """Raise ``ModelError`` if a folder has no tokenizer file."""
     if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
         raise ModelError(asked, "its folder has no tokenizer (tokenizer.json)", "put the tokenizer's files there")
 
@@ -103,7 +103,7 @@ def _object_in(path: Path, asked: str) -> dict[str, Any]:
 
 
 def _method(quantised: Any) -> str:
-    """Name of a quantisation, such as 'awq'; bitsandbytes once wrote none."""
+    """Return the name of a quantization, such as 'awq'; old bitsandbytes files have none."""
     if not isinstance(quantised, Mapping):
         return "quantization_config"
     if any(quantised.get(f"{key}load_in_{bits}bit") for key in ("", "_") for bits in (4, 8)):

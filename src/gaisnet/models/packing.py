@@ -1,10 +1,10 @@
-"""Sequences of a batch as rows, one after the other, through layers that are made for padded batches.
+"""Packed batches: sequences as consecutive rows, through layers made for padded batches.
 
-Everything in a layer but attention is done row by row, so that padding there is computed for nothing. Only attention
-sees the sequences padded, and makes rows of what it found. Outputs, gradients and an optimizer step are those of the
-padded batch, in another order of sums.
+A layer works row by row except for attention, so padding would only waste time. Attention alone gets the sequences
+padded, and its output is packed again. Outputs, gradients and an optimizer step equal those of the padded batch, up to
+the order of sums.
 
-Shape legend: B sequences of T positions at most, N rows of all of them and some more, D hidden size, or size of a head;
+Shape legend: B sequences of at most T positions, N rows of all of them and some more, D hidden size, or size of a head;
 H attention heads.
 """
 
@@ -18,15 +18,18 @@ from torch.autograd.function import once_differentiable
 from gaisnet.models.attention import attend_to_all
 
 _ROWS_AT_ONCE = 16
-"""Blocks are filled up to a multiple: oneDNN makes code for every number of rows, which takes longer than the rows."""
+"""Blocks are filled up to a multiple of this.
+
+OneDNN compiles code per number of rows, which takes longer than the rows.
+"""
 
 
 class Packing:
-    """Where the rows of a batch's sequences are.
+    """Positions of the rows of a batch's sequences.
 
     Args:
-        lengths: Of the sequences, one at least.
-        device: Of the rows.
+        lengths: Lengths of the sequences, at least one.
+        device: Device of the rows.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
@@ -42,28 +45,28 @@ class Packing:
         self._fill_rows = torch.arange(len(slots_N), len(slots_N) + filling, device=device)
 
     def rows(self, sequences: Sequence[Tensor]) -> Tensor:
-        """The sequences [T, D] as [1, N, D]."""
+        """Pack sequences [T, D] as [1, N, D]."""
         fill_ND = sequences[0].new_zeros(self._filling, sequences[0].shape[-1])
         return torch.cat([*sequences, fill_ND])[None]
 
     @property
     def positions_1N(self) -> Tensor:
-        """Of each row in its sequence."""
+        """Position of each row in its sequence."""
         return (self._slot_of_row_N % self._shape_BT[1])[None]
 
     @property
     def real_BT(self) -> Tensor | None:
-        """Which positions of the padded batch are real; None if all are."""
+        """Mask of real positions in the padded batch; None if all are."""
         return self._real_BT if len(self._padding) else None
 
     def padded_like(self, rows_1ND: Tensor) -> Tensor:
-        """Something of the shape [B, T, D] of the padded batch, without memory, for who looks at no more than that."""
+        """Return a tensor of the padded batch's shape [B, T, D] without memory, for callers that need the shape."""
         return rows_1ND.new_empty(1, 1, 1).expand(*self._shape_BT, rows_1ND.shape[-1])
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kw: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention within each sequence, [1, H, N, D] -> [1, N, H, D]; ``mask`` is that of the padded batch."""
+        """Attend within each sequence, [1, H, N, D] -> [1, N, H, D]; ``mask`` is that of the padded batch."""
         found_BTHD, weights = attend_to_all(
             module, self._padded(query), self._padded(key), self._padded(value), mask, *args, **kw
         )
@@ -72,7 +75,7 @@ class Packing:
         return rows.view(1, -1, *found_BTHD.shape[2:]), weights
 
     def _padded(self, heads_1HND: Tensor) -> Tensor:
-        """[1, H, N, D] -> [B, H, T, D]."""
+        """Pad [1, H, N, D] -> [B, H, T, D]."""
         rows_NHD = heads_1HND[0].transpose(0, 1)
         slots = _Moved.apply(rows_NHD.flatten(1), self._row_of_slot_S, self._slot_of_row_N, self._fill_rows)
         padded_BTHD: Tensor = slots.view(*self._shape_BT, *rows_NHD.shape[1:])
@@ -80,9 +83,9 @@ class Packing:
 
 
 class _Moved(torch.autograd.Function):
-    """Rows elsewhere: place i has row ``there[i]``. Its gradient goes back by ``back``; none to the rows ``unseen``.
+    """Permutation of rows: place i gets row ``there[i]``. Its gradient goes back by ``back``; rows ``unseen`` get none.
 
-    torch's own gradient of a choice of rows adds up, since a row may be chosen twice; here nobody sees the second one.
+    torch's own gradient of indexing accumulates, since a row may be chosen twice; here none is.
     """
 
     @staticmethod

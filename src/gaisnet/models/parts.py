@@ -1,11 +1,11 @@
 """``Head``, ``Body`` and ``Tail``: a decoder cut in three. They wrap the layers of transformers and copy none of them.
 
-Shape legend: B sequences, T positions, D hidden size, V vocabulary, N rows (positions picked out of several
+Shape legend: B sequences, T positions, D hidden size, V vocabulary, N rows (positions picked from several
 sequences).
 
-A part keeps the layer numbers of the foundation model (FM) even where layers are missing, so that an adapter's names
+Parts keep the layer numbers of the foundation model (FM) even where layers are missing, so that an adapter's names
 mean the same in every body. Right padding needs no mask in a decoder: under causal attention a padded position cannot
-reach a real one. ``models.encoders`` has the parts of encoders, which are made of the same ``Layers``.
+reach a real one. ``models.encoders`` has the parts of encoders, made of the same ``Layers``.
 """
 
 import inspect
@@ -30,12 +30,12 @@ from gaisnet.models.weight_quant import RoundedEmbedding
 
 # transformers 5.24 renamed the argument of masks and layers together, from 'past_key_values'.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""Name of the argument with keys and values of what was read before."""
+"""Name of the argument that carries keys and values of earlier positions."""
 
 
 @dataclass(frozen=True)
 class CutLayers:
-    """How many of the FM's layers a device holds: the first ``head`` after the embeddings, the last ``tail``."""
+    """Number of FM layers on a device: the first ``head`` after the embeddings, the last ``tail``."""
 
     head: int
     tail: int = 0
@@ -52,7 +52,7 @@ class CutLayers:
 
 
 class PartCache(DynamicCache):
-    """Keys and values of one part's layers, addressed by the layer numbers of the FM."""
+    """Keys and values of one part's layers, addressed by FM layer numbers."""
 
     def __init__(self, config: PretrainedConfig, layer_indices: list[int]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PartCache(DynamicCache):
         self._slot_of = {index: slot for slot, index in enumerate(layer_indices)}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Append to the cache of FM layer ``layer_idx``; called by the attention of transformers."""
+        """Append to the cache of FM layer ``layer_idx``; called by transformers' attention."""
         return super().update(key_states, value_states, self._slot_of[layer_idx], *args, **kwargs)
 
 
@@ -79,9 +79,9 @@ class Layers(nn.Module):
     """Some layers of the FM, run one after the other.
 
     Args:
-        config: The FM's.
-        layers: By their numbers in the FM.
-        rotary_emb: Of a decoder; an encoder has its positions in the embeddings.
+        config: The FM's configuration.
+        layers: Layers by their FM numbers.
+        rotary_emb: A decoder's; an encoder has its positions in the embeddings.
     """
 
     def __init__(self, config: PretrainedConfig, layers: Mapping[int, nn.Module], rotary_emb: nn.Module | None) -> None:
@@ -93,7 +93,7 @@ class Layers(nn.Module):
         self.rotary_emb: Any = rotary_emb
 
     def new_cache(self) -> PartCache:
-        """An empty key-value cache for exactly these layers. Raises ``ModelError`` where they are an encoder's."""
+        """Return an empty key-value cache for exactly these layers. Raises ``ModelError`` for an encoder."""
         if self.family.is_encoder:
             found = "it is an encoder, in which earlier positions see later ones: no keys and values can be kept"
             raise ModelError(self.config.model_type, found, "run whole sequences")
@@ -119,12 +119,12 @@ class Layers(nn.Module):
                 be the same at every call.
             attention_mask_BT: 1 for real and 0 for padded positions, earlier ones in the cache included. A decoder
                 only needs it with left padding, an encoder with any.
-            pick: Of the output, what is wanted; the last layer computes no more of it than it must.
-            packing: Where the sequences are, if ``hidden_BTD`` are the rows of all, [1, N, D]. Then there is no cache,
-                and ``let_attention_be_replaced`` must have seen ``layers``.
+            pick: Selects from the output; the last layer computes no more than it must.
+            packing: Positions of the sequences, if ``hidden_BTD`` are packed rows, [1, N, D]. Then there is no cache,
+                and ``layers`` must have passed ``let_attention_be_replaced``.
 
         Returns:
-            Output of the last layer that ran, [B, T, D], or what ``pick`` makes of that.
+            Output of the last layer that ran, [B, T, D], or ``pick`` of it.
         """
         chosen = [index for index in self.indices if index >= start and (stop is None or index < stop)]
         if not chosen:
@@ -133,7 +133,7 @@ class Layers(nn.Module):
         for index in chosen:
             layer, mine = self.layers[str(index)], arguments[kinds[index]]
             if pick is not None and index == chosen[-1]:
-                # Its attention sees all positions; the rest, most of its weights, only those that are picked.
+                # Attention sees all positions; the rest of the layer, most of its weights, only those that are picked.
                 return self.family.finish(layer, pick(self.family.attend(layer, hidden_BTD, mine)))
             hidden_BTD = layer(hidden_BTD, **mine)
         return hidden_BTD
@@ -145,7 +145,7 @@ class Layers(nn.Module):
         attention_mask_BT: Tensor | None,
         packing: Packing | None,
     ) -> dict[str, dict[str, Any]]:
-        """What every layer is called with beside hidden states, by its kind of attention."""
+        """Return every layer's arguments beside hidden states, by its kind of attention."""
         replaced: dict[str, Any] = {} if packing is None else {"attend": packing.attend}
         padded_BTD = hidden_BTD if packing is None else packing.padded_like(hidden_BTD)
         if self.family.is_encoder:
@@ -189,7 +189,7 @@ class Layers(nn.Module):
 
 
 class Head(nn.Module):
-    """A device's first part: embeddings and the first layers. Token ids in, smashed data out."""
+    """A device's first part: embeddings and the first layers. Maps token ids to smashed data."""
 
     def __init__(self, embed_tokens: nn.Embedding | RoundedEmbedding, layers: Layers) -> None:
         super().__init__()
@@ -197,33 +197,33 @@ class Head(nn.Module):
         self.stack = layers
 
     def new_cache(self) -> PartCache:
-        """An empty key-value cache for the layers of this part."""
+        """Return an empty key-value cache for the layers of this part."""
         return self.stack.new_cache()
 
     def forward(
         self, input_ids_BT: Tensor, cache: PartCache | None = None, attention_mask_BT: Tensor | None = None
     ) -> Tensor:
-        """Smashed data [B, T, D] of int64 token ids [B, T]."""
+        """Return smashed data [B, T, D] of int64 token ids [B, T]."""
         hidden_BTD: Tensor = self.embed_tokens(input_ids_BT)
         return self.stack.run(hidden_BTD, cache=cache, attention_mask_BT=attention_mask_BT)
 
 
 class Body(Layers):
-    """The middle layers, at an edge (of a DM) or in the cloud (of the FM). Smashed data in, body output out."""
+    """The middle layers, at an edge (DM) or in the cloud (FM). Maps smashed data to body output."""
 
     def forward(
         self, hidden_BTD: Tensor, cache: PartCache | None = None, attention_mask_BT: Tensor | None = None
     ) -> Tensor:
-        """Body output [B, T, D] of smashed data [B, T, D] that stopped where this body begins."""
+        """Return body output [B, T, D] of smashed data [B, T, D] from the layer before this body."""
         return self.run(hidden_BTD, cache=cache, attention_mask_BT=attention_mask_BT)
 
     def for_owners(self, rows_ND: Tensor) -> Tensor:
-        """What goes to the owners of rows [N, D] of the last layer's output: they themselves."""
+        """Return what the owners of rows [N, D] of the last layer's output receive: the rows themselves."""
         return rows_ND
 
 
 class Tail(nn.Module):
-    """A device's last part: the last layers, the last norm and the vocabulary head. Body output in, logits out."""
+    """A device's last part: the last layers, the last norm and the vocabulary head. Maps body output to logits."""
 
     def __init__(self, layers: Layers, norm: nn.Module, lm_head: nn.Module) -> None:
         super().__init__()
@@ -232,17 +232,17 @@ class Tail(nn.Module):
         self.lm_head = lm_head
 
     def new_cache(self) -> PartCache:
-        """An empty key-value cache for the layers of this part."""
+        """Return an empty key-value cache for the layers of this part."""
         return self.stack.new_cache()
 
     def forward(
         self, hidden_BTD: Tensor, cache: PartCache | None = None, attention_mask_BT: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, T, V] of body output [B, T, D]."""
+        """Return logits [B, T, V] of body output [B, T, D]."""
         return self.logits(self.stack.run(hidden_BTD, cache=cache, attention_mask_BT=attention_mask_BT))
 
     def logits(self, rows_ND: Tensor) -> Tensor:
-        """Logits [..., V] of outputs of the last layer [..., D]; any positions, in any order."""
+        """Return logits [..., V] of outputs of the last layer [..., D]; any positions, in any order."""
         return cast(Tensor, self.lm_head(self.norm(rows_ND)))
 
 

@@ -1,4 +1,4 @@
-"""Places inside a forward and a backward at which something else may run: between the parts of layers."""
+"""Preemption points inside forward and backward passes, between the parts of layers."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 def pause_within(layers: Iterable[nn.Module], pause: Callable[[], None]) -> None:
-    """Call ``pause`` after each part of each layer, such as a projection, and before it when gradients come back.
+    """Call ``pause`` after each part of each layer, such as a projection, and before it on the way back.
 
-    Results are the same. It takes effect whoever calls the layers, and in copies of them. Backward passes on a GPU run
-    in a thread of torch's own; ``pause`` must bear that.
+    Results do not change. It applies to every caller of the layers, and to copies of them. Backward passes on a GPU run
+    in a thread of torch's own; ``pause`` must allow that.
 
     Args:
         layers: Transformer layers; their parts are two levels down.
-        pause: Called often; must be quick where there is nothing to do.
+        pause: Called often; must be quick when there is nothing to do.
     """
 
     def after(module: nn.Module, args: Any, output: Any) -> None:

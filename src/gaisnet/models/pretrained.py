@@ -1,7 +1,7 @@
-"""The one way in for pretrained models: configuration, weights and tokenizer, from a folder, the hub or a GGUF file.
+"""The only loader of pretrained models: configuration, weights and tokenizer, from a folder, the hub or a GGUF file.
 
-No code of a model's author runs, weights are read from safetensors only, and attention is PyTorch's own whatever a
-configuration asks for: it could name a kernel to fetch.
+No code of a model's author runs, weights are read from safetensors only, and attention is always PyTorch's own: a
+configuration could name a kernel to download.
 """
 
 import errno
@@ -34,11 +34,11 @@ from gaisnet.models.model_folder import (
 )
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-_LONGEST = 300  # characters of what somebody else's error says
+_LONGEST = 300  # characters of a third party's error message
 
 
 def pretrained_config(source: str, asked: str) -> PretrainedConfig:
-    """Shape of a supported model, without its weights. Raises ``ModelError``.
+    """Load the configuration of a supported model, without its weights. Raises ``ModelError``.
 
     Args:
         source: A folder or a hub id.
@@ -59,14 +59,16 @@ def pretrained_config(source: str, asked: str) -> PretrainedConfig:
 def pretrained_model(
     kind: Any, source: str, asked: str, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> tuple[Any, list[str]]:
-    """A model with its weights, and the names of those that its files lack, which are random. Raises ``ModelError``.
+    """Load a model with its weights; also return names of weights missing in its files, which are random.
+
+    Raises ``ModelError``.
 
     Args:
-        kind: A class of transformers', or one of its automatic ones.
+        kind: A class of transformers, or one of its Auto classes.
         source: A folder or a hub id.
         asked: Name of the model in errors.
-        dtype: Type of the weights.
-        changes: To its configuration.
+        dtype: Dtype of the weights.
+        changes: Changes to its configuration.
     """
     if Path(source).is_dir():
         check_weights(Path(source), asked)
@@ -77,7 +79,7 @@ def pretrained_model(
             use_safetensors=True,
             attn_implementation=ATTENTION,
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # so that they are named below
+            ignore_mismatched_sizes=True,  # so that they are reported below
             output_loading_info=True,
             **changes,
         )
@@ -89,7 +91,7 @@ def pretrained_model(
 
 
 def pretrained_tokenizer(source: str, asked: str, do: str = DO) -> PreTrainedTokenizerBase:
-    """A tokenizer. Raises ``ModelError``, which says ``do``."""
+    """Load a tokenizer. Raises ``ModelError`` with the advice ``do``."""
     if Path(source).is_dir():
         check_tokenizer_files(Path(source), asked)
     with _told(asked, do, "its tokenizer cannot be loaded"):
@@ -98,7 +100,7 @@ def pretrained_tokenizer(source: str, asked: str, do: str = DO) -> PreTrainedTok
 
 
 def from_gguf(gguf: Path, asked: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer in a GGUF file, dequantised to float32. Raises ``ModelError``."""
+    """Load model and tokenizer from a GGUF file, dequantized to float32. Raises ``ModelError``."""
     with _told(asked, "check the file", "the GGUF file cannot be converted"):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -109,16 +111,16 @@ def from_gguf(gguf: Path, asked: str) -> tuple[PreTrainedModel, PreTrainedTokeni
             dtype=torch.float32,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-        del model.config.quantization_config  # it is no longer quantised, and save_pretrained would refuse
+        del model.config.quantization_config  # it is no longer quantized, and save_pretrained would refuse
         del model.hf_quantizer
     return model, tokenizer
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int, asked: str) -> None:
-    """Raise ``ModelError`` where a token that a text or a chat can have is beyond the rows of the embedding.
+    """Raise ``ModelError`` if a token of a text or a chat is beyond the rows of the embedding.
 
-    Special tokens that neither begin nor end a text, nor stand in the chat template, may be: one that pads is often
-    added without a row, and so does a conversion from GGUF.
+    Special tokens may be, unless they begin or end a text or stand in the chat template: a padding token is
+    often added without a row, also by conversion from GGUF.
     """
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= num_rows}
     spare = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -132,7 +134,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, num_rows: int, asked: str) 
 
 
 def check_context(config: PretrainedConfig, context: int, asked: str) -> None:
-    """Raise ``ModelError`` where the model was made for shorter examples than ``model.context`` says."""
+    """Raise ``ModelError`` if the model was made for shorter examples than ``model.context``."""
     limit = longest_example(config)
     if context > limit:
         found = f"it was made for {config.max_position_embeddings} positions and model.context is {context}"
@@ -140,7 +142,7 @@ def check_context(config: PretrainedConfig, context: int, asked: str) -> None:
 
 
 def longest_example(config: PretrainedConfig) -> int:
-    """Number of tokens of the longest example that a model takes; a decoder needs a position for its end besides."""
+    """Return the number of tokens of a model's longest example; a decoder needs one position more, for the end."""
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int):
         return CONTEXT_LIMIT
@@ -156,7 +158,7 @@ def _check_finite(model: PreTrainedModel, asked: str) -> None:
 
 @contextmanager
 def _told(asked: str, do: str = DO, found: str = "cannot be loaded") -> Iterator[None]:
-    """Turn what a broken model makes transformers raise, which is of many classes, into ``ModelError``."""
+    """Turn the many errors that transformers raises for a broken model into ``ModelError``."""
     try:
         yield
     except GaisnetError:

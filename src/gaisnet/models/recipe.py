@@ -1,6 +1,6 @@
-"""How a domain model (DM) is made out of the foundation model (FM): a recipe of precision and depth for the middle.
+"""The recipe that makes a domain model (DM) from the foundation model (FM): precision and depth of the middle.
 
-The middle is every layer from where the deepest device head stops to where the domain adapters start. Outside of it a
+The middle is every layer from the end of the deepest device head to the first domain adapter. Outside of it a
 DM *is* the FM: devices' heads fit both bodies, and an adapter trained on the late layers of one plugs into the other.
 """
 
@@ -28,24 +28,24 @@ class Middle:
     stop: int
 
     def __contains__(self, layer: int) -> bool:
-        """Whether FM layer ``layer`` is in the middle."""
+        """Return whether FM layer ``layer`` is in the middle."""
         return self.start <= layer < self.stop
 
     def layers(self) -> range:
-        """The FM layers of the middle."""
+        """Return the FM layers of the middle."""
         return range(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a DM keeps of the FM's layers (all of them, not only the middle), and which of those run in int8."""
+    """The FM layers that a DM keeps (all of them, not only the middle), and those of them in int8."""
 
     kept: tuple[int, ...]
     int8: tuple[int, ...]
 
 
 def check_recipe(settings: DomainSettings, middle: Middle, num_layers: int) -> None:
-    """Raise ``CutError`` where ``keep_layers`` names or implies dropping a layer outside of the middle."""
+    """Raise ``CutError`` if ``keep_layers`` drops a layer outside of the middle, by name or by number."""
     keep = settings.keep_layers
     outside = num_layers - len(middle.layers())
     where = f"only the middle, layers {middle.start} to {middle.stop - 1} of {num_layers}, may lose any"
@@ -61,12 +61,12 @@ def check_recipe(settings: DomainSettings, middle: Middle, num_layers: int) -> N
 
 @torch.no_grad()
 def choose_recipe(settings: DomainSettings, middle: Middle, body: Layers, hidden_BTD: Tensor) -> Recipe:
-    """Fill in a recipe: layers by hand, or those whose loss changes the adapters' input least.
+    """Fill in a recipe: the user's layers, or those whose loss changes the adapters' input least.
 
     Args:
-        settings: What the user asked for, checked.
-        middle: Where layers may be dropped.
-        body: The FM's layers, the middle among them.
+        settings: The user's settings, checked.
+        middle: The layers that may be dropped.
+        body: The FM's layers, including the middle.
         hidden_BTD: Input of layer ``middle.start`` on text that the FM generated (or public text, or images).
     """
     num_layers = body.config.num_hidden_layers
@@ -82,7 +82,7 @@ def choose_recipe(settings: DomainSettings, middle: Middle, body: Layers, hidden
 
 
 def _least_influence(middle: Middle, body: Layers, hidden_BTD: Tensor, num_drop: int) -> set[int]:
-    """Greedily drop the layer without which the hidden state at ``middle.stop`` changes least."""
+    """Greedily drop the layer whose absence changes the hidden state at ``middle.stop`` least."""
     target_ND = _rows(body.run(hidden_BTD, middle.start, middle.stop))
     dropped: set[int] = set()
     for _ in range(num_drop):
@@ -96,7 +96,7 @@ def _least_influence(middle: Middle, body: Layers, hidden_BTD: Tensor, num_drop:
 
 
 def _rows(hidden_BTD: Tensor) -> Tensor:
-    """All but the first of each sequence, an attention sink, whose huge norm would drown the others."""
+    """Return all rows but the first of each sequence, an attention sink with a huge norm."""
     return hidden_BTD[:, 1:].flatten(0, 1)
 
 
@@ -109,18 +109,18 @@ def _run_without(body: Layers, hidden_BTD: Tensor, middle: Middle, dropped: Iter
 def make_domain_body(
     model: Decoder | Encoder, first: int, stop: int, recipe: Recipe, middle: Middle, hidden_BTD: Tensor
 ) -> Body:
-    """A DM's body: the FM's kept layers in [first, stop), those of the middle copied and some of them in int8.
+    """Make a DM's body: the FM's kept layers in [first, stop), those of the middle copied and some of them in int8.
 
     An encoder's body ends the model (``EncoderBody``), so ``stop`` is its number of layers.
 
     Args:
-        model: The FM; it stays as it is.
+        model: The FM; not changed.
         first: Shallowest head cut of the edge's devices.
-        stop: Where the devices' tails begin.
-        recipe: Which layers to keep, which in int8.
-        middle: Where the recipe applies.
+        stop: First layer of the devices' tails.
+        recipe: Layers to keep, and layers in int8.
+        middle: Layers that the recipe covers.
         hidden_BTD: Input of layer ``middle.start`` on generated text, or of an encoder on public inputs, to calibrate
-            int8; nothing of it is padding.
+            int8; without padding.
     """
     own = {i: copy.deepcopy(model.layers[i]) for i in recipe.kept if i in middle}
     layers = {i: own.get(i, model.layers[i]) for i in recipe.kept if first <= i < stop}
@@ -137,7 +137,7 @@ def make_domain_body(
 
 
 def num_parameters(*modules: nn.Module) -> int:
-    """Numbers that the modules hold, int8 weights included and shared tensors counted once."""
+    """Count the numbers that modules hold, int8 weights included, shared tensors once."""
     tensors = {t.data_ptr(): t.numel() for m in modules for t in (*m.parameters(), *_weights_in_buffers(m))}
     return sum(tensors.values())
 

@@ -1,9 +1,9 @@
-"""Parts to tensors and back: what a site needs of a model, and no more, so that it can build its parts without the FM.
+"""Parts of a model as tensors and back: exactly what a site needs to build its parts without the FM.
 
 Tensors are named as in the FM's decoder: ``embed_tokens.weight``, ``layers.3.mlp.up_proj.weight``, ``norm.weight``, and
-``lm_head.weight`` where it is not tied to the embeddings. Those of an encoder begin with ``embeddings.``,
-``layers.3.``, ``ending.`` and, where the FM was made for a task, ``classifier.``. An int8 layer has int8 weights with
-their scales beside them. What a device holds in few bits has ``weight.codes`` and its scales in place of a ``weight``.
+``lm_head.weight`` unless it is tied to the embeddings. An encoder's names begin with ``embeddings.``,
+``layers.3.``, ``ending.`` and, if the FM has a task, ``classifier.``. An int8 layer has int8 weights and
+their scales. A device's quantized matrix has ``weight.codes`` and its scales in place of a ``weight``.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -48,7 +48,7 @@ M = TypeVar("M", bound=nn.Module)
 def release_model(
     decoder: Decoder, body: Body, int8_layers: Iterable[int], last_cut: int, tail_start: int
 ) -> ModelRelease:
-    """Everything that an edge and its devices need of a DM: heads up to ``last_cut``, the DM's ``body``, the tail."""
+    """Release everything that an edge and its devices need: heads up to ``last_cut``, the DM's ``body``, the tail."""
     tensors = {**_named(decoder.embed_tokens, _EMBEDDINGS), **_named(decoder.norm, _NORM)}
     if decoder.lm_head.weight is not decoder.embed_tokens.weight:
         tensors.update(_named(decoder.lm_head, _HEAD))
@@ -57,7 +57,7 @@ def release_model(
 
 
 def release_encoder(encoder: Encoder, body: Body, int8_layers: Iterable[int], last_cut: int) -> ModelRelease:
-    """The same of an encoder's DM, taken before adapters are on its body."""
+    """Release an encoder's DM, before adapters are on its body."""
     tensors = {**_named(encoder.embeddings, _ENCODER_EMBEDDINGS), **_named(encoder.ending, _ENDING)}
     if encoder.classifier is not None:
         tensors.update(_named(encoder.classifier, _CLASSIFIER))
@@ -67,7 +67,7 @@ def release_encoder(encoder: Encoder, body: Body, int8_layers: Iterable[int], la
 def _released(
     model: Decoder | Encoder, body: Body, outer: Iterable[int], int8_layers: Iterable[int], tensors: dict[str, Tensor]
 ) -> ModelRelease:
-    """With the FM's ``outer`` layers, and the body's own where it has them."""
+    """Release the FM's ``outer`` layers, and the body's own layers where it has them."""
     layers = {index: model.layers[index] for index in outer} | {i: body.layers[str(i)] for i in body.indices}
     for index in sorted(layers):
         tensors.update(_named(layers[index], _layer(index)))
@@ -75,9 +75,9 @@ def _released(
 
 
 def restrict(release: ModelRelease, layers: Iterable[int]) -> ModelRelease:
-    """The same release with only some layers (for a device that holds just head and tail).
+    """Return the release with only some layers (for a device that holds just head and tail).
 
-    What an encoder ends with goes with its last layer.
+    An encoder's ending goes with its last layer.
     """
     wanted = set(layers)
     dropped = tuple(_layer(index) for index in release.layers if index not in wanted)
@@ -91,7 +91,7 @@ def restrict(release: ModelRelease, layers: Iterable[int]) -> ModelRelease:
 
 
 def rounded(release: ModelRelease, layers: Iterable[int], precision: DevicePrecision) -> ModelRelease:
-    """The same with the matrices of embeddings, vocabulary head and some layers in few bits, for a device to hold."""
+    """Return the release with embeddings, vocabulary head and some layers quantized, for a device."""
     if precision == "float32":
         return release
     held = (_EMBEDDINGS, _HEAD, *map(_layer, layers))
@@ -105,33 +105,33 @@ def rounded(release: ModelRelease, layers: Iterable[int], precision: DevicePreci
 
 
 class Released(Protocol):
-    """Builds parts of a model, whatever its family. All raise ``ModelError`` where a tensor is missing or misshapen."""
+    """Builds parts of a model of any family. All methods raise ``ModelError`` for a missing or misshapen tensor."""
 
     config: PretrainedConfig
 
     @property
     def num_layers(self) -> int:
-        """Layers of the FM."""
+        """The FM's number of layers."""
 
     @property
     def family(self) -> Family:
-        """Of the FM."""
+        """The FM's family."""
 
     def outer(self, cut: CutLayers) -> tuple[Head | EncoderHead, Tail | None]:
-        """What a device holds; no tail where the body goes to the end of the model."""
+        """Build a device's parts; there is no tail if the body goes to the end of the model."""
 
     def body(self, first: int, stop: int | None = None) -> Body:
-        """The DM's kept layers in [first, stop), or to the end."""
+        """Build the DM's kept layers in [first, stop), or to the end."""
 
 
 def released(release: ModelRelease) -> Released:
-    """What builds the parts of a release. Raises ``ModelError`` if it cannot be read, or is of no family we know."""
+    """Return the builder for a release. Raises ``ModelError`` if it is unreadable, or its family unknown."""
     config = _read_config(release.config_json, check_supported)
     return ReleasedEncoder(release) if family_of(config).is_encoder else ReleasedModel(release)
 
 
 class _Released:
-    """Fills a model's empty layers, whatever its family, with the tensors of a release."""
+    """Fills a model's empty layers with the tensors of a release."""
 
     def __init__(self, release: ModelRelease, empty: Decoder | Encoder, rotary_emb: nn.Module | None) -> None:
         self._release = release
@@ -141,16 +141,16 @@ class _Released:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the FM."""
+        """The FM's number of layers."""
         return len(self._layers)
 
     @property
     def family(self) -> Family:
-        """Of the FM."""
+        """The FM's family."""
         return family_of(self.config)
 
     def _outer_layers(self, indices: Iterable[int]) -> Layers:
-        """Of a head or a tail."""
+        """Build the layers of a head or a tail."""
         return Layers(self.config, {index: self._outer_layer(index) for index in indices}, self._rotary_emb)
 
     def _outer_layer(self, index: int) -> nn.Module:
@@ -160,7 +160,7 @@ class _Released:
         return _filled(layer, self._release.tensors, _layer(index))
 
     def _inner_layers(self, first: int, stop: int) -> dict[int, nn.Module]:
-        """Of a body, those in [first, stop) that a DM keeps."""
+        """Build a body's layers: those in [first, stop) that the DM keeps."""
         return {index: self._inner_layer(index) for index in self._release.layers if first <= index < stop}
 
     def _inner_layer(self, index: int) -> nn.Module:
@@ -171,7 +171,7 @@ class _Released:
 
 
 class ReleasedModel(_Released):
-    """Builds parts out of a ``ModelRelease``. Raises ``ModelError`` where a tensor is missing or misshapen."""
+    """Builds a decoder's parts from a ``ModelRelease``. Raises ``ModelError`` for a missing or misshapen tensor."""
 
     def __init__(self, release: ModelRelease) -> None:
         config = _read_config(release.config_json, check_family)
@@ -180,21 +180,21 @@ class ReleasedModel(_Released):
         super().__init__(release, empty, type(empty.rotary_emb)(config))
 
     def outer(self, cut: CutLayers) -> tuple[Head, Tail]:
-        """See ``Released``."""
+        """Build head and tail."""
         head = self.head(cut)
         return head, self.tail(cut, head)
 
     def head(self, cut: CutLayers) -> Head:
-        """Embeddings and the first layers."""
+        """Build embeddings and the first layers."""
         return _frozen(Head(self._embed_tokens(), self._outer_layers(range(cut.head))))
 
     def body(self, first: int, stop: int | None = None) -> Body:
-        """See ``Released``."""
+        """Build the DM's kept layers."""
         stop = self.num_layers if stop is None else stop
         return _frozen(Body(self.config, self._inner_layers(first, stop), self._rotary_emb))
 
     def tail(self, cut: CutLayers, head: Head) -> Tail:
-        """The last layers, the last norm and the vocabulary head (shared with ``head`` where the FM ties them)."""
+        """Build the last layers, the last norm and the vocabulary head (shared with ``head`` if the FM ties them)."""
         layers = self._outer_layers(range(self.num_layers - cut.tail, self.num_layers))
         return _frozen(Tail(layers, self._norm(), self._lm_head(head)))
 
@@ -219,7 +219,7 @@ class ReleasedModel(_Released):
 
 
 class ReleasedEncoder(_Released):
-    """Builds an encoder's parts out of a ``ModelRelease``. Raises ``ModelError`` as ``ReleasedModel`` does."""
+    """Builds an encoder's parts from a ``ModelRelease``. Raises ``ModelError`` as ``ReleasedModel`` does."""
 
     def __init__(self, release: ModelRelease) -> None:
         config = _read_config(release.config_json, check_encoder)
@@ -228,30 +228,30 @@ class ReleasedEncoder(_Released):
         super().__init__(release, empty, rotary_emb=None)
 
     def outer(self, cut: CutLayers) -> tuple[EncoderHead, None]:
-        """See ``Released``."""
+        """Build the head; an encoder has no tail."""
         return self.head(cut), None
 
     def head(self, cut: CutLayers) -> EncoderHead:
-        """Embeddings and the first layers. The embeddings are as in the FM, whatever the release's precision."""
+        """Build embeddings and the first layers. The embeddings are never quantized."""
         tensors, shapes = self._release.tensors, self._empty.embeddings.state_dict()
-        for name, tensor in shapes.items():  # before there is memory for what a configuration says
+        for name, tensor in shapes.items():  # before memory is allocated for what a configuration claims
             found = tensors.get(f"{_ENCODER_EMBEDDINGS}{name}")
             if found is None or found.shape != tensor.shape:
                 is_there = "missing" if found is None else f"of shape {tuple(found.shape)}"
                 odd = f"'{_ENCODER_EMBEDDINGS}{name}' is {is_there}, its configuration says {tuple(tensor.shape)}"
                 raise ModelError("of a release", odd, "update both ends")
-        empty = type(self._empty.embeddings)(self.config)  # with memory: it has numbers that no release holds
+        empty = type(self._empty.embeddings)(self.config)  # with memory: it holds numbers that no release has
         embeddings = _filled(empty, tensors, _ENCODER_EMBEDDINGS)
         return _frozen(EncoderHead(embeddings, self._outer_layers(range(cut.head))))
 
     def body(self, first: int, stop: int | None = None) -> EncoderBody:
-        """See ``Released``; ``stop`` can only be the end. There is what the model ends with, too."""
+        """Build the DM's kept layers and the model's ending; ``stop`` can only be the end."""
         tensors, layers = self._release.tensors, self._inner_layers(first, self.num_layers)
         ending = _filled(self._empty.ending, tensors, _ENDING)
         return _frozen(EncoderBody(self.config, layers, ending, self._classifier()))
 
     def _classifier(self) -> nn.Module | None:
-        """Of the task that the FM was made for, if the release has one."""
+        """Build the FM's own classifier, if the release has one."""
         if not any(name.startswith(_CLASSIFIER) for name in self._release.tensors):
             return None
         with torch.device("meta"):
@@ -293,7 +293,7 @@ def _filled(module: M, tensors: Mapping[str, Tensor], prefix: str) -> M:
 
 
 def _fits(found: torch.dtype, expected: torch.dtype) -> bool:
-    """Whole numbers in exactly the dtype that is expected, floating ones in any that a model is held in."""
+    """Return whether dtypes agree: integers exactly, floats in any dtype that models are held in."""
     return found in _FLOATING if expected.is_floating_point else found == expected
 
 

@@ -1,12 +1,12 @@
-"""Frozen matrices that a device holds in int8 or int4, and the layers on them: only what is used is widened.
+"""Weight-only quantization: frozen matrices that a device holds in int8 or int4, and layers on them.
 
 Shape legend: N rows of activations, R rows of a matrix, D its width.
 
-Only weights are rounded, as ``gaisnet.row_quant`` says; activations stay as they are. An embedding widens the rows that
-it looks up, a linear layer some rows at a time, into the same memory, and multiplies by them as by any frozen weights.
-So a matrix takes a quarter or an eighth of its bytes, and a product about the time that it takes in float32
-(docs/decisions/0011-frozen-parts-in-few-bits.md has the figures). An embedding and a vocabulary head that are tied have
-one matrix.
+Weights are quantized as in ``gaisnet.row_quant``; activations are not. An embedding widens the rows that it looks up. A
+linear layer widens a block of rows at a time, into the same memory, and multiplies by it as by any frozen weight. So a
+matrix takes a quarter or an eighth of its bytes, and a product about its time in float32
+(docs/decisions/0011-frozen-parts-in-few-bits.md has the figures). A tied embedding and vocabulary head share one
+matrix.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ from gaisnet.row_quant import GROUP, from_int4, from_int8, num_bytes, num_groups
 
 FewBits = Literal["int8", "int4"]
 
-_BLOCK_NUMBERS = 2**21  # widened at once: 8 MiB, which stay in a CPU's cache until they are multiplied
+_BLOCK_NUMBERS = 2**21  # numbers widened at once: 8 MiB, which stay in a CPU's cache until they are multiplied
 
 
 class RoundedMatrix(nn.Module):
-    """[R, D] in few bits, empty until a state is loaded.
+    """A quantized matrix [R, D], empty until a state is loaded.
 
     Attributes:
         num_rows: R.
@@ -35,7 +35,7 @@ class RoundedMatrix(nn.Module):
 
     codes: Tensor  # int8 [R, D], or uint8 [R, D / 2]
     scale: Tensor  # float32 [R, 1]
-    shares: Tensor | None  # of groups, uint8 [R, D / GROUP]; int4 only
+    shares: Tensor | None  # scales of groups, uint8 [R, D / GROUP]; int4 only
 
     def __init__(self, precision: FewBits, num_rows: int, width: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class RoundedMatrix(nn.Module):
 
     @classmethod
     def of(cls, weight: Tensor, precision: FewBits) -> Self:
-        """Round ``weight`` [R, D] of any floating dtype."""
+        """Quantize ``weight`` [R, D] of any floating dtype."""
         matrix = cls(precision, *weight.shape)
         if precision == "int8":
             matrix.codes, matrix.scale = to_int8(weight.detach())
@@ -58,15 +58,15 @@ class RoundedMatrix(nn.Module):
         return matrix
 
     def rows(self, which: Tensor | slice) -> Tensor:
-        """Those rows, widened: float32 [..., D]."""
+        """Return some rows, widened: float32 [..., D]."""
         if self.shares is None:
             return from_int8(self.codes[which], self.scale[which])
         return from_int4(self.codes[which], self.shares[which], self.scale[which], self.width)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """All rows, some at a time: which, and float32 [some, D], which the next ones overwrite.
+        """Yield all rows in blocks: their slice, and float32 [some, D], which the next block overwrites.
 
-        They are yet to be multiplied by ``scale``: on a product's narrow side there are fewer numbers to multiply.
+        The caller multiplies by ``scale``: on a product's narrow side there are fewer numbers to multiply.
         """
         size = max(1, min(self.num_rows, _BLOCK_NUMBERS // self.width))
         filled = self.width if self.shares is None else num_groups(self.width) * GROUP
@@ -82,7 +82,7 @@ class RoundedMatrix(nn.Module):
 
 
 class RoundedEmbedding(nn.Module):
-    """Token ids [...] to rows [..., D] of a matrix, in ``dtype``."""
+    """Maps token ids [...] to rows [..., D] of a matrix, in ``dtype``."""
 
     def __init__(self, matrix: RoundedMatrix, dtype: torch.dtype) -> None:
         super().__init__()
@@ -91,12 +91,15 @@ class RoundedEmbedding(nn.Module):
         self._dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows [..., D] of int64 ids [...]."""
+        """Return rows [..., D] of int64 ids [...]."""
         return self.weight.rows(ids).to(self._dtype)
 
 
 class RoundedLinear(nn.Module):
-    """[..., D] to [..., R] by a frozen matrix. It passes gradients through to its input but has none of its own."""
+    """Maps [..., D] to [..., R] by a frozen matrix.
+
+    It passes gradients through to its input but has none of its own.
+    """
 
     bias: Tensor | None  # [R]
 
@@ -106,13 +109,13 @@ class RoundedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Output [..., R] of activations [..., D], in their dtype."""
+        """Return the output [..., R] of activations [..., D], in their dtype."""
         result: Tensor = _Product.apply(input, self.weight)
         return result if self.bias is None else result + self.bias
 
 
 class _Product(torch.autograd.Function):
-    """Forward the product; backward the gradient of the input by the same weights. In float32 at least."""
+    """Forward: the product. Backward: the gradient of the input by the same weights. At least in float32."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, matrix: RoundedMatrix) -> Tensor:
@@ -136,7 +139,7 @@ class _Product(torch.autograd.Function):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: before they are scaled, sums of codes are large."""
+    """Widen to at least float32: sums of codes are large before they are scaled."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -146,12 +149,12 @@ def to_empty_few_bits(module: nn.Module, precision: FewBits) -> None:
 
 
 def empty_linear(linear: nn.Linear, precision: FewBits) -> RoundedLinear:
-    """The twin of one, without memory."""
+    """Return an empty twin of a linear layer, without memory."""
     bias = None if linear.bias is None else linear.bias.detach()
     return RoundedLinear(empty_matrix(precision, linear.out_features, linear.in_features), bias)
 
 
 def empty_matrix(precision: FewBits, num_rows: int, width: int) -> RoundedMatrix:
-    """One without memory (meta device)."""
+    """Return an empty matrix without memory (meta device)."""
     with torch.device("meta"):
         return RoundedMatrix(precision, num_rows, width)
