@@ -222,7 +222,7 @@ def test_what_does_not_divide_leaves_labels_one_apart(settings: dict[str, int]) 
     for examples in (drawn.train, drawn.test):
         counts = Counter(example.completion for example in examples)
         assert max(counts.values()) - min(counts.values() if len(counts) == 21 else [0]) <= 1
-    # Fewer held-out examples than labels: what is held out must still be of a label that is trained on.
+    # Fewer test examples than labels: test labels must still be in the training set.
     assert {e.completion for e in drawn.test} <= {e.completion for e in drawn.train}
 
 
@@ -461,7 +461,7 @@ def test_a_text_under_two_labels_is_left_out(monkeypatch: pytest.MonkeyPatch, tm
     fake_licences(monkeypatch, tmp_path, rules)
     drawn = draw_builtin("licences", DataSettings(train_examples=1, test_examples=1, licence_categories=2), 0)
     assert {example.completion for example in (*drawn.train, *drawn.test)} == {" copyleft"}
-    with pytest.raises(DataError, match="of the 2 distinct texts in its package 1 are for that"):
+    with pytest.raises(DataError, match="of the 2 distinct texts in its package 1 are available"):
         draw_builtin("licences", DataSettings(train_examples=2, test_examples=2, licence_categories=2), 0)
 
 
@@ -567,7 +567,7 @@ def test_a_device_that_gets_nothing_is_named() -> None:
         load_domains(config_of("licences", num_devices=3, train_examples=2, test_examples=2))
     message = str(caught.value)
     assert message.startswith("device 'licences-")
-    assert "held-out examples in the last of 100 draws, out of 2 and 2 for 3 devices; raise data.dirichlet_" in message
+    assert "test examples in the last of 100 draws, out of 2 and 2 for 3 devices; raise data.dirichlet_" in message
 
 
 # Folders of JSONL

@@ -157,7 +157,9 @@ def test_few_are_balanced_nest_and_depend_on_the_seed() -> None:
     assert numbers(two.train) == numbers(sample_images(data, 2, 6, seed=1).train)
 
 
-@pytest.mark.parametrize(("per_class", "num_test", "found"), [(9, 6, "each label"), (2, 33, "held-out"), (0, 6, "0")])
+@pytest.mark.parametrize(
+    ("per_class", "num_test", "found"), [(9, 6, "each label"), (2, 33, "test images"), (0, 6, "0")]
+)
 def test_more_than_there_are_cannot_be_drawn(per_class: int, num_test: int, found: str) -> None:
     with pytest.raises(DataError, match=found):
         sample_images(coloured(per_label=8), per_class, num_test, seed=0)

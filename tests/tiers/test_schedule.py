@@ -44,7 +44,7 @@ def test_rounds_that_share_a_pass_do_the_steps_of_the_whole(parts: int) -> None:
 
 
 def test_text_pulls_in_one_step_of_so_many_in_parts_too() -> None:
-    pulled = [step.pulled for n in range(6) for step in flat(steps_of(n, local_epochs=1 / 6))]
+    pulled = [step.anchor_sequences for n in range(6) for step in flat(steps_of(n, local_epochs=1 / 6))]
     assert [bool(chosen) for chosen in pulled] == [False, True] * 3
     assert all(0 <= i < 6 for chosen in pulled for i in chosen)
     assert all(len(chosen) == FineTuneSettings().anchor_batch_size for chosen in pulled[1::2])
@@ -53,7 +53,7 @@ def test_text_pulls_in_one_step_of_so_many_in_parts_too() -> None:
 @pytest.mark.parametrize("changes", [{"sequences": 0}, {"anchor_weight": 0.0}])
 def test_nothing_pulls_without_text_or_weight(changes: dict[str, Any]) -> None:
     without = flat(steps_of(0, local_epochs=2, **changes))
-    assert not any(step.pulled for step in without)
+    assert not any(step.anchor_sequences for step in without)
     assert [step.examples for step in without] == [step.examples for step in flat(steps_of(0, local_epochs=2))]
 
 

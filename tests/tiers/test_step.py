@@ -7,7 +7,7 @@ from torch import Tensor
 from gaisnet.messages import BodyOutputGrad
 from gaisnet.models.ragged import Ragged
 from gaisnet.tiers.split.activations import Activations
-from gaisnet.tiers.split.step import Batch, Member, Pull, pick_examples
+from gaisnet.tiers.split.step import AnchorLoss, Batch, Member, pick_examples
 
 pytestmark = pytest.mark.numeric
 
@@ -29,9 +29,9 @@ def member(name: str, examples: dict[int, tuple[int, int]]) -> Member:
 MEMBERS = (member("a", {1: (4, 2), 2: (3, 1)}), member("b", {3: (5, 3)}))
 
 
-def pull(weight: float = 0.5) -> Pull:
+def anchor_loss(weight: float = 0.5) -> AnchorLoss:
     targets_ND = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(3))
-    return Pull([numbered(7, 2), numbered(8, 4)], targets_ND, weight)
+    return AnchorLoss([numbered(7, 2), numbered(8, 4)], targets_ND, weight)
 
 
 def found_in(batch: Batch) -> list[int]:
@@ -40,7 +40,7 @@ def found_in(batch: Batch) -> list[int]:
 
 
 def test_owners_get_their_label_rows_and_the_pull_all_but_the_first() -> None:
-    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [2, 1, 0]), pull(), wanted="last")
+    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [2, 1, 0]), anchor_loss(), selection="last")
     assert found_in(batch) == [102, 103, 202, 302, 303, 304, 701, 801, 802, 803]
     outputs = batch.outputs_by_owner(batch.select_rows(batch.rows_1ND), step=6)
     assert {name: output.rows_ND[:, 0].int().tolist() for name, output in outputs.items()} == {
@@ -52,21 +52,21 @@ def test_owners_get_their_label_rows_and_the_pull_all_but_the_first() -> None:
 
 
 def test_a_tail_with_layers_gets_every_row() -> None:
-    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [2, 1]), None, wanted="every")
+    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [2, 1]), None, selection="every")
     assert found_in(batch) == [200, 201, 202, 300, 301, 302, 303, 304]
     assert batch.num_labels == 4
 
 
 def test_of_a_batch_without_some_member_nothing_goes_to_it() -> None:
-    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [2]), pull(), wanted="last")
+    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [2]), anchor_loss(), selection="last")
     assert found_in(batch) == [302, 303, 304, 701, 801, 802, 803]
     assert set(batch.shares) == {"b"}
 
 
 @pytest.mark.parametrize("answered", [("a", "b"), ("a",), ("b",)])
 def test_the_gradient_is_that_of_those_that_answered_and_of_the_whole_pull(answered: tuple[str, ...]) -> None:
-    given = pull()
-    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [0, 1, 2]), given, wanted="last")
+    given = anchor_loss()
+    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [0, 1, 2]), given, selection="last")
     found_ND = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
     replies = {name: BodyOutputGrad(0, 1.0, torch.full((3, WIDTH), 2.0)) for name in answered}
     grad_ND = batch.merge_gradients(found_ND, replies)
@@ -84,8 +84,8 @@ def test_the_gradient_is_that_of_those_that_answered_and_of_the_whole_pull(answe
 
 
 def test_text_of_one_token_each_pulls_nowhere() -> None:
-    given = Pull([numbered(7, 1)], torch.empty(0, WIDTH), 0.5)
-    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [1]), given, wanted="last")
+    given = AnchorLoss([numbered(7, 1)], torch.empty(0, WIDTH), 0.5)
+    batch = Batch.from_picks(MEMBERS, pick_examples(MEMBERS, [1]), given, selection="last")
     assert found_in(batch) == [202]
     grad_ND = batch.merge_gradients(torch.ones(1, WIDTH), {"a": BodyOutputGrad(0, 1.0, torch.ones(1, WIDTH))})
     assert torch.equal(grad_ND, torch.ones(1, WIDTH))

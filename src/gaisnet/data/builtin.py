@@ -1,4 +1,4 @@
-"""The built-in data sets: real, labelled text out of packages, drawn so that what is held out is not nearly known.
+"""Built-in data sets: real, labelled text from packages, drawn so that test texts are unlike training texts.
 
 * medical: ICD-10-CM descriptions -> chapter, from ``simple-icd-10-cm``
 * licences: licence notices -> category of the licence, from ``licensedcode-data``
@@ -21,14 +21,14 @@ from gaisnet.config import DataSettings
 from gaisnet.data.examples import Example
 from gaisnet.errors import DataError, MissingPackage
 
-# Labels are short, so that a completion is few tokens, and none begins another.
+# Labels are short, so that completions have few tokens, and no label is a prefix of another.
 _CHAPTER_LABELS = (
     *("infections", "neoplasms", "blood", "endocrine", "mental", "nervous", "eye"),
     *("ear", "circulatory", "respiratory", "digestive", "skin", "musculoskeletal", "genitourinary"),
     *("pregnancy", "newborn", "congenital", "symptoms", "injury", "external causes", "health status"),
 )
 CHAPTERS: Mapping[str, str] = {str(number): label for number, label in enumerate(_CHAPTER_LABELS, start=1)}
-"""ICD-10-CM chapters by number, and their labels; chapter 22 is left out because it has 3 codes."""
+"""Labels of ICD-10-CM chapters by number, without chapter 22, which has only 3 codes."""
 
 CATEGORIES: Mapping[str, str] = {
     "Copyleft": "copyleft",
@@ -39,7 +39,7 @@ CATEGORIES: Mapping[str, str] = {
     "Unstated License": "unstated",
     "Source-available": "source-available",
 }
-"""Categories of ScanCode's licences with enough notices, and their labels."""
+"""Labels of ScanCode's licence categories that have enough notices."""
 
 LANGUAGES: Mapping[str, str] = {
     "en": "English",
@@ -51,15 +51,15 @@ LANGUAGES: Mapping[str, str] = {
     "id": "Indonesian",
     "tr": "Turkish",
 }
-"""Languages in Latin letters that emoji have names in, and their labels."""
+"""Labels of languages in Latin script in which emoji have names."""
 
 MIN_NOTICE_CHARS = 20
 MAX_NOTICE_CHARS = 240
 
 MAX_OVERLAP = 0.6
-"""Texts that share more of their words (Jaccard) are too alike to be drawn while there are others."""
+"""Largest Jaccard similarity of the words of two texts, unless too few other texts are available."""
 
-# Siblings of one code differ in these words only: the side, the number of the fetus, the visit.
+# Sibling codes differ only in these words: the side, the number of the fetus, the encounter.
 _ICD_VARIANT = re.compile(
     r", (?:initial|subsequent) encounter.*|, sequela\b|"
     r"\b(?:right|left|bilateral|unspecified|not applicable|fetus \d)\b",
@@ -72,12 +72,12 @@ _RULER_OR_MARK = re.compile(r"[=*#_~-]{3,}|\{\{|\}\}")
 
 
 WordsOf = Callable[[str], frozenset[str]]
-"""The words that set a text apart from its like: texts with the same ones count as one text."""
+"""A function that returns the distinctive words of a text; texts with equal words count as one text."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A labelled text. ``group`` says what it is about (an ICD category, a licence): a draw spreads over groups."""
+    """A labelled text; ``group`` is its subject (ICD category, licence), over which draws are spread."""
 
     text: str
     label: str
@@ -86,14 +86,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class DrawnExamples:
-    """A built-in data set, drawn and shuffled, before it is dealt to devices.
+    """A built-in data set, drawn and shuffled, before it is partitioned between devices.
 
     Attributes:
-        template: Public.
-        labels: Public.
-        train: To learn from.
-        test: Held out.
-        more: Held out by each newcomer.
+        template: The public task template.
+        labels: The public label names.
+        train: The training set.
+        test: The test set.
+        newcomer_tests: The test set of each newcomer.
     """
 
     template: str
@@ -112,15 +112,15 @@ class _Source:
 
 
 def domain_seed(domain: str, seed: int) -> int:
-    """A seed of its own for each domain of a run, the same in every process."""
+    """Return a separate seed for each domain of a run, the same in every process."""
     return zlib.crc32(f"{seed}/{domain}".encode())
 
 
 def draw_builtin(domain: str, settings: DataSettings, seed: int, num_newcomers: int = 0) -> DrawnExamples:
     """Draw ``settings.train_examples`` and ``test_examples`` out of the built-in ``domain``, balanced over its labels.
 
-    Newcomers hold out as many each, of what is left: nobody else's examples depend on them. Raises ``MissingPackage``,
-    and ``DataError`` where the package holds too few.
+    Each newcomer gets as many test examples from the remaining texts, so other examples do not depend on newcomers.
+    Raises ``MissingPackage``, or ``DataError`` where the package has too few texts.
     """
     source = BUILT_IN[domain]
     labels = tuple(source.labels.values())
@@ -130,36 +130,38 @@ def draw_builtin(domain: str, settings: DataSettings, seed: int, num_newcomers: 
     pools = _pools(source, labels, rng)
     quotas = _quotas({label: len(pools[label]) for label in labels}, settings, domain)
     asked = num_newcomers * settings.test_examples
-    left = _left({label: len(pools[label]) - sum(quotas[label]) for label in labels}, asked, domain)
+    left = _newcomer_quotas({label: len(pools[label]) - sum(quotas[label]) for label in labels}, asked, domain)
     train: list[Candidate] = []
     test: list[Candidate] = []
-    more: list[Candidate] = []
+    for_newcomers: list[Candidate] = []
     for label, (num_train, num_test) in quotas.items():
-        chosen = _spread(pools[label], num_train + num_test + left[label], source.words_of)
+        chosen = _choose_diverse(pools[label], num_train + num_test + left[label], source.words_of)
         mine, others = chosen[: num_train + num_test], chosen[num_train + num_test :]
-        rng.shuffle(mine)  # else the groups that have many texts, whose turns come last, would all be held out
+        rng.shuffle(mine)  # otherwise the largest groups, which come last, would all be in the test set
         train += mine[:num_train]
         test += mine[num_train:]
-        more += others
+        for_newcomers += others
     rng.shuffle(train)
     rng.shuffle(test)
-    every = [_examples(some, source.template) for some in (train, test, *_dealt(more, num_newcomers, rng))]
+    every = [
+        _examples(some, source.template) for some in (train, test, *_deal_candidates(for_newcomers, num_newcomers, rng))
+    ]
     return DrawnExamples(source.template, labels, every[0], every[1], tuple(every[2:]))
 
 
-def _left(available: Mapping[str, int], asked: int, domain: str) -> dict[str, int]:
-    """Of each label, how many of what is left go to newcomers."""
+def _newcomer_quotas(available: Mapping[str, int], asked: int, domain: str) -> dict[str, int]:
+    """Return how many of each label's remaining texts go to newcomers. Raises ``DataError``."""
     if asked > sum(available.values()):
         raise DataError(
             f"{asked} examples for newcomers to the domain '{domain}'",
             f"its package has {sum(available.values())} left beside those of its own edge",
             "lower data.test_examples, data.train_examples or the number of newcomers",
         )
-    return _fill(available, asked)
+    return _share_equally(available, asked)
 
 
-def _dealt(candidates: list[Candidate], num: int, rng: random.Random) -> list[list[Candidate]]:
-    """Label by label in turn, so that all have as many of each, and each part shuffled."""
+def _deal_candidates(candidates: list[Candidate], num: int, rng: random.Random) -> list[list[Candidate]]:
+    """Deal candidates, which are sorted by label, in turn into ``num`` parts, and shuffle each part."""
     parts = [candidates[first::num] for first in range(num)]
     for part in parts:
         rng.shuffle(part)
@@ -167,7 +169,7 @@ def _dealt(candidates: list[Candidate], num: int, rng: random.Random) -> list[li
 
 
 def _pools(source: _Source, labels: Sequence[str], rng: random.Random) -> dict[str, list[Candidate]]:
-    """Per label its candidates in random order without repetition; a text under two labels is in none."""
+    """Return each label's candidates in random order, without duplicates and without texts of two labels."""
     candidates = list(source.read())
     rng.shuffle(candidates)
     alike: dict[frozenset[str], list[Candidate]] = {}
@@ -181,25 +183,25 @@ def _pools(source: _Source, labels: Sequence[str], rng: random.Random) -> dict[s
 
 
 def _quotas(available: Mapping[str, int], settings: DataSettings, domain: str) -> dict[str, tuple[int, int]]:
-    """Training and held-out examples of each label: equal as far as the labels' numbers go."""
+    """Return the numbers of training and test examples of each label, as equal as possible. Raises ``DataError``."""
     asked_train, asked_test = settings.train_examples, settings.test_examples
-    # A label that runs short is shared out in the ratio of the whole, so that none is only trained or only tested.
+    # A label with few texts is divided in the overall ratio, so that it is in both training and test set.
     for_test = {label: count * asked_test // (asked_train + asked_test) for label, count in available.items()}
     for_train = {label: count - for_test[label] for label, count in available.items()}
     for what, asked, held in (("train", asked_train, for_train), ("test", asked_test, for_test)):
         if asked > sum(held.values()):
             raise DataError(
                 f"data.{what}_examples is {asked} for the domain '{domain}'",
-                f"of the {sum(available.values())} distinct texts in its package {sum(held.values())} are for that, "
-                f"sharing them out {asked_train} : {asked_test}",
+                f"of the {sum(available.values())} distinct texts in its package {sum(held.values())} are available, "
+                f"at a ratio of {asked_train} : {asked_test}",
                 f"lower data.{what}_examples",
             )
-    train, test = _fill(for_train, asked_train), _fill(for_test, asked_test)
+    train, test = _share_equally(for_train, asked_train), _share_equally(for_test, asked_test)
     return {label: (train[label], test[label]) for label in available}
 
 
-def _fill(limits: Mapping[str, int], total: int) -> dict[str, int]:
-    """Share ``total`` equally, no label above its limit; what does not divide goes to the first labels."""
+def _share_equally(limits: Mapping[str, int], total: int) -> dict[str, int]:
+    """Share ``total`` equally up to each label's limit; the remainder goes to the first labels."""
     shares = dict.fromkeys(limits, 0)
     while total:
         with_room = [label for label in limits if shares[label] < limits[label]]
@@ -211,26 +213,26 @@ def _fill(limits: Mapping[str, int], total: int) -> dict[str, int]:
     return shares
 
 
-def _spread(pool: Sequence[Candidate], count: int, words_of: WordsOf) -> list[Candidate]:
-    """``count`` of ``pool``: groups take turns, and what is much like a text already chosen is chosen last."""
-    turns: Counter[str] = Counter()
-    turn_of = []
+def _choose_diverse(pool: Sequence[Candidate], count: int, words_of: WordsOf) -> list[Candidate]:
+    """Choose ``count`` of ``pool`` from all groups in turn, taking texts similar to chosen ones only at the end."""
+    group_sizes: Counter[str] = Counter()
+    places = []
     for candidate in pool:
-        turn_of.append(turns[candidate.group])
-        turns[candidate.group] += 1
+        places.append(group_sizes[candidate.group])
+        group_sizes[candidate.group] += 1
     chosen: list[Candidate] = []
-    put_off: list[Candidate] = []
+    similar: list[Candidate] = []
     seen: list[frozenset[str]] = []
-    for i in sorted(range(len(pool)), key=turn_of.__getitem__):
+    for i in sorted(range(len(pool)), key=places.__getitem__):
         if len(chosen) == count:
             break
         words = words_of(pool[i].text)
         if any(len(words & other) > MAX_OVERLAP * len(words | other) for other in seen):
-            put_off.append(pool[i])
+            similar.append(pool[i])
         else:
             chosen.append(pool[i])
             seen.append(words)
-    return (chosen + put_off)[:count]
+    return (chosen + similar)[:count]
 
 
 def _examples(candidates: Sequence[Candidate], template: str) -> tuple[Example, ...]:
@@ -251,7 +253,7 @@ def _read_medical() -> tuple[Candidate, ...]:
 def _import_icd() -> ModuleType:
     try:
         with warnings.catch_warnings():
-            # It reads its own files, while it is imported, through functions that Python has deprecated.
+            # Its import uses deprecated functions to read its files.
             warnings.simplefilter("ignore", DeprecationWarning)
             import simple_icd_10_cm
     except ModuleNotFoundError as error:
@@ -279,9 +281,9 @@ def _licence_folder() -> Path:
 
 @functools.cache
 def _read_notices(folder: Path) -> tuple[Candidate, ...]:
-    """Notices of a single licence, in the order of their file names.
+    """Read notices of a single licence, in the order of their file names.
 
-    A search for single fields, because YAML proper takes over ten seconds for 34,859 rules.
+    Fields are found by regular expressions: a YAML parser takes over ten seconds for 34,859 rules.
     """
     licences = [_front_and_text(path, path.read_bytes())[0] for path in sorted((folder / "licenses").glob("*.LICENSE"))]
     category_of = {_field(front, "key"): _field(front, "category") for front in licences}
@@ -316,7 +318,7 @@ def _field(front: str, name: str) -> str:
 
 
 def clean_notice(text: str) -> str:
-    """A notice as a sentence: without comment characters, rulers, ``{{ }}`` marks and line ends."""
+    """Remove comment characters, rulers, ``{{ }}`` marks and line ends from a notice."""
     bare = _COMMENT_END.sub("", _COMMENT_START.sub("", _RULER_OR_MARK.sub("", text)))
     return " ".join(bare.split())
 
@@ -326,17 +328,17 @@ def _notice_words(text: str) -> frozenset[str]:
 
 
 def _read_languages() -> tuple[Candidate, ...]:
-    """Emoji that differ in the skin's tone only are one."""
+    """Read names of emoji, without variants in skin tone."""
     emoji = _import_emoji()
     emoji.config.load_language(list(LANGUAGES))
-    whole = {
+    full = {
         one: names
         for one, names in emoji.EMOJI_DATA.items()
         if names["status"] == emoji.STATUS["fully_qualified"] and not _SKIN_TONES.intersection(one)
     }
     return tuple(
         Candidate(names[code].strip(":").replace("_", " "), label, one)
-        for one, names in whole.items()
+        for one, names in full.items()
         for code, label in LANGUAGES.items()
         if code in names
     )
@@ -360,4 +362,4 @@ BUILT_IN: Mapping[str, _Source] = {
     "licences": _Source("Notice: {text}\nCategory:", CATEGORIES, _read_licences, _notice_words),
     "languages": _Source("Phrase: {text}\nLanguage:", LANGUAGES, _read_languages, _phrase_words),
 }
-"""The data sets that need no files, by the name of their domain."""
+"""Built-in data sets by domain."""

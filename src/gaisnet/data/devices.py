@@ -1,4 +1,4 @@
-"""Every device's examples: read from its folder, or dealt out of a built-in data set, skewed by label."""
+"""Loading of every device's examples: from its folder, or from a built-in data set with label skew."""
 
 import zlib
 from collections import Counter
@@ -17,10 +17,9 @@ from gaisnet.data.jsonl import read_examples, read_inputs
 from gaisnet.errors import DataError
 from gaisnet.learning.relay import TaskTemplate
 
-# How often the proportions are drawn again because a device would have got nothing. A skew at which so many draws
-# fail is one that the number of examples cannot show.
+# Draws of the proportions until every device has examples. If all fail, there are too few examples for the skew.
 MAX_DRAWS = 100
-# From here on the proportions are equal to a thousandth; near the largest float numpy's Dirichlet returns zeros.
+# Proportions are equal to a thousandth from here on; for far larger values numpy's Dirichlet returns zeros.
 EVEN_ALPHA = 1e6
 _CHARACTERS_PER_TOKEN = 8  # more than any tokenizer needs for English
 _Labelled = TypeVar("_Labelled")
@@ -28,7 +27,7 @@ _Labelled = TypeVar("_Labelled")
 
 @dataclass(frozen=True)
 class DomainData:
-    """A domain's public task description and, by device name, the private examples."""
+    """A domain's public task and its private examples by device name."""
 
     template: str | None
     labels: tuple[str, ...]
@@ -36,17 +35,17 @@ class DomainData:
 
 
 def load_domains(config: Config) -> dict[str, DomainData]:
-    """The data of each edge's domain, by the name of the domain. Raises ``DataError``."""
+    """Load the data of all edges, by domain. Raises ``DataError``."""
     return {edge.domain: _load_edge(edge, config) for edge in config.edges}
 
 
 @dataclass(frozen=True)
 class LoadedData:
-    """Data of a run that answers: what there is of it, for examples need not be there any more.
+    """The available data of a run that is only served, which needs no examples.
 
     Attributes:
-        domains: As of ``load_domains``, without devices whose examples are not there.
-        absent: Those devices, and why.
+        domains: Data by domain as from ``load_domains``, without devices whose examples are missing.
+        absent: Errors of these devices, by name.
     """
 
     domains: dict[str, DomainData]
@@ -54,12 +53,12 @@ class LoadedData:
 
 
 def load_available(config: Config) -> LoadedData:
-    """All examples that can be read; nothing is raised for the others."""
+    """Load all examples that can be read, without raising for the others."""
     absent: dict[str, str] = {}
-    return LoadedData({edge.domain: _edge_at_hand(edge, config, absent) for edge in config.edges}, absent)
+    return LoadedData({edge.domain: _load_available_edge(edge, config, absent) for edge in config.edges}, absent)
 
 
-def _edge_at_hand(edge: EdgeSettings, config: Config, absent: dict[str, str]) -> DomainData:
+def _load_available_edge(edge: EdgeSettings, config: Config, absent: dict[str, str]) -> DomainData:
     devices: dict[str, DeviceData[Any]] = {}
     for device in edge.devices:
         try:
@@ -67,22 +66,22 @@ def _edge_at_hand(edge: EdgeSettings, config: Config, absent: dict[str, str]) ->
         except DataError as error:
             absent[device.name] = str(error)
     try:
-        shape = load_public_task(edge, config).task
-    except DataError:  # built in, and its package is not installed: nothing is learned, so no text is shaped
-        shape = TaskTemplate(None, ())
-    return DomainData(shape.template, shape.labels, devices)
+        task = load_public_task(edge, config).task
+    except DataError:  # its package is not installed, but without training no text is generated from the template
+        task = TaskTemplate(None, ())
+    return DomainData(task.template, task.labels, devices)
 
 
 @dataclass(frozen=True)
 class PublicTask:
-    """What the cloud may know of a domain. The majority of private examples is not among it."""
+    """Public facts about a domain; ``majority`` is None where examples are private."""
 
     task: TaskTemplate
     majority: float | None
 
 
 def load_public_task(edge: EdgeSettings, config: Config) -> PublicTask:
-    """What is public about an edge's domain: all of it where the data set is built in. Raises ``DataError``."""
+    """Return the public facts about an edge's domain, which include built-in data. Raises ``DataError``."""
     if not config.deals(edge):
         followed = _followed(edge, config)
         return PublicTask(TaskTemplate(edge.template or followed.template, edge.labels or followed.labels), None)
@@ -91,7 +90,7 @@ def load_public_task(edge: EdgeSettings, config: Config) -> PublicTask:
 
 
 def load_device(config: Config, name: str) -> DeviceData[Any]:
-    """The examples of one device, and of no other where they are its own. Raises ``DataError``."""
+    """Load one device's examples, reading no other device's files. Raises ``DataError``."""
     edge, device = next((edge, device) for edge, device in config.each_device() if device.name == name)
     if device.data is None:
         return _load_edge(edge, config).devices[name]
@@ -99,14 +98,14 @@ def load_device(config: Config, name: str) -> DeviceData[Any]:
 
 
 def _load_edge(edge: EdgeSettings, config: Config) -> DomainData:
-    found, share = _whole_edge(edge, config), config.absorb.validation_share
+    found, share = _load_edge_unsplit(edge, config), config.absorb.validation_share
     return replace(
         found, devices={name: mine.with_validation_split(share, name) for name, mine in found.devices.items()}
     )
 
 
-def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
-    """Before anything is held back."""
+def _load_edge_unsplit(edge: EdgeSettings, config: Config) -> DomainData:
+    """Load an edge's examples before validation sets are split off."""
     folders = {device.name: device.data for device in edge.devices if device.data is not None}
     without = [device.name for device in edge.devices if device.name not in folders]
     followed = _followed(edge, config)
@@ -130,16 +129,16 @@ def _whole_edge(edge: EdgeSettings, config: Config) -> DomainData:
     share = dealt_share(edge, edge.devices[0].name, config)
     if share is None:
         raise DataError(asked, "it is dealt no built-in data", "give every device a data folder")
-    return _deal(_drawn(edge, share, config), edge, share, config)
+    return _deal(_draw(edge, share, config), edge, share, config)
 
 
 def _followed(edge: EdgeSettings, config: Config) -> EdgeSettings:
-    """The edge whose domain's adapter acts at one; itself in a newcomer's kit, which has what the two share."""
+    """Return the edge whose adapter this edge uses; itself in a newcomer's kit, which has the shared settings."""
     return next((each for each in config.edges if each.domain == edge.adapter), edge)
 
 
 def dealt_share(edge: EdgeSettings, device: str, config: Config) -> DealtShare | None:
-    """Which part of a built-in data set is a device's; None where it reads its own."""
+    """Return a device's share of a built-in data set; None where it has data of its own."""
     if not config.deals(edge):
         return None
     if config.elsewhere is not None and config.elsewhere.share is not None:
@@ -153,8 +152,8 @@ def dealt_share(edge: EdgeSettings, device: str, config: Config) -> DealtShare |
     )
 
 
-def _drawn(edge: EdgeSettings, share: DealtShare, config: Config) -> DrawnExamples:
-    """An edge's share of a built-in data set."""
+def _draw(edge: EdgeSettings, share: DealtShare, config: Config) -> DrawnExamples:
+    """Draw an edge's part of a built-in data set."""
     drawn = draw_builtin(edge.adapter, config.data, config.seed, share.num_newcomers)
     if edge.follows is None:
         return drawn
@@ -162,14 +161,14 @@ def _drawn(edge: EdgeSettings, share: DealtShare, config: Config) -> DrawnExampl
 
 
 def _deal(drawn: DrawnExamples, edge: EdgeSettings, share: DealtShare, config: Config) -> DomainData:
-    """Give each device its part, with the same proportions of each label for learning and for holding out."""
+    """Deal examples to devices with the same label proportions in training and test set. Raises ``DataError``."""
     names = _owners(edge, share)
     alpha, seed = config.data.dirichlet_alpha, domain_seed(edge.domain, config.seed)
 
     def parts(examples: Sequence[Example], draw: int) -> list[list[Example]]:
         return partition_by_label(examples, _completion, len(names), alpha, np.random.default_rng([seed, draw]))
 
-    least = 2 if config.absorb.validation_share else 1  # one may be held back
+    least = 2 if config.absorb.validation_share else 1  # one may be for validation
     for draw in range(MAX_DRAWS):
         train, test = parts(drawn.train, draw), parts(drawn.test, draw)
         if all(test) and (min(map(len, train)) >= least or not drawn.train):
@@ -178,7 +177,7 @@ def _deal(drawn: DrawnExamples, edge: EdgeSettings, share: DealtShare, config: C
         unlucky = next(i for i in range(len(names)) if drawn.train and len(train[i]) < least or not test[i])
         raise DataError(
             f"device '{names[unlucky]}' of domain '{edge.domain}', with data.dirichlet_alpha {alpha}",
-            f"got {len(train[unlucky])} training and {len(test[unlucky])} held-out examples in the last of {MAX_DRAWS} "
+            f"got {len(train[unlucky])} training and {len(test[unlucky])} test examples in the last of {MAX_DRAWS} "
             f"draws, out of {len(drawn.train)} and {len(drawn.test)} for {len(names)} devices",
             "raise data.dirichlet_alpha, data.train_examples or data.test_examples, or use fewer devices",
         )
@@ -187,7 +186,7 @@ def _deal(drawn: DrawnExamples, edge: EdgeSettings, share: DealtShare, config: C
 
 
 def _owners(edge: EdgeSettings, share: DealtShare) -> list[str]:
-    """Names of an edge's devices in their order; numbers for those that a device's kit does not name."""
+    """Return the names of an edge's devices in order, with numbers for devices that a kit does not name."""
     names = [device.name for device in edge.devices]
     if len(names) == share.num_devices:
         return names
@@ -207,9 +206,9 @@ def partition_by_label(
 ) -> list[list[_Labelled]]:
     """Deal ``examples`` to devices, each label in proportions drawn from a Dirichlet (Hsu et al., arXiv 1909.06335).
 
-    The smaller ``alpha``, the fewer devices share a label. A device keeps the order of ``examples``, and can end up
-    with none. Generators in the same state give a label the same proportions, whatever the other labels are: so
-    training and held-out examples of one domain can be dealt alike.
+    The smaller ``alpha``, the fewer devices share a label. Parts keep the order of ``examples`` and may be empty.
+    Generators in the same state give a label the same proportions whatever the other labels are, so that training and
+    test set of a domain are dealt alike.
     """
     base = int(rng.integers(2**32))
     by_label: dict[str, list[int]] = {}
@@ -219,7 +218,7 @@ def partition_by_label(
     for label, members in by_label.items():
         label_rng = np.random.default_rng([base, zlib.crc32(label.encode())])
         shares = label_rng.dirichlet(np.full(num_devices, min(alpha, EVEN_ALPHA)))
-        # Device i ends where the shares up to and with its own end, so that rounding loses and doubles no example.
+        # Parts end at rounded cumulative shares, so that no example is lost or duplicated.
         ends = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         owner_of[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
     parts: list[list[_Labelled]] = [[] for _ in range(num_devices)]
@@ -234,19 +233,19 @@ def _read_device(folder: Path, name: str, edge: EdgeSettings) -> DeviceData[Any]
 
 
 def load_public_inputs(config: Config) -> tuple[Input, ...]:
-    """What the cloud may show an encoder, if the configuration names a file of it. Raises ``DataError``."""
+    """Load public inputs for an encoder, if the configuration names a file. Raises ``DataError``."""
     return () if config.model.public_inputs is None else read_inputs(config.model.public_inputs)
 
 
 def public_text(settings: AbsorbSettings) -> str:
-    """As much of ``retention_text`` as the gate's windows take."""
+    """Return as much of ``retention_text`` as the gate's windows need."""
     return retention_text(settings.retention_windows * settings.retention_tokens * _CHARACTERS_PER_TOKEN)
 
 
 def retention_text(num_chars: int) -> str:
-    """The first ``num_chars`` characters of Python's own documentation topics: real English that no domain trains on.
+    """Return the first characters of Python's documentation topics: English text that no domain trains on.
 
-    The same within one version of Python. Raises ``DataError`` where the topics are not installed or are shorter.
+    It depends on Python's version only. Raises ``DataError`` where the topics are not installed or are shorter.
     """
     asked = f"{num_chars} characters of public text for the retention perplexity"
     try:
@@ -262,9 +261,9 @@ def retention_text(num_chars: int) -> str:
 
 
 def majority_share(domain: DomainData) -> float:
-    """Share of a domain's held-out examples, all devices together, that have the commonest completion or label.
+    """Return the share of the most frequent answer in a domain's test sets, all devices together.
 
-    It is the accuracy of always naming that one: what a model must beat to have learned anything.
+    This is the accuracy of always giving that answer, the baseline for a trained model.
     """
     counts = Counter(_answer(example) for data in domain.devices.values() for example in data.test)
     return max(counts.values()) / counts.total()

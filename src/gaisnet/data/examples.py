@@ -1,4 +1,4 @@
-"""A device's private examples, and how they become token ids."""
+"""A device's private examples, and their tokenization."""
 
 import random
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, Generic
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from typing_extensions import TypeVar  # of the standard library once it is Python 3.13: with defaults
+from typing_extensions import TypeVar  # with defaults; in the standard library from Python 3.13 on
 
 from gaisnet.errors import DataError
 from gaisnet.messages import Split
@@ -16,14 +16,14 @@ from gaisnet.models.tokenization import pair_ids
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the completion that the model should write after it. Never leaves its device."""
+    """A prompt and its completion. Never leaves its device."""
 
     prompt: str
     completion: str
 
 
 Input = str | Tensor
-"""What is classified: a text, or the pixels [channels, height, width] of an image, float and normalised."""
+"""An input of a classifier: a text, or the normalised float pixels [channels, height, width] of an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,59 +39,60 @@ E = TypeVar("E", default=Example)
 
 @dataclass(frozen=True)
 class DeviceData(Generic[E]):
-    """What one device holds, ``Example`` or ``Labelled``: to learn from, held out, and held back for the gate."""
+    """Training, test and validation set of a device, with elements of type ``Example`` or ``Labelled``."""
 
     train: tuple[E, ...]
     test: tuple[E, ...]
     validate: tuple[E, ...] = ()
 
     def splits(self) -> dict[Split, tuple[E, ...]]:
-        """All examples, by what they are for."""
+        """Return all examples by split."""
         return {"train": self.train, "validate": self.validate, "test": self.test}
 
     def with_validation_split(self, share: float, owner: str) -> "DeviceData[E]":
-        """The same with a share of what there is to learn from held back, one at least unless the share is 0.
+        """Move a share of the training set to a validation set, at least one example unless the share is 0.
 
-        One is drawn out of each stretch of as many: files are often in order, or in turn. At every site it is the same
-        one. Raises ``DataError`` where nothing would be left.
+        The training set is divided into equal ranges and one example drawn from each, since files are often sorted.
+        The draw depends on ``owner`` only. Raises ``DataError`` where no training example would be left.
         """
         num_train = len(self.train)
         if not share or not num_train:
             return self
         if num_train == 1:
-            found = "has one training example, which cannot be both learned from and held back"
+            found = "has one training example, which cannot be in both training and validation set"
             raise DataError(f"device '{owner}'", found, "give it more, or set absorb.validation_share to 0")
         num, draw = max(1, round(share * num_train)), random.Random(owner)
-        back = {draw.randrange(i * num_train // num, (i + 1) * num_train // num) for i in range(num)}
-        train = tuple(each for i, each in enumerate(self.train) if i not in back)
-        return DeviceData(train, self.test, tuple(self.train[i] for i in sorted(back)))
+        drawn = {draw.randrange(i * num_train // num, (i + 1) * num_train // num) for i in range(num)}
+        train = tuple(each for i, each in enumerate(self.train) if i not in drawn)
+        return DeviceData(train, self.test, tuple(self.train[i] for i in sorted(drawn)))
 
 
 def has_images(data: DeviceData[Any]) -> bool:
-    """Whether any example is an image, for which no tokenizer is needed."""
+    """Return whether any example is an image, for which no tokenizer is needed."""
     every = (one for some in data.splits().values() for one in some)
     return any(isinstance(one, Labelled) and isinstance(one.input, Tensor) for one in every)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """An example in token ids.
+    """Token ids of an example.
 
-    ``input_ids`` is prompt and completion as ``models.tokenization`` encodes them, without the closing end-of-sequence
-    token, which is only ever predicted.
-    ``label_ids`` is the completion and the end-of-sequence token; they are predicted at the last ``len(label_ids)``
-    positions of ``input_ids``.
+    Attributes:
+        input_ids: Prompt and completion, without the end-of-sequence token, which is only predicted.
+        label_ids: Completion and end-of-sequence token, predicted at the last ``len(label_ids)`` positions of
+            ``input_ids``.
+        num_dropped: Tokens of the prompt that did not fit into the context.
     """
 
     input_ids: tuple[int, ...]
     label_ids: tuple[int, ...]
-    num_dropped: int = 0  # tokens of the prompt, for which the context has no room
+    num_dropped: int = 0
 
 
 def tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, context: int, owner: str) -> list[Tokens]:
-    """Token ids of ``examples``, at most ``context`` input tokens each; a longer prompt loses its beginning.
+    """Tokenize ``examples`` to at most ``context`` input tokens each; longer prompts are cut at the beginning.
 
-    Raises ``DataError`` where a completion is empty or leaves no room for a single token of its prompt.
+    Raises ``DataError`` where a completion is empty or leaves no room for its prompt.
     """
     return [
         _tokenize_one(example, tokenizer, context, f"{owner}, example {i + 1}") for i, example in enumerate(examples)

@@ -1,6 +1,6 @@
-"""Files in the IDX format of MNIST: a magic number that says how many dimensions, their sizes, and bytes.
+"""Reading of files in MNIST's IDX format: a magic number with the number of dimensions, their sizes, and the values.
 
-What a file says of itself is checked before anything of that size is read, and nothing in it is ever run.
+Headers are checked before the values are read.
 """
 
 import gzip
@@ -14,13 +14,13 @@ import numpy.typing as npt
 from gaisnet.errors import DataError
 
 MAX_BYTES = 2**28
-"""Of a file's values, unpacked. MNIST and its like have 47 million."""
+"""Most bytes of a file's values, unpacked. MNIST has 47 million."""
 
 _UINT8 = 0x08  # the format's code for unsigned bytes
 
 
 def read_idx(path: Path, num_dims: int) -> npt.NDArray[np.uint8]:
-    """The values of a file of unsigned bytes, gzipped if its name ends in ``.gz``, in ``num_dims`` dimensions.
+    """Read unsigned bytes in ``num_dims`` dimensions from a file, gzipped if its name ends in ``.gz``.
 
     Raises ``DataError``.
     """

@@ -1,7 +1,7 @@
-"""Images with labels: Fashion-MNIST out of Debian's package, and scikit-learn's digits; draws of few, dealt to devices.
+"""Labelled images, Fashion-MNIST (Debian's package) and scikit-learn's digits: loading, sampling, partitioning.
 
-Both are grey, light on black, 28 x 28, so that one encoder takes them as they are. Draws and deals depend on their seed
-alone.
+Both data sets are grey, light on black, 28 x 28, so that one encoder takes both. Samples and partitions depend on their
+seeds only.
 
 Shape legend: N images, C channels (1), H and W pixels.
 """
@@ -21,49 +21,49 @@ from gaisnet.data.idx import read_idx
 from gaisnet.errors import DataError, MissingPackage
 
 SIDE = 28
-"""Pixels of an image, down and across."""
+"""Height and width of an image in pixels."""
 
 FASHION_VARIABLE = "GAISNET_FASHION_MNIST"
-"""Environment variable that names another folder with Fashion-MNIST's four files."""
+"""Environment variable that names a folder with Fashion-MNIST's four files."""
 
-_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's package puts them
+_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # of Debian's package
 _FASHION_LABELS = (
     *("T-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
 )
 _DIGIT_SCALE, _DIGIT_LEVELS = 3, 16
-_DIGITS_HELD_OUT = 3  # a third of them
+_DIGITS_TEST_FRACTION = 3  # one third
 
 
 @dataclass(frozen=True)
 class Images:
-    """Some images and what is on them.
+    """Images with labels.
 
     Attributes:
-        grey_NHW: uint8, 0 is black.
-        labels_N: int64, places in the data set's ``labels``.
+        grey_NHW: Pixels, uint8; 0 is black.
+        labels_N: Indices into the data set's ``labels``, int64.
     """
 
     grey_NHW: Tensor
     labels_N: Tensor
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of images."""
         return len(self.labels_N)
 
     def pixels_NCHW(self) -> Tensor:
-        """Float32 between -1 and 1: what ViT's own image processor makes of a grey image."""
+        """Return float32 pixels between -1 and 1, as ViT's image processor would."""
         return self.grey_NHW[:, None].float() / 127.5 - 1
 
-    def select(self, places: npt.ArrayLike) -> "Images":
-        """Those at ``places``, in that order."""
-        chosen = torch.as_tensor(np.asarray(places, dtype=np.int64))
+    def select(self, indices: npt.ArrayLike) -> "Images":
+        """Return the images at ``indices``, in that order."""
+        chosen = torch.as_tensor(np.asarray(indices, dtype=np.int64))
         return Images(self.grey_NHW[chosen], self.labels_N[chosen])
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: what may be learned from, what is held out, and the names of its labels."""
+    """A data set: training set, test set and the names of its labels."""
 
     name: str
     labels: tuple[str, ...]
@@ -72,24 +72,25 @@ class ImageData:
 
 
 def load_images(name: str) -> ImageData:
-    """One of ``IMAGE_DATA``, whole. Raises ``DataError``, or ``MissingPackage`` that says how to install it."""
+    """Load a data set of ``IMAGE_DATA``. Raises ``DataError``, or ``MissingPackage`` with the command to install it."""
     if name not in IMAGE_DATA:
         raise DataError(f"images '{name}'", "are not built in", f"use one of: {', '.join(IMAGE_DATA)}")
     return IMAGE_DATA[name]()
 
 
 def sample_images(data: ImageData, per_class: int, num_test: int, seed: int) -> ImageData:
-    """``per_class`` images of each label to learn from, and ``num_test`` held-out ones.
+    """Sample ``per_class`` training images of each label, and ``num_test`` test images.
 
-    Draws of one seed nest: ten of a label are among its fifty. Raises ``DataError`` where there are not as many.
+    Samples with one seed are nested: the first ten of a label are among its first fifty. Raises ``DataError`` where the
+    data set has too few.
     """
     rng = np.random.default_rng(seed)
     test = rng.permutation(len(data.test))[:num_test]
     labels = data.train.labels_N.numpy()
     pools = [rng.permutation(np.flatnonzero(labels == label)) for label in range(len(data.labels))]
     for asked, held, kind in (
-        (num_test, len(data.test), "held-out images"),
-        (per_class, min(map(len, pools)), "images of each label to learn from"),
+        (num_test, len(data.test), "test images"),
+        (per_class, min(map(len, pools)), "training images of each label"),
     ):
         if not 1 <= asked <= held:
             raise DataError(f"{asked} {kind} of '{data.name}'", f"it has {held}", f"ask for 1 to {held}")
@@ -98,9 +99,9 @@ def sample_images(data: ImageData, per_class: int, num_test: int, seed: int) -> 
 
 
 def deal_images(data: ImageData, num_devices: int, alpha: float, seed: int) -> list[ImageData]:
-    """What each device holds, skewed by label as ``partition_by_label`` does: the smaller ``alpha``, the more.
+    """Partition a data set between devices with ``partition_by_label``: a smaller ``alpha`` gives more skew.
 
-    A device's images to learn from and held-out ones are skewed alike. Raises ``DataError`` where a device gets none.
+    A device has the same skew in training and test set. Raises ``DataError`` where a device gets no image.
     """
     for draw in range(MAX_DRAWS):
         train, test = (
@@ -109,12 +110,12 @@ def deal_images(data: ImageData, num_devices: int, alpha: float, seed: int) -> l
         )
         if all(train) and all(test):
             return [
-                ImageData(data.name, data.labels, data.train.select(mine), data.test.select(held_out))
-                for mine, held_out in zip(train, test, strict=True)
+                ImageData(data.name, data.labels, data.train.select(mine), data.test.select(theirs))
+                for mine, theirs in zip(train, test, strict=True)
             ]
     raise DataError(
         f"{num_devices} devices with images of '{data.name}', at a Dirichlet alpha of {alpha}",
-        f"in each of {MAX_DRAWS} draws one got none of {len(data.train)} images or of {len(data.test)} held-out ones",
+        f"in each of {MAX_DRAWS} draws one got none of {len(data.train)} training or {len(data.test)} test images",
         "raise alpha, draw more images, or use fewer devices",
     )
 
@@ -149,9 +150,9 @@ def _idx_pair(folder: Path, prefix: str) -> Images:
 
 
 def _digits() -> ImageData:
-    """8 x 8 pixels of 17 levels; each becomes 3 x 3, which is exact, and 2 black ones around make 28 of 24.
+    """Enlarge 8 x 8 pixels of 17 levels by 3, without rounding, and pad the 24 x 24 pixels to 28 x 28.
 
-    They stand by writers, so the last third is held out, rather than neighbours of what is learned.
+    Digits are sorted by writer, so the test set is the last third: its writers are not in the training set.
     """
     try:
         from sklearn.datasets import load_digits
@@ -163,10 +164,10 @@ def _digits() -> ImageData:
     margin = (SIDE - large_NHW.shape[1]) // 2
     grey_NHW = np.pad(large_NHW, ((0, 0), (margin, margin), (margin, margin)))
     every = Images(torch.from_numpy(grey_NHW), torch.from_numpy(labels_N.astype(np.int64)))
-    first = len(every) - len(every) // _DIGITS_HELD_OUT
+    first = len(every) - len(every) // _DIGITS_TEST_FRACTION
     train, test = every.select(range(first)), every.select(range(first, len(every)))
     return ImageData("digits", tuple(map(str, range(10))), train, test)
 
 
 IMAGE_DATA: Mapping[str, Callable[[], ImageData]] = {"fashion": _fashion, "digits": _digits}
-"""What reads each data set, by its name."""
+"""Functions that load each data set, by its name."""

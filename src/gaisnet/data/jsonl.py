@@ -1,10 +1,10 @@
-"""Examples out of JSONL files: prompt and completion, text and label, or image and label, one on each line.
+"""Reading of examples from JSONL files: prompt and completion, text and label, or image and label on each line.
 
-Images are files in the folder of theirs, or below it. They are not resized, and become what ViT's own image processor
-makes of them with a mean and a standard deviation of 0.5: float pixels [channels, height, width] between -1 and 1. One
-channel where Pillow reads a file as grey (modes 1, L and LA), three elsewhere. Transparency is left out, and of several
-frames the first is read. There are 8 bits a channel: deeper colours lose their finest levels as Pillow decodes them,
-but deeper greys, which it would clip, are refused.
+Images are files in the folder of the JSONL file, or below it. They are not resized. Pixels are as from ViT's image
+processor with a mean and a standard deviation of 0.5: floats [channels, height, width] between -1 and 1. There is one
+channel for files that Pillow reads as grey (modes 1, L and LA), and three for others. Transparency is dropped, and only
+the first frame is read. Channels have 8 bits: Pillow rounds deeper colours to these, but would clip deeper greys, so
+these are refused.
 """
 
 import json
@@ -23,17 +23,17 @@ from gaisnet.data.examples import Example, Input, Labelled
 from gaisnet.errors import DataError
 from gaisnet.strict_json import loads
 
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")  # Pillow runs a program for some others
-_GREY = ("1", "L", "LA")  # modes of Pillow's, 8 bits a channel or fewer
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF")  # Pillow runs external programs for some others
+_GREY = ("1", "L", "LA")  # modes of Pillow with at most 8 bits per channel
 _COLOUR = ("P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _MOST_PIXELS = 4096 * 4096
-_LONGEST = 60  # characters of a value in a message
+_LONGEST = 60  # most characters of a value in a message
 _EXAMPLES = {"prompt": ("prompt", "completion"), "text": ("text", "label"), "image": ("image", "label")}
 _INPUTS = {"text": ("text",), "image": ("image",)}
 
 
 def read_examples(path: Path, owner: str) -> tuple[Example | Labelled, ...]:
-    """Examples of a device, at least one. Raises ``DataError``, with the line where one is wrong."""
+    """Read a device's examples, at least one. Raises ``DataError`` with the line of the mistake."""
     asked = f"examples '{path}' of device '{owner}'"
     lines = _lines(path, asked, "put train.jsonl and test.jsonl in the data folder, or name it anew")
     if not lines:
@@ -42,7 +42,7 @@ def read_examples(path: Path, owner: str) -> tuple[Example | Labelled, ...]:
 
 
 def read_inputs(path: Path) -> tuple[Input, ...]:
-    """Texts or images without labels, at least one. Raises ``DataError``."""
+    """Read texts or images without labels, at least one. Raises ``DataError``."""
     asked = f"public inputs '{path}'"
     lines = _lines(path, asked, "correct model.public_inputs")
     if not lines:
@@ -51,9 +51,9 @@ def read_inputs(path: Path) -> tuple[Input, ...]:
 
 
 def _lines(path: Path, asked: str, do: str) -> list[tuple[str, str]]:
-    """Lines of a file that are not blank, each behind its place."""
+    """Return the lines of a file that are not blank, each with its location."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows may write a byte order mark
     except FileNotFoundError as error:
         raise DataError(asked, "there is no such file", do) from error
     except OSError as error:
@@ -78,7 +78,7 @@ def _input_of(raw: dict[str, str], where: str, folder: Path) -> Input:
 
 
 def _fields(line: str, where: str, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Keys and values of a line, all of them text. The kind is that of the first key that is there, or of all."""
+    """Parse a line into keys and text values. The first known key decides the kind of the line."""
     kind = next(iter(kinds.values()))
     do = _how_to_write(kind)
     try:
@@ -105,17 +105,17 @@ def _how_to_write(kind: tuple[str, ...]) -> str:
 
 def _check_text(key: str, value: Any, where: str) -> None:
     if isinstance(value, dict | list) or value is None:
-        raise DataError(where, f"'{key}' is {_said(value)}, not text", "write a string")
+        raise DataError(where, f"'{key}' is {_shortened(value)}, not text", "write a string")
     if not isinstance(value, str):
-        raise DataError(where, f"'{key}' is {_said(value)}, not text", f'quote it: "{_said(value)}"')
+        raise DataError(where, f"'{key}' is {_shortened(value)}, not text", f'quote it: "{_shortened(value)}"')
     if not value.strip():
         raise DataError(where, f"'{key}' is empty", "write some text, or remove the line")
 
 
-def _said(value: Any) -> str:
-    """A value of JSON, shortened."""
-    said = json.dumps(value)
-    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+def _shortened(value: Any) -> str:
+    """Format a JSON value, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _quoted(names: set[str]) -> str:
@@ -123,7 +123,7 @@ def _quoted(names: set[str]) -> str:
 
 
 def _picture(name: str, folder: Path, where: str) -> Path:
-    """The file that a line names, links followed. Raises ``DataError`` unless it is below the folder."""
+    """Resolve the file that a line names. Raises ``DataError`` unless it is below the folder."""
     do = "name a picture by its path from the folder of this file, in it or below"
     try:
         path = (folder / name).resolve()
@@ -143,7 +143,7 @@ def _pixels(path: Path, where: str) -> Tensor:
         levels = _levels(path, where)
     except DataError:
         raise
-    except Exception as error:  # of many classes, for Pillow lets through what a broken file makes its decoders raise
+    except Exception as error:  # any class: Pillow passes on whatever its decoders raise for a broken file
         found = f"'image' cannot be read ({type(error).__name__}: {error})"
         raise DataError(where, found, f"name a picture that is whole, as one of: {', '.join(_FORMATS)}") from error
     pixels = torch.from_numpy(levels).float() / 127.5 - 1
@@ -151,7 +151,7 @@ def _pixels(path: Path, where: str) -> Tensor:
 
 
 def _levels(path: Path, where: str) -> NDArray[np.uint8]:
-    """From 0 to 255, [height, width] if grey, otherwise [height, width, 3]."""
+    """Read levels from 0 to 255, [height, width] if grey, otherwise [height, width, 3]."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=_FORMATS) as image:
@@ -160,7 +160,7 @@ def _levels(path: Path, where: str) -> NDArray[np.uint8]:
 
 
 def _check_picture(image: Image.Image, where: str) -> None:
-    """By what the file says of itself, before any pixel is decoded."""
+    """Check size and mode in the file's header, before any pixel is decoded. Raises ``DataError``."""
     if image.width * image.height > _MOST_PIXELS:
         found = f"'image' has {image.width} by {image.height} pixels, more than {_MOST_PIXELS} in all"
         raise DataError(where, found, "resize it to the model's size")

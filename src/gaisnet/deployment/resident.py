@@ -277,7 +277,7 @@ def _serve_device(folder: Path, site: Site, door: "OpenEndpoint | None") -> NoRe
     compute_lock = compute_lock_for(config.service)
     data, learns = load_device(config, site.name), site.edge.follows is None
     tokenizer = None if has_images(data) else read_tokenizer(folder / "tokenizer")
-    device = Device(site.device, config, tokenizer, data, watched, compute_lock, learns=learns, labels=site.edge.labels)
+    device = Device(site.device, config, tokenizer, data, watched, compute_lock, trains=learns, labels=site.edge.labels)
     if door is not None and not device.generates_text:
         found = "its examples have labels, and a model that classifies writes no text"
         raise ConfigError(f"answers of device '{site.name}'", found, "start it without --serve")

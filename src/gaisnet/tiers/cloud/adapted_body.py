@@ -84,13 +84,13 @@ class AdaptedBody(TrainableBody):
             self._anchor = inputs, inputs.map_batches(self.run_suffix, PREFIX_BATCH)
 
     @contextmanager
-    def _learning(self) -> Iterator[list[nn.Parameter]]:
+    def _training(self) -> Iterator[list[nn.Parameter]]:
         """Inside, the merged adapter acts, too."""
         with self._compute_lock.learning():
-            activate(self._body, (self._learns,))
+            activate(self._body, (self._trained_adapter,))
             self._is_learning = True
         try:
-            with super()._learning() as parameters:
+            with super()._training() as parameters:
                 yield parameters
         finally:
             with self._compute_lock.learning():

@@ -1,6 +1,6 @@
-"""A device's examples whose classes the model tells apart: what its head makes of them, and the loss of its labels.
+"""A device's classification examples, for an encoder: head outputs, losses and scores.
 
-The body goes to the end of the model, so for the tail only the loss is left, and its gradient.
+The body goes to the end of the model, so the tail only computes the loss and its gradient.
 
 Shape legend: E examples, C classes, B examples of a batch, T positions, D hidden size.
 """
@@ -23,18 +23,18 @@ from gaisnet.tiers.split.inputs import EncoderInputs
 
 
 class ClassificationExamples:
-    """What a device does with its examples where the model is an encoder; see ``tiers.device.PrivateExamples``.
+    """Private examples for an encoder; see ``tiers.device.PrivateExamples``.
 
     Args:
-        name: Of the device.
+        name: Name of the device.
         data: Its private examples.
         labels: Names of the domain's classes.
         tokenizer: The FM's; None where it takes images.
-        context: Longest text in tokens; longer ones lose their end.
+        context: Longest text in tokens; longer texts are cut at the end.
         compute_lock: Held while it computes.
 
     Raises:
-        DataError: A label that is not among ``labels``, or inputs that are not all of one kind.
+        DataError: A label is not in ``labels``, or inputs are of different kinds.
     """
 
     def __init__(
@@ -52,21 +52,21 @@ class ClassificationExamples:
         self._classes, self._inputs = dict[Split, Tensor](), dict[Split, EncoderInputs]()
         for split, examples in data.splits().items():
             owner = f"device '{name}', {split}"
-            self._classes[split] = _numbers([example.label for example in examples], labels, owner)
+            self._classes[split] = _class_indices([example.label for example in examples], labels, owner)
             self._inputs[split] = EncoderInputs([example.input for example in examples], tokenizer, context, owner)
 
     def check_model(self, parts: DeviceWeights) -> None:
-        """Raise ``DataError`` where the model writes."""
+        """Raise ``DataError`` where the model is a decoder."""
         if not isinstance(parts.head, EncoderHead):
             found = "has examples with labels, but the foundation model is a decoder, which writes"
             raise DataError(f"device '{self._name}'", found, "give it prompts and completions")
 
     def count_rows(self, split: Split) -> int:
-        """One for every token; of images only the head can tell."""
+        """Count one row per token; 0 for images, whose rows only the head knows."""
         return sum(map(len, self._inputs[split].ids))
 
     def compute_activations(self, split: Split, parts: DeviceWeights) -> Ragged:
-        """What the head makes of a split."""
+        """Run the head on a split."""
 
         def run(inputs: Tensor) -> Tensor:
             with self._compute_lock.learning():
@@ -76,26 +76,26 @@ class ClassificationExamples:
         return self._inputs[split].map_batches(run)
 
     def measure_lengths(self) -> Lengths:
-        """See ``tiers.device.PrivateExamples``."""
+        """Measure the examples; see ``tiers.device.PrivateExamples``."""
         lengths = [length for inputs in self._inputs.values() for length in inputs.lengths]
         num_examples = sum(len(classes) for classes in self._classes.values())
         return Lengths(num_examples, sum(length > self._context for length in lengths), max(lengths, default=0))
 
     def count_labels(self, split: Split) -> list[int]:
-        """One, of every example."""
+        """Return one label per example."""
         return [1] * len(self._classes[split])
 
     def compute_gradient(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
-        """See ``compute_class_gradient``."""
+        """Compute loss and gradient; see ``compute_class_gradient``."""
         return compute_class_gradient(output, self._classes[output.split])
 
     def evaluate_output(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
-        """See ``evaluate_class_output``."""
+        """Score the output; see ``evaluate_class_output``."""
         return evaluate_class_output(output, self._classes[output.split])
 
 
-def _numbers(names: Sequence[str], labels: Sequence[str], owner: str) -> Tensor:
-    """Numbers of classes, int64 [E]."""
+def _class_indices(names: Sequence[str], labels: Sequence[str], owner: str) -> Tensor:
+    """Return class indices, int64 [E]. Raises ``DataError``."""
     for i, name in enumerate(names, start=1):
         if name not in labels:
             found = f"has the label '{name}', the domain's are: {', '.join(labels) or 'none'}"
@@ -104,14 +104,14 @@ def _numbers(names: Sequence[str], labels: Sequence[str], owner: str) -> Tensor:
 
 
 def compute_class_gradient(output: BodyOutput, classes: Tensor) -> BodyOutputGrad:
-    """Sum of the losses, and the gradient of (sum / labels of the whole step) at the logits.
+    """Return the sum of the losses, and the gradient of (sum / labels of the whole step) at the logits.
 
     Args:
         output: Logits [E, C].
-        classes: Of all the device's examples of this split, int64.
+        classes: Classes of all the device's examples in this split, int64.
 
     Raises:
-        WireFormatError: The logits do not fit the examples, or have fewer classes.
+        WireFormatError: The logits do not fit the examples, or have too few classes.
     """
     labels_E = _labels(output, classes)
     logits_EC = output.rows_ND.detach().requires_grad_()
@@ -121,7 +121,7 @@ def compute_class_gradient(output: BodyOutput, classes: Tensor) -> BodyOutputGra
 
 
 def evaluate_class_output(output: BodyOutput, classes: Tensor) -> EvaluationReport:
-    """How many examples' likeliest class is theirs; arguments and errors as ``compute_class_gradient``."""
+    """Count correct predictions and sum the losses; arguments and errors as for ``compute_class_gradient``."""
     labels_E = _labels(output, classes)
     num_correct = int((output.rows_ND.argmax(dim=-1) == labels_E).sum())
     loss = F.cross_entropy(output.rows_ND.float(), labels_E, reduction="sum")
@@ -129,12 +129,12 @@ def evaluate_class_output(output: BodyOutput, classes: Tensor) -> EvaluationRepo
 
 
 def _labels(output: BodyOutput, classes: Tensor) -> Tensor:
-    which_E, (num_rows, num_classes) = output.examples_E.long(), output.rows_ND.shape
-    if not len(which_E) or int(which_E.min()) < 0 or int(which_E.max()) >= len(classes):
+    indices_E, (num_rows, num_classes) = output.examples_E.long(), output.rows_ND.shape
+    if not len(indices_E) or int(indices_E.min()) < 0 or int(indices_E.max()) >= len(classes):
         raise WireFormatError(f"example numbers that a device with {len(classes)} examples does not have")
-    if num_rows != len(which_E):
-        raise WireFormatError(f"{num_rows} rows of logits for {len(which_E)} examples")
-    labels_E = classes[which_E].to(output.rows_ND.device)
+    if num_rows != len(indices_E):
+        raise WireFormatError(f"{num_rows} rows of logits for {len(indices_E)} examples")
+    labels_E = classes[indices_E].to(output.rows_ND.device)
     if int(labels_E.max()) >= num_classes:
         raise WireFormatError(f"logits of {num_classes} classes where a label has number {int(labels_E.max())}")
     return labels_E

@@ -1,4 +1,4 @@
-"""A device's examples that the model learns to complete: what its head makes of them, and the loss of its own labels.
+"""A device's completion examples, for a decoder: head outputs, losses and scores.
 
 Shape legend: B sequences, T positions, D hidden size, N rows (positions picked out of several sequences), V vocabulary,
 R some rows at a time.
@@ -22,21 +22,21 @@ from gaisnet.models.tokenization import ending_ids
 from gaisnet.tiers.device.shared_weights import DeviceWeights
 
 HEAD_BATCH = 32
-_TAIL_ROWS = 64  # a vocabulary is long: more at once would keep answers on the same machine waiting
+_TAIL_ROWS = 64  # vocabularies are large: more rows would block answers on the same machine
 
 
 class CompletionExamples:
-    """What a device does with its examples where the model is a decoder; see ``tiers.device.PrivateExamples``.
+    """Private examples for a decoder; see ``tiers.device.PrivateExamples``.
 
     Args:
-        name: Of the device.
+        name: Name of the device.
         data: Its private examples.
         tokenizer: The FM's.
         context: Longest example in tokens.
         compute_lock: Held while it computes.
 
     Raises:
-        DataError: An empty completion, or one longer than the context.
+        DataError: A completion is empty or longer than the context.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CompletionExamples:
         }
 
     def check_model(self, parts: DeviceWeights) -> None:
-        """Raise ``DataError`` where the model does not write, or where it would stop in the middle of a completion."""
+        """Raise ``DataError`` for an encoder, or where a completion has a token inside that ends an answer."""
         if parts.tail is None:
             found = "has prompts and completions, but the foundation model is an encoder, which tells classes apart"
             raise DataError(f"device '{self._name}'", found, "give it texts or images with labels")
@@ -63,11 +63,11 @@ class CompletionExamples:
                     raise DataError(asked, "its completion holds a token that ends an answer", "write it otherwise")
 
     def count_rows(self, split: Split) -> int:
-        """One for every token."""
+        """Count one row per token."""
         return sum(len(t.input_ids) for t in self.tokens[split])
 
     def compute_activations(self, split: Split, parts: DeviceWeights) -> Ragged:
-        """What the head makes of a split."""
+        """Run the head on a split."""
         head, _ = parts.decoder_parts()
 
         def run(ids_BT1: Tensor) -> Tensor:
@@ -78,17 +78,17 @@ class CompletionExamples:
         return token_rows([t.input_ids for t in self.tokens[split]], torch.device("cpu")).map_batches(run, HEAD_BATCH)
 
     def measure_lengths(self) -> Lengths:
-        """See ``tiers.device.PrivateExamples``."""
+        """Measure the examples; see ``tiers.device.PrivateExamples``."""
         every = [tokens for split in self.tokens.values() for tokens in split]
         longest = max((len(tokens.input_ids) + tokens.num_dropped for tokens in every), default=0)
         return Lengths(len(every), sum(tokens.num_dropped > 0 for tokens in every), longest)
 
     def count_labels(self, split: Split) -> list[int]:
-        """Label tokens of each example."""
+        """Count the label tokens of each example."""
         return [len(t.label_ids) for t in self.tokens[split]]
 
     def compute_gradient(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
-        """Sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
+        """Return the sum of the losses, and the gradient of (sum / labels of the whole step) at the rows."""
         _, tail = parts.decoder_parts()
         sent_ND = output.rows_ND.requires_grad_()
         rows_ND, labels_N = self._before_logits(output, sent_ND, tail)
@@ -104,28 +104,28 @@ class CompletionExamples:
 
     @torch.no_grad()
     def evaluate_output(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
-        """How many completions greedy decoding would write, and stop at any token that ends an answer; and the loss."""
+        """Count completions that greedy decoding would write up to an ending token, and sum the losses."""
         _, tail = parts.decoder_parts()
         ends = torch.tensor(sorted(ending_ids(self._tokenizer, tail.stack.config)))
         rows_ND, labels_N = self._before_logits(output, output.rows_ND, tail)
-        right, loss_sum = [], 0.0
+        correct, loss_sum = [], 0.0
         for logits_RV, labels_R in self._logits(rows_ND, labels_N, tail):
             written_R = logits_RV.argmax(dim=-1)
-            right.append((written_R == labels_R) | (torch.isin(written_R, ends) & torch.isin(labels_R, ends)))
+            correct.append((written_R == labels_R) | (torch.isin(written_R, ends) & torch.isin(labels_R, ends)))
             loss_sum += F.cross_entropy(logits_RV.float(), labels_R, reduction="sum").item()
         counts = [len(t.label_ids) for t in self._chosen(output)]
-        num_correct = sum(bool(rights.all()) for rights in torch.cat(right).split(counts))
+        num_correct = sum(bool(each.all()) for each in torch.cat(correct).split(counts))
         return EvaluationReport(len(counts), num_correct, len(labels_N), loss_sum)
 
     def _logits(self, rows_ND: Tensor, labels_N: Tensor, tail: Tail) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [R, V] and labels [R] of some rows at a time."""
+        """Yield logits [R, V] and labels [R] of some rows at a time."""
         for rows_RD, labels_R in zip(rows_ND.split(_TAIL_ROWS), labels_N.split(_TAIL_ROWS), strict=True):
             with self._compute_lock.learning():
                 logits_RV = tail.logits(rows_RD)
             yield logits_RV, labels_R
 
     def _before_logits(self, output: BodyOutput, rows_ND: Tensor, tail: Tail) -> tuple[Tensor, Tensor]:
-        """Rows [N, D] at the label positions that the last norm takes, and the labels [N]."""
+        """Return inputs [N, D] of the last norm at label positions, and the labels [N]."""
         chosen = self._chosen(output)
         labels_N = torch.tensor([label for t in chosen for label in t.label_ids])
         norm = next(tail.norm.parameters())
@@ -148,7 +148,7 @@ class CompletionExamples:
 
 
 def _tail_layers(tail: Tail, rows_ND: Tensor, chosen: Sequence[Tokens], name: str) -> Tensor:
-    """Run the tail's own layers over whole sequences; label rows [N, D] of the result."""
+    """Run the tail's own layers over whole sequences and return the label rows [N, D]."""
     lengths = [len(t.input_ids) for t in chosen]
     if len(rows_ND) != sum(lengths):
         raise WireFormatError(f"{len(rows_ND)} rows for {sum(lengths)} positions of device '{name}'")

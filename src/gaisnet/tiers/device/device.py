@@ -1,4 +1,4 @@
-"""A device: the only place that sees private text and labels. It holds head and tail, or (local) the whole DM."""
+"""A device: the only place that sees private examples. It has head and tail or, if local, the whole DM."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, get_args
@@ -43,48 +43,47 @@ from gaisnet.tiers.split.step import Member, Outcome
 
 
 class PrivateExamples(Protocol):
-    """A device's private examples, and what it computes of them with its parts of the model."""
+    """A device's private examples, and computations on them with its parts of the model."""
 
     def check_model(self, parts: DeviceWeights) -> None:
-        """Raise ``DataError`` where they are for another kind of model."""
+        """Raise ``DataError`` where the examples are for another kind of model."""
 
     def count_rows(self, split: Split) -> int:
-        """How many rows that will be; 0 where only the head can tell."""
+        """Count the activation rows of a split; 0 where only the head knows."""
 
     def compute_activations(self, split: Split, parts: DeviceWeights) -> Ragged:
-        """What the head makes of a split, without gradients."""
+        """Run the head on a split, without gradients."""
 
     def count_labels(self, split: Split) -> list[int]:
-        """How many rows of each example carry a label."""
+        """Count the rows that carry a label, for each example."""
 
     def measure_lengths(self) -> Lengths:
-        """How long they are."""
+        """Measure the lengths of all examples."""
 
     def compute_gradient(self, output: BodyOutput, parts: DeviceWeights) -> BodyOutputGrad:
-        """Sum of the losses, and the gradient of (sum / labels of the whole step). Raises ``WireFormatError``."""
+        """Return the sum of the losses and the gradient of (sum / labels of the step). Raises ``WireFormatError``."""
 
     def evaluate_output(self, output: BodyOutput, parts: DeviceWeights) -> EvaluationReport:
-        """Counts and sums. Raises ``WireFormatError``."""
+        """Count correct predictions and sum the losses. Raises ``WireFormatError``."""
 
 
 class Device:
-    """Answers its edge.
+    """A device that answers its edge.
 
     Args:
         settings: Its own entry of the configuration.
         config: The run's configuration.
-        tokenizer: The FM's; None where it takes images.
+        tokenizer: The FM's; None for a model of images.
         data: Its private examples.
-        progress: Told while a local device learns.
-        compute_lock: Of the machine that it is on, held while it computes; None for one of its own.
-        stock: Of the same machine: frozen parts, shared by its devices; None for one of its own.
-        learns: Whether it must have examples to learn from.
-        present: Whether its examples are there at all; without them it holds head and tail to answer with.
-        labels: Names of its domain's classes, where there are such.
+        progress: Told about a local device's training.
+        compute_lock: The machine's lock, held while it computes; None for a new one.
+        shared_weights: Frozen parts that the machine's devices share; None for new ones.
+        trains: Whether it needs training examples.
+        present: Whether its examples are available; without them it can only answer.
+        labels: Names of its domain's classes, if any.
 
     Raises:
-        DataError: No example to hold out, or to learn from if it learns; a completion longer than the context, or a
-            label that is not among its edge's.
+        DataError: A needed split is empty, a completion is longer than the context, or a label is not in ``labels``.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Device:
         progress: Progress = silent,
         compute_lock: ComputeLock | None = None,
         shared_weights: SharedWeights | None = None,
-        learns: bool = True,
+        trains: bool = True,
         present: bool = True,
         labels: Sequence[str] = (),
     ) -> None:
@@ -106,10 +105,10 @@ class Device:
         self._progress = progress
         self._compute_lock = compute_lock or ComputeLock()
         self._shared_weights = shared_weights or SharedWeights(config, self._compute_lock)
-        self._reader = tokenizer
+        self._tokenizer = tokenizer
         self._labels = labels
-        holds_back = learns and config.absorb.validation_share > 0.0
-        for split, needed in (("train", learns), ("test", present), ("validate", holds_back)):
+        needs_validation = trains and config.absorb.validation_share > 0.0
+        for split, needed in (("train", trains), ("test", present), ("validate", needs_validation)):
             if needed and not getattr(data, split):
                 do = (
                     "call DeviceData.with_validation_split"
@@ -117,49 +116,49 @@ class Device:
                     else "give it some, or remove the device"
                 )
                 raise DataError(f"device '{self.name}'", f"has no {split} examples", do)
-        self._own = self._read(data)
-        self._parts: DeviceWeights | None = None
+        self._examples = self._read(data)
+        self._weights: DeviceWeights | None = None
         self._domain: DomainModel | None = None
-        self._learning_inputs: Activations | None = None
+        self._training_inputs: Activations | None = None
 
     def _read(self, data: DeviceData[Any]) -> PrivateExamples:
-        """By what there is: prompts and completions, or labels."""
+        """Read completion or classification examples."""
         kinds = {type(example) for examples in data.splits().values() for example in examples}
         context = self._config.model.most_tokens
         if kinds == {Labelled}:
-            return ClassificationExamples(self.name, data, self._labels, self._reader, context, self._compute_lock)
+            return ClassificationExamples(self.name, data, self._labels, self._tokenizer, context, self._compute_lock)
         if Labelled in kinds:
             raise DataError(f"device '{self.name}'", "has completions and labels", "give it examples of one kind")
-        if self._reader is None:
+        if self._tokenizer is None:
             found = "has prompts and completions, but the foundation model has no tokenizer to read them"
             raise DataError(f"device '{self.name}'", found, "give it images with labels")
-        return CompletionExamples(self.name, data, self._reader, context, self._compute_lock)
+        return CompletionExamples(self.name, data, self._tokenizer, context, self._compute_lock)
 
     def handle(self, message: Message) -> Message:
-        """Answer the edge. Raises ``UnexpectedMessage``, or ``OutOfBounds`` where a number cannot be meant."""
-        self._check(message)
+        """Answer the edge. Raises ``UnexpectedMessage``, or ``OutOfBounds`` for an impossible number."""
+        self._check_message(message)
         match message:
             case ModelRelease():
                 return self._install(message)
             case LengthsRequest():
-                return self._own.measure_lengths()
+                return self._examples.measure_lengths()
             case SmashRequest():
                 return self._smash(message.split)
             case BodyOutput(split="train"):
-                return self._own.compute_gradient(message, self._held())
+                return self._examples.compute_gradient(message, self._require_weights())
             case BodyOutput(split="validate" | "test"):
-                return self._own.evaluate_output(message, self._held())
+                return self._examples.evaluate_output(message, self._require_weights())
             case AnchorRelease() if self._domain is not None:
                 self._domain.set_anchor(message)
                 return Done()
             case AdapterRelease() if self._domain is not None:
-                return self._take(self._domain, message)
+                return self._install_adapter(self._domain, message)
             case FineTune() if self._domain is not None:
-                return self._learn_alone(self._domain, message)
+                return self._train_locally(self._domain, message)
             case _:
                 raise UnexpectedMessage(f"device '{self.name}'", type(message).__name__)
 
-    def _check(self, message: Message) -> None:
+    def _check_message(self, message: Message) -> None:
         party = f"the edge of device '{self.name}'"
         match message:
             case BodyOutput():
@@ -171,19 +170,19 @@ class Device:
 
     def _install(self, release: ModelRelease) -> Done:
         parts = self._shared_weights.get_device_weights(release, self._settings)
-        self._own.check_model(parts)
+        self._examples.check_model(parts)
         self._check_sizes(int(parts.head.stack.config.hidden_size))
-        self._parts = parts
-        if self._settings.mode == "local":  # a body of its own, for its adapters; the weights are shared
+        self._weights = parts
+        if self._settings.mode == "local":  # its own body, for its adapters; weights are shared
             body = released(parts.release).body(self._settings.head_layers, parts.layout.tail_start)
             self._domain = DomainModel(body, parts.layout, self._compute_lock, len(self._labels))
         return Done()
 
     def _check_sizes(self, width: int) -> None:
-        """Raise ``DataError`` where activations of its examples could not leave it."""
+        """Raise ``DataError`` where the activations of a split exceed the limit of a transfer."""
         wire = self._config.wire
         for split in get_args(Split):
-            num_rows = self._own.count_rows(split)
+            num_rows = self._examples.count_rows(split)
             needed = num_rows * row_bytes(width, wire.smashed)
             if needed > wire.max_transfer_bytes:
                 found = f"its {split} examples make {num_rows} rows of activations, {needed} bytes in {wire.smashed}"
@@ -191,7 +190,10 @@ class Device:
                 raise DataError(f"device '{self.name}'", found, do)
 
     def _smash(self, split: Split) -> SmashedData:
-        hidden, num_labels = self._own.compute_activations(split, self._held()), self._own.count_labels(split)
+        hidden, num_labels = (
+            self._examples.compute_activations(split, self._require_weights()),
+            self._examples.count_labels(split),
+        )
         return SmashedData(
             self.name,
             split,
@@ -201,20 +203,20 @@ class Device:
             hidden.rows_ND,
         )
 
-    def _take(self, domain: DomainModel, release: AdapterRelease) -> Done:
+    def _install_adapter(self, domain: DomainModel, release: AdapterRelease) -> Done:
         domain.install_adapter(release)
         if release.role == "relay":
-            self._learning_inputs = None
+            self._training_inputs = None
         return Done()
 
-    def _learn_alone(self, domain: DomainModel, order: FineTune) -> AdapterUpdate:
-        if self._learning_inputs is None:
+    def _train_locally(self, domain: DomainModel, order: FineTune) -> AdapterUpdate:
+        if self._training_inputs is None:
             smashed = Activations.from_smashed(self._smash("train"), *domain.placement())
-            self._learning_inputs = domain.run_prefix(smashed)
-        member = Member(self.name, self._learning_inputs)
+            self._training_inputs = domain.run_prefix(smashed)
+        member = Member(self.name, self._training_inputs)
         schedule = TrainingSchedule.for_edge_round(self._config, "device", self.name, order.cycle, order.edge_round)
-        learned = domain.train_adapter([member], self._own_labels, schedule, self._progress)
-        for error in learned.left.values():  # it has only itself
+        learned = domain.train_adapter([member], self._compute_gradients, schedule, self._progress)
+        for error in learned.left.values():  # the only member is this device
             raise error
         return AdapterUpdate(
             version=order.cycle + 1,
@@ -226,31 +228,33 @@ class Device:
             tensors=domain.copy_adapter("domain"),
         )
 
-    def _own_labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-        return {name: self._own.compute_gradient(output, self._held()) for name, output in outputs.items()}
+    def _compute_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        return {
+            name: self._examples.compute_gradient(output, self._require_weights()) for name, output in outputs.items()
+        }
 
     @property
     def generates_text(self) -> bool:
-        """Whether its examples are for a model that writes, which callers can ask."""
-        return isinstance(self._own, CompletionExamples)
+        """Whether its examples are for a model that generates text and can be served."""
+        return isinstance(self._examples, CompletionExamples)
 
     @property
     def test_tokens(self) -> Sequence[Tokens]:
-        """Completions that it held out. They stay on it."""
-        return self._own.tokens["test"] if isinstance(self._own, CompletionExamples) else []
+        """Test completions, which stay on the device."""
+        return self._examples.tokens["test"] if isinstance(self._examples, CompletionExamples) else []
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The FM's. Raises ``SessionRefused`` where it takes images."""
-        if self._reader is None:
+        """The FM's tokenizer. Raises ``SessionRefused`` for a model of images."""
+        if self._tokenizer is None:
             raise SessionRefused("an answer", "the foundation model takes images and writes no text", "ask another run")
-        return self._reader
+        return self._tokenizer
 
     def decoder_parts(self) -> tuple[Head, Tail]:
-        """To write answers with. Raises ``UnexpectedMessage`` before it has a model, or ``SessionRefused``."""
-        return self._held().decoder_parts()
+        """Return head and tail of a decoder. Raises ``UnexpectedMessage`` without a model, or ``SessionRefused``."""
+        return self._require_weights().decoder_parts()
 
-    def _held(self) -> DeviceWeights:
-        if self._parts is None:
+    def _require_weights(self) -> DeviceWeights:
+        if self._weights is None:
             raise UnexpectedMessage(f"device '{self.name}', which has no model yet,", "request for its head or tail")
-        return self._parts
+        return self._weights

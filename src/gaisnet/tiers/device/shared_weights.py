@@ -1,4 +1,4 @@
-"""What the devices of one machine hold together: parts of the model that never change are there once, however many."""
+"""Weights that all devices of a machine share: frozen parts of the model are in memory once."""
 
 from dataclasses import dataclass, replace
 from weakref import WeakValueDictionary
@@ -19,15 +19,15 @@ from gaisnet.tiers.split.layout import Layout
 
 @dataclass(frozen=True, eq=False)
 class DeviceWeights:
-    """Of a device, or of all whose cut and release are the same; frozen, and only ever called."""
+    """Head and tail of all devices with the same cut and release; frozen."""
 
-    release: ModelRelease  # its tensors are those of the parts
+    release: ModelRelease  # shares its tensors with head and tail
     layout: Layout
     head: Head | EncoderHead
-    tail: Tail | None  # where the body goes to the end of the model, there is none
+    tail: Tail | None  # None where the body goes to the end of the model
 
     def decoder_parts(self) -> tuple[Head, Tail]:
-        """To write with. Raises ``SessionRefused`` where the model is an encoder."""
+        """Return head and tail of a decoder. Raises ``SessionRefused`` for an encoder."""
         if not isinstance(self.head, Head) or self.tail is None:
             found = "the foundation model is an encoder, which tells classes apart and writes no text"
             raise SessionRefused("an answer", found, "ask a run of a decoder")
@@ -35,29 +35,30 @@ class DeviceWeights:
 
 
 class SharedWeights:
-    """Gives devices their parts. Nothing is kept that no device holds any more.
+    """Builds the weights of devices from releases, and shares equal tensors between them.
 
-    A device takes its release off a link, as bytes of its own; a tensor of it that another one holds already, number
-    by number, is dropped for that one. Devices with other cuts so share embeddings and layers, those with the same cut
-    whole parts.
+    A release arrives as a copy of its own. Tensors that equal those of another device are replaced by these, so devices
+    share embeddings and layers, and with the same cut whole parts. Unused tensors are freed.
 
     Args:
         config: The run's configuration.
-        compute_lock: Of the machine.
+        compute_lock: The machine's lock.
     """
 
     def __init__(self, config: Config, compute_lock: ComputeLock) -> None:
         self._config = config
         self._compute_lock = compute_lock
-        self._tensors: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # the latest of each name
+        self._tensors: WeakValueDictionary[str, Tensor] = WeakValueDictionary()  # latest tensor of each name
         self._parts: WeakValueDictionary[tuple[object, ...], DeviceWeights] = WeakValueDictionary()
 
     def get_device_weights(self, release: ModelRelease, device: DeviceSettings) -> DeviceWeights:
-        """Head and tail of a device. Raises ``ModelError`` or ``CutError``."""
+        """Return head and tail of a device. Raises ``ModelError`` or ``CutError``."""
         shared = {name: self._shared(name, tensor) for name, tensor in release.tensors.items()}
-        said = repr(replace(release, tensors={}))
-        ids = frozenset((name, id(tensor)) for name, tensor in shared.items())  # parts hold them, so ids stay theirs
-        key = (device.head_layers, said, ids)
+        description = repr(replace(release, tensors={}))
+        ids = frozenset(
+            (name, id(tensor)) for name, tensor in shared.items()
+        )  # parts keep them alive, so ids stay valid
+        key = (device.head_layers, description, ids)
         parts = self._parts.get(key)
         if parts is None:
             self._parts[key] = parts = self._build(replace(release, tensors=shared), device)

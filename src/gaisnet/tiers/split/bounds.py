@@ -1,7 +1,7 @@
-"""Bounds on the numbers that another party sends: one that lies is left out by name, and harms nobody else.
+"""Bounds on the numbers that other parties send, so that a dishonest party is excluded and cannot harm the others.
 
-A bound follows from what is known: the configuration, the model, what the party sent before, the median of the others.
-Each is one that no honest party can pass, so honest runs are the same with it and without it.
+Bounds follow from the configuration, the model, earlier messages of the party and the median of the others. No honest
+party can exceed them, so they never change an honest run.
 
 Shape legend: E examples, N rows, D hidden size, V vocabulary.
 """
@@ -31,50 +31,53 @@ from gaisnet.messages import (
 )
 
 MAX_LOSS = 1e4
-"""In nats per label token: no logits that float16 can hold are further apart than some times this."""
+"""Largest loss in nats per label token; differences between float16 logits are of this order at most."""
 MAX_ACTIVATION = 1e8
-"""In magnitude: far beyond any model's outliers, and its square is still finite in float32."""
+"""Largest magnitude of an activation: far beyond any model's outliers, with a square that float32 can hold."""
 MAX_SENTENCE = 2000
-"""Characters of what a party says went wrong."""
-_FEW = 100  # examples that a device may have however few the others have
-_ROUNDING_LOSS = 1e-3  # a cross entropy of nothing may be a little below zero
+"""Most characters of an error that a party reports."""
+_FEW = 100  # examples that any device may have, however few the others have
+_ROUNDING_LOSS = 1e-3  # rounding may make a cross entropy of zero slightly negative
 _ADAM = 7.3  # |m| / sqrt(v) of AdamW is at most (1 - b1) / sqrt((1 - b2) (1 - b1**2 / b2)), by Cauchy and Schwarz
-_ROUNDED = 0.25  # an adapter that crosses in int4 comes back with errors of less than this share of its largest number
-_SLACK = 4.0  # on gradients: the device's tail and the rows that it sees may be in few bits
-_ABSURD = 10.0  # times the limit, slack included, is no rounding
-_AMPLIFIED = 100.0  # by a layer of a tail, on a gradient's way back through it
+_ROUNDED = 0.25  # int4 transfer changes an adapter by less than this share of its largest number
+_SLACK = 4.0  # on gradients: the device's tail and its rows may be quantized
+_ABSURD = 10.0  # multiple of the limit, slack included, that no rounding explains
+_AMPLIFIED = 100.0  # most amplification of a gradient by one layer of a tail
 
 
-# -- words for all -----------------------------------------------------------------------------------------------------
+# -- general checks ---------------------------------------------------------------------------------------------------
 
 
 def check_integer(party: str, what: str, found: int, least: int = 0, most: int = MOST) -> None:
-    """Raise ``OutOfBounds`` unless a whole number is in [least, most]."""
+    """Raise ``OutOfBounds`` unless an integer is in [least, most]."""
     if not least <= found <= most:
         raise OutOfBounds(party, what, _shown(found), f"a number from {least} to {most}")
 
 
 def _shown(found: int) -> str:
-    """A number as text, even where it has so many digits that Python would refuse."""
+    """Format an integer, even one with more digits than Python converts."""
     return str(found) if abs(found) < 10**20 else f"a number of {found.bit_length()} bits"
 
 
 def check_loss(party: str, found: float, num_tokens: int = 1) -> None:
-    """Raise ``OutOfBounds`` unless a loss in nats, summed over label tokens, is one that there can be."""
+    """Raise ``OutOfBounds`` unless a loss in nats, summed over label tokens, is possible."""
     if not -_ROUNDING_LOSS * num_tokens <= found <= MAX_LOSS * num_tokens:
         raise OutOfBounds(party, "the loss", f"{found:.4g}", f"one from 0 to {MAX_LOSS * num_tokens:.4g}")
 
 
 def check_faults(party: str, found: Sequence[str], most: int) -> None:
-    """Raise ``OutOfBounds`` unless there are at most so many, none of them longer than ``MAX_SENTENCE``."""
+    """Raise ``OutOfBounds`` for more than ``most`` faults, or one longer than ``MAX_SENTENCE``."""
     check_integer(party, "the number of faults", len(found), 0, most)
     check_integer(party, "the length of a fault", max(map(len, found), default=0), 0, MAX_SENTENCE)
 
 
 def find_outnumbering(counts: Mapping[str, int], ratio: float, granted: int) -> dict[str, OutOfBounds]:
-    """Devices that say they have more than ``ratio`` times as many examples as the median of the others.
+    """Return devices that claim more than ``ratio`` times as many examples as the median of the others.
 
-    ``granted``: examples that any of them may have; it is ``_FEW`` at least. One that is alone has nobody to outweigh.
+    Args:
+        counts: Claimed numbers of examples, by device. A single device has no limit.
+        ratio: Largest ratio to the median of the others.
+        granted: Number of examples that any device may have; at least ``_FEW`` is used.
     """
     beyond = {}
     for name, count in counts.items():
@@ -86,17 +89,17 @@ def find_outnumbering(counts: Mapping[str, int], ratio: float, granted: int) -> 
     return beyond
 
 
-# -- orders ------------------------------------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------------------------
 
 
 def check_fine_tune_order(party: str, order: FineTune, settings: FineTuneSettings) -> None:
-    """Raise ``OutOfBounds`` where an order to learn is for no edge round that there is."""
+    """Raise ``OutOfBounds`` unless a training request is for an edge round of the configuration."""
     check_integer(party, "the cycle of an order", order.cycle)
     check_integer(party, "the edge round of an order", order.edge_round, 0, settings.edge_rounds - 1)
 
 
 def check_body_output(party: str, output: BodyOutput) -> None:
-    """Raise ``OutOfBounds`` where the numbers of a step cannot be meant."""
+    """Raise ``OutOfBounds`` where the numbers of a step are impossible."""
     check_integer(party, "the number of a step", output.step)
     check_integer(party, "the label tokens of a step", output.num_labels_total, 1)
     check_integer(party, "the examples of a step", len(output.examples_E), 1)
@@ -116,27 +119,27 @@ def check_anchor(party: str, found: AnchorRelease, hidden_size: int, most_positi
 
 
 def max_steps(num_examples: int, settings: FineTuneSettings) -> int:
-    """Most optimizer steps that a party can make in a round."""
+    """Return the most optimizer steps that a party can make in a round."""
     return settings.passes_in_round * -(-num_examples // settings.batch_size)
 
 
 def check_local_update(
     name: str, update: AdapterUpdate, base: int, start: AdapterTensors, cycle: int, settings: FineTuneSettings
 ) -> None:
-    """Hold what a local device says that it learned against what it was given.
+    """Check the update of a local device against the adapter that it trained from.
 
     Args:
         name: The device's name.
-        update: The update that it sent.
+        update: Its update.
         base: Version of the adapter that it was given.
-        start: Tensors of it.
-        cycle: The cycle in which it learned.
-        settings: How it learned.
+        start: Tensors of that adapter.
+        cycle: The cycle of the training.
+        settings: Settings of the training.
 
     Raises:
-        AdapterMismatch: Other tensors, or numbers that are not finite.
-        StaleAdapter: It grew out of another adapter.
-        OutOfBounds: Another number cannot be meant, or a tensor is further from ``start`` than learning can take it.
+        AdapterMismatch: Names or shapes differ, or a number is not finite.
+        StaleAdapter: The update is based on another adapter.
+        OutOfBounds: A number is impossible, or a tensor is further from ``start`` than training can move it.
     """
     party, settings = f"device '{name}'", settings.in_cycle(cycle)
     check_same_shapes(f"of {party}", start, update.tensors)
@@ -159,14 +162,14 @@ def check_edge_update(
     settings: FineTuneSettings,
     num_devices: int,
 ) -> None:
-    """Hold an edge's update against the release that it was given; arguments and errors as for ``local_update``.
+    """Check an edge's update against its release; arguments and errors as for ``check_local_update``.
 
-    Nothing is known of how far one may be that grew out of another release: whoever takes it in refuses that.
+    The distance of an update that is based on another release is not checked: the cloud refuses such an update.
     """
     settings = settings.in_cycle(cycle)
     check_same_shapes(f"of {party}", start, update.tensors)
     check_integer(party, "the version of an update", update.version, cycle + 1, cycle + 1)
-    check_integer(party, "the release that an update grew out of", update.base)
+    check_integer(party, "the release that an update is based on", update.base)
     check_integer(party, "the number of examples", update.num_examples, 1)
     check_integer(party, "the number of steps", update.num_steps)
     check_loss(party, update.loss)
@@ -174,15 +177,15 @@ def check_edge_update(
     if update.base != base:
         return
     products = {key for key in start if settings.average == "products" and ".lora_" in key}
-    as_it_was = {key: tensor for key, tensor in start.items() if key not in products}
-    check_distance(party, as_it_was, update.tensors, update.num_steps, settings)
+    unchanged = {key: tensor for key, tensor in start.items() if key not in products}
+    check_distance(party, unchanged, update.tensors, update.num_steps, settings)
     check_norms(party, {key: start[key] for key in products}, update.tensors, update.num_steps, settings)
 
 
 def check_distance(
     party: str, start: AdapterTensors, found: AdapterTensors, num_steps: int, settings: FineTuneSettings
 ) -> None:
-    """Raise ``OutOfBounds`` where a number is further from its start than AdamW comes in so many steps."""
+    """Raise ``OutOfBounds`` where a number is further from its start than AdamW can move it in so many steps."""
     decayed = min(1.0, num_steps * settings.learning_rate * settings.weight_decay)
     for key, before in start.items():
         reach = _ADAM * settings.learning_rate * num_steps + decayed * _largest(before)
@@ -194,10 +197,10 @@ def check_distance(
 def check_norms(
     party: str, start: AdapterTensors, found: AdapterTensors, num_steps: int, settings: FineTuneSettings
 ) -> None:
-    """Raise ``OutOfBounds`` where a LoRA whose products were averaged is larger than AdamW makes it in so many steps.
+    """Raise ``OutOfBounds`` where a LoRA from averaged products is larger than AdamW can make it in so many steps.
 
-    An average of products has new factors: their squared norm is the sum of the singular values, and so at most the
-    product of the norms of the old ones.
+    Averaging products gives new factors. Their squared norms are the sum of the singular values, which is at most the
+    product of the norms of the old factors.
     """
     reach = _ADAM * settings.learning_rate * num_steps
     for key_a in (key for key in start if ".lora_A." in key):
@@ -221,7 +224,7 @@ def _largest(tensor: Tensor) -> float:
 
 
 def max_positions(model: PretrainedConfig, context: int) -> int:
-    """Positions of an example: of a text the context, of an image its patches and [CLS]."""
+    """Return the most positions of an example: the context for texts, patches and [CLS] for images."""
     if not hasattr(model, "image_size"):
         return context
     sides = [size if isinstance(size, tuple | list) else (size, size) for size in (model.image_size, model.patch_size)]
@@ -232,22 +235,22 @@ def max_positions(model: PretrainedConfig, context: int) -> int:
 def check_smashed(
     name: str, split: Split, found: SmashedData, next_layer: int, width: int, most_positions: int, classifies: bool
 ) -> None:
-    """Raise ``OutOfBounds`` where activations cannot be those of examples that a device has.
+    """Raise ``OutOfBounds`` where activations cannot come from a device's examples.
 
     Args:
         name: The device's name.
-        split: The split that it was asked for.
+        split: The requested split.
         found: The activations that it sent.
-        next_layer: Where its head ends.
+        next_layer: First layer after its head.
         width: Hidden size of the model.
-        most_positions: Longest example, in positions.
-        classifies: Whether one label belongs to an example.
+        most_positions: Most positions of an example.
+        classifies: Whether an example has exactly one label.
     """
     party = f"device '{name}'"
-    said = (found.owner, found.split, found.next_layer, found.hidden_ND.shape[1])
+    actual = (found.owner, found.split, found.next_layer, found.hidden_ND.shape[1])
     expected = (name, split, next_layer, width)
-    if said != expected:
-        raise OutOfBounds(party, "smashed data (owner, split, next layer, width)", str(said), str(expected))
+    if actual != expected:
+        raise OutOfBounds(party, "smashed data (owner, split, next layer, width)", str(actual), str(expected))
     check_integer(party, "the number of examples", len(found.lengths_E), 1)
     check_integer(party, "the length of an example", int(found.lengths_E.max()), 1, most_positions)
     check_integer(
@@ -261,13 +264,14 @@ def check_smashed(
 
 @dataclass(frozen=True)
 class GradientBounds:
-    """The steepest that the loss of a label can be at a row of a body's output.
+    """Bounds on the gradient of a label's loss at a row of a body's output.
 
-    The gradient of a cross entropy at its logits is p - y, of norm sqrt(2) at most. A vocabulary head makes of it at
-    most twice its longest row, and an RMS norm that times its largest weight over the row's root mean square.
+    The gradient of a cross entropy at its logits is p - y, with a norm of at most sqrt(2). Through a vocabulary head it
+    is at most twice the norm of the head's longest row. An RMS norm multiplies that by at most its largest weight,
+    divided by the row's root mean square.
 
     Attributes:
-        at_row: For a row of root mean square 1 where ``normed``, else for any row.
+        at_row: Largest norm at a row, of root mean square 1 where ``normed``.
         normed: Whether a norm and a vocabulary head follow; otherwise the rows are logits.
     """
 
@@ -276,7 +280,7 @@ class GradientBounds:
 
     @classmethod
     def from_release(cls, release: ModelRelease, num_tail_layers: int, is_encoder: bool) -> "GradientBounds":
-        """For rows that leave a body of this model. Raises ``ModelError`` where the release has no end."""
+        """Return the bounds for a body of this model. Raises ``ModelError`` where the release has no end."""
         if is_encoder:
             return cls(2.0**0.5, normed=False)
         named = release.tensors
@@ -287,7 +291,7 @@ class GradientBounds:
         )
 
     def norm_limit(self, rows_ND: Tensor, num_labels_total: int) -> float:
-        """Largest norm of an owner's gradient of the mean loss of a step, at the rows that it was sent."""
+        """Return the largest norm of an owner's gradient of a step's mean loss at the rows that it was sent."""
         each_N = torch.full((len(rows_ND),), self.at_row, dtype=torch.float64)
         if self.normed:
             each_N /= rows_ND.double().square().mean(dim=-1).sqrt().clamp_min(1e-6).cpu()
@@ -295,9 +299,9 @@ class GradientBounds:
 
 
 def clip_gradient(name: str, reply: BodyOutputGrad, limit: float) -> BodyOutputGrad:
-    """The gradient as it is, or clipped to a norm that no honest one passes.
+    """Return the reply with its gradient clipped to ``limit``, which no honest gradient exceeds.
 
-    Raises ``OutOfBounds`` where it is so large that no rounding explains it.
+    Raises ``OutOfBounds`` where rounding cannot explain the norm.
     """
     norm = float(reply.grad_ND.double().norm())
     if norm <= limit:
@@ -307,11 +311,11 @@ def clip_gradient(name: str, reply: BodyOutputGrad, limit: float) -> BodyOutputG
     return replace(reply, grad_ND=(reply.grad_ND.double() * (limit / norm)).to(reply.grad_ND))
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
+# -- reports -----------------------------------------------------------------------------------------------------------
 
 
 def check_report(party: str, found: EvaluationReport, most_examples: int = MOST, most_tokens: int = MOST) -> None:
-    """Raise ``OutOfBounds`` where counts and sums cannot be those of at most so many examples and label tokens."""
+    """Raise ``OutOfBounds`` where a report is impossible for at most so many examples and label tokens."""
     check_integer(party, "the number of examples", found.num_examples, 1, most_examples)
     check_integer(party, "the number of right ones", found.num_correct, 0, found.num_examples)
     check_integer(party, "the number of label tokens", found.num_tokens, found.num_examples, most_tokens)

@@ -1,4 +1,4 @@
-"""A domain model (DM) as an edge, or a local device, runs it: a body with its relay and its domain adapter."""
+"""A domain model (DM) as an edge or a local device runs it: a body with a relay and a domain adapter."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +19,16 @@ from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainableBody
 
 
 class DomainModel(TrainableBody):
-    """Body with its two adapters.
+    """A body with its two adapters.
 
     Args:
-        body: Made by the recipe; it is this model's own from now on.
-        layout: Whose layers are whose.
-        compute_lock: Held while the body runs or changes, for others may serve it; None where nobody does.
-        num_classes: Of the domain, where the body is an encoder's.
+        body: The recipe's result, owned by this model from now on.
+        layout: Assignment of layers to the tiers.
+        compute_lock: Held while the body runs or changes, since it may also be served; None if it is not served.
+        num_classes: Number of the domain's classes, where the body is an encoder's.
 
     Raises:
-        ModelError: The layout is another family's, or the body has no layers.
+        ModelError: The layout is for another family, or the body has no layers.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DomainModel(TrainableBody):
         if not body.indices:
             raise ModelError(body.config.model_type, "its body has no layers", "update both ends")
         super().__init__(body.to(layout.config.model.device), layout, compute_lock or ComputeLock(), "domain")
-        self.versions = {"relay": 0, "domain": -1}  # a relay starts as nothing; a domain adapter is given
+        self.versions = {"relay": 0, "domain": -1}  # a new relay changes nothing; a domain adapter must be installed
         spec = layout.domain_spec() if self._causal else layout.class_spec(num_classes)
         self._specs: dict[Role, AdapterSpec] = {"domain": spec}
         if layout.config.relay.enabled and (relay_spec := layout.relay_spec(tuple(body.indices))).layers:
@@ -51,40 +51,37 @@ class DomainModel(TrainableBody):
 
     @property
     def body(self) -> Body:
-        """To serve it."""
+        """Return the body, to serve it."""
         return self._body
 
     @property
     def layers(self) -> range:
-        """The FM layers that the body stands for."""
+        """Return the FM layers that the body replaces."""
         return range(self._layout.first_cut, self._layout.tail_start)
 
     @property
     def generates_text(self) -> bool:
-        """Whether it writes answers, so that it can be served; an encoder only classifies."""
+        """Whether it generates text and can be served; an encoder only classifies."""
         return self._causal
 
     def placement(self) -> tuple[torch.device, torch.dtype]:
-        """Where activations must be, and in which dtype, to enter the body."""
+        """Return device and dtype of the body's inputs."""
         return self.device, self.dtype
 
     def install_adapter(self, release: AdapterRelease) -> None:
-        """Put a released adapter in. Raises ``AdapterMismatch``."""
+        """Set a released adapter and its version. Raises ``AdapterMismatch``."""
         self.set_adapter(release.role, release.tensors)
         self.versions[release.role] = release.version
 
     def served_adapters(self) -> dict[Role, tuple[LoraSpec, AdapterTensors]]:
-        """Shape of both adapters, and copies of their tensors as they are now; no relay where it has none.
-
-        They are there to be served, so an encoder, which writes no answers, has none.
-        """
+        """Return shapes and copies of the adapters to serve, by role; none for an encoder, which is not served."""
         served = {role: spec for role, spec in self._specs.items() if isinstance(spec, LoraSpec) and self._causal}
         return {role: (spec, self.copy_adapter(role)) for role, spec in served.items()}
 
     def set_anchor(self, anchor: AnchorRelease) -> None:
-        """Keep text that the FM wrote, and what the suffix makes of it without a domain adapter; if it wrote any.
+        """Keep text that the FM generated and the suffix's output on it without a domain adapter; nothing if empty.
 
-        Raises ``OutOfBounds`` where its rows are not this model's.
+        Raises ``OutOfBounds`` where its rows do not fit this model.
         """
         config = self._body.config
         longest = getattr(config, "max_position_embeddings", MOST)
@@ -100,9 +97,9 @@ class DomainModel(TrainableBody):
 
     @contextmanager
     def guest_adapters(self, relay: AdapterTensors, domain: AdapterTensors) -> Iterator[None]:
-        """Inside, it is another domain's model: with its adapters; ``relay`` is empty where models have none.
+        """Run with the adapters of another domain inside this context; ``relay`` is empty where models have none.
 
-        What is served does not change, nor do versions. Raises ``AdapterMismatch``.
+        Served copies and versions do not change. Raises ``AdapterMismatch``.
         """
         own = {role: self.copy_adapter(role) for role in self._specs}
         try:

@@ -1,6 +1,6 @@
-"""What an encoder reads, texts or images, on its way into a head.
+"""Inputs of an encoder's head: texts or images.
 
-Shape legend: N inputs, B inputs of a batch, T positions, D hidden size; of images C channels, H and W pixels.
+Shape legend: N inputs, B inputs of a batch, T positions, D hidden size; C channels, H and W pixels of images.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,16 +18,21 @@ _BATCH = 32
 
 
 class EncoderInputs:
-    """Some of one kind: token ids, or pixels of one shape.
+    """Inputs of one kind: token ids, or pixels of one shape.
 
     Args:
         inputs: Texts, or pixels [C, H, W].
-        tokenizer: Puts its special tokens around a text; None where there can be images only.
-        context: Longest text in tokens, these included; longer ones lose their end.
-        owner: Of the inputs, for errors.
+        tokenizer: Puts its special tokens around a text; None for a model of images.
+        context: Longest text in tokens, special tokens included; longer texts are cut at the end.
+        owner: Owner of the inputs, for errors.
 
     Raises:
-        DataError: Inputs that the model cannot read together.
+        DataError: The model cannot read the inputs together.
+
+    Attributes:
+        ids: Token ids of the texts.
+        lengths: Tokens of each text before it was cut.
+        pixels_NCHW: Pixels of the images; None for texts.
     """
 
     def __init__(
@@ -38,8 +43,8 @@ class EncoderInputs:
         if texts and images:
             raise DataError(owner, f"has {len(texts)} texts and {len(images)} images", "give it one kind")
         self.ids: list[list[int]] = []
-        self.lengths: list[int] = []  # of texts in tokens, before any lost its end
-        self.pixels_NCHW: Tensor | None = _stacked(images, owner) if images else None
+        self.lengths: list[int] = []
+        self.pixels_NCHW: Tensor | None = _stack_images(images, owner) if images else None
         if texts and tokenizer is None:
             raise DataError(owner, "has texts, but the foundation model has no tokenizer to read them", "give images")
         if texts and tokenizer is not None:
@@ -47,9 +52,9 @@ class EncoderInputs:
             self.ids, self.lengths = [each.shortened(context) for each in closed], list(map(len, closed))
 
     def map_batches(self, run: Callable[[Tensor], Tensor]) -> Ragged:
-        """What a function makes of all, [B, T, D] of token ids [B, T] or pixels [B, C, H, W], without gradients.
+        """Apply a function from token ids [B, T] or pixels [B, C, H, W] to [B, T, D] to all inputs, without gradients.
 
-        It sees no padding: a batch has one length.
+        Batches have no padding: all inputs of one have the same length.
         """
         if self.pixels_NCHW is None:
             ids = token_rows(self.ids, torch.device("cpu"))
@@ -59,8 +64,8 @@ class EncoderInputs:
         return Ragged(hidden_NTD.flatten(0, 1), (hidden_NTD.shape[1],) * len(hidden_NTD))
 
 
-def _stacked(images: Sequence[Tensor], owner: str) -> Tensor:
-    """Pixels [N, C, H, W]. Raises ``DataError``."""
+def _stack_images(images: Sequence[Tensor], owner: str) -> Tensor:
+    """Stack pixels to [N, C, H, W]. Raises ``DataError``."""
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1 or images[0].ndim != 3 or not all(image.is_floating_point() for image in images):
         found = f"has images of shape {', '.join(map(str, sorted(shapes)))}, some of them {images[0].dtype}"

@@ -1,4 +1,4 @@
-"""Whose layers are whose: one reading of the configuration that cloud, edges and devices share."""
+"""Assignment of layers to cloud, edges and devices, which all of them compute from the configuration."""
 
 from dataclasses import dataclass, replace
 
@@ -40,14 +40,14 @@ def with_family_defaults(config: Config, family: Family) -> Config:
 
 @dataclass(frozen=True)
 class Layout:
-    """Layer numbers of a run on a foundation model with ``num_layers`` layers, and what its family makes of them."""
+    """Layer numbers and adapter shapes of a run on a foundation model of ``num_layers`` layers and this family."""
 
     config: Config
     num_layers: int
     family: Family = LLAMA
 
     def __post_init__(self) -> None:
-        """Raise ``CutError`` where cuts, recipe and adapters do not fit the model or each other, or ``ConfigError``."""
+        """Raise ``CutError`` or ``ConfigError`` where cuts, recipe and adapters do not fit the model or each other."""
         self._check_family()
         first, last = self.config.adapters.first_layer, self.tail_start - 1
         if last < 1:
@@ -65,14 +65,14 @@ class Layout:
         check_recipe(self.config.domain, self.middle, self.num_layers)
 
     def _check_family(self) -> None:
-        """What an encoder cannot do, and what only an encoder can."""
+        """Raise ``CutError`` or ``ConfigError`` for settings that the family cannot have."""
         if self.family.is_encoder:
-            self._check_nothing_is_written()
+            self._check_no_generation()
             self._check_labels()
         elif (kind := self.config.adapters.kind) != "lora":
             raise ConfigError("adapters.kind", f"is '{kind}', but the model is a decoder", "use 'lora'")
 
-    def _check_nothing_is_written(self) -> None:
+    def _check_no_generation(self) -> None:
         config = self.config
         if config.tail_layers:
             found = "the model is an encoder, whose last layers learn together with its classifier, at the edge"
@@ -110,38 +110,38 @@ class Layout:
                     raise ConfigError(f"wire.{setting}", found, "use float16 or int8")
 
     def class_labels(self, domain: str) -> tuple[str, ...]:
-        """Names of a domain's classes, if it has a closed set of them."""
+        """Return the names of a domain's classes, empty without a closed set of answers."""
         own = next((edge.labels for edge in self.config.edges if edge.domain == domain), None)
-        # At a newcomer, which follows an edge that is not named there: its labels are the same.
+        # In a newcomer's kit the followed edge is missing, but the labels are the same.
         return own if own is not None else next(edge.labels for edge in self.config.edges if edge.adapter == domain)
 
     @property
     def first_cut(self) -> int:
-        """Layers of the shallowest device head: where bodies begin."""
+        """First layer of bodies: the number of layers of the shallowest device head."""
         return self.config.cuts[0]
 
     @property
     def last_cut(self) -> int:
-        """Layers of the deepest device head: where recipes may begin."""
+        """First layer that a recipe may change: the number of layers of the deepest device head."""
         return self.config.cuts[1]
 
     @property
     def first_adapted(self) -> int:
-        """Where domain adapters start: the prefix before is frozen, the suffix from here learns."""
+        """First layer of domain adapters: the prefix before it is frozen, the suffix from it is trained."""
         return self.config.adapters.first_layer
 
     @property
     def tail_start(self) -> int:
-        """Where the devices' tails begin and bodies end."""
+        """First layer of the devices' tails, where bodies end."""
         return self.num_layers - self.config.tail_layers
 
     @property
     def middle(self) -> Middle:
-        """Layers that a DM's recipe may change and its relay repairs."""
+        """Layers that a DM's recipe may change and its relay compensates for."""
         return Middle(self.last_cut, self.first_adapted)
 
     def device_cut(self, device: DeviceSettings) -> CutLayers:
-        """What a device holds."""
+        """Return the layers of a device."""
         return CutLayers(device.head_layers, self.config.tail_layers)
 
     @property
@@ -156,13 +156,13 @@ class Layout:
         return tuple(range(self.first_adapted, self.tail_start))
 
     def domain_spec(self, num_merged: int = 1) -> LoraSpec:
-        """Shape of a decoder's domain adapter, or of ``num_merged`` of them side by side."""
+        """Return the shape of a decoder's domain adapter, or of ``num_merged`` of them concatenated."""
         settings = self.config.adapters
         targets = settings.targets or self.family.targets
         return LoraSpec(settings.rank * num_merged, settings.alpha * num_merged, targets, self._adapted)
 
     def class_spec(self, num_classes: int) -> AdapterSpec:
-        """Shape of an encoder's domain adapter, with a classifier for the domain's classes."""
+        """Return the shape of an encoder's domain adapter, including a classifier for the domain's classes."""
         settings = self.config.adapters
         if settings.kind == "prompts":
             return PromptSpec(settings.num_prompts, self._adapted, num_classes)
@@ -171,11 +171,15 @@ class Layout:
         return replace(self.domain_spec(), num_classes=num_classes)
 
     def relay_spec(self, kept: tuple[int, ...]) -> LoraSpec:
-        """Shape of a relay adapter: beside the gaps that a recipe left, or, where it left none, on the whole middle.
+        """Return the shape of a relay adapter: near the gaps of a recipe, or on the whole middle where it has none.
 
-        One layer before a gap, and two behind it. Only the module that ends a layer has it: see ``relay.downward``.
+        It is on one layer before a gap and two after it, and there on the last module only: see ``learning.relay``.
         """
         rank, middle = self.config.relay.rank, [index for index in kept if index in self.middle]
-        gone = set(self.middle.layers()) - set(middle)
-        near = [index for index in middle if gone & {index + 1, index - 1} or index - 1 in middle and index - 2 in gone]
-        return LoraSpec(rank, rank, (_LAST_MODULE,), tuple(near if gone else middle))
+        dropped = set(self.middle.layers()) - set(middle)
+        near = [
+            index
+            for index in middle
+            if dropped & {index + 1, index - 1} or index - 1 in middle and index - 2 in dropped
+        ]
+        return LoraSpec(rank, rank, (_LAST_MODULE,), tuple(near if dropped else middle))

@@ -1,4 +1,4 @@
-"""Where a tier puts what is ready to be served: its body, and every version of an adapter that is finished."""
+"""Publishers through which tiers hand their bodies and finished adapters to a service."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -11,33 +11,33 @@ from gaisnet.models.parts import Body
 
 
 class Publisher(Protocol):
-    """Whoever serves a tier's body. What learns on the body is not served; copies of what it has learned are.
+    """A service of a tier's body. Adapters in training are not served, only published copies.
 
     Attributes:
-        compute_lock: Of the machine; a tier holds it while it runs or changes its body.
+        compute_lock: The machine's lock; a tier holds it while it runs or changes its body.
     """
 
     compute_lock: ComputeLock
 
     def publish_body(self, body: Body, layers: range) -> None:
-        """Serve this body from now on, which stands for these FM layers, and no longer the one before."""
+        """Serve this body, which replaces these FM layers, instead of the previous one."""
 
     def publish_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
-        """Serve this version to sessions that open from now on. Raises ``AdapterMismatch``."""
+        """Serve this version to new sessions. Raises ``AdapterMismatch``."""
 
 
 class NoPublisher:
-    """For a tier that nobody asks for answers.
+    """A publisher for a tier that is not served.
 
     Args:
-        compute_lock: Of the machine; None for one of its own.
+        compute_lock: The machine's lock; None for a new one.
     """
 
     def __init__(self, compute_lock: ComputeLock | None = None) -> None:
         self.compute_lock = compute_lock or ComputeLock()
 
     def publish_body(self, body: Body, layers: range) -> None:
-        """Drop it."""
+        """Do nothing."""
 
     def publish_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
-        """Drop it."""
+        """Do nothing."""

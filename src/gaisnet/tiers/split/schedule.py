@@ -1,7 +1,6 @@
-"""A stretch of learning: what a party does in an edge round, before it is averaged with others or hands the model on.
+"""The training schedule of a party in an edge round: whole passes over its examples, or a part of one.
 
-Whole passes over its examples, or a part of one: parties that take turns after a few steps learn nearly as one that has
-the examples of all.
+With short rounds, parties that take turns train nearly as one party with all examples would.
 """
 
 from collections.abc import Sequence
@@ -17,30 +16,30 @@ from gaisnet.models.ragged import shuffled_batches
 
 @dataclass(frozen=True)
 class Step:
-    """Of an optimizer.
+    """An optimizer step.
 
     Attributes:
-        number: Counted from 0, where its pass or passes begin.
-        examples: Places of its examples among all.
-        pulled: Places of the generated sequences that pull in it, if any do.
-        learning_rate: In it.
+        number: Number of the step, counted from 0 at the start of its pass or passes.
+        examples: Indices of its examples.
+        anchor_sequences: Indices of the generated sequences in its anchor loss, if any.
+        learning_rate: Learning rate of the step.
     """
 
     number: int
     examples: Sequence[int]
-    pulled: Sequence[int]
+    anchor_sequences: Sequence[int]
     learning_rate: float
 
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """How a party learns, from which batches in which order.
+    """Batches, their order and the learning rates of a party's training.
 
     Attributes:
-        settings: How; the learning rate is that of the cycle.
-        seed: Of all that is random in its passes; parts of a pass have the same.
-        where: Names it in errors.
-        edge_round: Which of a cycle's it is, counted from 0.
+        settings: Settings with the cycle's learning rate.
+        seed: Seed of its passes; all parts of a pass have the same.
+        where: Name of the training in errors.
+        edge_round: Number of the edge round in its cycle, counted from 0.
     """
 
     settings: FineTuneSettings
@@ -50,17 +49,17 @@ class TrainingSchedule:
 
     @classmethod
     def for_edge_round(cls, config: Config, party: str, name: str, cycle: int, edge_round: int) -> "TrainingSchedule":
-        """An edge round, of the 'edge' or the 'device' of that name; the same after a restart."""
+        """Return the schedule of an 'edge' or a 'device' for an edge round; the same after a restart."""
         seed = config.seed_for("fine_tune", name, cycle, edge_round // config.fine_tune.rounds_in_pass)
         where = f"{party} '{name}', cycle {cycle}, edge round {edge_round}"
         return cls(config.fine_tune.in_cycle(cycle), seed, where, edge_round)
 
     def plan_passes(self, lengths: Sequence[int], num_sequences: int) -> list[list[Step]]:
-        """The steps of every pass, or of its part of one.
+        """Return the steps of every pass, or of one part of a pass.
 
         Args:
-            lengths: Of the examples.
-            num_sequences: How many generated sequences there are; with none, nothing pulls.
+            lengths: Lengths of the examples.
+            num_sequences: Number of generated sequences for the anchor loss; 0 for no anchor loss.
         """
         settings, generator = self.settings, torch.Generator().manual_seed(self.seed)
         orders = [
@@ -71,15 +70,15 @@ class TrainingSchedule:
         numbers, total = count(), end - begin if parts > 1 else sum(map(len, orders))
 
         def step(examples: Sequence[int]) -> Step:
-            number, size, pulled = next(numbers), settings.anchor_batch_size, []
+            number, size, chosen = next(numbers), settings.anchor_batch_size, []
             if num_sequences and settings.anchor_weight and not (number + 1) % settings.anchor_every:
-                pulled = torch.randint(num_sequences, (size,), generator=generator).tolist()
-            return Step(number, examples, pulled, self._learning_rate((number - begin) / max(total, 1)))
+                chosen = torch.randint(num_sequences, (size,), generator=generator).tolist()
+            return Step(number, examples, chosen, self._learning_rate((number - begin) / max(total, 1)))
 
         steps = [[step(examples) for examples in order] for order in orders]
         return steps if parts == 1 else [steps[0][begin:end]]
 
     def _learning_rate(self, share: float) -> float:
-        """After a share of the stint's steps."""
+        """Return the learning rate after a share of the schedule's steps."""
         settings, left = self.settings, 1.0 - (self.edge_round + share) / self.settings.edge_rounds
         return settings.learning_rate * (min(1.0, left / settings.cooldown) if settings.cooldown else 1.0)

@@ -1,9 +1,9 @@
-"""A step of split learning laid open: whose rows are where in a batch, what each owner gets, and its gradient's place.
+"""Batches of a split learning step: their rows, the outputs for each owner, and the gradients from them.
 
-Only rows that carry a label go to their owner (U-shaped split learning, Vepakomma et al., arXiv 1812.00564). Text that
-the FM wrote may learn beside the examples, in the same forward and backward: see ``Pull``.
+Only rows that carry a label go to their owner (U-shaped split learning, Vepakomma et al., arXiv 1812.00564). Generated
+text may be in the same forward and backward pass: see ``AnchorLoss``.
 
-Shape legend: E examples, T positions of one, N rows, D hidden size.
+Shape legend: E examples, T positions of an example, N rows, D hidden size.
 """
 
 import math
@@ -24,29 +24,29 @@ from gaisnet.tiers.split.activations import Activations, RowSelection, tail_rows
 
 Outcome = BodyOutputGrad | GaisnetError
 RequestGradients = Callable[[Mapping[str, BodyOutput]], Mapping[str, Outcome]]
-"""Asks all owners of a step's labels at once, by name; for one that fails, the error comes instead of a gradient."""
+"""A function that requests gradients from all owners in a step, by name; an error stands for a missing gradient."""
 
 Picked = tuple[int, int]
-"""A member's number, and that of one of its examples."""
+"""Index of a member, and index of one of its examples."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One device's share of a cohort: its examples at the suffix's input."""
+    """A device in a cohort, with its examples at the suffix's input."""
 
     name: str
     inputs: Activations
 
 
 @dataclass(frozen=True)
-class Pull:
-    """Toward the FM's own output, on text that it wrote (learning without forgetting, arXiv 1606.09282).
+class AnchorLoss:
+    """A loss that keeps the suffix near the FM's output on generated text (learning without forgetting, 1606.09282).
 
     Attributes:
         sequences: The text at the suffix's input, [T, D] each.
-        targets_ND: What the suffix should make of it, at every position but the first of each sequence: that one is an
-            attention sink, whose huge norm would drown the others.
-        weight: Of its loss, the mean of |found - target|^2 / |target|^2.
+        targets_ND: Target outputs at every position but the first of each sequence, an attention sink whose huge norm
+            would dominate the loss.
+        weight: Weight of the loss, the mean of |found - target|^2 / |target|^2.
     """
 
     sequences: Sequence[Tensor]
@@ -54,7 +54,7 @@ class Pull:
     weight: float
 
     def compute_gradient(self, found_ND: Tensor) -> Tensor:
-        """Of its loss, at what the suffix makes of the text."""
+        """Return the gradient of the weighted loss at the suffix's output."""
         leaf_ND = found_ND.detach().requires_grad_()
         loss = self.weight * relative_square(leaf_ND, self.targets_ND)
         (grad_ND,) = torch.autograd.grad(loss, leaf_ND)
@@ -63,32 +63,32 @@ class Pull:
 
 @dataclass(frozen=True)
 class _Share:
-    """Of one member, in a batch."""
+    """One member's part of a batch."""
 
-    rows: slice  # among those that are wanted
+    rows: slice  # of the selected rows
     num_labels: int
     examples: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples of some members, a member's together, and behind them what is pulled on."""
+    """Examples of several members, grouped by member, followed by the sequences of the anchor loss."""
 
     rows_1ND: Tensor
     packing: Packing
-    wanted_N: Tensor  # which rows of the suffix's output are
+    selected_N: Tensor  # indices of the output rows for owners and anchor loss
     shares: Mapping[str, _Share]
-    pull: Pull | None
+    anchor_loss: AnchorLoss | None
 
     @classmethod
     def from_picks(
-        cls, members: Sequence[Member], picks: Sequence[Picked], pull: Pull | None, wanted: RowSelection
+        cls, members: Sequence[Member], picks: Sequence[Picked], anchor_loss: AnchorLoss | None, selection: RowSelection
     ) -> "Batch":
-        """Out of ``picks``, sorted; ``wanted`` are the rows that go to their owners."""
+        """Collect sorted ``picks``; ``selection`` says which rows go to their owners."""
         lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
         num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
         hidden = {m: members[m].inputs.hidden.sequences() for m, _ in picks}
-        sequences, owned = [hidden[m][e] for m, e in picks], tail_rows(lengths, num_labels, wanted)
+        sequences, owned = [hidden[m][e] for m, e in picks], tail_rows(lengths, num_labels, selection)
         ends = list(accumulate((len(each) for each in owned), initial=0))
         shares = {}
         for m in hidden:
@@ -96,26 +96,26 @@ class Batch:
             rows = slice(ends[mine[0]], ends[mine[-1] + 1])
             examples = tuple(picks[i][1] for i in mine)
             shares[members[m].name] = _Share(rows, sum(num_labels[i] for i in mine), examples)
-        if pull is not None:
-            pulled = [len(sequence) for sequence in pull.sequences]
-            owned += [range(sum(lengths) + end - n + 1, sum(lengths) + end) for n, end in _with_ends(pulled)]
-            sequences, lengths = [*sequences, *pull.sequences], [*lengths, *pulled]
+        if anchor_loss is not None:
+            anchored = [len(sequence) for sequence in anchor_loss.sequences]
+            owned += [range(sum(lengths) + end - n + 1, sum(lengths) + end) for n, end in _with_ends(anchored)]
+            sequences, lengths = [*sequences, *anchor_loss.sequences], [*lengths, *anchored]
         device = sequences[0].device
         packing = Packing(lengths, device)
-        wanted_N = torch.tensor([row for each in owned for row in each], device=device)
-        return cls(packing.rows(sequences), packing, wanted_N, shares, pull)
+        selected_N = torch.tensor([row for each in owned for row in each], device=device)
+        return cls(packing.rows(sequences), packing, selected_N, shares, anchor_loss)
 
     @property
     def num_labels(self) -> int:
-        """Of all members."""
+        """Number of labels of all members."""
         return sum(share.num_labels for share in self.shares.values())
 
     def select_rows(self, output_1ND: Tensor) -> Tensor:
-        """The rows [N, D] that are wanted of the suffix's output."""
-        return output_1ND[0].index_select(0, self.wanted_N)
+        """Select the rows [N, D] for owners and anchor loss from the suffix's output."""
+        return output_1ND[0].index_select(0, self.selected_N)
 
     def outputs_by_owner(self, found_ND: Tensor, step: int) -> dict[str, BodyOutput]:
-        """What goes to each owner."""
+        """Return the message to each owner."""
         return {
             name: BodyOutput(
                 "train",
@@ -128,20 +128,20 @@ class Batch:
         }
 
     def merge_gradients(self, found_ND: Tensor, good: Mapping[str, BodyOutputGrad]) -> Tensor:
-        """At the rows that are wanted: of the mean over the labels of those that answered, and of the pull."""
+        """Return the gradient at the selected rows of the mean loss over answered labels plus the anchor loss."""
         grad_ND = torch.zeros_like(found_ND)
         for name, reply in good.items():
             grad_ND[self.shares[name].rows] = reply.grad_ND.to(grad_ND)
         if len(good) < len(self.shares):  # owners divided by the labels of all
             grad_ND *= self.num_labels / sum(self.shares[name].num_labels for name in good)
-        if self.pull is not None:
+        if self.anchor_loss is not None:
             first = max(share.rows.stop for share in self.shares.values())
-            grad_ND[first:] = self.pull.compute_gradient(found_ND[first:])
+            grad_ND[first:] = self.anchor_loss.compute_gradient(found_ND[first:])
         return grad_ND
 
 
 def pick_examples(members: Sequence[Member], batch: Sequence[int]) -> list[Picked]:
-    """The examples of a batch, whose numbers count all members' examples, sorted so that a member's lie together."""
+    """Find the members of a batch's examples, which are numbered over all members; sorted by member."""
     ends = list(accumulate(len(member.inputs) for member in members))
     firsts, owners = [0, *ends], ((bisect_right(ends, number), number) for number in batch)
     return sorted((m, number - firsts[m]) for m, number in owners)
@@ -150,14 +150,14 @@ def pick_examples(members: Sequence[Member], batch: Sequence[int]) -> list[Picke
 def check_reply(
     reply: Outcome, output: BodyOutput, name: str, where: str, gradient_bounds: bounds.GradientBounds | None = None
 ) -> Outcome:
-    """The reply, clipped where that must be, or why it is none: one owner's must not spoil the step of the others.
+    """Return the reply, clipped if necessary, or an error, so that one owner cannot spoil the step of the others.
 
     Args:
         reply: The owner's reply.
         output: The rows that it was sent.
         name: The owner's name.
-        where: Names the step in errors.
-        gradient_bounds: Bounds its gradient; None where owner and asker are one.
+        where: Name of the step in errors.
+        gradient_bounds: Bounds on its gradient; None where the owner is this site.
     """
     if isinstance(reply, GaisnetError):
         return reply

@@ -1,8 +1,8 @@
-"""A body whose late layers learn, of a domain model or of the foundation model: the half of a split step that has it.
+"""The body's half of split learning, for a domain model or the foundation model.
 
-The frozen prefix ends where domain adapters start; the suffix from there on learns (GaisNet, arXiv 2401.02668, section
-IV; U-shaped, Vepakomma et al., arXiv 1812.00564): activations come out of a cache, only rows that carry a label go to
-their owner, gradients come back.
+The prefix before the domain adapters is frozen; the suffix with the adapters is trained (GaisNet, arXiv 2401.02668,
+section IV; U-shaped, Vepakomma et al., arXiv 1812.00564). Prefix activations are cached, only rows that carry a label
+go to their owner, and gradients come back.
 
 Shape legend: B sequences, T positions, N rows (positions picked out of several sequences), D hidden size, C classes.
 """
@@ -30,42 +30,42 @@ from gaisnet.tiers.split.activations import Activations, RowSelection, tail_rows
 from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.schedule import TrainingSchedule
-from gaisnet.tiers.split.step import Batch, Member, Pull, RequestGradients, check_reply, pick_examples
+from gaisnet.tiers.split.step import AnchorLoss, Batch, Member, RequestGradients, check_reply, pick_examples
 
 PREFIX_BATCH = 32
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came of learning."""
+    """The result of a training."""
 
-    num_examples: int  # of the members that stayed to the end
+    num_examples: int  # of the members that stayed until the end
     num_steps: int
-    loss: float  # mean over the label tokens of the last epoch
-    left: Mapping[str, GaisnetError] = field(default_factory=dict)  # members that were left out, and why
+    loss: float  # mean over the label tokens of the last pass
+    left: Mapping[str, GaisnetError] = field(default_factory=dict)  # errors of members that were excluded
 
 
 class TrainableBody:
-    """A body on which adapters sit; one of them learns.
+    """A body with adapters, one of which is trained.
 
     Args:
-        body: Its weights stay as they are.
-        layout: Whose layers are whose.
-        compute_lock: Held while the body runs or changes, for others may serve it.
-        learns: Name of the adapter that learns. It is put on later.
+        body: A body, whose own weights are frozen.
+        layout: Assignment of layers to the tiers.
+        compute_lock: Held while the body runs or changes, since it may also be served.
+        trained_adapter: Name of the adapter to train, which is added later.
 
     Attributes:
-        gradient_bounds: Bounds the gradients that owners send; None where the only owner is at this site.
+        gradient_bounds: Bounds on the owners' gradients; None where the only owner is this site.
     """
 
-    def __init__(self, body: Body, layout: Layout, compute_lock: ComputeLock, learns: str) -> None:
+    def __init__(self, body: Body, layout: Layout, compute_lock: ComputeLock, trained_adapter: str) -> None:
         self._body = body
         self._layout = layout
         self._compute_lock = compute_lock
-        self._learns = learns
+        self._trained_adapter = trained_adapter
         self._causal = not layout.family.is_encoder
         self.gradient_bounds: GradientBounds | None = None
-        self._anchor: tuple[Ragged, Ragged] | None = None  # what enters the suffix, and what it should make of it
+        self._anchor: tuple[Ragged, Ragged] | None = None  # inputs and target outputs of the suffix
         weight = next(body.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         let_attention_be_replaced(body.layers)
@@ -73,19 +73,19 @@ class TrainableBody:
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def copy_adapter(self, name: str) -> AdapterTensors:
-        """Copies of an adapter's tensors."""
+        """Copy an adapter's tensors."""
         with self._compute_lock.learning():
             return take_out(self._body, name)
 
     def set_adapter(self, name: str, tensors: AdapterTensors) -> None:
-        """Overwrite an adapter. Raises ``AdapterMismatch``."""
+        """Overwrite an adapter's tensors. Raises ``AdapterMismatch``."""
         with self._compute_lock.learning():
             put_in(self._body, name, tensors)
 
-    # -- running it ----------------------------------------------------------------------------------------------------
+    # -- inference ----------------------------------------------------------------------------------------------------
 
     def run_suffix(self, hidden_BTD: Tensor) -> Tensor:
-        """The layers that learn, [B, T, D] -> [B, T, D]."""
+        """Run the layers with adapters, [B, T, D] -> [B, T, D]."""
         return self._run(hidden_BTD, self._layout.first_adapted)
 
     def _run(self, hidden_BTD: Tensor, start: int, stop: int | None = None) -> Tensor:
@@ -93,30 +93,34 @@ class TrainableBody:
             return self._body.run(hidden_BTD, start, stop)
 
     def run_prefix(self, inputs: Activations) -> Activations:
-        """Finish the frozen layers from wherever the device stopped."""
+        """Run the remaining frozen layers after a device's head."""
         first = self._layout.first_adapted
         return inputs.run_layers(lambda h: self._run(h, inputs.next_layer, first), first, PREFIX_BATCH, self._causal)
 
     def compute_output_rows(self, inputs: Activations) -> Tensor:
-        """Rows for the tail of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
+        """Return the tail's rows of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
         rows_ND = body_output_rows(self.run_suffix, inputs, self._layout.row_selection, self._causal)
         with torch.no_grad(), self._compute_lock.learning():
             return self._body.for_owners(rows_ND)
 
-    # -- learning ------------------------------------------------------------------------------------------------------
+    # -- training ------------------------------------------------------------------------------------------------------
 
     def train_adapter(
-        self, members: Sequence[Member], labels: RequestGradients, schedule: TrainingSchedule, progress: Progress
+        self,
+        members: Sequence[Member],
+        request_gradients: RequestGradients,
+        schedule: TrainingSchedule,
+        progress: Progress,
     ) -> TrainingResult:
-        """Train the adapter that learns, for a stint, on all members together.
+        """Train the adapter by a schedule on the examples of all members together.
 
-        A member that fails is left out from that step on; when none is left the learning ends, and has no examples.
+        A member that fails is excluded from that step on; once all have failed, the result has no examples.
         """
         settings, left = schedule.settings, dict[str, GaisnetError]()
         lengths = [n for member in members for n in member.inputs.hidden.lengths]
         passes = schedule.plan_passes(lengths, len(self._anchor[0].lengths) if self._anchor else 0)
         done, total, loss = 0, sum(map(len, passes)), 0.0
-        with self._learning() as parameters:
+        with self._training() as parameters:
             optimizer = torch.optim.AdamW(
                 parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
             )
@@ -128,7 +132,13 @@ class TrainableBody:
                         group["lr"] = step.learning_rate
                     where = f"{schedule.where}, step {step.number}"
                     step_loss, step_tokens, failed = self.backward_step(
-                        members, step.examples, step.number, labels, where, left, self._pull(settings, step.pulled)
+                        members,
+                        step.examples,
+                        step.number,
+                        request_gradients,
+                        where,
+                        left,
+                        self._anchor_loss(settings, step.anchor_sequences),
                     )
                     left |= failed
                     done += 1
@@ -144,11 +154,11 @@ class TrainableBody:
         return TrainingResult(stayed, done, loss, left)
 
     @contextmanager
-    def _learning(self) -> Iterator[list[nn.Parameter]]:
-        """Inside, the adapter learns: its parameters."""
+    def _training(self) -> Iterator[list[nn.Parameter]]:
+        """Make the adapter trainable inside this context and return its parameters."""
         suffix = [layer for name, layer in self._body.layers.items() if int(name) >= self._layout.first_adapted]
         with self._compute_lock.learning():
-            parameters = trainable(self._body, self._learns)
+            parameters = trainable(self._body, self._trained_adapter)
         try:
             with quick_products(*suffix):
                 yield parameters
@@ -156,69 +166,69 @@ class TrainableBody:
             with self._compute_lock.learning():
                 self._body.requires_grad_(False)
 
-    def _pull(self, settings: FineTuneSettings, chosen: Sequence[int]) -> Pull | None:
-        """Some of the text that the FM wrote. Not for every step: a regulariser may rest (arXiv 1912.04958, B)."""
+    def _anchor_loss(self, settings: FineTuneSettings, chosen: Sequence[int]) -> AnchorLoss | None:
+        """Return the step's anchor loss, if any. A regularizer need not act in every step (arXiv 1912.04958, B)."""
         if self._anchor is None or not chosen:
             return None
         inputs, targets = (each.sequences() for each in self._anchor)
         targets_ND = torch.cat([targets[i][1:] for i in chosen])
-        return Pull([inputs[i] for i in chosen], targets_ND, settings.anchor_every * settings.anchor_weight)
+        return AnchorLoss([inputs[i] for i in chosen], targets_ND, settings.anchor_every * settings.anchor_weight)
 
     def backward_step(
         self,
         members: Sequence[Member],
         batch: Sequence[int],
         step: int,
-        labels: RequestGradients,
+        request_gradients: RequestGradients,
         where: str,
         without: Collection[str] = (),
-        pull: Pull | None = None,
+        anchor_loss: AnchorLoss | None = None,
     ) -> tuple[float, int, dict[str, GaisnetError]]:
-        """One split forward and backward; gradients are left on the adapter that learns.
+        """Run one split forward and backward pass; gradients accumulate on the trained adapter.
 
-        While the owners are asked, others may run the body.
+        The compute lock is free while the owners work.
 
         Args:
             members: Owners of the examples.
-            batch: Places in all members' examples, one member after the other.
+            batch: Indices of examples, counted over all members in order.
             step: Number of the step, echoed by the members.
-            labels: Asks the owners for gradients.
-            where: Names the step in errors.
-            without: Members whose examples are passed over.
-            pull: Learns along with the examples, if any of their owners answers.
+            request_gradients: Requests gradients from the owners.
+            where: Name of the step in errors.
+            without: Members whose examples are skipped.
+            anchor_loss: An additional loss, which counts only if an owner answers.
 
         Returns:
-            Sum of the losses and number of label tokens of those that answered, and why others did not. The gradient
-            is that of the mean over the label tokens of those that answered, and of the pull's loss.
+            Sum of the losses and number of label tokens of the members that answered, and the errors of the others.
+            The gradient is that of the mean loss over these label tokens plus the anchor loss.
         """
         picks = [pick for pick in pick_examples(members, batch) if members[pick[0]].name not in without]
         if not picks:
             return 0.0, 0, {}
-        taken = Batch.from_picks(members, picks, pull, self._layout.row_selection)
+        packed = Batch.from_picks(members, picks, anchor_loss, self._layout.row_selection)
         with self._compute_lock.learning():
             found_ND = self._body.for_owners(
                 self._body.run(
-                    taken.rows_1ND, self._layout.first_adapted, pick=taken.select_rows, packing=taken.packing
+                    packed.rows_1ND, self._layout.first_adapted, pick=packed.select_rows, packing=packed.packing
                 )
             )
-        outputs = taken.outputs_by_owner(found_ND, step)
+        outputs = packed.outputs_by_owner(found_ND, step)
         replies = {
             name: check_reply(reply, outputs[name], name, where, self.gradient_bounds)
-            for name, reply in labels(outputs).items()
+            for name, reply in request_gradients(outputs).items()
         }
         good = {name: reply for name, reply in replies.items() if isinstance(reply, BodyOutputGrad)}
         if good:
             with self._compute_lock.learning():
-                found_ND.backward(taken.merge_gradients(found_ND, good))
+                found_ND.backward(packed.merge_gradients(found_ND, good))
         failed = {name: reply for name, reply in replies.items() if isinstance(reply, GaisnetError)}
-        num_labels = sum(taken.shares[name].num_labels for name in good)
+        num_labels = sum(packed.shares[name].num_labels for name in good)
         return sum(reply.loss_sum for reply in good.values()), num_labels, failed
 
 
 def body_output_rows(
-    suffix: Callable[[Tensor], Tensor], inputs: Activations, wanted: RowSelection, causal: bool = True
+    suffix: Callable[[Tensor], Tensor], inputs: Activations, selection: RowSelection, causal: bool = True
 ) -> Tensor:
-    """Rows [N, D] for the tail of all examples of a split, in order, without gradients."""
+    """Return the rows [N, D] for the tail of all examples in order, without gradients."""
     outputs = inputs.hidden.map_batches(suffix, PREFIX_BATCH, causal)
-    spans = tail_rows(outputs.lengths, inputs.num_labels, wanted)
+    spans = tail_rows(outputs.lengths, inputs.num_labels, selection)
     return torch.cat([outputs.rows_ND[rows.start : rows.stop] for rows in spans])
