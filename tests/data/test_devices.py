@@ -1,4 +1,4 @@
-"""The domains' data: real packages for the built-in ones, small folders for the others."""
+"""Data of domains: real packages for the built-in ones, small folders for the others."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def all_of(domain: DomainData, part: str) -> list[Example]:
 
 
 def body(example: Example) -> str:
-    """The text within the template."""
+    """Return the text within the template."""
     return example.prompt.split(": ", 1)[1].rsplit("\n", 1)[0]
 
 
@@ -95,7 +95,7 @@ def test_a_built_in_domain_is_balanced_and_as_large_as_asked(
 
 
 @pytest.mark.parametrize("name", ["medical", "licences", "languages"])
-def test_held_out_texts_are_neither_trained_on_nor_repeated(loaded: dict[str, DomainData], name: str) -> None:
+def test_test_texts_are_neither_trained_on_nor_repeated(loaded: dict[str, DomainData], name: str) -> None:
     texts = [body(example) for part in ("train", "test") for example in all_of(loaded[name], part)]
     assert len(set(texts)) == len(texts) == 630
     train = {body(example).lower() for example in all_of(loaded[name], "train")}
@@ -103,7 +103,7 @@ def test_held_out_texts_are_neither_trained_on_nor_repeated(loaded: dict[str, Do
 
 
 @pytest.mark.parametrize("name", ["medical", "licences", "languages"])
-def test_held_out_texts_are_not_much_like_one_that_is_trained_on(loaded: dict[str, DomainData], name: str) -> None:
+def test_test_texts_are_not_much_like_training_texts(loaded: dict[str, DomainData], name: str) -> None:
     def words(example: Example) -> frozenset[str]:
         return domains.BUILT_IN[name].words_of(body(example))
 
@@ -192,7 +192,7 @@ def test_no_licence_dominates_a_category_that_has_many() -> None:
         assert max(Counter(chosen).values()) <= 12
 
 
-def test_licences_of_a_single_notice_are_held_out_as_well() -> None:
+def test_licences_of_a_single_notice_are_in_the_test_set_as_well() -> None:
     notices = domains._read_licences()
     num_of = Counter(candidate.group for candidate in notices)
     rare = {candidate.text for candidate in notices if num_of[candidate.group] == 1}
@@ -261,7 +261,7 @@ def with_newcomers(*names: str) -> Config:
     return parse_config(raw)
 
 
-def test_newcomers_have_nothing_to_learn_from_and_hold_out_what_nobody_else_has() -> None:
+def test_newcomers_have_no_training_set_and_a_test_set_that_nobody_else_has() -> None:
     domains = load_domains(with_newcomers("tourists", "students"))
     assert [len(all_of(data, "train")) for data in domains.values()] == [420, 0, 0]
     texts = [{body(e) for e in all_of(data, "test")} for data in domains.values()]
@@ -278,7 +278,7 @@ def test_newcomers_change_nothing_for_anybody_else(loaded: dict[str, DomainData]
         assert load_domains(with_newcomers(*names))["languages"] == loaded["languages"]
 
 
-def test_newcomers_hold_out_as_many_of_each_label() -> None:
+def test_newcomers_test_sets_are_balanced() -> None:
     domains = load_domains(with_newcomers("tourists", "students"))
     for name in ("tourists", "students"):
         counts = Counter(example.completion for example in all_of(domains[name], "test"))
@@ -312,7 +312,7 @@ def test_a_newcomers_task_is_described_as_that_of_the_domain_that_it_follows(tmp
 
 
 @pytest.mark.parametrize("share", [0.1, 0.34])
-def test_what_is_held_back_is_nobodys_to_learn_from_and_spread_over_all(share: float) -> None:
+def test_a_validation_set_is_drawn_from_all_of_the_training_set_and_removed_from_it(share: float) -> None:
     raw = config_of("licences", num_devices=3, train_examples=60, test_examples=12).model_dump(mode="json")
     whole = load_domains(parse_config(raw))["licences"].devices
     raw["absorb"]["validation_share"] = share
@@ -329,15 +329,15 @@ def test_what_is_held_back_is_nobodys_to_learn_from_and_spread_over_all(share: f
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
-def test_of_examples_in_turn_some_of_each_kind_are_held_back(share: float) -> None:
-    """Of every second one, or every fourth, all would be of one kind."""
+def test_a_validation_set_has_every_kind_of_alternating_examples(share: float) -> None:
+    """Taking every second or fourth example would give only one kind."""
     every = tuple(Example(f"Is it {i}?", (" no", " yes")[i % 2]) for i in range(200))
     found = DeviceData(every, every[:1]).with_validation_split(share, "ward-1")
     kinds = Counter(example.completion for example in found.validate)
     assert min(kinds.values()) > 0.2 * len(found.validate)
 
 
-def test_a_draw_leaves_each_device_one_to_learn_from_and_one_to_hold_back() -> None:
+def test_a_draw_leaves_each_device_a_training_and_a_validation_example() -> None:
     for seed in range(8):
         raw = config_of("licences", num_devices=4, seed=seed, train_examples=40, test_examples=12).model_dump(
             mode="json"
@@ -347,7 +347,7 @@ def test_a_draw_leaves_each_device_one_to_learn_from_and_one_to_hold_back() -> N
             assert mine.train and mine.validate
 
 
-def test_of_folders_too_a_device_holds_some_back(tmp_path: Path) -> None:
+def test_a_device_with_a_folder_has_a_validation_set_too(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"prompt": f"{i} + 1 =", "completion": f" {i + 1}"}) + "\n" for i in range(5))
     raw = folder_config(write_folder(tmp_path / "data", train=lines)).model_dump(mode="json")
     device = raw["edges"][0]["devices"][0]["name"]
@@ -358,7 +358,7 @@ def test_of_folders_too_a_device_holds_some_back(tmp_path: Path) -> None:
     assert load_domains(parse_config(raw))["sums"].devices[device] == found
 
 
-def test_a_newcomers_folder_needs_nothing_to_learn_from(tmp_path: Path) -> None:
+def test_a_newcomers_folder_needs_no_training_set(tmp_path: Path) -> None:
     folders = [write_folder(tmp_path / name) for name in ("old", "new")]
     (folders[1] / "train.jsonl").unlink()
     raw = folder_config(folders[0]).model_dump(mode="json")
@@ -500,7 +500,7 @@ def test_partition_to_one_device_gives_it_all() -> None:
 
 
 def mean_skew(alpha: float) -> float:
-    """Mean over devices and draws of the total variation distance between a device's labels and all labels."""
+    """Return the mean total variation distance between a device's labels and all labels, over devices and draws."""
     examples = labelled(dict.fromkeys("abcdef", 200))
     distances = []
     for seed in range(20):
@@ -539,7 +539,7 @@ def test_the_ends_of_alpha_are_one_owner_and_equal_parts(alpha: float) -> None:
     assert sizes == ([0, 0, 0, 100] if alpha < 1 else [25] * 4)
 
 
-def test_what_is_held_out_looks_like_what_its_device_learns(loaded: dict[str, DomainData]) -> None:
+def test_training_and_test_set_of_a_device_have_the_same_skew(loaded: dict[str, DomainData]) -> None:
     for data in loaded["licences"].devices.values():
         train, test = (Counter(example.completion for example in part) for part in (data.train, data.test))
         for label in train | test:
@@ -728,7 +728,7 @@ def test_retention_text_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> No
         retention_text(10)
 
 
-def test_majority_counts_the_held_out_examples_of_all_devices() -> None:
+def test_majority_counts_the_test_examples_of_all_devices() -> None:
     yes, no = Example("p", " yes"), Example("p", " no")
     devices = {"a": DeviceData((no, no, no, no), (yes, no)), "b": DeviceData((no,), (yes, yes))}
     assert majority_share(DomainData(None, (), devices)) == 0.75

@@ -1,4 +1,4 @@
-"""Images: IDX files that are read or refused, draws of few, and what devices get."""
+"""Images: reading of IDX files, samples, and partitions."""
 
 import gzip
 import struct
@@ -20,7 +20,7 @@ def idx_bytes(values: npt.NDArray[np.uint8]) -> bytes:
 
 
 def write_fashion(folder: Path, num_train: int = 40, num_test: int = 20) -> Path:
-    """A data set as Debian's package has it: image i of label i % 10 is grey all over, of that many levels."""
+    """Write a data set in the format of Debian's package: image i has label i % 10 and a single grey level."""
     folder.mkdir(parents=True, exist_ok=True)
     for prefix, count in (("train", num_train), ("t10k", num_test)):
         labels = np.arange(count, dtype=np.uint8) % 10
@@ -38,7 +38,7 @@ def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def coloured(per_label: int, num_labels: int = 4) -> ImageData:
-    """Images that say which they are: label in one pixel, number in another."""
+    """Make images with their label in one pixel and their number in another."""
     labels = torch.arange(num_labels).repeat(per_label)
     grey = torch.zeros(len(labels), 4, 4, dtype=torch.uint8)
     grey[:, 0, 0], grey[:, 1, 1] = labels.to(torch.uint8), torch.arange(len(labels)).to(torch.uint8)
@@ -126,7 +126,7 @@ def test_a_label_without_a_name_is_refused(fashion: Path) -> None:
         load_images("fashion")
 
 
-def test_digits_are_scaled_exactly_and_nothing_held_out_is_learned_from() -> None:
+def test_digits_are_scaled_exactly_and_training_and_test_set_are_disjoint() -> None:
     sklearn_data = pytest.importorskip("sklearn.datasets")
     digits = load_images("digits")
     assert digits.train.grey_NHW.shape == (1198, 28, 28)
@@ -142,7 +142,7 @@ def test_data_that_nobody_knows_is_refused_with_the_names_that_are() -> None:
         load_images("cats")
 
 
-def test_few_are_balanced_nest_and_depend_on_the_seed() -> None:
+def test_samples_are_balanced_nested_and_depend_on_the_seed() -> None:
     data = coloured(per_label=8)
     two, five, other = (
         sample_images(data, 2, 6, seed=1),

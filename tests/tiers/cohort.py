@@ -1,4 +1,4 @@
-"""A cohort of real devices behind real links, and the edge's half beside them: split learning, laid open."""
+"""A cohort of real devices behind links, and the edge's half of split learning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ EXAMPLES = (
 
 
 def cohort_config(heads: Sequence[int], tail_layers: int = 0, **changes: Any) -> Config:
-    """One edge with a split device per head; the domain model is the foundation model, links are exact."""
+    """Configure one edge with a split device per head; the DM is the FM, and links are exact."""
     devices = [{"name": f"device-{i}", "mode": "split", "head_layers": head} for i, head in enumerate(heads)]
     raw: dict[str, Any] = {
         "tail_layers": tail_layers,
@@ -62,12 +62,12 @@ def cohort_config(heads: Sequence[int], tail_layers: int = 0, **changes: Any) ->
 
 
 def deal(examples: Sequence[Example], num: int) -> list[tuple[Example, ...]]:
-    """Examples for ``num`` devices, block by block."""
+    """Divide examples between ``num`` devices, block by block."""
     return [tuple(examples[i * len(examples) // num : (i + 1) * len(examples) // num]) for i in range(num)]
 
 
 def model_release(config: Config, recipe: Recipe) -> ModelRelease:
-    """What a cloud with the tiny model releases."""
+    """Return the release of a cloud with the tiny model."""
     decoder = Decoder(tiny_model(initializer_range=WEIGHTS))
     layout = Layout(config, NUM_LAYERS)
     head, _, _ = cut_decoder(decoder, CutLayers(layout.last_cut))
@@ -77,7 +77,7 @@ def model_release(config: Config, recipe: Recipe) -> ModelRelease:
 
 
 def random_adapter(like: AdapterTensors, seed: int) -> AdapterTensors:
-    """Both factors random: a new adapter's B is zero, and so A would have no gradient."""
+    """Draw both factors randomly: a new adapter's B is zero, so A would have no gradient."""
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.randn(tensor.shape, generator=generator) * 0.1 for key, tensor in like.items()}
 
@@ -110,18 +110,18 @@ class Cohort:
         self.domain.set_adapter("domain", random_adapter(self.domain.copy_adapter("domain"), seed=5))
 
     def smashed(self, number: int, split: Split = "train") -> SmashedData:
-        """What device ``number`` sends of its examples."""
+        """Return the smashed data of device ``number``."""
         message = self.links[number].send(SmashRequest(split)).result()
         assert isinstance(message, SmashedData)
         return message
 
     def member(self, number: int) -> Member:
-        """Device ``number`` as the edge sees it: activations after the frozen prefix."""
+        """Return device ``number`` with its activations after the frozen prefix."""
         inputs = Activations.from_smashed(self.smashed(number), *self.domain.placement())
         return Member(self.devices[number].name, self.domain.run_prefix(inputs))
 
     def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-        """Asks every owner; its error stands in for an answer."""
+        """Request gradients from all owners; an error stands for a missing gradient."""
         return {name: self._label(name, output) for name, output in outputs.items()}
 
     def _label(self, name: str, output: BodyOutput) -> Outcome:
@@ -134,9 +134,9 @@ class Cohort:
         return reply
 
     def members(self) -> list[Member]:
-        """All devices."""
+        """Return all devices as members."""
         return [self.member(number) for number in range(len(self.devices))]
 
     def everything(self) -> list[int]:
-        """All examples as one batch."""
+        """Return the indices of all examples."""
         return list(range(len(self.examples)))

@@ -1,4 +1,4 @@
-"""A device that lies is left out by name, and the others' result is that of a round without it."""
+"""A dishonest device is excluded by name, and the others' result is that of a round without it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,7 +81,7 @@ def test_a_device_that_lies_is_left_out_by_name_and_the_others_learn_as_without_
 
 
 def test_an_example_longer_than_the_context_costs_the_edge_nothing() -> None:
-    """It is refused before a layer sees it: attention over it would be quadratic."""
+    """It is refused before a layer runs: the cost of attention is quadratic."""
     world = World(config_for(("split-a", "split-b"))).installed()
     world.links["split-a"].change = answers(SmashedData, one_example_of(49))
     assert (
@@ -124,7 +124,7 @@ def test_a_report_with_an_impossible_loss_is_left_out_by_name(lie: float, caplog
 
 @pytest.fixture
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if no gradient could be too steep, and nobody could be too far."""
+    """Disable the bounds on gradients and distances."""
     monkeypatch.setattr(bounds, "clip_gradient", lambda name, reply, limit: reply)
     monkeypatch.setattr(bounds, "check_distance", lambda *_: None)
 
@@ -148,7 +148,7 @@ def test_a_gradient_is_clipped_above_its_limit_and_untouched_below() -> None:
 
 
 def test_no_label_makes_a_gradient_steeper_than_the_limit() -> None:
-    """The worst label, on rows of all sizes, through a norm and a vocabulary head."""
+    """Use the worst label, on rows of all sizes, through a norm and a vocabulary head."""
     generator = torch.Generator().manual_seed(0)
     norm, head_VD = torch.nn.RMSNorm(8), 3.0 * torch.randn(20, 8, generator=generator)
     norm.weight.data = torch.randn(8, generator=generator)
@@ -165,7 +165,7 @@ def test_no_label_makes_a_gradient_steeper_than_the_limit() -> None:
 
 
 def test_adamw_never_comes_further_than_the_reach() -> None:
-    """Also with gradients that grow as fast as it likes best."""
+    """Use gradients that grow as fast as moves AdamW furthest."""
     settings = config_for(ALL_NAMES).fine_tune
     for growth in (1.0, 1.5, 10.0):
         weight = torch.nn.Parameter(torch.zeros(1))

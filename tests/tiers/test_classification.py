@@ -1,6 +1,6 @@
-"""Split learning of classes: an edge's domain model of a ViT or BERT, and devices that have labels.
+"""Split training of classifiers: an edge's domain model of a ViT or BERT, and devices with labels.
 
-The reference is the model in one piece, with an adapter that others have put in, on all examples as one batch.
+The reference is the unsplit model with an independently built adapter, on all examples as one batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from gaisnet.models.release import ReleasedEncoder, release_encoder, restrict
 from gaisnet.progress import silent
 from gaisnet.tiers.device.classification import compute_class_gradient, evaluate_class_output
 from gaisnet.tiers.edge.activation_store import ActivationStore
-from gaisnet.tiers.split.activations import Activations, tail_rows
+from gaisnet.tiers.split.activations import Activations, select_tail_rows
 from gaisnet.tiers.split.domain_model import DomainModel
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.schedule import TrainingSchedule
@@ -56,7 +56,7 @@ def class_config(heads: Sequence[int], kind: str = "lora", **changes: Any) -> Co
 
 
 def inputs_of(family: str) -> list[Tensor]:
-    """One image [3, 12, 8], or text of its own length, per example."""
+    """Return an image [3, 12, 8], or a text of a different length, per example."""
     if family == "vit":
         return list(tiny_inputs("vit", len(CLASSES)))
     return [tiny_inputs("bert", 1, n, seed)[0] for seed, n in enumerate(LENGTHS)]
@@ -80,7 +80,7 @@ class Site:
 
 
 class ClassCohort:
-    """Devices, and an edge's domain model with a random adapter; what crosses between them is as it is on a link."""
+    """Devices, and an edge's domain model with a random adapter; messages between them are coded as on a link."""
 
     def __init__(self, family: str, config: Config) -> None:
         self.config = config
@@ -100,7 +100,7 @@ class ClassCohort:
         ]
 
     def head(self, num_layers: int) -> EncoderHead:
-        """Out of no more than a device is given."""
+        """Build a device's head from its own release."""
         mine = restrict(self.release, range(num_layers))
         return ReleasedEncoder(self.sent(mine)).head(CutLayers(num_layers))
 
@@ -133,7 +133,7 @@ def random_adapter(like: AdapterTensors) -> AdapterTensors:
 
 
 def one_piece(family: str, cohort: ClassCohort) -> tuple[Whole, Tensor]:
-    """The model in one piece with the cohort's adapter, and its logits of all examples as one padded batch."""
+    """Return the unsplit model with the cohort's adapter, and its logits of all examples."""
     spec = cohort.layout.class_spec(NUM_CLASSES)
     whole = unsplit(tiny_encoder(family), spec, cohort.domain.copy_adapter("domain"))
     inputs = inputs_of(family)
@@ -234,7 +234,7 @@ def test_a_member_that_is_away_is_left_out_and_the_others_learn_as_without_it() 
     alone = without.domain.train_adapter(
         without.members()[:1], without.labels, TrainingSchedule(settings, 1, "here"), silent
     )
-    assert learned.left.keys() == {"device-1"} and learned.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert learned.excluded.keys() == {"device-1"} and learned.loss == pytest.approx(alone.loss, rel=1e-5)
     found = cohort.domain.copy_adapter("domain")
     for name, tensor in without.domain.copy_adapter("domain").items():
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
@@ -248,9 +248,9 @@ def test_nothing_of_an_encoder_is_served() -> None:
 
 
 def test_an_encoders_label_rows_are_its_first() -> None:
-    assert tail_rows([4, 3], [1, 1], "first") == [range(0, 1), range(4, 5)]
-    assert tail_rows([4, 3], [2, 1], "last") == [range(2, 4), range(6, 7)]
-    assert tail_rows([4, 3], [2, 1], "every") == [range(0, 4), range(4, 7)]
+    assert select_tail_rows([4, 3], [1, 1], "first") == [range(0, 1), range(4, 5)]
+    assert select_tail_rows([4, 3], [2, 1], "last") == [range(2, 4), range(6, 7)]
+    assert select_tail_rows([4, 3], [2, 1], "every") == [range(0, 4), range(4, 7)]
 
 
 def test_what_is_not_causal_sees_no_padding() -> None:
@@ -319,7 +319,7 @@ def test_a_loss_by_hand() -> None:
 
 @pytest.mark.parametrize("classifies", [True, False])
 def test_an_example_that_is_classified_has_one_label(classifies: bool) -> None:
-    """A device that says it has more would take the others' share of a step."""
+    """A device that claims more would take the others' share of a step."""
     settings = tiny_config().edges[0]
     lengths_E, labels_E = torch.tensor([3], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
     sent = SmashedData("north-a", "train", 1, lengths_E, labels_E, torch.ones(3, 8))

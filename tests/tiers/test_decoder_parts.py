@@ -1,4 +1,4 @@
-"""The foundation model in parts: what it says of other models' hidden states is what the whole model says."""
+"""The foundation model in parts gives the same divergence from other models as the whole model."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_divergence_is_that_of_the_whole_model_by_hand(tail_layers: int) -> None
     other = moved(entering, 0.5)
 
     def log_chances(states: Ragged) -> Tensor:
-        """Sequence by sequence, through the body with the adapter and the rest of the whole model."""
+        """Run each sequence through the body with the adapter and the rest of the whole model."""
         with found.active_adapter("shapes"), torch.no_grad():
             rows = []
             for sequence in states.sequences():

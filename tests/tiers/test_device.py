@@ -1,4 +1,4 @@
-"""A device on its own: what it refuses, and that it says so in words that help."""
+"""A device on its own: refusals and their messages."""
 
 import json
 from collections.abc import Callable
@@ -233,7 +233,7 @@ HOSTILE: dict[str, Callable[[int], dict[str, Tensor | int]]] = {
 @pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE.keys())
 @pytest.mark.parametrize("tail_layers", [0, 1])
 def test_what_no_edge_of_ours_would_send_is_refused(changes: Callable[[int], dict[str, Any]], tail_layers: int) -> None:
-    """Either the message cannot be made, which the codec turns into a wire error, or the device refuses it."""
+    """Building the message fails, which the codec turns into a wire error, or the device refuses it."""
     cohort = Cohort(cohort_config((1,), tail_layers))
     num_rows = (NUM_POSITIONS if tail_layers else NUM_LABELS)[0]
     ask(cohort, [0], num_rows)

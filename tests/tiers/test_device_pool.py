@@ -1,4 +1,4 @@
-"""An edge's devices as one, over links that come and go: who is equipped, asked, waited for, and given up."""
+"""A device pool over unreliable links: kits, requests, waiting and giving up."""
 
 from collections.abc import Callable, Sequence
 
@@ -29,7 +29,7 @@ KIT = (Install("kit", "model"), Install("kit", "adapter"))
 
 
 class Site:
-    """A device at the other end of a link: alive or away, slow or quick, and without its kit after a restart."""
+    """A device at the other end of a link: present or away, slow or fast, without its kit after a restart."""
 
     def __init__(self, clock: Clock, life: str = "first") -> None:
         self.peer = life
@@ -51,13 +51,13 @@ class Site:
         self.peer = ""
 
     def reconnect(self, life: str) -> None:
-        """The same life again; what was sent meanwhile arrives."""
+        """Return in the same incarnation; requests sent meanwhile arrive."""
         self.peer = life
         for message, answer in self._open:
             self._hear(message, answer)
 
     def restart(self, life: str) -> None:
-        """Another life, that knows of nothing."""
+        """Return in a new incarnation, without any state."""
         self.peer = life
         self._held.clear()
         forgotten, self._open = self._open, []
@@ -65,7 +65,7 @@ class Site:
             answer.settle(LinkLost("site", "it restarted"))
 
     def asked(self) -> int:
-        """How often it was asked, kits aside."""
+        """Number of requests, without kits."""
         return sum(not isinstance(message, Install) for _, message in self.heard)
 
     def _hear(self, message: Message, answer: Awaited) -> None:
@@ -89,7 +89,7 @@ class Site:
 
 
 class Bench:
-    """A cluster of scripted devices a, b and c."""
+    """A pool of scripted devices a, b and c."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -115,7 +115,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 def lives(site: Site) -> list[tuple[str, Sequence[Message]]]:
-    """What each life of a device heard, in order."""
+    """Return the messages that each incarnation of a device received, in order."""
     order = list(dict.fromkeys(life for life, _ in site.heard))
     return [(life, [message for heard_by, message in site.heard if heard_by == life]) for life in order]
 

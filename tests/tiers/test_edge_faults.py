@@ -1,4 +1,4 @@
-"""An edge among devices that fail, and an edge that is stopped and built anew from what it kept."""
+"""An edge with failing devices, and an edge that restarts from its shelf."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +59,7 @@ from tests.tiny import tiny_tokenizer
 
 M = TypeVar("M", bound=Message)
 Reply = Callable[[Message, Message], Message]
-"""What becomes of a request and its answer; may raise."""
+"""A function from a request and its future reply to a message; may raise."""
 
 PRIVATE = {
     "split-a": EXAMPLES[:2],
@@ -73,7 +73,7 @@ RELAY = {"enabled": True, "rank": 2}
 
 
 class Stopped(Exception):
-    """The process ends here."""
+    """The end of the process."""
 
 
 def config_for(names: Sequence[str], edge_rounds: int = 1, batch_size: int = 2, **changes: Any) -> Config:
@@ -85,7 +85,7 @@ def config_for(names: Sequence[str], edge_rounds: int = 1, batch_size: int = 2, 
 
 
 class Faulty:
-    """A link to a device whose answers a test may change on the way."""
+    """A link to a device whose replies a test may change."""
 
     peer = "here"
 
@@ -105,7 +105,7 @@ class Faulty:
 
 
 class Releases:
-    """A cloud that gives the model and its anchor, and takes held-out examples."""
+    """A cloud that sends the model and its anchor, and accepts test examples."""
 
     peer = "here"
 
@@ -125,7 +125,7 @@ class Releases:
 
 
 class World:
-    """An edge with its devices and a cloud, started over what is on a shelf."""
+    """An edge with its devices and a cloud, started from a shelf."""
 
     def __init__(self, config: Config, folder: Path | None = None, progress: Progress = silent) -> None:
         self.config = config
@@ -148,7 +148,7 @@ class World:
         self.edge = Edge(config.edges[0], config, self.cloud, self.links, self.ledger, self.shelf, progress)
 
     def installed(self, run: str = "run") -> "World":
-        """With the model, and the adapters of a cloud."""
+        """Install the model and the adapters of a cloud."""
         assert self.edge.handle(Install(run, "digest")) == Installed(0, -1)
         if self.config.relay.enabled:
             self.edge.handle(AdapterRelease("relay", 1, random_tensors("relay", 6)))
@@ -171,7 +171,7 @@ class World:
         return report
 
     def asked(self, kind: type[M]) -> dict[str, list[M]]:
-        """All messages of a type that devices were asked, by device."""
+        """Return all requests of a type to devices, by device."""
         return {name: [m for m in link.asked if isinstance(m, kind)] for name, link in self.links.items()}
 
 
@@ -190,13 +190,13 @@ def random_tensors(role: str, seed: int) -> AdapterTensors:
 def undisturbed(
     names: tuple[str, ...] = ALL_NAMES, cycle: int = 0, edge_rounds: int = 1, relay: bool = False
 ) -> AdapterUpdate:
-    """What an edge learns with these devices when nothing fails and nobody stops it."""
+    """Return the update of an edge with these devices, without failures and restarts."""
     config = config_for(names, edge_rounds, relay=RELAY if relay else {"enabled": False})
     return World(config).installed().fine_tune(cycle)
 
 
 def assert_equal(found: AdapterUpdate, expected: AdapterUpdate) -> None:
-    """Bit for bit."""
+    """Compare bit for bit."""
     assert replace(found, tensors={}) == replace(expected, tensors={})
     assert_same_tensors(found.tensors, expected.tensors)
 
@@ -207,7 +207,7 @@ def assert_same_tensors(found: AdapterTensors, expected: AdapterTensors) -> None
 
 
 def fails(kind: type[Message], error: Exception) -> Reply:
-    """Requests of a type get an error."""
+    """Answer requests of a type with an error."""
 
     def change(message: Message, reply: Message) -> Message:
         if isinstance(message, kind):
@@ -218,7 +218,7 @@ def fails(kind: type[Message], error: Exception) -> Reply:
 
 
 def answers(kind: type[M], other: Callable[[M], Message]) -> Reply:
-    """Answers of a type are changed."""
+    """Change replies of a type."""
     return lambda message, reply: other(reply) if isinstance(reply, kind) else reply
 
 
@@ -296,7 +296,7 @@ def test_a_device_that_fails_in_every_round_is_named_in_every_round() -> None:
 
 
 def with_first(change: Callable[[Tensor], Tensor]) -> Callable[[AdapterUpdate], AdapterUpdate]:
-    """One tensor of an update changed."""
+    """Change one tensor of an update."""
 
     def changed(update: AdapterUpdate) -> AdapterUpdate:
         name = sorted(update.tensors)[0]
@@ -310,7 +310,7 @@ def one_less(update: AdapterUpdate) -> AdapterUpdate:
 
 
 def one_number(odd: float) -> Callable[[Tensor], Tensor]:
-    """The last number of a tensor replaced."""
+    """Replace the last number of a tensor."""
 
     def changed(tensor: Tensor) -> Tensor:
         spoilt = tensor.clone()
@@ -365,7 +365,7 @@ SMASHED_IDS = ["owner", "split", "layer", "no layer", "width", "not a number"]
 
 @cache
 def score_without(name: str) -> EvaluationReport:
-    """Of the other devices, after a cycle without that one."""
+    """Return the score of the other devices after a cycle without that one."""
     world = World(config_for(others(name))).installed()
     world.fine_tune()
     return world.score()
@@ -467,7 +467,7 @@ def test_where_all_failed_while_they_learned_the_adapter_stays_as_it_was() -> No
 
 
 def stops_at(message: Message) -> Reply:
-    """The process ends while it waits for the answer to this."""
+    """End the process while it waits for the reply to this."""
 
     def change(asked: Message, reply: Message) -> Message:
         if asked == message:
@@ -478,7 +478,7 @@ def stops_at(message: Message) -> Reply:
 
 
 class StopsInStep:
-    """A progress callback that ends the process after so many learning steps."""
+    """A progress callback that ends the process after so many training steps."""
 
     def __init__(self, steps: int) -> None:
         self._left = steps

@@ -1,4 +1,4 @@
-"""An edge whose model comes in chunks: it goes on where it was when it was stopped, and keeps nothing twice."""
+"""An edge whose model arrives in chunks continues after a restart, and keeps nothing twice."""
 
 from concurrent.futures import Future
 from pathlib import Path
@@ -32,7 +32,7 @@ RELEASE = model_release(CONFIG, Recipe(tuple(range(6)), ()))
 
 
 class Cloud:
-    """A cloud and the link to it, which breaks at a chunk."""
+    """A cloud behind a link that breaks at a chunk."""
 
     peer = "life"
 

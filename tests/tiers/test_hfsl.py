@@ -1,4 +1,4 @@
-"""Hybrid federated split learning against learning that is neither federated nor split.
+"""Hybrid federated split learning compared with training that is neither federated nor split.
 
 The reference is a naive loop over the unsplit model with a peft adapter: one example after the other, one label token
 after the other, no cache, no batch, no link.
@@ -77,7 +77,7 @@ EOS = 257
 def unsplit(
     spec: LoraSpec, tensors: AdapterTensors, precision: DevicePrecision = "float32", outer: Iterable[int] = ()
 ) -> PeftModel:
-    """The foundation model with an adapter, as anyone who knows peft would make it; what devices hold is rounded."""
+    """Return the foundation model with an adapter, made by peft; the devices' parts are rounded."""
     foundation = round_weights(tiny_model(initializer_range=WEIGHTS), outer, precision)
     model = cast(PeftModel, get_peft_model(foundation, spec.peft_config()))
     model.eval()
@@ -87,7 +87,7 @@ def unsplit(
 
 
 def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """By the names that GaisNet gives them."""
+    """Return adapter parameters by GaisNet's names."""
     return {
         name.removeprefix("base_model.model.model.").replace(".default.weight", ".weight"): parameter
         for name, parameter in model.named_parameters()
@@ -96,7 +96,7 @@ def adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def naive_losses(model: PeftModel, example: Example) -> list[Tensor]:
-    """The loss of every token that the model should write after the prompt, and of the end."""
+    """Return the losses of all completion tokens and of the end."""
     tokenizer = tiny_tokenizer()
     prompt = tokenizer.encode(example.prompt)
     answer = [*tokenizer.encode(example.completion), EOS]
@@ -108,7 +108,7 @@ def naive_losses(model: PeftModel, example: Example) -> list[Tensor]:
 
 
 def naive_step(model: PeftModel, examples: Sequence[Example], config: Config) -> tuple[float, dict[str, Tensor]]:
-    """One step of AdamW on the mean loss per label token; the sum of the losses, and the gradients before clipping."""
+    """Run one AdamW step on the mean loss per label token. Return the sum of losses and the unclipped gradients."""
     parameters = adapter_parameters(model)
     settings = config.fine_tune
     optimizer = torch.optim.AdamW(parameters.values(), settings.learning_rate, weight_decay=settings.weight_decay)
@@ -129,7 +129,7 @@ def assert_same(found: AdapterTensors, expected: AdapterTensors, tolerance: floa
 
 
 def assert_same_step(found: AdapterTensors, expected: AdapterTensors, gradients: Mapping[str, Tensor]) -> None:
-    """AdamW's first step divides a gradient by its size and 1e-8: of one so small, the last digits are seen."""
+    """AdamW's first step divides a gradient by its size plus 1e-8, so rounding shows in small gradients."""
     settled = {name: gradient.abs() > 1e-6 for name, gradient in gradients.items()}
     assert all(bool(mask.any()) for mask in settled.values())
     assert_same({n: found[n][m] for n, m in settled.items()}, {n: expected[n][m] for n, m in settled.items()})
@@ -137,7 +137,7 @@ def assert_same_step(found: AdapterTensors, expected: AdapterTensors, gradients:
 
 
 def gradients(cohort: Cohort, members: Sequence[Member], batch: Sequence[int]) -> tuple[float, AdapterTensors]:
-    """Loss and gradients of one split step."""
+    """Return loss and gradients of one split step."""
     parameters = trainable(cohort.body, "domain")
     for parameter in parameters:
         parameter.grad = None
@@ -226,7 +226,7 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning() -> None:
 
 @pytest.mark.parametrize("recipe", [Recipe(ALL, (2,)), Recipe((0, 1, 3, 4, 5), ()), Recipe((0, 1, 3, 4, 5), (1,))])
 def test_a_domain_model_made_smaller_learns_as_it_would_in_one_piece(recipe: Recipe) -> None:
-    """No model of transformers is like these, so the reference is one device that holds all the examples."""
+    """Transformers has no such models, so the reference is one device with all examples."""
     changes: dict[str, Any] = {"domain": {"precision": "int8", "keep_layers": list(recipe.kept)}}
     one, many = (
         Cohort(cohort_config((1,), **changes), recipe=recipe),
@@ -242,7 +242,7 @@ def test_a_domain_model_made_smaller_learns_as_it_would_in_one_piece(recipe: Rec
 
 
 def with_relay(cohort: Cohort, seed: int = 8) -> None:
-    """Put a random relay beside the frozen prefix: what is cached is not just the foundation model's."""
+    """Add a random relay to the frozen prefix, so that cached activations differ from the foundation model's."""
     shapes = {k: torch.empty(t.shape) for k, t in relay_tensors(cohort).items()}
     cohort.domain.install_adapter(AdapterRelease("relay", 1, random_adapter(shapes, seed)))
 
@@ -403,7 +403,7 @@ def test_smashed_data_has_a_row_for_every_token_but_the_last() -> None:
 
 
 def traces(ids: Sequence[int]) -> list[bytes]:
-    """How token ids could stand in a frame."""
+    """Return encodings of token ids that a frame could contain."""
     numbers = torch.tensor(ids)
     kinds = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.float32, torch.float16)
     written = [numbers.to(kind).numpy().tobytes() for kind in kinds]
@@ -452,7 +452,7 @@ def test_the_anchor_adds_the_gradient_of_its_pull() -> None:
 
 
 def anchored(**changes: object) -> AdapterTensors:
-    """What two epochs of one step each learn, pulled."""
+    """Return the adapter after two passes of one step each with an anchor loss."""
     settings = {"local_epochs": 2, "batch_size": 64, "learning_rate": 0.01, "anchor_weight": 0.7, **changes}
     cohort = Cohort(cohort_config((1,), fine_tune=settings))
     entering = torch.randn(7, 32, generator=torch.Generator().manual_seed(1))
@@ -505,7 +505,7 @@ def hybrid_config(names: Sequence[str], edge_rounds: int = 1) -> Config:
 
 @dataclass
 class Releases:
-    """A cloud that is asked for nothing but the model and its anchor."""
+    """A cloud that only sends the model and its anchor."""
 
     model: ModelRelease
     peer = "here"
@@ -519,7 +519,7 @@ class Releases:
 
 
 def hybrid_edge(config: Config, ledger: Ledger | None = None) -> tuple[Edge, AdapterTensors]:
-    """An edge with its devices, installed; and the domain adapter that it starts from."""
+    """Return an installed edge with its devices, and its initial domain adapter."""
     codec = Codec(config.wire)
     links = {
         one.name: LocalLink(
@@ -548,7 +548,7 @@ def fine_tuned(edge: Edge, cycle: int = 0) -> AdapterUpdate:
 def learned_alone(
     config: Config, names: Sequence[str], start: AdapterTensors, seed: int, edge_round: int = 0
 ) -> tuple[AdapterTensors, TrainingResult]:
-    """What devices that learn together, without an edge around them, make of an adapter."""
+    """Train an adapter on devices together, without an edge."""
     examples = [example for name in names for example in PRIVATE[name]]
     cohort = Cohort(cohort_config([1], fine_tune=config.fine_tune.model_dump()), examples)
     cohort.domain.set_adapter("domain", start)
@@ -568,7 +568,7 @@ def with_settings(config: Config, **fine_tune: Any) -> Config:
 def test_parties_that_learn_in_parallel_are_averaged_by_their_examples(
     names: tuple[str, ...], edge_rounds: int, local_devices: str
 ) -> None:
-    """In sequence local devices go on from what the split cohort learned, and only they are averaged."""
+    """In sequence, local devices continue from the split cohort's adapter, and only they are averaged."""
     config = with_settings(hybrid_config(names, edge_rounds), local_devices=local_devices)
     edge, adapter = hybrid_edge(config)
     update = fine_tuned(edge, cycle=4)
@@ -710,7 +710,7 @@ def test_scores_are_those_of_greedy_decoding_with_the_unsplit_model(
 
 
 def answers_right(model: PeftModel, example: Example) -> bool:
-    """Whether the model, left to write greedily after the prompt, writes the completion and stops."""
+    """Return whether greedy decoding after the prompt writes the completion and stops."""
     ids = tiny_tokenizer().encode(example.prompt)
     answer = tiny_tokenizer().encode(example.completion)
     written = model.generate(
@@ -726,7 +726,7 @@ def answers_right(model: PeftModel, example: Example) -> bool:
 
 
 def spoilt(cohort: Cohort, name: str, change: Any) -> RequestGradients:
-    """A device whose answers are changed on the way."""
+    """A device whose replies are changed."""
 
     def labels(outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
         return {owner: change(reply) if owner == name else reply for owner, reply in cohort.labels(outputs).items()}
@@ -740,7 +740,7 @@ def test_a_loss_that_is_not_finite_names_the_step(odd: float) -> None:
     labels = spoilt(cohort, "device-0", lambda reply: replace(reply, loss_sum=odd) if reply.step == 2 else reply)
     learned = learn(cohort, cohort.members(), labels=labels)
     assert learned.num_examples == 0
-    assert re.match(f"the training loss at here, step 2 is {odd}.*is on disk", str(learned.left["device-0"]))
+    assert re.match(f"the training loss at here, step 2 is {odd}.*is on disk", str(learned.excluded["device-0"]))
 
 
 def test_a_loss_that_is_not_finite_comes_through_the_link() -> None:
@@ -748,8 +748,8 @@ def test_a_loss_that_is_not_finite_comes_through_the_link() -> None:
     spoilt_adapter = {k: torch.full_like(t, 1e30) for k, t in cohort.domain.copy_adapter("domain").items()}
     cohort.domain.set_adapter("domain", spoilt_adapter)
     learned = learn(cohort, cohort.members())
-    assert learned.left.keys() == {"device-0", "device-1"}
-    assert all("the training loss at here, step 0 is nan" in str(error) for error in learned.left.values())
+    assert learned.excluded.keys() == {"device-0", "device-1"}
+    assert all("the training loss at here, step 0 is nan" in str(error) for error in learned.excluded.values())
 
 
 @pytest.mark.parametrize(
@@ -769,7 +769,7 @@ def test_a_loss_that_is_not_finite_comes_through_the_link() -> None:
 def test_a_member_that_answers_badly_is_left_out_and_the_others_learn_as_without_it(change: Any) -> None:
     cohort, without = Cohort(cohort_config((1, 1))), Cohort(cohort_config((1, 1)))
     learned = learn(cohort, cohort.members(), labels=spoilt(cohort, "device-1", change))
-    assert learned.left.keys() == {"device-1"} and isinstance(learned.left["device-1"], GaisnetError)
+    assert learned.excluded.keys() == {"device-1"} and isinstance(learned.excluded["device-1"], GaisnetError)
     expected = learn(without, [without.member(0)])
     assert learned.num_examples == expected.num_examples == len(deal(EXAMPLES, 2)[0])
     assert learned.loss == pytest.approx(expected.loss, rel=1e-5)
@@ -786,6 +786,6 @@ def test_a_member_that_leaves_later_is_asked_no_more() -> None:
         return {**cohort.labels(outputs), **gone}
 
     learned = learn(cohort, cohort.members(), labels=labels)
-    assert learned.left.keys() == {"device-1"}
+    assert learned.excluded.keys() == {"device-1"}
     assert asked.count("device-0") == 3 * len(deal(EXAMPLES, 2)[0])
     assert sum(name == "device-1" for name in asked[2:]) == 1

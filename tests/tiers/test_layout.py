@@ -1,4 +1,4 @@
-"""Whose layers are whose, and what does not fit."""
+"""Layouts: layers of the tiers, configurations that do not fit, defaults of a family."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A stretch of learning: its batches, whole passes or parts of one, the same at every site and after a restart."""
+"""Training schedules: batches, whole passes or parts of one, the same at every site and after a restart."""
 
 from collections.abc import Sequence
 from typing import Any

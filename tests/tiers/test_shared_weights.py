@@ -1,4 +1,4 @@
-"""Devices of one machine: what they hold together is there once, and changes nothing of what each of them does."""
+"""Devices of one machine share equal weights, with unchanged results."""
 
 import gc
 import weakref
@@ -45,7 +45,7 @@ def devices(settings: Config, stock: SharedWeights | None) -> dict[str, Device]:
 def equipped(
     settings: Config, stock: SharedWeights | None, release: ModelRelease, kit: list[Message]
 ) -> dict[str, Device]:
-    """Every device with its part, which crossed a link of its own."""
+    """Build all devices from releases that crossed separate links."""
     codec, every = Codec(settings.wire), devices(settings, stock)
     for one in settings.edges[0].devices:
         mine = release if one.mode == "local" else restrict(release, range(one.head_layers))
@@ -55,7 +55,7 @@ def equipped(
 
 
 def answers(device: Device, local: bool) -> Mapping[str, Tensor]:
-    """What it makes of its examples, gradients included, and what it learns by itself."""
+    """Return a device's activations, gradients and locally trained adapter."""
     torch.manual_seed(0)
     smashed = device.handle(SmashRequest("train"))
     rows_ND = torch.randn(int(smashed.num_labels_E[0]), WIDTH)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Activations in files: to the bit what they are in memory, and nothing of them is left behind."""
+"""Spilled activations are bit for bit those in memory, and no files remain."""
 
 import gc
 import sys
@@ -27,13 +27,13 @@ def rows(num_bytes: int = MIB) -> Tensor:
 
 
 def mapped_files() -> int:
-    """Mappings of activations in this process."""
+    """Return the mappings of activations in this process."""
     return Path("/proc/self/maps").read_text().count("gaisnet-activations-")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary files are put."""
+    """Set the folder of temporary files."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 

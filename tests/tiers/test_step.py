@@ -1,4 +1,4 @@
-"""A step laid open: the rows that are wanted, whose they are, the gradient when somebody fails or text is pulled on."""
+"""Batches of a split step: selected rows, their owners, and gradients with failed owners or an anchor loss."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ WIDTH = 3
 
 
 def numbered(sequence: int, length: int) -> Tensor:
-    """Rows that say whose they are and where they are: 100 * sequence + position."""
+    """Return rows numbered 100 * sequence + position."""
     return (100.0 * sequence + torch.arange(length))[:, None].expand(-1, WIDTH).contiguous()
 
 
 def member(name: str, examples: dict[int, tuple[int, int]]) -> Member:
-    """Examples by their number: positions, and how many of the last ones carry a label."""
+    """Make a member from numbered examples: positions, and how many of the last ones carry a label."""
     rows_ND = torch.cat([numbered(number, length) for number, (length, _) in examples.items()])
     lengths, num_labels = zip(*examples.values(), strict=True)
     return Member(name, Activations(Ragged(rows_ND, lengths), num_labels, 1))
@@ -35,7 +35,7 @@ def anchor_loss(weight: float = 0.5) -> AnchorLoss:
 
 
 def found_in(batch: Batch) -> list[int]:
-    """What ``pick`` takes of rows that pass through unchanged."""
+    """Return the numbers of the selected rows."""
     return batch.select_rows(batch.rows_1ND)[:, 0].int().tolist()
 
 

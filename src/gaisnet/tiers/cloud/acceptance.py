@@ -115,7 +115,7 @@ class AdapterAcceptance:
         learned = self._learned(members, cycle, devices)
         tensors = self._model.adapter(MERGED)
         self._put_back(MERGED, kept)
-        left = "".join(f", without {name}: {error}" for name, error in learned.left.items())
+        left = "".join(f", without {name}: {error}" for name, error in learned.excluded.items())
         if not learned.num_examples:
             return refused(MERGED, f"the last mile has nobody left{left}")
         made = f" after a last mile of {learned.num_steps} steps on {learned.num_examples} examples{left}"

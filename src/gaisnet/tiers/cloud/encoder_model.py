@@ -34,7 +34,7 @@ from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.inputs import EncoderInputs
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainingResult, body_output_rows
+from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainingResult, compute_body_output_rows
 
 _CALIBRATION_INPUTS = 16
 
@@ -180,7 +180,9 @@ class EncoderCloudModel:
     def _features(self, public: Activations, adapter: str | None) -> Tensor:
         """What a classifier sees of the public inputs, [N, D], with an adapter or without."""
         with self._plugged.active_adapter(adapter):
-            rows_ND = body_output_rows(self._plugged.run_suffix, public, self._layout.row_selection, causal=False)
+            rows_ND = compute_body_output_rows(
+                self._plugged.run_suffix, public, self._layout.row_selection, causal=False
+            )
             return self._body.features(rows_ND).float()
 
     def _drift(self, public: Activations, adapter: str) -> float:

@@ -215,15 +215,15 @@ class Device:
             self._training_inputs = domain.run_prefix(smashed)
         member = Member(self.name, self._training_inputs)
         schedule = TrainingSchedule.for_edge_round(self._config, "device", self.name, order.cycle, order.edge_round)
-        learned = domain.train_adapter([member], self._compute_gradients, schedule, self._progress)
-        for error in learned.left.values():  # the only member is this device
+        result = domain.train_adapter([member], self._compute_gradients, schedule, self._progress)
+        for error in result.excluded.values():  # the only member is this device
             raise error
         return AdapterUpdate(
             version=order.cycle + 1,
             base=domain.versions["domain"],
-            num_examples=learned.num_examples,
-            num_steps=learned.num_steps,
-            loss=learned.loss,
+            num_examples=result.num_examples,
+            num_steps=result.num_steps,
+            loss=result.loss,
             faults=(),
             tensors=domain.copy_adapter("domain"),
         )

@@ -75,14 +75,14 @@ class HybridLearning:
             raise TooFewDevices(self._edge, self._config.faults.min_devices, len(took_part), reasons)
         domain.set_adapter("domain", self._average(split, local))
         parts = [*local, *split]
-        num_examples = sum(learned.num_examples for learned, _ in parts)
+        num_examples = sum(result.num_examples for result, _ in parts)
         where = f"cycle {rounds.cycle}, edge round {rounds.done}"
         return replace(
             rounds,
             done=rounds.done + 1,
-            num_steps=rounds.num_steps + sum(learned.num_steps for learned, _ in parts),
+            num_steps=rounds.num_steps + sum(result.num_steps for result, _ in parts),
             num_examples=num_examples,
-            loss=sum(learned.loss * learned.num_examples for learned, _ in parts) / num_examples,
+            loss=sum(result.loss * result.num_examples for result, _ in parts) / num_examples,
             faults=(*rounds.faults, *(_fault(where, name, error) for name, error in failed.items())),
         )
 
@@ -104,7 +104,7 @@ class HybridLearning:
         """Average all adapters; in sequence only those of local devices, which continue from the cohort's."""
         average = fedavg if self._config.fine_tune.average == "factors" else average_products
         parts = local if local and self._in_sequence else [*local, *split]
-        return average([(tensors, learned.num_examples) for learned, tensors in parts])
+        return average([(tensors, result.num_examples) for result, tensors in parts])
 
     def _train_split(
         self, domain: DomainModel, rounds: RoundProgress, failed: dict[str, GaisnetError]
@@ -118,9 +118,9 @@ class HybridLearning:
         if not members:
             return []
         schedule = TrainingSchedule.for_edge_round(self._config, "edge", self._edge, rounds.cycle, rounds.done)
-        learned = domain.train_adapter(members, self._request_gradients, schedule, self._progress)
-        failed |= learned.left
-        return [(learned, domain.copy_adapter("domain"))] if learned.num_examples else []
+        result = domain.train_adapter(members, self._request_gradients, schedule, self._progress)
+        failed |= result.excluded
+        return [(result, domain.copy_adapter("domain"))] if result.num_examples else []
 
     def _request_gradients(self, outputs: Mapping[str, BodyOutput]) -> Mapping[str, Outcome]:
         return self._device_pool.ask_devices(outputs, BodyOutputGrad, self._config.faults.step_deadline_s)

@@ -42,7 +42,7 @@ class Activations:
         return replace(self, hidden=self.hidden.map_batches(run, batch_size, causal), next_layer=next_layer)
 
 
-def tail_rows(lengths: Sequence[int], num_labels: Sequence[int], selection: RowSelection) -> list[range]:
+def select_tail_rows(lengths: Sequence[int], num_labels: Sequence[int], selection: RowSelection) -> list[range]:
     """Return the rows that a tail needs of each sequence, counted over the rows of all sequences in order.
 
     Args:

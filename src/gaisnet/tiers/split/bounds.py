@@ -45,7 +45,7 @@ _ABSURD = 10.0  # multiple of the limit, slack included, that no rounding explai
 _AMPLIFIED = 100.0  # most amplification of a gradient by one layer of a tail
 
 
-# -- general checks ---------------------------------------------------------------------------------------------------
+# -- general checks ----------------------------------------------------------------------------------------------------
 
 
 def check_integer(party: str, what: str, found: int, least: int = 0, most: int = MOST) -> None:

@@ -20,7 +20,7 @@ from gaisnet.messages import BodyOutput, BodyOutputGrad
 from gaisnet.models.packing import Packing
 from gaisnet.models.ragged import relative_square
 from gaisnet.tiers.split import bounds
-from gaisnet.tiers.split.activations import Activations, RowSelection, tail_rows
+from gaisnet.tiers.split.activations import Activations, RowSelection, select_tail_rows
 
 Outcome = BodyOutputGrad | GaisnetError
 RequestGradients = Callable[[Mapping[str, BodyOutput]], Mapping[str, Outcome]]
@@ -88,7 +88,7 @@ class Batch:
         lengths = [members[m].inputs.hidden.lengths[e] for m, e in picks]
         num_labels = [members[m].inputs.num_labels[e] for m, e in picks]
         hidden = {m: members[m].inputs.hidden.sequences() for m, _ in picks}
-        sequences, owned = [hidden[m][e] for m, e in picks], tail_rows(lengths, num_labels, selection)
+        sequences, owned = [hidden[m][e] for m, e in picks], select_tail_rows(lengths, num_labels, selection)
         ends = list(accumulate((len(each) for each in owned), initial=0))
         shares = {}
         for m in hidden:

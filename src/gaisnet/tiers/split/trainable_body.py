@@ -26,7 +26,7 @@ from gaisnet.models.frozen import quick_products
 from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import Progress
-from gaisnet.tiers.split.activations import Activations, RowSelection, tail_rows
+from gaisnet.tiers.split.activations import Activations, RowSelection, select_tail_rows
 from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.schedule import TrainingSchedule
@@ -42,7 +42,7 @@ class TrainingResult:
     num_examples: int  # of the members that stayed until the end
     num_steps: int
     loss: float  # mean over the label tokens of the last pass
-    left: Mapping[str, GaisnetError] = field(default_factory=dict)  # errors of members that were excluded
+    excluded: Mapping[str, GaisnetError] = field(default_factory=dict)  # errors of members that were excluded
 
 
 class TrainableBody:
@@ -82,7 +82,7 @@ class TrainableBody:
         with self._compute_lock.learning():
             put_in(self._body, name, tensors)
 
-    # -- inference ----------------------------------------------------------------------------------------------------
+    # -- inference -----------------------------------------------------------------------------------------------------
 
     def run_suffix(self, hidden_BTD: Tensor) -> Tensor:
         """Run the layers with adapters, [B, T, D] -> [B, T, D]."""
@@ -99,7 +99,7 @@ class TrainableBody:
 
     def compute_output_rows(self, inputs: Activations) -> Tensor:
         """Return the tail's rows of all examples in order, [N, D] or an encoder's logits [N, C], without gradients."""
-        rows_ND = body_output_rows(self.run_suffix, inputs, self._layout.row_selection, self._causal)
+        rows_ND = compute_body_output_rows(self.run_suffix, inputs, self._layout.row_selection, self._causal)
         with torch.no_grad(), self._compute_lock.learning():
             return self._body.for_owners(rows_ND)
 
@@ -116,7 +116,7 @@ class TrainableBody:
 
         A member that fails is excluded from that step on; once all have failed, the result has no examples.
         """
-        settings, left = schedule.settings, dict[str, GaisnetError]()
+        settings, excluded = schedule.settings, dict[str, GaisnetError]()
         lengths = [n for member in members for n in member.inputs.hidden.lengths]
         passes = schedule.plan_passes(lengths, len(self._anchor[0].lengths) if self._anchor else 0)
         done, total, loss = 0, sum(map(len, passes)), 0.0
@@ -137,10 +137,10 @@ class TrainableBody:
                         step.number,
                         request_gradients,
                         where,
-                        left,
+                        excluded,
                         self._anchor_loss(settings, step.anchor_sequences),
                     )
-                    left |= failed
+                    excluded |= failed
                     done += 1
                     if not step_tokens:
                         continue
@@ -150,8 +150,8 @@ class TrainableBody:
                     loss_sum, num_tokens = loss_sum + step_loss, num_tokens + step_tokens
                     progress("fine_tune", done, total, {"loss": step_loss / step_tokens})
                 loss = loss_sum / max(num_tokens, 1)
-        stayed = sum(len(member.inputs) for member in members if member.name not in left)
-        return TrainingResult(stayed, done, loss, left)
+        stayed = sum(len(member.inputs) for member in members if member.name not in excluded)
+        return TrainingResult(stayed, done, loss, excluded)
 
     @contextmanager
     def _training(self) -> Iterator[list[nn.Parameter]]:
@@ -177,7 +177,7 @@ class TrainableBody:
     def backward_step(
         self,
         members: Sequence[Member],
-        batch: Sequence[int],
+        indices: Sequence[int],
         step: int,
         request_gradients: RequestGradients,
         where: str,
@@ -190,7 +190,7 @@ class TrainableBody:
 
         Args:
             members: Owners of the examples.
-            batch: Indices of examples, counted over all members in order.
+            indices: Examples of the batch, counted over all members in order.
             step: Number of the step, echoed by the members.
             request_gradients: Requests gradients from the owners.
             where: Name of the step in errors.
@@ -201,34 +201,34 @@ class TrainableBody:
             Sum of the losses and number of label tokens of the members that answered, and the errors of the others.
             The gradient is that of the mean loss over these label tokens plus the anchor loss.
         """
-        picks = [pick for pick in pick_examples(members, batch) if members[pick[0]].name not in without]
+        picks = [pick for pick in pick_examples(members, indices) if members[pick[0]].name not in without]
         if not picks:
             return 0.0, 0, {}
-        packed = Batch.from_picks(members, picks, anchor_loss, self._layout.row_selection)
+        batch = Batch.from_picks(members, picks, anchor_loss, self._layout.row_selection)
         with self._compute_lock.learning():
             found_ND = self._body.for_owners(
                 self._body.run(
-                    packed.rows_1ND, self._layout.first_adapted, pick=packed.select_rows, packing=packed.packing
+                    batch.rows_1ND, self._layout.first_adapted, pick=batch.select_rows, packing=batch.packing
                 )
             )
-        outputs = packed.outputs_by_owner(found_ND, step)
+        outputs = batch.outputs_by_owner(found_ND, step)
         replies = {
             name: check_reply(reply, outputs[name], name, where, self.gradient_bounds)
             for name, reply in request_gradients(outputs).items()
         }
-        good = {name: reply for name, reply in replies.items() if isinstance(reply, BodyOutputGrad)}
-        if good:
+        answered = {name: reply for name, reply in replies.items() if isinstance(reply, BodyOutputGrad)}
+        if answered:
             with self._compute_lock.learning():
-                found_ND.backward(packed.merge_gradients(found_ND, good))
+                found_ND.backward(batch.merge_gradients(found_ND, answered))
         failed = {name: reply for name, reply in replies.items() if isinstance(reply, GaisnetError)}
-        num_labels = sum(packed.shares[name].num_labels for name in good)
-        return sum(reply.loss_sum for reply in good.values()), num_labels, failed
+        num_labels = sum(batch.shares[name].num_labels for name in answered)
+        return sum(reply.loss_sum for reply in answered.values()), num_labels, failed
 
 
-def body_output_rows(
+def compute_body_output_rows(
     suffix: Callable[[Tensor], Tensor], inputs: Activations, selection: RowSelection, causal: bool = True
 ) -> Tensor:
     """Return the rows [N, D] for the tail of all examples in order, without gradients."""
     outputs = inputs.hidden.map_batches(suffix, PREFIX_BATCH, causal)
-    spans = tail_rows(outputs.lengths, inputs.num_labels, selection)
+    spans = select_tail_rows(outputs.lengths, inputs.num_labels, selection)
     return torch.cat([outputs.rows_ND[rows.start : rows.stop] for rows in spans])

@@ -1,6 +1,6 @@
-"""Learning and answers on one body: at every pause something else runs on it, and neither notices.
+"""Training and serving on one body: other work runs at every pause, without an effect on either.
 
-The turn of these tests does in the learning thread, at each pause, what other threads might do there.
+The compute lock of these tests runs in the training thread, at each pause, the work of other threads.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ FIRST = 1
 
 
 class Busy(ComputeLock):
-    """Does something at every pause of those who learn."""
+    """A compute lock that calls a function at every pause of training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def learn(cohort: Cohort, domain: DomainModel, labels: Any = None) -> tuple[Trai
 
 
 class Visitor:
-    """Opens sessions, runs rows, closes them and swaps their adapters, all within pauses."""
+    """A service that opens sessions, runs rows, closes them and swaps adapters, all within pauses."""
 
     def __init__(self, service: BodyService) -> None:
         self.service = service
