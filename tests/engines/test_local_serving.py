@@ -184,7 +184,7 @@ class Versions:
 
 
 @pytest.mark.parametrize(
-    "turn", [ComputeLock(), PartitionedCores(0.5, 2, lambda _: None)], ids=["one at a time", "side by side"]
+    "compute_lock", [ComputeLock(), PartitionedCores(0.5, 2, lambda _: None)], ids=["one at a time", "side by side"]
 )
 @pytest.mark.parametrize("edge_rounds", [1, 2])
 def test_it_answers_while_it_learns(

@@ -164,7 +164,7 @@ class Device:
             case BodyOutput():
                 bounds.check_body_output(party, message)
             case FineTune():
-                bounds.check_fine_tune_order(party, message, self._config.fine_tune)
+                bounds.check_fine_tune_request(party, message, self._config.fine_tune)
             case AdapterRelease():
                 bounds.check_integer(party, "the version of an adapter", message.version)
 
@@ -209,17 +209,17 @@ class Device:
             self._training_inputs = None
         return Done()
 
-    def _train_locally(self, domain: DomainModel, order: FineTune) -> AdapterUpdate:
+    def _train_locally(self, domain: DomainModel, request: FineTune) -> AdapterUpdate:
         if self._training_inputs is None:
             smashed = Activations.from_smashed(self._smash("train"), *domain.placement())
             self._training_inputs = domain.run_prefix(smashed)
         member = Member(self.name, self._training_inputs)
-        schedule = TrainingSchedule.for_edge_round(self._config, "device", self.name, order.cycle, order.edge_round)
+        schedule = TrainingSchedule.for_edge_round(self._config, "device", self.name, request.cycle, request.edge_round)
         result = domain.train_adapter([member], self._compute_gradients, schedule, self._progress)
         for error in result.excluded.values():  # the only member is this device
             raise error
         return AdapterUpdate(
-            version=order.cycle + 1,
+            version=request.cycle + 1,
             base=domain.versions["domain"],
             num_examples=result.num_examples,
             num_steps=result.num_steps,

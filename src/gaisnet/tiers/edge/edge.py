@@ -146,18 +146,18 @@ class Edge:
 
     # -- model and adapters --------------------------------------------------------------------------------------------
 
-    def _install(self, order: Install) -> Installed:
+    def _install(self, request: Install) -> Installed:
         """Install the run's model, requesting only the parts that are missing."""
         state = self._state
-        if state is None or state.run != order.run or state.digest != order.model:
-            same_model = state is not None and state.digest == order.model
+        if state is None or state.run != request.run or state.digest != request.model:
+            same_model = state is not None and state.digest == request.model
             release = state.release if state and same_model else self._ask_cloud(ModelRequest(), ModelRelease)
             anchor = self._ask_cloud(AnchorRequest(), AnchorRelease)
             compute_lock, num_classes = self._publisher.compute_lock, self._num_classes
-            state = EdgeState(self._config, order.run, order.model, release, anchor, compute_lock, num_classes)
+            state = EdgeState(self._config, request.run, request.model, release, anchor, compute_lock, num_classes)
             state.save_model(self._shelf)
             self._shelf.clear_arrivals()
-            self._state = state  # only now: after a failure to save it, the next order begins anew
+            self._state = state  # only now: after a failure to save it, the next request begins anew
             self._reset_activations(state)
             self._cloud_has.clear()
             self._device_pool.mark_unequipped()
@@ -213,24 +213,24 @@ class Edge:
 
     # -- training ------------------------------------------------------------------------------------------------------
 
-    def _fine_tune(self, order: FineTune) -> AdapterUpdate:
+    def _fine_tune(self, request: FineTune) -> AdapterUpdate:
         """Run the edge rounds of a cycle.
 
         An interrupted cycle continues after its last finished round; a finished cycle is not repeated.
         """
         state, domain = self._require_state(), self._domain()
-        bounds.check_fine_tune_order("the cloud", order, self._config.fine_tune)
-        if state.rounds is None or state.rounds.cycle != order.cycle:
-            state.rounds = RoundProgress(order.cycle, domain.versions["domain"])
+        bounds.check_fine_tune_request("the cloud", request, self._config.fine_tune)
+        if state.rounds is None or state.rounds.cycle != request.cycle:
+            state.rounds = RoundProgress(request.cycle, domain.versions["domain"])
         while state.rounds.done < self._config.fine_tune.edge_rounds:
             state.rounds = self._learning.run_edge_round(state, state.rounds)
             if state.rounds.done == self._config.fine_tune.edge_rounds:
-                domain.versions["domain"] = order.cycle + 1
-            self._publish_adapter("domain", order.cycle + 1)
+                domain.versions["domain"] = request.cycle + 1
+            self._publish_adapter("domain", request.cycle + 1)
             state.save_progress(self._shelf, self._ledger)
         rounds = state.rounds
         return AdapterUpdate(
-            version=order.cycle + 1,
+            version=request.cycle + 1,
             base=rounds.base,
             num_examples=rounds.num_examples,
             num_steps=rounds.num_steps,
@@ -300,9 +300,9 @@ class Edge:
         rows_ND = self._domain().compute_output_rows(inputs)
         return BodyOutput(split, 0, sum(inputs.num_labels), torch.arange(len(inputs), dtype=torch.int32), rows_ND)
 
-    def _foundation_output(self, name: str, order: Evaluate) -> BodyOutput:
-        self._send_up(name, order.split)
-        return self._ask_cloud(BodyRequest(name, order.adapter, order.split), BodyOutput)
+    def _foundation_output(self, name: str, request: Evaluate) -> BodyOutput:
+        self._send_up(name, request.split)
+        return self._ask_cloud(BodyRequest(name, request.adapter, request.split), BodyOutput)
 
     def _send_up(self, name: str, split: Split) -> None:
         """Send smashed data to the cloud, once per incarnation of the cloud."""

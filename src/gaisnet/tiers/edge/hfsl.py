@@ -130,8 +130,8 @@ class HybridLearning:
     ) -> PoolRequest:
         names = [name for name in self._local if name not in failed]
         failed |= self._device_pool.notify_devices(names, start)
-        order = FineTune(rounds.cycle, rounds.done)
-        return self._device_pool.send_requests({name: order for name in names if name not in failed})
+        request = FineTune(rounds.cycle, rounds.done)
+        return self._device_pool.send_requests({name: request for name in names if name not in failed})
 
     def _collect_local(
         self, requests: PoolRequest, start: AdapterRelease, cycle: int, failed: dict[str, GaisnetError]

@@ -92,10 +92,10 @@ def find_outnumbering(counts: Mapping[str, int], ratio: float, granted: int) -> 
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
-def check_fine_tune_order(party: str, order: FineTune, settings: FineTuneSettings) -> None:
+def check_fine_tune_request(party: str, request: FineTune, settings: FineTuneSettings) -> None:
     """Raise ``OutOfBounds`` unless a training request is for an edge round of the configuration."""
-    check_integer(party, "the cycle of an order", order.cycle)
-    check_integer(party, "the edge round of an order", order.edge_round, 0, settings.edge_rounds - 1)
+    check_integer(party, "the cycle of a request", request.cycle)
+    check_integer(party, "the edge round of a request", request.edge_round, 0, settings.edge_rounds - 1)
 
 
 def check_body_output(party: str, output: BodyOutput) -> None:
