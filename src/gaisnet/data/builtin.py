@@ -117,7 +117,7 @@ def domain_seed(domain: str, seed: int) -> int:
 
 
 def draw_builtin(domain: str, settings: DataSettings, seed: int, num_newcomers: int = 0) -> DrawnExamples:
-    """Draw ``settings.train_examples`` and ``test_examples`` out of the built-in ``domain``, balanced over its labels.
+    """Draw ``settings.train_examples`` and ``test_examples`` from the built-in ``domain``, balanced over its labels.
 
     Each newcomer gets as many test examples from the remaining texts, so other examples do not depend on newcomers.
     Raises ``MissingPackage``, or ``DataError`` where the package has too few texts.

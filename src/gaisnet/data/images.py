@@ -131,7 +131,7 @@ def _rng(seed: int, draw: int) -> np.random.Generator:
 def _fashion() -> ImageData:
     folder = Path(os.environ.get(FASHION_VARIABLE) or _FASHION_FOLDER)
     if not folder.is_dir():
-        wanted = f"Fashion-MNIST in '{folder}' (or wherever {FASHION_VARIABLE} says)"
+        wanted = f"Fashion-MNIST in '{folder}' (or in the folder that {FASHION_VARIABLE} names)"
         raise MissingPackage(wanted, "dataset-fashion-mnist", "apt-get install dataset-fashion-mnist")
     train, test = (_idx_pair(folder, prefix) for prefix in ("train", "t10k"))
     return ImageData("fashion", _FASHION_LABELS, train, test)

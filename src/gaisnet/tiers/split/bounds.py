@@ -188,8 +188,8 @@ def check_distance(
     """Raise ``OutOfBounds`` where a number is further from its start than AdamW can move it in so many steps."""
     decayed = min(1.0, num_steps * settings.learning_rate * settings.weight_decay)
     for key, before in start.items():
-        reach = _ADAM * settings.learning_rate * num_steps + decayed * _largest(before)
-        most = (1.0 + _ROUNDED) * reach + _ROUNDED * _largest(before)
+        travel = _ADAM * settings.learning_rate * num_steps + decayed * _largest(before)
+        most = (1.0 + _ROUNDED) * travel + _ROUNDED * _largest(before)
         moved = _largest(found[key].to(before).double() - before.double())
         _within(party, f"how far '{key}' has moved in {num_steps} steps", moved, most)
 
@@ -202,10 +202,10 @@ def check_norms(
     Averaging products gives new factors. Their squared norms are the sum of the singular values, which is at most the
     product of the norms of the old factors.
     """
-    reach = _ADAM * settings.learning_rate * num_steps
+    travel = _ADAM * settings.learning_rate * num_steps
     for key_a in (key for key in start if ".lora_A." in key):
         pair = (key_a, key_a.replace(".lora_A.", ".lora_B."))
-        most = max(float(start[key].double().norm()) + reach * start[key].numel() ** 0.5 for key in pair)
+        most = max(float(start[key].double().norm()) + travel * start[key].numel() ** 0.5 for key in pair)
         for key in pair:
             size = float(found[key].double().norm())
             _within(party, f"the norm of '{key}' after {num_steps} steps", size, (1.0 + _ROUNDED) * most)

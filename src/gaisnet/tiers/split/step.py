@@ -40,7 +40,9 @@ class Member:
 
 @dataclass(frozen=True)
 class AnchorLoss:
-    """A loss that keeps the suffix near the FM's output on generated text (learning without forgetting, 1606.09282).
+    """A loss that keeps the suffix near the FM's output on generated text.
+
+    See learning without forgetting (Li and Hoiem, arXiv 1606.09282).
 
     Attributes:
         sequences: The text at the suffix's input, [T, D] each.
