@@ -45,7 +45,7 @@ def blocks() -> Iterator[Block]:
 BLOCKS = list(blocks())
 
 
-def of_language(*languages: str) -> Any:
+def of_language(*languages: str) -> pytest.MarkDecorator:
     chosen = [block for block in BLOCKS if block.language in languages and not DRAWN.search(block.text)]
     return pytest.mark.parametrize("block", chosen, ids=[f"{block.page.name}:{block.line}" for block in chosen])
 

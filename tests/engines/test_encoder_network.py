@@ -291,9 +291,9 @@ def test_an_adapter_that_devices_do_worse_with_is_taken_out(kind: str, public: b
     class Say:
         """What devices say: of one domain that all were right before, and none is any more."""
 
-        def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+        def collect_reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
             asked.append(dict(adapters))
-            found = network.reports(adapters)
+            found = network.edges.collect_reports(adapters)
             right = {d: r.num_examples if len(asked) == 1 else 0 for d, r in found.items() if d == "shapes"}
             return {d: replace(r, num_correct=right.get(d, r.num_correct)) for d, r in found.items()}
 
@@ -339,7 +339,7 @@ def test_what_does_not_fit_is_refused_and_what_was_in_place_stays(how: str, foun
         learned["classifier.weight"][0, 0] = torch.nan
     elif how == "lacks":
         del learned["classifier.weight"]
-    (verdict,) = cloud.absorb({"shapes": update}, 0, network)
+    (verdict,) = cloud.absorb({"shapes": update}, 0, network.edges)
     assert not verdict.accepted and found in str(verdict)
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in cloud.adapter("shapes")[1].items())
     assert cloud.version("domain", "shapes") == 0
@@ -350,7 +350,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
     cloud = network.cloud
     _, tensors = cloud.adapter("shapes")
     huge = {key: torch.full_like(tensor, 3e38) for key, tensor in tensors.items()}
-    (verdict,) = cloud.absorb({"shapes": AdapterUpdate(1, 0, 5, 5, 0.5, (), huge)}, 0, network)
+    (verdict,) = cloud.absorb({"shapes": AdapterUpdate(1, 0, 5, 5, 0.5, (), huge)}, 0, network.edges)
     assert str(verdict) == "refused 'shapes': it makes features that are not finite of public inputs"
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in cloud.adapter("shapes")[1].items())
 

@@ -112,7 +112,7 @@ class World:
         network = self.tiers.network
         network.install()
         network.evaluate()
-        network.share()
+        network.edges.request_activations()
         parts, self.service = served(lively_model(), CutLayers(1, 1))
         self.parts = parts
         self.sessions = SessionEndpoint(self.service, OWNER)
@@ -132,7 +132,7 @@ class World:
 
     def of_edge(self, asked: Message) -> Take:
         """The cloud, which asked the edge."""
-        return lambda reply: self.tiers.cloud.check(DOMAIN, asked, reply)
+        return lambda reply: self.tiers.cloud.check_reply(DOMAIN, asked, reply)
 
     def fetched(self, reply: Message) -> object:
         """The edge, which asked a device for activations."""

@@ -35,8 +35,8 @@ from gaisnet.messages import (
 )
 from gaisnet.models.ragged import Ragged
 from gaisnet.progress import silent
-from gaisnet.tiers.cloud.decoder_model import DecoderCloudModel
-from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.tiers.cloud.adapted_body import MERGED
+from gaisnet.tiers.cloud.decoder_model import PerplexityGate
 from gaisnet.tiers.split.step import Outcome
 from gaisnet.transport.codec import Codec
 from tests.frames import Frames
@@ -80,7 +80,7 @@ class Reports:
         self._tiers = tiers
         self._of = of
 
-    def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+    def collect_reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
         self.asked.append(dict(adapters))
         found = {}
         for domain, adapter in adapters.items():
@@ -88,11 +88,11 @@ class Reports:
             found[domain] = EvaluationReport(10, right, 10, loss)
         return found
 
-    def share(self) -> tuple[str, ...]:
-        return self._tiers.network.share()
+    def request_activations(self) -> tuple[str, ...]:
+        return self._tiers.network.edges.request_activations()
 
-    def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-        return self._tiers.network.labels(outputs)
+    def request_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        return self._tiers.network.edges.request_gradients(outputs)
 
 
 def same(one: AdapterTensors, other: AdapterTensors) -> bool:
@@ -135,7 +135,7 @@ def updates_of(tiers: Tiers, seed: int = 7) -> dict[str, AdapterUpdate]:
 def merged_with(config: Config, ledger: Frames | None = None) -> tuple[Tiers, list[Verdict]]:
     """A network that has taken in ``updates_of``."""
     tiers = tiers_of(config, ledger)
-    return tiers, tiers.cloud.absorb(updates_of(tiers), 0, tiers.network)
+    return tiers, tiers.cloud.absorb(updates_of(tiers), 0, tiers.network.edges)
 
 
 def unsplit(spec: LoraSpec, tensors: AdapterTensors) -> tuple[PeftModel, dict[str, nn.Parameter]]:
@@ -190,7 +190,7 @@ def test_what_domains_have_and_what_is_not_allowed_to_travel_stay_as_they_were()
 def test_it_travels_once_while_cloud_and_edge_live() -> None:
     frames = Frames()
     tiers, _ = merged_with(config_of(absorb={"last_mile": {"epochs": 1}}), frames)
-    tiers.cloud.absorb({}, 1, tiers.network)
+    tiers.cloud.absorb({}, 1, tiers.network.edges)
     up = [m for kind, _, m in frames.messages() if kind == "edge_cloud" and isinstance(m, SmashedData)]
     assert len(up) == 2
 
@@ -208,8 +208,8 @@ def test_a_member_that_fails_is_named_and_the_others_go_on() -> None:
     tiers = tiers_of(config_of(absorb={"last_mile": {"epochs": 1}}))
 
     class Without(Reports):
-        def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-            good = super().labels({name: out for name, out in outputs.items() if name != "north-b"})
+        def request_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+            good = super().request_gradients({name: out for name, out in outputs.items() if name != "north-b"})
             return {**good, **({"north-b": LinkTimeout("north-b", "it is away")} if "north-b" in outputs else {})}
 
     verdict = tiers.cloud.absorb(updates_of(tiers), 0, Without(tiers, None))[-1]
@@ -219,11 +219,11 @@ def test_a_member_that_fails_is_named_and_the_others_go_on() -> None:
 
 def test_where_nobody_is_left_the_merged_adapter_stays_as_it_was() -> None:
     class Nobody(Reports):
-        def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        def request_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
             return {name: LinkTimeout(name, "it is away") for name in outputs}
 
     class Empty(Reports):
-        def share(self) -> tuple[str, ...]:
+        def request_activations(self) -> tuple[str, ...]:
             return ()
 
     merge = {"method": ["sum"]}
@@ -238,7 +238,7 @@ def test_where_nobody_is_left_the_merged_adapter_stays_as_it_was() -> None:
 def test_an_edge_cannot_name_whom_it_sent_nothing_of() -> None:
     tiers = tiers_of(config_of(absorb={"last_mile": {"epochs": 1}}))
     with pytest.raises(OutOfBounds, match="devices whose activations came up of the edge of 'shapes': .*'north-a'"):
-        tiers.cloud.check("shapes", ShareRequest(), Shared(("north-a",)))
+        tiers.cloud.check_reply("shapes", ShareRequest(), Shared(("north-a",)))
 
 
 def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:
@@ -247,13 +247,12 @@ def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:
         tune = {"local_epochs": 1, "batch_size": 4, "anchor_weight": weight, "anchor_every": 1, "max_grad_norm": 1e9}
         absorb = {"last_mile": {"epochs": 8, "learning_rate": 0.02}}
         tiers, _ = merged_with(config_of(absorb=absorb, fine_tune=tune))
-        model = tiers.cloud._model
-        assert isinstance(model, DecoderCloudModel)
+        body = tiers.cloud._model.body
         inputs = Ragged(tiers.cloud.anchor_release.hidden_ND, tuple(tiers.cloud.anchor_release.lengths_E.tolist()))
         found = []
         for adapter in (None, MERGED):
-            with model._model.active_adapter(adapter):
-                found.append(inputs.map_batches(model._model.run_suffix, 8).later())
+            with body.active_adapter(adapter):
+                found.append(inputs.map_batches(body.run_suffix, 8).later())
         return float((found[0] - found[1]).square().mean())
 
     assert moved(100.0) < 0.5 * moved(0.0)
@@ -267,17 +266,17 @@ def test_an_error_on_the_way_leaves_the_merged_adapter_as_it_was() -> None:
     steps = 0
 
     class Broken(Reports):
-        def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        def request_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
             nonlocal steps
             steps += 1
             if steps == 3:
                 raise Gone
-            return super().labels(outputs)
+            return super().request_gradients(outputs)
 
     with pytest.raises(Gone):
         tiers.cloud.absorb(updates_of(tiers), 0, Broken(tiers, None))
     assert steps == 3 and same(tiers.cloud.adapter(MERGED)[1], start)
-    again = tiers.cloud.absorb({}, 0, tiers.network)
+    again = tiers.cloud.absorb({}, 0, tiers.network.edges)
     assert all(verdict.accepted for verdict in again)
 
 
@@ -287,13 +286,13 @@ def test_nobody_switches_adapters_while_one_learns() -> None:
     refusals = []
 
     class Asking(Reports):
-        def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        def request_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
             with pytest.raises(
                 UnexpectedMessage, match="on which an adapter learns, does not take a request"
             ) as caught:
                 tiers.cloud.handle(BodyRequest("north-a", None))
             refusals.append(caught.value)
-            return super().labels(outputs)
+            return super().request_gradients(outputs)
 
     assert tiers.cloud.absorb(updates_of(tiers), 0, Asking(tiers, None))[-1].accepted
     assert refusals
@@ -310,7 +309,7 @@ def test_whose_activations_cannot_be_had_is_left_out(caplog: pytest.LogCaptureFi
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiers.cloud, "handle", refuse_one)
-        verdict = tiers.cloud.absorb(updates_of(tiers), 0, tiers.network)[-1]
+        verdict = tiers.cloud.absorb(updates_of(tiers), 0, tiers.network.edges)[-1]
     assert verdict.accepted and "on 5 examples" in str(verdict)
     assert "edge 'north' shares nothing of north-b with the cloud" in caplog.text
 
@@ -337,8 +336,8 @@ def test_an_adapter_that_devices_do_worse_with_is_refused_and_what_was_there_sta
 def test_devices_speak_of_an_adapter_as_strong_as_it_is_plugged_in() -> None:
     free, _ = merged_with(config_of())
     costs = free.cloud.retention
-    before = free.cloud._model
-    assert isinstance(before, DecoderCloudModel)
+    before = free.cloud._model.gate
+    assert isinstance(before, PerplexityGate)
     limit = 0.7 * (max(costs["shapes"], costs["tastes"]) / before.perplexity_before - 1.0)
     absorb = {"validation_share": 0.2, "max_retention_increase": limit, "least_share": 0.01}
     tiers = tiers_of(config_of(absorb=absorb))
@@ -358,8 +357,8 @@ def test_what_different_devices_say_decides_nothing() -> None:
     tiers = tiers_of(config_of(absorb={"validation_share": 0.2, "merge": {"method": ["sum", "ties"]}}))
 
     class Coming(Reports):
-        def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
-            found = super().reports(adapters)
+        def collect_reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+            found = super().collect_reports(adapters)
             num = 10 + len(self.asked)
             return {domain: EvaluationReport(num, one.num_correct, num, 1.0) for domain, one in found.items()}
 
@@ -376,7 +375,7 @@ def test_what_different_devices_say_decides_nothing() -> None:
 def strong(tiers: Tiers) -> None:
     """Domains' adapters that cost general ability, put in past the gate."""
     for domain, update in updates_of(tiers, seed=9).items():
-        tiers.cloud._model.put(domain, {key: 3.0 * tensor for key, tensor in update.tensors.items()})
+        tiers.cloud._model.body.set_adapter(domain, {key: 3.0 * tensor for key, tensor in update.tensors.items()})
 
 
 def test_a_way_to_merge_that_the_gate_refuses_is_not_taken_however_good() -> None:
@@ -384,11 +383,11 @@ def test_a_way_to_merge_that_the_gate_refuses_is_not_taken_however_good() -> Non
     for way in ("sum", "ties"):
         tiers = tiers_of(config_of(absorb={"merge": {"method": way}}))
         strong(tiers)
-        tiers.cloud.absorb({}, 0, tiers.network)
-        model = tiers.cloud._model
-        assert isinstance(model, DecoderCloudModel)
+        tiers.cloud.absorb({}, 0, tiers.network.edges)
+        gate = tiers.cloud._model.gate
+        assert isinstance(gate, PerplexityGate)
         made[way] = tiers.cloud.adapter(MERGED)[1]
-        costs[way] = tiers.cloud.retention[MERGED] / model.perplexity_before - 1.0
+        costs[way] = tiers.cloud.retention[MERGED] / gate.perplexity_before - 1.0
     cheap, dear = sorted(costs, key=lambda way: costs[way])
     limit = (costs[cheap] + costs[dear]) / 2
     assert 0.0 < costs[cheap] < limit < costs[dear]
@@ -421,8 +420,8 @@ def test_a_last_mile_that_other_devices_speak_of_stays() -> None:
     tiers = tiers_of(config_of(absorb=absorb))
 
     class Leaving(Reports):
-        def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
-            found = super().reports(adapters)
+        def collect_reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+            found = super().collect_reports(adapters)
             num = 20 - len(self.asked)
             return {domain: EvaluationReport(num, one.num_correct, num, 1.0) for domain, one in found.items()}
 
@@ -443,10 +442,10 @@ def test_if_devices_cannot_be_asked_nothing_is_left_half_tried(failing: int) -> 
     retention, updates = dict(cloud.retention), updates_of(tiers)
 
     class Failing(Reports):
-        def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+        def collect_reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
             if len(self.asked) + 1 == failing:
                 raise LinkTimeout("the edge of 'tastes'", "it is away")
-            return super().reports(adapters)
+            return super().collect_reports(adapters)
 
     with pytest.raises(LinkTimeout):
         cloud.absorb(updates, 0, Failing(tiers, lambda domain, plugged: (5, 1.0)))

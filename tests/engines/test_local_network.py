@@ -41,9 +41,9 @@ from gaisnet.messages import (
     SmashedData,
 )
 from gaisnet.models.foundation import Foundation, load_foundation
-from gaisnet.network import ALONE, Network, Scores
-from gaisnet.tiers.cloud.decoder_model import DecoderCloudModel
-from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.network import NO_ADAPTER, Network, Scores
+from gaisnet.tiers.cloud.adapted_body import MERGED
+from gaisnet.tiers.cloud.decoder_model import PerplexityGate
 from gaisnet.tiers.device.device import Device
 from gaisnet.tiers.edge.edge import Edge
 from gaisnet.transport.ledger import Ledger, LinkKind, Traffic
@@ -123,9 +123,9 @@ def alone(edge: str = "north", **changes: Any) -> Config:
 
 def alone_perplexity(run: Run) -> float:
     """Of the FM without an adapter."""
-    model = run.network.cloud._model
-    assert isinstance(model, DecoderCloudModel)
-    return model.perplexity_before
+    gate = run.network.cloud._model.gate
+    assert isinstance(gate, PerplexityGate)
+    return gate.perplexity_before
 
 
 @pytest.fixture(scope="module")
@@ -234,13 +234,13 @@ def test_the_merged_adapter_is_fitted_to_each_domain_on_its_own_text(finished: R
     cloud, foundation = finished.network.cloud, finished.foundation
     spec, merged = cloud.adapter(MERGED)
     assert foundation is not None and isinstance(spec, LoraSpec) and (spec.rank, spec.alpha) == (2 * 2, 2 * 4)
-    assert isinstance(cloud._model, DecoderCloudModel)
+    assert cloud._model.relay_trainer is not None
     parts = {domain: cloud.adapter(domain)[1] for domain in ("shapes", "tastes")}
     weight = finished.config.absorb.merge.weight
     sums = side_by_side(list(parts.values()), weight)
     whole = side_by_side(list(parts.values()))
     assert all(torch.equal(t, whole[key]) for key, t in merged.items() if ".lora_B." in key)  # they stay
-    texts = {domain: cloud._model._text.of[domain] for domain in parts}
+    texts = {domain: cloud._model.relay_trainer._text.of[domain] for domain in parts}
     assert texts["shapes"] != texts["tastes"]
 
     def apart(found: AdapterTensors) -> float:
@@ -506,7 +506,7 @@ def test_one_refused_adapter_does_not_stop_another() -> None:
     verdicts = cloud.absorb(
         {"shapes": AdapterUpdate(2, 1, 1, 1, 0.1, (), sound), "tastes": AdapterUpdate(2, 1, 1, 1, 0.1, (), broken)},
         1,
-        run.network,
+        run.network.edges,
     )
     assert [(v.adapter, v.accepted) for v in verdicts] == [("shapes", True), ("tastes", False), (MERGED, True)]
     assert all(torch.equal(cloud.adapter("shapes")[1][key], tensor) for key, tensor in sound.items())
@@ -628,14 +628,14 @@ def test_every_model_is_scored_on_every_domain(same_examples: Run) -> None:
     matrix = same_examples.network.evaluate_everywhere(scores)
     domains = {"shapes", "tastes"}
     assert matrix.domain.keys() == domains
-    assert matrix.foundation.keys() == {*domains, MERGED, ALONE}
+    assert matrix.foundation.keys() == {*domains, MERGED, NO_ADAPTER}
     for whose in domains:
         for on in domains:
             assert matrix.domain[whose][on] == scores.domain[whose]
             assert matrix.foundation[whose][on] == scores.foundation[whose]
     assert scores.domain["shapes"] != scores.domain["tastes"]  # they are not one model
     assert matrix.foundation[MERGED] == scores.merged
-    assert matrix.foundation[ALONE] == same_examples.scores[0].foundation
+    assert matrix.foundation[NO_ADAPTER] == same_examples.scores[0].foundation
 
 
 def test_before_anything_has_learned_nobody_need_be_asked_again() -> None:
@@ -669,7 +669,7 @@ def test_a_guest_that_does_not_fit_is_refused_and_the_host_stays(same_examples: 
     guest = same_examples.network._guest("tastes")
     narrow = {name: tensor[:1] for name, tensor in guest.domain.items()}
     with pytest.raises(AdapterMismatch):
-        same_examples.network._edges["shapes"].send(EvaluateGuest(guest.relay, narrow)).result()
+        same_examples.network.edges.links["shapes"].send(EvaluateGuest(guest.relay, narrow)).result()
     assert same_examples.network.evaluate() == before
 
 
@@ -871,7 +871,7 @@ def test_a_network_says_which_answer_it_did_not_get() -> None:
         (network.fine_tune, "AdapterUpdate"),
         (network.evaluate, "EvaluationReport"),
     ):
-        with pytest.raises(UnexpectedMessage, match=f"the network, waiting for a {answer}, does not take a FineTune"):
+        with pytest.raises(UnexpectedMessage, match=f"the cloud, waiting for a {answer}, does not take a FineTune"):
             verb()
 
 

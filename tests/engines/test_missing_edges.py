@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 import torch
 
-from gaisnet import network
 from gaisnet.config import FaultSettings
 from gaisnet.config.file import parse_config
 from gaisnet.errors import ConfigError, LinkLost, LinkTimeout, PeerError, TooFewEdges
@@ -23,7 +22,8 @@ from gaisnet.messages import (
     Message,
     TrafficReport,
 )
-from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.tiers.cloud import edge_client
+from gaisnet.tiers.cloud.adapted_body import MERGED
 from gaisnet.transport.base import Link
 from gaisnet.transport.ledger import Ledger
 from tests.engines.test_local_network import Run, quick
@@ -57,9 +57,9 @@ class Lying:
 def run_with(change: Change, **changes: Any) -> tuple[Run, Lying]:
     """One cycle of two edges, of which the second is changed."""
     run = Run(quick(cycles=1, **changes))
-    edges = dict(run.network._edges)
+    edges = dict(run.network.edges.links)
     edges[TASTES] = lying = Lying(edges[TASTES], change)
-    run.network._edges = edges
+    run.network.edges.links = edges
     return run, lying
 
 
@@ -108,9 +108,9 @@ def test_an_edge_that_lies_is_left_out_by_name_and_the_other_domain_goes_on(lie:
     run, lying = run_with(LIES[lie])
     run.go()
     run.network.traffic()
-    faults = run.network.take_faults()
+    faults = run.network.drain_faults()
     assert faults and all(fault.startswith(f"{TASTES}: cycle ") for fault in faults)
-    assert run.network.take_faults() == []
+    assert run.network.drain_faults() == []
     expected = honest.updates[0][SHAPES]
     found = run.updates[0][SHAPES]
     assert replace(found, tensors={}) == replace(expected, tensors={})
@@ -164,12 +164,11 @@ class Restarting:
 
 
 def test_an_edge_that_restarts_while_another_one_hangs_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "_RETRY_S", 0.0)
-    cloud = type("Cloud", (), {"learning": (SHAPES, TASTES), "check": lambda *_: None})
+    monkeypatch.setattr(edge_client, "_RETRY_S", 0.0)
     edges = {SHAPES: Restarting(hangs=True), TASTES: Restarting()}
-    asker = network.Network(cast(Any, cloud()), edges, Ledger(), FaultSettings(edge_deadline_s=1.0))
-    assert asker._ask(dict.fromkeys(edges, Install("", "")), Done) == {TASTES: Done()}
-    (fault,) = asker.take_faults()
+    asker = edge_client.EdgeClient(edges, (SHAPES, TASTES), FaultSettings(edge_deadline_s=1.0), lambda *_: None)
+    assert asker.ask(dict.fromkeys(edges, Install("", "")), Done) == {TASTES: Done()}
+    (fault,) = asker.drain_faults()
     assert fault.startswith(f"{SHAPES}: cycle 0: ") and "no answer for 1 s" in fault
 
 
@@ -179,7 +178,7 @@ def test_an_edge_that_missed_a_cycle_is_not_waited_for_again_while_it_is_away() 
     run.network.fine_tune()
     away = Restarting(hangs=True)
     away.peer = ""
-    run.network._edges = {**run.network._edges, TASTES: away}
+    run.network.edges.links = {**run.network.edges.links, TASTES: away}
     run.network.release()  # at once, not after an hour
     assert run.network.fine_tune().keys() == {SHAPES}
 

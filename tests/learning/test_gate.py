@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gaisnet.learning.gate import Verdict, fell, gate, perplexity, refused, standing, strongest
+from gaisnet.learning.gate import Verdict, fell, perplexity, refused, standing, strongest, verdict_on_perplexity
 from gaisnet.messages import EvaluationReport
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import CutLayers, cut_decoder
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.numeric
     [(11.5, True), (11.500001, False), (10.0, True), (3.0, True), (math.inf, False), (math.nan, False)],
 )
 def test_the_gate_lets_through_what_costs_at_most_a_share(now: float, accepted: bool) -> None:
-    verdict = gate("medical", now, before=10.0, max_increase=0.15)
+    verdict = verdict_on_perplexity("medical", now, before=10.0, max_increase=0.15)
     assert verdict.accepted is accepted
     assert verdict.limit == pytest.approx(11.5)
 
 
 def test_an_adapter_that_costs_nothing_passes_the_strictest_gate() -> None:
-    assert gate("medical", 10.0, before=10.0, max_increase=0.0).accepted
+    assert verdict_on_perplexity("medical", 10.0, before=10.0, max_increase=0.0).accepted
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ def test_an_adapter_that_costs_nothing_passes_the_strictest_gate() -> None:
     ],
 )
 def test_the_gate_says_what_it_does_and_why(now: float, sentence: str) -> None:
-    assert str(gate("medical", now, before=10.0, max_increase=0.15)) == sentence
+    assert str(verdict_on_perplexity("medical", now, before=10.0, max_increase=0.15)) == sentence
 
 
 def test_nothing_passes_where_the_model_was_broken_before() -> None:
-    assert not gate("medical", 10.0, before=math.nan, max_increase=0.15).accepted
+    assert not verdict_on_perplexity("medical", 10.0, before=math.nan, max_increase=0.15).accepted
 
 
 def judge_of(cost: float, tried: list[float]) -> Callable[[float], Verdict]:
@@ -54,7 +54,7 @@ def judge_of(cost: float, tried: list[float]) -> Callable[[float], Verdict]:
 
     def judge(share: float) -> Verdict:
         tried.append(share)
-        return gate("medical", 10.0 + cost * share, before=10.0, max_increase=0.15, share=share)
+        return verdict_on_perplexity("medical", 10.0 + cost * share, before=10.0, max_increase=0.15, share=share)
 
     return judge
 
@@ -79,7 +79,7 @@ def test_one_that_would_be_too_weak_is_refused_as_it_is(cost: float, least: floa
 
 
 def test_the_gate_says_how_weak_an_adapter_is() -> None:
-    said = str(gate("medical", 11.0, before=10.0, max_increase=0.15, share=0.6875))
+    said = str(verdict_on_perplexity("medical", 11.0, before=10.0, max_increase=0.15, share=0.6875))
     assert said == "accepted 'medical' at 69% of its strength: perplexity on public text 11.00, limit 11.50"
 
 
@@ -115,10 +115,12 @@ def test_a_model_that_is_broken_has_a_perplexity_that_the_gate_refuses() -> None
     for odd in (math.nan, math.inf, -math.inf):
         output_BTD = torch.full((2, 5, VOCAB), odd)
         found = perplexity(output_BTD, lambda rows_ND: rows_ND, torch.zeros(2, 5, dtype=torch.long))
-        assert not gate("medical", found, 10.0, 0.15).accepted
+        assert not verdict_on_perplexity("medical", found, 10.0, 0.15).accepted
     huge = torch.zeros(2, 5, VOCAB)
     huge[..., 1] = 1e6  # exp of a million is beyond any float
-    assert not gate("medical", perplexity(huge, lambda r: r, torch.zeros(2, 5, dtype=torch.long)), 10.0, 0.15).accepted
+    assert not verdict_on_perplexity(
+        "medical", perplexity(huge, lambda r: r, torch.zeros(2, 5, dtype=torch.long)), 10.0, 0.15
+    ).accepted
 
 
 # -- what devices report -----------------------------------------------------------------------------------------------
@@ -161,8 +163,8 @@ def test_standing_is_the_mean_over_domains_whatever_their_sizes_then_the_loss() 
 
 
 def test_a_verdict_says_how_an_adapter_came_to_be_and_what_was_reported() -> None:
-    verdict = gate("merged", 10.0, before=10.0, max_increase=0.15)
-    told = replace(verdict, made=" after a last mile of 3 steps", reported="devices say 71.0% right")
+    verdict = verdict_on_perplexity("merged", 10.0, before=10.0, max_increase=0.15)
+    told = replace(verdict, origin=" after a last mile of 3 steps", device_feedback="devices say 71.0% right")
     found = "perplexity on public text 10.00, limit 11.50"
     assert str(told) == f"accepted 'merged' after a last mile of 3 steps: {found}; devices say 71.0% right"
     assert str(refused("merged", "nobody is there")) == "refused 'merged': nobody is there"

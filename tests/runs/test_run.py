@@ -28,8 +28,7 @@ from gaisnet.runs.model_card import render_card
 from gaisnet.runs.output import RunFolder
 from gaisnet.runs.run import Run, local_build, run_experiment
 from gaisnet.runs.summary import Cycle, Summary
-from gaisnet.tiers.cloud.decoder_model import DecoderCloudModel
-from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.tiers.cloud.adapted_body import MERGED
 from gaisnet.transport.ledger import Ledger
 from tests.frames import Frames
 from tests.tiny import tiny_config, tiny_edge, write_tiny_run
@@ -385,9 +384,9 @@ def test_finished_cycles_stay_when_a_later_one_breaks_off(tmp_path: Path) -> Non
         domains = load_domains(config)
         run = Run(config, folder, silent, local_build(config, domains, Ledger), {})
         run.cycle()
-        model = run._network.cloud._model
-        assert isinstance(model, DecoderCloudModel)
-        body = model._relay_trainer._body
+        trainer = run._network.cloud._model.relay_trainer
+        assert trainer is not None
+        body = trainer._body
         (middle, *_) = (index for index in body.indices if index in (2, 3))
         body.get_parameter(f"layers.{middle}.input_layernorm.weight").data[0] = math.inf
         run.cycle()

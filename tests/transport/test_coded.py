@@ -8,7 +8,7 @@ import torch
 from gaisnet.config import WireSettings
 from gaisnet.errors import LinkLost, LinkTimeout, MessageTooLarge, PeerError, UnexpectedMessage, WireFormatError
 from gaisnet.messages import BodyOutput, BodyOutputGrad, Done, FineTune, Message, SmashRequest
-from gaisnet.transport.base import Handler, wait
+from gaisnet.transport.base import Handler, wait_for
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded
 from gaisnet.transport.ledger import Direction, Ledger, LinkKind, Traffic
@@ -153,7 +153,7 @@ def test_a_wait_that_is_over_gives_up_on_the_link_below() -> None:
     link = link_over(wire)
     answer = link.send(ASK)
     with pytest.raises(LinkTimeout):
-        wait(link, answer, "asked", deadline_s=0.0, away_s=0.0)
+        wait_for(link, answer, Done, "asked", "the peer", deadline_s=0.0, away_s=0.0)
     assert wire.answers[0].cancelled()
 
 

@@ -23,19 +23,19 @@ class Verdict:
     adapter: str
     perplexity: float
     limit: float
-    unfit: str = ""  # reason other than perplexity
+    rejection: str = ""  # reason other than perplexity
     share: float = 1.0  # share of its strength at which it was tried
-    said: str = ""  # evidence where there is no perplexity
-    made: str = ""  # how the adapter was made, where that is not plain
-    reported: str = ""  # scores by devices
+    evidence: str = ""  # evidence where there is no perplexity
+    origin: str = ""  # how the adapter was made, where that is not plain
+    device_feedback: str = ""  # scores by devices
 
     def __str__(self) -> str:
         """Return the decision as a sentence."""
         weaker = f" at {self.share:.0%} of its strength" if self.share < 1.0 else ""
         found = f"perplexity on public text {self.perplexity:.2f}, limit {self.limit:.2f}"
-        reasons = [self.unfit or self.said or found, *([self.reported] if self.reported else [])]
+        reasons = [self.rejection or self.evidence or found, *([self.device_feedback] if self.device_feedback else [])]
         word = "accepted" if self.accepted else "refused"
-        return f"{word} '{self.adapter}'{self.made}{weaker}: {'; '.join(reasons)}"
+        return f"{word} '{self.adapter}'{self.origin}{weaker}: {'; '.join(reasons)}"
 
 
 def refused(adapter: str, why: str) -> Verdict:
@@ -74,7 +74,9 @@ def standing(reports: Collection[EvaluationReport]) -> tuple[float, float]:
     return accuracy, -sum(report.loss_sum / report.num_tokens for report in reports) / len(reports)
 
 
-def gate(adapter: str, perplexity: float, before: float, max_increase: float, share: float = 1.0) -> Verdict:
+def verdict_on_perplexity(
+    adapter: str, perplexity: float, before: float, max_increase: float, share: float = 1.0
+) -> Verdict:
     """Reject an adapter that raises the FM's perplexity on public text from ``before`` by more than a share.
 
     A perplexity of NaN is rejected, too. ``share``: the adapter's strength at which it was measured.

@@ -8,7 +8,7 @@ from html import escape
 
 import yaml
 
-from gaisnet.network import ALONE
+from gaisnet.network import NO_ADAPTER
 from gaisnet.runs.plots import (
     BLUE,
     GREEN,
@@ -40,7 +40,7 @@ from gaisnet.runs.table import (
     percent,
     unit_bytes,
 )
-from gaisnet.tiers.cloud.model import MERGED
+from gaisnet.tiers.cloud.adapted_body import MERGED
 
 CSS = """
 :root{color-scheme:light dark;--ink:#1d2329;--dim:#59636e;--paper:#fff;--card:#f6f7f9;--edge:#d9dee4}
@@ -253,7 +253,7 @@ def _everywhere(summary: Summary) -> str:
     matrix = summary.cycles[-1].matrix
     if matrix is None:
         return ""
-    models = {"FM as it is": matrix.foundation[ALONE]}
+    models = {"FM as it is": matrix.foundation[NO_ADAPTER]}
     models |= {f"FM with the adapter of {name}": matrix.foundation[name] for name in matrix.domain}
     models["FM with the merged adapter"] = matrix.foundation[MERGED]
     models |= {f"DM of {name}": scores for name, scores in matrix.domain.items()}

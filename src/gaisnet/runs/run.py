@@ -269,7 +269,7 @@ class Run:
             bytes=self._traffic(),
             seconds=Seconds(**{verb: self._seconds.pop(verb, 0.0) for verb in Seconds.model_fields}),
             gate=said,
-            faults=[*faults, *self._network.take_faults()],
+            faults=[*faults, *self._network.drain_faults()],
             relay={domain: _relay_loss(result) for domain, result in relays.items()},
         )
         if before is not None:

@@ -1,58 +1,72 @@
-"""What every link can do. Tiers know only this."""
+"""The interface of a link, all that tiers know of a network, and how to wait for a reply."""
 
 import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from gaisnet.errors import LinkTimeout
+from gaisnet.errors import LinkTimeout, UnexpectedMessage
 from gaisnet.messages import Message
 
+M = TypeVar("M", bound=Message)
 _LOOK_S = 0.2
 
 
 class Link(Protocol):
-    """One end of a connection between two tiers, to ask the other end."""
+    """One end of a connection between two tiers, for requests to the other end."""
 
     @property
     def peer(self) -> str:
-        """Names the present life of the other end, which forgets everything when it restarts; '' while it is away."""
+        """The incarnation of the other end, which forgets everything when it restarts; '' while it is away."""
 
     def send(self, message: Message) -> Future[Message]:
-        """Ask; the answer comes in time, or a ``LinkError``, or what the other end raised."""
+        """Send a request. The future gets the reply, a ``LinkError``, or the error that the other end raised."""
 
 
 class Handler(Protocol):
-    """The other end: a tier that answers."""
+    """The other end: a tier that answers requests."""
 
     def handle(self, message: Message) -> Message | Future[Message]:
-        """Answer ``message``, now or when the answer is there. Raises ``UnexpectedMessage``."""
+        """Answer ``message``, at once or by a future. Raises ``UnexpectedMessage``."""
 
 
-def wait(link: Link, answer: Future[Message], asked: str, deadline_s: float, away_s: float) -> Message:
-    """The answer to what was asked.
+def expect(reply: Message, kind: type[M], asker: str) -> M:
+    """Return ``reply`` if it is of the kind that ``asker`` waits for. Raises ``UnexpectedMessage``."""
+    if not isinstance(reply, kind):
+        raise UnexpectedMessage(f"{asker}, waiting for a {kind.__name__},", type(reply).__name__)
+    return reply
+
+
+def wait_for(
+    link: Link, reply: Future[Message], kind: type[M], asker: str, peer: str, deadline_s: float, away_s: float
+) -> M:
+    """Wait for the reply to a request.
 
     Args:
-        link: Where it was sent.
-        answer: What ``send`` gave.
-        asked: For the error: whom, and what for.
-        deadline_s: Seconds from now after which nobody waits any longer.
-        away_s: Seconds after which an end that is away is waited for no longer.
+        link: The link that the request was sent on.
+        reply: The future that ``send`` returned.
+        kind: The expected kind of reply.
+        asker: The waiting party, for errors.
+        peer: The party at the other end, for errors.
+        deadline_s: Seconds from now to wait at most.
+        away_s: Seconds to wait for a peer that is away.
 
     Raises:
-        LinkTimeout: Too late, or away for too long; a late answer is dropped.
-        GaisnetError: What the other end raised, or ``LinkError``.
+        LinkTimeout: The deadline passed, or the peer was away for too long; a late reply is dropped.
+        UnexpectedMessage: The reply is of another kind.
+        GaisnetError: Raised by the other end, or a ``LinkError``.
     """
     started = seen = time.monotonic()
     while True:
         try:
-            return answer.result(timeout=min(_LOOK_S, deadline_s))
+            return expect(reply.result(timeout=min(_LOOK_S, deadline_s)), kind, asker)
         except FutureTimeout:
-            if answer.done():  # it came at this moment, or the other end raised a TimeoutError
-                return answer.result()
+            if reply.done():  # it came at this moment, or the other end raised a TimeoutError
+                return expect(reply.result(), kind, asker)
         now = time.monotonic()
         seen = now if link.peer else seen
         if now - started > deadline_s or now - seen > away_s:
-            answer.cancel()
+            reply.cancel()
             found = "away" if not link.peer else "no answer"
+            asked = f"{asker}, waiting for a {kind.__name__} of {peer}"
             raise LinkTimeout(asked, f"{found} for {now - (seen if not link.peer else started):.0f} s")

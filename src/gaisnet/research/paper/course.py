@@ -109,7 +109,7 @@ def learn(folder: Path, clusters: Sequence[Sequence[Site]], kind: Kind, num_roun
         before = _bytes(tiers)
         tiers.network.release()
         faults = [fault for update in tiers.network.fine_tune().values() for fault in update.faults]
-        faults += tiers.network.take_faults()
+        faults += tiers.network.drain_faults()
         round_bytes.append(_bytes(tiers) - before)
         refused = [str(verdict) for verdict in tiers.network.absorb() if not verdict.accepted]
         if faults or refused:  # figures are reported for all devices

@@ -14,10 +14,12 @@ from gaisnet.errors import UnexpectedMessage, WireFormatError
 from gaisnet.messages import SmashedData
 from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged
-from gaisnet.tiers.cloud.model import MERGED
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.layout import Layout
 from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainableBody
+
+MERGED = "merged"
+"""Name of the merged adapter."""
 
 
 class AdaptedBody(TrainableBody):

@@ -1,4 +1,4 @@
-"""The cloud: holds the foundation model (FM), teaches domain models, takes adapters in, and answers edges."""
+"""The cloud: holds the foundation model (FM), fits relays for domain models, absorbs adapters, and answers edges."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors, check_same_shapes
-from gaisnet.adapters.tuning import AdapterSpec
+from gaisnet.adapters.tuning import AdapterSpec, LoraSpec
 from gaisnet.checkpoint import digest_of, under
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.data.examples import Input
@@ -41,10 +41,11 @@ from gaisnet.messages import (
 from gaisnet.models.foundation import Foundation
 from gaisnet.progress import Progress, silent
 from gaisnet.tiers.cloud.acceptance import AdapterAcceptance
-from gaisnet.tiers.cloud.decoder_model import DecoderCloudModel
+from gaisnet.tiers.cloud.adapted_body import MERGED
+from gaisnet.tiers.cloud.decoder_model import build_decoder_model
 from gaisnet.tiers.cloud.device_client import DeviceClient
-from gaisnet.tiers.cloud.encoder_model import EncoderCloudModel
-from gaisnet.tiers.cloud.model import MERGED, CloudModel, Sizes
+from gaisnet.tiers.cloud.encoder_model import build_encoder_model
+from gaisnet.tiers.cloud.model import Sizes
 from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.bounds import GradientBounds
@@ -57,13 +58,13 @@ class Cloud:
     """Owns the FM and the adapters that plug into it.
 
     Args:
-        foundation: The FM; adapters are put beside its late layers, the weights stay as they are.
+        foundation: The FM; adapters are put beside its late layers, its weights do not change.
         config: The run's configuration.
-        shapes: What is public about each domain's task, by domain.
-        retention_text: Public text that no domain trains on, to watch the general ability of a decoder with.
-        progress: Told while it generates and distils.
-        publisher: Serves the FM and the adapters that are plugged in; None if nobody does.
-        public_inputs: Of an encoder, in place of text: unlabelled texts or images that are nobody's secret.
+        shapes: Public description of each domain's task, by domain.
+        retention_text: Public text that no domain trains on, to measure a decoder's general ability.
+        progress: Told while text is generated and relays are fitted.
+        publisher: Serves the FM and its adapters; None if they are not served.
+        public_inputs: For an encoder, in place of text: unlabelled public texts or images.
 
     Raises:
         CutError: The configuration does not fit the FM.
@@ -84,9 +85,9 @@ class Cloud:
         publisher = publisher or NoPublisher()
         layout = Layout(config, foundation.model.config.num_hidden_layers, foundation.family)
         if foundation.family.is_encoder:
-            self._model: CloudModel = EncoderCloudModel(foundation, layout, public_inputs, publisher.compute_lock)
+            self._model = build_encoder_model(foundation, layout, public_inputs, publisher.compute_lock)
         else:
-            self._model = DecoderCloudModel(foundation, layout, shapes, retention_text, progress, publisher)
+            self._model = build_decoder_model(foundation, layout, shapes, retention_text, progress, publisher)
         self.model_digest = digest_of(self.model_release.tensors)
         self._adapter_of = {edge.domain: edge.adapter for edge in config.edges}
         self.learning = tuple(edge.domain for edge in config.learning_edges())
@@ -96,9 +97,10 @@ class Cloud:
         self._hidden_size = foundation.model.config.hidden_size
         self._longest = bounds.max_positions(foundation.model.config, config.model.most_tokens)
         self._classifies = foundation.family.is_encoder
-        self._model.set_gradient_bounds(
-            GradientBounds.from_release(self.model_release, config.tail_layers, self._classifies)
+        self._model.body.gradient_bounds = GradientBounds.from_release(
+            self.model_release, config.tail_layers, self._classifies
         )
+        self._publisher = None if foundation.family.is_encoder else publisher  # an encoder writes no answers
         self._acceptance = AdapterAcceptance(self._model, config, progress)
         self._last_mile = bool(config.absorb.last_mile.epochs)
         self._travelling = {name for edge in config.learning_edges() for name in edge.travelling}
@@ -107,102 +109,104 @@ class Cloud:
             "relay": dict.fromkeys(shapes, 0),
             "domain": dict.fromkeys(self.learning, 0),
         }
-        # As they came up; the FM may have less.
-        self._whole = {domain: self._model.adapter(domain) for domain in self.learning}
-        self._put_out(*self.adapters)
+        # at full strength; the FM may have them weakened
+        self._whole = {domain: self._model.body.copy_adapter(domain) for domain in self.learning}
+        self._publish(*self.adapters)
 
     @property
     def model_release(self) -> ModelRelease:
-        """What edges and devices need of the FM."""
+        """Everything that edges and devices need of the FM."""
         return self._model.model_release
 
     @property
     def anchor_release(self) -> AnchorRelease:
-        """What the FM makes of text that it wrote; empty where it writes none."""
+        """The FM's hidden states on text that it generated; empty for an encoder."""
         return self._model.anchor_release
 
     @property
     def sizes(self) -> Sizes:
-        """Of the models."""
+        """Sizes of the models."""
         return self._model.sizes
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of all adapters: of the domains that learn, and ``MERGED`` where there is such a one."""
-        return self._model.names
+        """Names of all adapters: the domains that train, and ``MERGED`` if there is a merged one."""
+        return tuple(self._model.specs)
 
     @property
     def retention(self) -> Mapping[str, float]:
-        """What each adapter in place costs in general ability, by its name.
+        """Cost of each adapter in place in general ability, by its name.
 
-        Of a decoder perplexity on public text, of an encoder how far it moves the features of public inputs; empty
-        where there is nothing public.
+        For a decoder the perplexity on public text, for an encoder the drift of features of public inputs; empty
+        without public inputs.
         """
-        return self._model.retention
+        return self._model.gate.retention
 
     # -- down ----------------------------------------------------------------------------------------------------------
 
-    def distil(self, domain: str, cycle: int) -> Distillation | None:
-        """Teach a domain's DM what the FM sees; None where there is no relay."""
-        result = self._model.teach(domain, cycle)
+    def train_relay(self, domain: str, cycle: int) -> Distillation | None:
+        """Fit a domain's relay to the FM; None if there is no relay."""
+        result = None if self._model.relay_trainer is None else self._model.relay_trainer.train_relay(domain, cycle)
         if result is not None and result.helped:
             self.versions["relay"][domain] = cycle + 1
         return result
 
     def release(self, role: Role, domain: str) -> AdapterRelease:
-        """The relay that a domain's DM should have, or its domain adapter, whole, as it was last accepted."""
+        """Return a domain's current relay, or its domain adapter at full strength, as last accepted."""
         tensors = self._model.relays[domain] if role == "relay" else self._whole[self._adapter_of[domain]]
         return AdapterRelease(role, self.version(role, domain), tensors)
 
     def version(self, role: Role, domain: str) -> int:
-        """Of what ``release`` gives; 0 where there is no relay."""
+        """Return the version that ``release`` gives; 0 if there is no relay."""
         return self.versions[role][domain if role == "relay" else self._adapter_of[domain]]
 
     def relay(self, domain: str) -> AdapterTensors:
-        """Of a domain's DM; empty where models have none."""
+        """Return the relay of a domain's DM; empty if models have none."""
         return self._model.relays.get(domain, {})
 
     # -- up ------------------------------------------------------------------------------------------------------------
 
     def absorb(self, updates: Mapping[str, AdapterUpdate], cycle: int, devices: DeviceClient) -> list[Verdict]:
-        """Plug domain adapters into the FM where they may, and merge what is in place.
+        """Plug accepted domain adapters into the FM, and merge those in place.
 
         Args:
-            updates: By domain.
-            cycle: That ends.
+            updates: Updates by domain.
+            cycle: The cycle that ends.
             devices: Asked for scores and gradients.
         """
-        verdicts = self._take(updates, devices)
+        verdicts = self._try_updates(updates, devices)
         merged = self._acceptance.merge(devices)
         if merged is None:
             return verdicts
         about_merged = [merged]
         if self._last_mile and merged.accepted:
-            about_merged.append(self._acceptance.last_mile(self._members(devices.share()), cycle, devices))
+            about_merged.append(
+                self._acceptance.last_mile(self._members(devices.request_activations()), cycle, devices)
+            )
         if merged.accepted:
-            self._put_out(MERGED)
+            self._publish(MERGED)
         return [*verdicts, *about_merged]
 
     def _members(self, owners: Sequence[str]) -> list[Member]:
-        """Devices that learn in the last mile, out of those whose activations are here."""
+        """Return the devices of the last mile: those whose activations are here."""
         return [Member(owner, self._activations[owner, "train"]) for owner in owners]
 
-    def _take(self, updates: Mapping[str, AdapterUpdate], devices: DeviceClient) -> list[Verdict]:
+    def _try_updates(self, updates: Mapping[str, AdapterUpdate], devices: DeviceClient) -> list[Verdict]:
         misfits = {domain: self._misfit(domain, update) for domain, update in updates.items()}
         unfit = {domain: refused(domain, why) for domain, why in misfits.items() if why}
         fitting = {domain: update.tensors for domain, update in updates.items() if domain not in unfit}
-        found = {verdict.adapter: verdict for verdict in self._acceptance.take(fitting, devices)}
+        found = {verdict.adapter: verdict for verdict in self._acceptance.try_adapters(fitting, devices)}
         for domain, verdict in found.items():
             if verdict.accepted:
                 self.versions["domain"][domain] = updates[domain].version
                 self._whole[domain] = updates[domain].tensors
-                self._put_out(domain)
+                self._publish(domain)
         return [(unfit | found)[domain] for domain in updates]
 
     def _misfit(self, domain: str, update: AdapterUpdate) -> str:
-        """Why an update cannot even be tried; nothing if it can."""
+        """Return why an update cannot be tried; empty if it can."""
         try:
-            check_same_shapes(domain, self._model.adapter(domain), update.tensors)
+            check_same_shapes(domain, self._model.body.copy_adapter(domain), update.tensors)
             if update.base != self.versions["domain"][domain]:
                 raise StaleAdapter(domain, self.versions["domain"][domain], update.base)
         except AdapterError as error:
@@ -210,20 +214,23 @@ class Cloud:
         return ""
 
     def adapter(self, name: str) -> tuple[AdapterSpec, AdapterTensors]:
-        """Shape and tensors of a domain's adapter or of the merged one, as they are plugged in now."""
-        return self._model.spec(name), self._model.adapter(name)
+        """Return shape and tensors of an adapter, as it is in place now."""
+        return self._model.specs[name], self._model.body.copy_adapter(name)
 
-    def _put_out(self, *names: str) -> None:
-        """What is plugged in now is served from now on."""
+    def _publish(self, *names: str) -> None:
+        """Serve these adapters as they are now."""
         versions = self.versions["domain"]
         for name in names:
-            self._model.publish(name, max(versions.values()) if name == MERGED else versions[name])
+            version = max(versions.values()) if name == MERGED else versions[name]
+            spec = self._model.specs[name]
+            if self._publisher is not None and isinstance(spec, LoraSpec):
+                self._publisher.publish_adapter(name, version, spec, self._model.body.copy_adapter(name))
 
     # -- after a restart -----------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """All that a run has changed, for ``restore``; everything else follows from the configuration."""
-        adapters = {name: self._model.adapter(name) for name in self.adapters}
+        """Return everything that a run has changed, for ``restore``; the rest follows from the configuration."""
+        adapters = {name: self._model.body.copy_adapter(name) for name in self.adapters}
         groups = {"adapter": adapters, "whole": self._whole, "relay": self._model.relays}
         tensors = {
             f"{group}/{name}/{key}": tensor
@@ -234,16 +241,16 @@ class Cloud:
         return {"versions": self.versions, **self._model.state()}, tensors
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from where ``state`` was taken. Raises ``AdapterMismatch`` if the configuration is another one."""
+        """Restore the values of ``state``. Raises ``AdapterMismatch`` for another configuration."""
         self.versions = state["versions"]
         self._model.restore(state)
         for name in self.adapters:
-            self._model.put(name, under(f"adapter/{name}/", tensors))
+            self._model.body.set_adapter(name, under(f"adapter/{name}/", tensors))
         for domain in self._whole:
-            self._whole[domain] = under(f"whole/{domain}/", tensors) or self._model.adapter(domain)
+            self._whole[domain] = under(f"whole/{domain}/", tensors) or self._model.body.copy_adapter(domain)
         for domain in self._model.relays:
             self._model.relays[domain] = under(f"relay/{domain}/", tensors)
-        self._put_out(*self.adapters)
+        self._publish(*self.adapters)
 
     # -- asked by edges ------------------------------------------------------------------------------------------------
 
@@ -256,7 +263,7 @@ class Cloud:
                 return self._model.anchor_release
             case SmashedData() if self._may_have(message):
                 self._check_smashed(message)
-                self._activations[message.owner, message.split] = self._model.prefix(message)
+                self._activations[message.owner, message.split] = self._model.body.prefix(message)
                 return Done()
             case BodyRequest() if (message.owner, message.split) in self._activations and (
                 message.adapter is None or message.adapter in self.adapters
@@ -272,8 +279,8 @@ class Cloud:
         next_layer, classifies = self._heads[found.owner], self._classifies
         bounds.check_smashed(found.owner, found.split, found, next_layer, self._hidden_size, self._longest, classifies)
 
-    def check(self, domain: str, asked: Message, answer: Message) -> None:
-        """Raise ``OutOfBounds`` or ``AdapterError`` where the answer of a domain's edge cannot be meant."""
+    def check_reply(self, domain: str, asked: Message, answer: Message) -> None:
+        """Raise ``OutOfBounds`` or ``AdapterError`` if the reply of a domain's edge cannot be true."""
         party, edge = f"the edge of '{domain}'", self._edge_of[domain]
         match answer:
             case AdapterUpdate():
@@ -296,7 +303,7 @@ class Cloud:
                     bounds.check_integer(party, field.name, getattr(answer, field.name), 0, 2**62)
 
     def _most_scored(self, edge: EdgeSettings, asked: Message) -> tuple[int, int]:
-        """Examples and label tokens: of a score on the FM, those whose activations are here."""
+        """Return most examples and label tokens of a report: for the FM, those whose activations are here."""
         if not isinstance(asked, Evaluate) or asked.body != "foundation":
             return MOST, MOST
         keys = [(device.name, asked.split) for device in edge.devices]
@@ -305,7 +312,7 @@ class Cloud:
 
     def _output(self, request: BodyRequest) -> BodyOutput:
         inputs = self._activations[request.owner, request.split]
-        rows_ND = self._model.output_rows(inputs, request.adapter)
+        rows_ND = self._model.body.output_rows(inputs, request.adapter)
         examples_E = torch.arange(len(inputs), dtype=torch.int32)
         return BodyOutput(request.split, 0, sum(inputs.num_labels), examples_E, rows_ND)
 

@@ -1,4 +1,4 @@
-"""What the cloud can have of devices while it takes adapters in: through their edges, by messages, never an example."""
+"""Requests of the cloud to devices while it absorbs adapters: through their edges, by messages, never an example."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -8,13 +8,13 @@ from gaisnet.tiers.split.step import Outcome
 
 
 class DeviceClient(Protocol):
-    """Asks the devices of edges that learn."""
+    """Asks the devices of edges that train."""
 
-    def reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
-        """How the FM does on what devices hold back, with an adapter that is plugged in; adapters by domain."""
+    def collect_reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
+        """Score the FM with an adapter in place on devices' validation sets; adapters and reports by domain."""
 
-    def share(self) -> tuple[str, ...]:
-        """Let activations of training examples come up, where that is allowed: whose are there now."""
+    def request_activations(self) -> tuple[str, ...]:
+        """Let devices that allow it send activations of training examples; return whose are at the cloud now."""
 
-    def labels(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-        """Ask owners for the gradients of their shares of a step, by name; or what came instead."""
+    def request_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
+        """Ask owners for the gradients of their rows of a step, by name; an error stands for a missing reply."""

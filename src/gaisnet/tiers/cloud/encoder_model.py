@@ -1,7 +1,7 @@
-"""A foundation model (FM) that tells classes apart: every domain has a classifier of its own beside its adapter.
+"""Assembles the cloud's model from an encoder: every domain has its own classifier beside its adapter.
 
-It writes no text, so there is no relay, no anchor and no perplexity; and classifiers of different classes do not add
-up, so there is no merged adapter.
+An encoder generates no text, so there is no relay, no anchor and no perplexity. Classifiers of different classes do not
+add up, so there is no merged adapter.
 
 Shape legend: B sequences, T positions, D hidden size, N inputs.
 """
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors
-from gaisnet.adapters.tuning import AdapterSpec
 from gaisnet.compute_lock import ComputeLock
 from gaisnet.data.examples import Input
-from gaisnet.errors import ConfigError, ModelError
+from gaisnet.errors import ConfigError
 from gaisnet.learning.gate import Verdict
-from gaisnet.messages import AnchorRelease, SmashedData
-from gaisnet.models.encoders import cut_encoder
+from gaisnet.messages import AnchorRelease
+from gaisnet.models.encoders import EncoderBody, cut_encoder
 from gaisnet.models.families import Encoder
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import Body, CutLayers
@@ -29,181 +28,159 @@ from gaisnet.models.ragged import Ragged, by_length
 from gaisnet.models.recipe import Recipe, choose_recipe, make_domain_body, num_parameters
 from gaisnet.models.release import release_encoder
 from gaisnet.tiers.cloud.adapted_body import AdaptedBody
-from gaisnet.tiers.cloud.model import Sizes
+from gaisnet.tiers.cloud.model import CloudModel, Sizes
 from gaisnet.tiers.split.activations import Activations
-from gaisnet.tiers.split.bounds import GradientBounds
 from gaisnet.tiers.split.inputs import EncoderInputs
 from gaisnet.tiers.split.layout import Layout
-from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, TrainingResult, compute_body_output_rows
+from gaisnet.tiers.split.trainable_body import PREFIX_BATCH, compute_body_output_rows
 
 _CALIBRATION_INPUTS = 16
 
 
-class EncoderCloudModel:
-    """An encoder as the cloud runs it; see ``CloudModel``.
+def build_encoder_model(
+    foundation: Foundation, layout: Layout, public: Sequence[Input], compute_lock: ComputeLock
+) -> CloudModel:
+    """Fill in the recipe, and put adapters with classifiers beside the FM's late layers.
 
     Args:
-        foundation: The FM; adapters are put beside its late layers, the weights stay as they are.
-        layout: Whose layers are whose.
-        public: Unlabelled inputs that are nobody's secret: a recipe is filled in and calibrated on them, and how far
-            adapters move the FM's features is measured. There may be none.
+        foundation: The FM; its weights do not change.
+        layout: Layers of each party.
+        public: Unlabelled public inputs: they fill in and calibrate the recipe, and measure how far adapters move the
+            FM's features. There may be none.
         compute_lock: Held while the model runs.
 
     Raises:
         ConfigError: The recipe needs public inputs and there are none.
         DataError: The FM cannot read them.
     """
+    encoder, config = foundation.encoder, layout.config
+    head, body = cut_encoder(encoder, CutLayers(layout.first_cut))
+    adapted = AdaptedBody(body, layout, compute_lock)
 
-    def __init__(
-        self, foundation: Foundation, layout: Layout, public: Sequence[Input], compute_lock: ComputeLock
-    ) -> None:
-        self._layout = layout
-        self._compute_lock = compute_lock
-        encoder = foundation.encoder
-        self._head, self._body = cut_encoder(encoder, CutLayers(layout.first_cut))
-        self._plugged = AdaptedBody(self._body, layout, compute_lock)
-        inputs = EncoderInputs(public, foundation.reader, layout.config.model.most_tokens, "the cloud's public inputs")
-        at_cut = inputs.map_batches(self._run_head) if public else None
-        recipe, domain_body = self._make_domain_body(encoder, at_cut)
-        # Taken before adapters stand between the layers and their weights.
-        self.model_release = release_encoder(encoder, domain_body, recipe.int8, layout.last_cut)
-        nothing_ND = torch.zeros(0, self._body.config.hidden_size)
-        self.anchor_release = AnchorRelease(torch.zeros(0, dtype=torch.int32), nothing_ND)
-        self.sizes = Sizes(
-            num_parameters(foundation.model), layout.num_layers, len(recipe.kept), self._device_params(encoder)
-        )
-        pause_within(self._body.layers.values(), compute_lock.pause)
-        self.names = tuple(edge.domain for edge in layout.config.learning_edges())
-        self.relays: dict[str, AdapterTensors] = {}
-        self._public = None if at_cut is None else self._at_suffix(at_cut)
-        self._alone_ND = torch.zeros(0) if self._public is None else self._features(self._public, None)
-        seed = layout.config.seed_for("domain adapter")
-        for name in self.names:
-            self._plugged.add(name, self.spec(name), seed)
-        self.retention: dict[str, float] = {}
-        if self._public is not None:
-            self.retention = {name: self._drift(self._public, name) for name in self.names}
-
-    # -- what is made of it, before it has adapters --------------------------------------------------------------------
-
-    def _make_domain_body(self, encoder: Encoder, at_cut: Ragged | None) -> tuple[Recipe, Body]:
-        layout, settings = self._layout, self._layout.config.domain
-        if at_cut is None and (settings.precision == "int8" or isinstance(settings.keep_layers, int)):
-            found = (
-                f"are {settings.precision} and {settings.keep_layers}, but there is nothing to calibrate an encoder on"
-            )
-            do = "use float32 and null, or a list of layers; or name a file of inputs as model.public_inputs"
-            raise ConfigError("domain.precision and domain.keep_layers", found, do)
-        hidden_BTD = torch.zeros(0) if at_cut is None else self._at_middle(at_cut)
-        recipe = choose_recipe(settings, layout.middle, self._body, hidden_BTD)
-        first, stop = layout.first_cut, layout.tail_start
-        return recipe, make_domain_body(encoder, first, stop, recipe, layout.middle, hidden_BTD)
-
-    def _at_middle(self, at_cut: Ragged) -> Tensor:
-        """Some inputs, none of them padded, [B, T, D]: the longer half, cut to the length of the shortest of it."""
-        longer = by_length(at_cut.lengths, len(at_cut))[0][len(at_cut) // 2 :]
-        some, length = longer[:_CALIBRATION_INPUTS], at_cut.lengths[longer[0]]
-        hidden_BTD = torch.stack([at_cut.sequences()[index][:length] for index in some])
-        with torch.no_grad(), self._compute_lock.learning():
-            return self._body.run(hidden_BTD, self._layout.first_cut, self._layout.middle.start)
-
-    def _at_suffix(self, at_cut: Ragged) -> Activations:
-        """Every input where adapters start; one row of each is looked at."""
-        first = self._layout.first_adapted
-        every = Activations(at_cut, (1,) * len(at_cut), self._layout.first_cut)
-        return every.run_layers(
-            lambda hidden_BTD: self._body.run(hidden_BTD, every.next_layer, first), first, PREFIX_BATCH, causal=False
-        )
-
-    def _device_params(self, encoder: Encoder) -> int:
-        """Of the largest split device's part."""
-        devices = [device for _, device in self._layout.config.each_device() if device.mode == "split"]
-        deepest = max((device.head_layers for device in devices), default=0)
-        return num_parameters(encoder.embeddings, *(encoder.layers[index] for index in range(deepest)))
-
-    def _run_head(self, inputs: Tensor) -> Tensor:
-        with self._compute_lock.learning():
-            hidden_BTD: Tensor = self._head(inputs.to(self._plugged.device))
+    def run_head(inputs: Tensor) -> Tensor:
+        with compute_lock.learning():
+            hidden_BTD: Tensor = head(inputs.to(adapted.device))
         return hidden_BTD
 
-    # -- down, of which there is nothing, and up -----------------------------------------------------------------------
+    inputs = EncoderInputs(public, foundation.reader, config.model.most_tokens, "the cloud's public inputs")
+    at_cut = inputs.map_batches(run_head) if public else None
+    recipe, domain_body = _domain_body(encoder, body, layout, at_cut, compute_lock)
+    # Taken before adapters stand between the layers and their weights.
+    model_release = release_encoder(encoder, domain_body, recipe.int8, layout.last_cut)
+    nothing_ND = torch.zeros(0, body.config.hidden_size)
+    anchor_release = AnchorRelease(torch.zeros(0, dtype=torch.int32), nothing_ND)
+    device_params = _device_params(encoder, layout)
+    sizes = Sizes(num_parameters(foundation.model), layout.num_layers, len(recipe.kept), device_params)
+    pause_within(body.layers.values(), compute_lock.pause)
+    gate = DriftGate(adapted, body, layout, None if at_cut is None else _at_suffix(body, layout, at_cut))
+    domains = [edge.domain for edge in config.learning_edges()]
+    specs = {name: layout.class_spec(len(layout.class_labels(name))) for name in domains}
+    for name, spec in specs.items():
+        adapted.add(name, spec, config.seed_for("domain adapter"))
+    gate.measure_drift(specs)
+    return CloudModel(adapted, specs, gate, model_release, anchor_release, sizes)
 
-    def teach(self, domain: str, cycle: int) -> None:
-        """Nothing: it writes no text to teach with."""
 
-    def merges(self) -> dict[str, AdapterTensors]:
-        """None: see the module."""
-        return {}
+class DriftGate:
+    """Accepts every adapter with finite features, and reports how far it moves the FM's features of public inputs.
 
-    def set_gradient_bounds(self, gradient_bounds: GradientBounds) -> None:
-        """See ``CloudModel``."""
-        self._plugged.gradient_bounds = gradient_bounds
+    It sets no limit: the FM alone does not change, and other domains have their own adapters.
 
-    def learn(self, *args: Any) -> TrainingResult:
-        """Nothing: it has no merged adapter, and a layout that asks for it is refused."""
-        raise ModelError("a merged adapter that learns", "an encoder has none", "set absorb.last_mile.epochs to 0")
+    Args:
+        adapted: The FM's body, which has no adapter yet.
+        body: The same body without adapters, for its classifier's input.
+        layout: Layers of each party.
+        public: Public inputs at the suffix; None if there are none.
 
-    def publish(self, name: str, version: int) -> None:
-        """Nothing: it writes no answers."""
+    Attributes:
+        retention: Mean relative drift of features with each adapter in place, by its name; empty without public inputs.
+    """
 
-    def spec(self, name: str) -> AdapterSpec:
-        """See ``CloudModel``."""
-        return self._layout.class_spec(len(self._layout.class_labels(name)))
+    def __init__(self, adapted: AdaptedBody, body: EncoderBody, layout: Layout, public: Activations | None) -> None:
+        self._adapted = adapted
+        self._body = body
+        self._layout = layout
+        self._public = public
+        self._alone_ND = torch.zeros(0) if public is None else self._features(public, None)
+        self.retention: dict[str, float] = {}
 
-    def adapter(self, name: str) -> AdapterTensors:
-        """See ``CloudModel``."""
-        return self._plugged.copy_adapter(name)
-
-    def put(self, name: str, tensors: AdapterTensors) -> None:
-        """See ``CloudModel``."""
-        self._plugged.set_adapter(name, tensors)
+    def measure_drift(self, names: Mapping[str, object]) -> None:
+        """Measure the drift of adapters as they are in place now."""
+        if self._public is not None:
+            self.retention = {name: self._drift(self._public, name) for name in names}
 
     def try_adapter(self, name: str, tensors: AdapterTensors) -> Verdict:
-        """As it is, and say how far it moves the features of public inputs; see ``CloudModel``.
-
-        It may move them as far as it likes: the FM alone is as it was, and other domains have adapters of their own.
-        """
-        before = self.adapter(name)
-        self.put(name, tensors)
+        """Plug an adapter in; if it makes features that are not finite, the previous one is restored."""
+        before = self._adapted.copy_adapter(name)
+        self._adapted.set_adapter(name, tensors)
         if self._public is None:
-            said = "its shape and numbers were looked at, and nothing else: the cloud has no public inputs"
-            return Verdict(True, name, math.nan, math.nan, said=said)
+            evidence = "its shape and numbers were looked at, and nothing else: the cloud has no public inputs"
+            return Verdict(True, name, math.nan, math.nan, evidence=evidence)
         drift = self._drift(self._public, name)
         if not math.isfinite(drift):
-            self.put(name, before)
+            self._adapted.set_adapter(name, before)
             return Verdict(False, name, math.nan, math.nan, "it makes features that are not finite of public inputs")
         self.retention[name] = drift
-        said = f"its shape and numbers fit; it moves the features of public inputs by {drift:.1%} of their length"
-        return Verdict(True, name, math.nan, math.nan, said=said)
+        evidence = f"its shape and numbers fit; it moves the features of public inputs by {drift:.1%} of their length"
+        return Verdict(True, name, math.nan, math.nan, evidence=evidence)
 
     @torch.no_grad()
     def _features(self, public: Activations, adapter: str | None) -> Tensor:
-        """What a classifier sees of the public inputs, [N, D], with an adapter or without."""
-        with self._plugged.active_adapter(adapter):
+        """Return the classifier's input for the public inputs, [N, D], with an adapter or without."""
+        with self._adapted.active_adapter(adapter):
             rows_ND = compute_body_output_rows(
-                self._plugged.run_suffix, public, self._layout.row_selection, causal=False
+                self._adapted.run_suffix, public, self._layout.row_selection, causal=False
             )
             return self._body.features(rows_ND).float()
 
     def _drift(self, public: Activations, adapter: str) -> float:
-        """Mean over the public inputs of |features with the adapter - without| / |without|."""
+        """Return the mean over the public inputs of |features with the adapter - without| / |without|."""
         moved_ND = self._features(public, adapter) - self._alone_ND
         return float((moved_ND.norm(dim=-1) / self._alone_ND.norm(dim=-1)).mean())
 
-    # -- asked by edges, and after a restart ---------------------------------------------------------------------------
-
-    def prefix(self, smashed: SmashedData) -> Activations:
-        """See ``CloudModel``."""
-        return self._plugged.prefix(smashed)
-
-    def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
-        """Logits; see ``CloudModel``."""
-        return self._plugged.output_rows(inputs, adapter)
-
     def state(self) -> dict[str, Any]:
-        """See ``CloudModel``."""
+        """Return plain values for ``restore``."""
         return {"retention": self.retention}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """See ``CloudModel``."""
+        """Restore the values of ``state``."""
         self.retention = state["retention"]
+
+
+def _domain_body(
+    encoder: Encoder, body: Body, layout: Layout, at_cut: Ragged | None, compute_lock: ComputeLock
+) -> tuple[Recipe, Body]:
+    settings = layout.config.domain
+    if at_cut is None and (settings.precision == "int8" or isinstance(settings.keep_layers, int)):
+        found = f"are {settings.precision} and {settings.keep_layers}, but there is nothing to calibrate an encoder on"
+        do = "use float32 and null, or a list of layers; or name a file of inputs as model.public_inputs"
+        raise ConfigError("domain.precision and domain.keep_layers", found, do)
+    hidden_BTD = torch.zeros(0) if at_cut is None else _at_middle(body, layout, at_cut, compute_lock)
+    recipe = choose_recipe(settings, layout.middle, body, hidden_BTD)
+    first, stop = layout.first_cut, layout.tail_start
+    return recipe, make_domain_body(encoder, first, stop, recipe, layout.middle, hidden_BTD)
+
+
+def _at_middle(body: Body, layout: Layout, at_cut: Ragged, compute_lock: ComputeLock) -> Tensor:
+    """Return some inputs without padding, [B, T, D]: the longer half, cut to the shortest length among them."""
+    longer = by_length(at_cut.lengths, len(at_cut))[0][len(at_cut) // 2 :]
+    some, length = longer[:_CALIBRATION_INPUTS], at_cut.lengths[longer[0]]
+    hidden_BTD = torch.stack([at_cut.sequences()[index][:length] for index in some])
+    with torch.no_grad(), compute_lock.learning():
+        return body.run(hidden_BTD, layout.first_cut, layout.middle.start)
+
+
+def _at_suffix(body: Body, layout: Layout, at_cut: Ragged) -> Activations:
+    """Return every input at the first adapted layer; one row of each is looked at."""
+    first = layout.first_adapted
+    every = Activations(at_cut, (1,) * len(at_cut), layout.first_cut)
+    return every.run_layers(
+        lambda hidden_BTD: body.run(hidden_BTD, every.next_layer, first), first, PREFIX_BATCH, causal=False
+    )
+
+
+def _device_params(encoder: Encoder, layout: Layout) -> int:
+    """Return the parameters of the largest split device."""
+    devices = [device for _, device in layout.config.each_device() if device.mode == "split"]
+    deepest = max((device.head_layers for device in devices), default=0)
+    return num_parameters(encoder.embeddings, *(encoder.layers[index] for index in range(deepest)))

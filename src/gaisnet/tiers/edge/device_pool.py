@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from gaisnet.config import FaultSettings
-from gaisnet.errors import GaisnetError, LinkLost, LinkTimeout, UnexpectedMessage
+from gaisnet.errors import GaisnetError, LinkLost, LinkTimeout
 from gaisnet.messages import Done, Message
-from gaisnet.transport.base import Link, wait
+from gaisnet.transport.base import Link, wait_for
 
 M = TypeVar("M", bound=Message)
 _LOOK_S = 0.1
@@ -153,8 +153,5 @@ class DevicePool:
 
     def _wait(self, name: str, sent: Future[Message], reply_type: type[M], deadline_s: float) -> M:
         away_s = 0.0 if name in self._given_up else self._faults.away_s
-        asked = f"{self._owner}, waiting for a {reply_type.__name__} of device '{name}'"
-        reply = wait(self._links[name], sent, asked, max(deadline_s, 0.0), away_s)
-        if not isinstance(reply, reply_type):
-            raise UnexpectedMessage(f"{self._owner}, waiting for a {reply_type.__name__},", type(reply).__name__)
-        return reply
+        peer = f"device '{name}'"
+        return wait_for(self._links[name], sent, reply_type, self._owner, peer, max(deadline_s, 0.0), away_s)

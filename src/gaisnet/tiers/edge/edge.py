@@ -49,7 +49,7 @@ from gaisnet.tiers.split import bounds
 from gaisnet.tiers.split.activations import Activations
 from gaisnet.tiers.split.domain_model import DomainModel
 from gaisnet.tiers.split.publisher import NoPublisher, Publisher
-from gaisnet.transport.base import Link, wait
+from gaisnet.transport.base import Link, wait_for
 from gaisnet.transport.ledger import Ledger
 
 M = TypeVar("M", bound=Message)
@@ -355,9 +355,6 @@ class Edge:
         return TrafficReport(devices.bytes_up, devices.bytes_down, cloud.bytes_up, cloud.bytes_down)
 
     def _ask_cloud(self, message: Message, reply_type: type[M]) -> M:
-        asked = f"edge '{self.name}', waiting for a {reply_type.__name__} of the cloud"
-        deadline_s = self._config.faults.edge_deadline_s
-        reply = wait(self._cloud, self._cloud.send(message), asked, deadline_s, deadline_s)
-        if not isinstance(reply, reply_type):
-            raise UnexpectedMessage(f"edge '{self.name}', waiting for a {reply_type.__name__},", type(reply).__name__)
-        return reply
+        deadline_s, asker = self._config.faults.edge_deadline_s, f"edge '{self.name}'"
+        sent = self._cloud.send(message)
+        return wait_for(self._cloud, sent, reply_type, asker, "the cloud", deadline_s, deadline_s)
