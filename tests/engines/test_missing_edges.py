@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +25,6 @@ from gaisnet.messages import (
 from gaisnet.tiers.cloud import edge_client
 from gaisnet.tiers.cloud.adapted_body import MERGED
 from gaisnet.transport.base import Link
-from gaisnet.transport.ledger import Ledger
 from tests.engines.test_local_network import Run, quick
 from tests.tiny import tiny_raw_config
 
