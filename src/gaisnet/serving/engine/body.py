@@ -1,8 +1,8 @@
-"""A body as a service: sessions come, send rows, get rows and go at any time; a step runs what waits as one batch.
+"""A body as a service: sessions come and go, and a step runs all waiting rows as one batch.
 
 Continuous batching as in Orca (Yu et al., OSDI 2022), long prompts in chunks as in Sarathi (arXiv 2308.16369).
 
-Shape legend: T rows (new positions) of one session, W rows that are wanted back, D hidden size.
+Shape legend: T rows (new positions) of one session, W wanted output rows, D hidden size.
 """
 
 import secrets
@@ -28,20 +28,20 @@ from gaisnet.serving.engine.quota import NO_QUOTA, Quota
 from gaisnet.serving.engine.rows import SessionLayers
 
 _MIB = 2**20
-_ROW_DTYPE = torch.float32  # of rows that are kept
-_LINGER = 1.0  # of a step's time, that the next one waits after it for its sessions
+_ROW_DTYPE = torch.float32  # dtype of kept rows
+_LINGER = 1.0  # share of a step's time that the next step waits for the sessions of the last one
 
 
 class BodyService:
     """Serves one body. All methods may be called from any thread.
 
-    Somebody has to call ``step``: a thread of its own in ``serving()``, or whoever waits for an answer.
+    ``step`` must be called: by a thread in ``serving()``, or by a caller that waits for an answer.
 
     Args:
         body: A DM's or the FM's. Any other user of it, or of its adapters, holds ``compute_lock.learning()``.
-        layers: FM layers that it stands for, those that a recipe dropped included.
+        layers: FM layers that it stands for, including those that a recipe dropped.
         settings: Limits.
-        compute_lock: Of the machine that the body is on; None for one of its own.
+        compute_lock: The lock of the body's machine; None for a new one.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class BodyService:
         weight = next(p for p in body.parameters() if p.is_floating_point())
         self._placement = weight.device, weight.dtype
         self._sessions: dict[str, ServedSession] = {}
-        self._left: list[Stack] = []  # adapters of sessions that have ended, to give back between two steps
+        self._left: list[Stack] = []  # adapters of closed sessions, to give back between two steps
         self._used_bytes = 0
         self._used_by: Counter[str] = Counter()  # the same, by peer
         self._arrivals = 0
-        self._answered: Sequence[ServedSession] = ()  # by the last step; those that go on come back soon
+        self._answered: Sequence[ServedSession] = ()  # by the last step; those that go on send rows soon
         self._lingers_until = 0.0
         self._state = threading.Condition()  # guards everything but the body; held for moments
         self.compute_lock = compute_lock or ComputeLock(settings.fine_tune_share)  # held while the body runs
@@ -78,21 +78,21 @@ class BodyService:
         keep_rows: bool = False,
         quota: Quota = NO_QUOTA,
     ) -> str:
-        """Begin a session of layers [first, stop); returns its name, which nobody can guess.
+        """Open a session of layers [first, stop); return its unguessable name.
 
         Args:
             first: FM layer that takes the session's rows.
             stop: FM layer to stop before.
-            adapters: What acts, besides nothing else, in the versions that are in place now.
-            num_positions: Memory to hold from the beginning, so that the session is refused now or not at all.
-            keep_rows: Keep what it is sent, for ``rows``; counts as memory that is held.
-            quota: Names the peer whose session it is, and bounds what that one holds.
+            adapters: Adapters to activate; versions are fixed when the session opens.
+            num_positions: Positions to reserve memory for, so that the session is refused now or not at all.
+            keep_rows: Keep received rows, for ``rows``; they count as memory in use.
+            quota: The session's peer, and its limits.
 
         Raises:
             ServiceFull: No room.
-            QuotaReached: The peer holds as much as it may.
+            QuotaReached: The peer's quota is used up.
             ContextFull: The model takes fewer positions.
-            CutError: Layers that are not the body's.
+            CutError: Layers that the body does not have.
             UnknownAdapter, AdapterMismatch: See ``ServedAdapters.take``.
         """
         self._check_range(first, stop)
@@ -119,17 +119,17 @@ class BodyService:
     def extend(
         self, name: str, rows_TD: Tensor, want: int | None = None, position: int | None = None
     ) -> "Future[Tensor]":
-        """Run new positions behind a session's past.
+        """Run new positions after a session's earlier ones.
 
         Args:
-            name: From ``open``.
-            rows_TD: What layer ``first`` of the session takes.
-            want: How many of the last output rows the answer has [W, D]; None for all.
-            position: Where the rows must stand, for a sender that may have lost count; None for where it is.
+            name: The name from ``open``.
+            rows_TD: Input rows of the session's first layer.
+            want: Number of last output rows to return [W, D]; None for all.
+            position: Expected position of the rows, for a sender that may have lost count; None for the current one.
 
         Raises:
-            ServiceFull, QuotaReached, ContextFull, SessionClosed, SessionRefused, WireFormatError: Nothing was changed.
-            SessionClosed: Out of the answer, if the session is closed before it is there.
+            ServiceFull, QuotaReached, ContextFull, SessionClosed, SessionRefused, WireFormatError: Nothing has changed.
+            SessionClosed: From the future, if the session closes first.
         """
         want = len(rows_TD) if want is None else want
         if rows_TD.ndim != 2 or rows_TD.shape[1] != self._config.hidden_size or not 0 <= want <= len(rows_TD):
@@ -155,7 +155,7 @@ class BodyService:
             return waiting.answer
 
     def crop(self, name: str, length: int) -> None:
-        """Forget a session's positions from ``length`` on. Raises ``SessionRefused`` while rows of it wait."""
+        """Drop a session's positions from ``length`` on. Raises ``SessionRefused`` while rows of it wait."""
         with self._state:
             session = self._at_rest(name, "cropping")
             if not 0 <= length <= session.length:
@@ -164,7 +164,7 @@ class BodyService:
             session.crop(length)
 
     def rows(self, name: str) -> Tensor:
-        """All rows [T, D] that a session was sent and has not cropped, float32 on the CPU.
+        """Return all rows [T, D] that a session received and has not cropped, float32 on the CPU.
 
         Raises ``SessionRefused`` while rows of it wait, or if it does not keep them.
         """
@@ -175,18 +175,18 @@ class BodyService:
             return torch.cat(session.kept) if session.kept else torch.zeros(0, self._width, dtype=_ROW_DTYPE)
 
     def place(self, name: str) -> tuple[int, int, int]:
-        """First layer, the layer it stops before, and positions that memory is held for. Raises ``SessionClosed``."""
+        """Return first layer, layer to stop before, and reserved positions. Raises ``SessionClosed``."""
         with self._state:
             session = self._session(name)
             return session.first, session.stop, session.reserved
 
     def versions(self, name: str) -> Stack:
-        """The adapters that act on a session, each as ``name@version``. Raises ``SessionClosed``."""
+        """Return a session's active adapters, each as ``name@version``. Raises ``SessionClosed``."""
         with self._state:
             return self._session(name).adapters
 
     def close(self, name: str) -> None:
-        """End a session, whatever it waits for, and free its memory; nothing happens if it has ended before."""
+        """Close a session at once and free its memory; does nothing if it is closed."""
         with self._state:
             session = self._sessions.pop(name, None)
             if session is None:
@@ -209,7 +209,7 @@ class BodyService:
     # -- the work ----------------------------------------------------------------------------------------------------
 
     def step(self) -> int:
-        """Run what waits, as one batch; returns the number of rows that ran. Prompts come a chunk at a time."""
+        """Run all waiting rows as one batch, prompts one chunk at a time; return the number of rows."""
         with self.compute_lock.serving():
             with self._state:
                 self._settle()
@@ -224,14 +224,16 @@ class BodyService:
                 ended = time.monotonic()
                 self._answered, self._lingers_until = [p.session for p in pieces], ended + _LINGER * (ended - started)
                 answers = [self._deliver(piece, outcome) for piece, outcome in zip(pieces, outcomes, strict=True)]
-        for answered, outcome in zip(answers, outcomes, strict=True):  # without locks: who waits may ask again at once
+        for answered, outcome in zip(
+            answers, outcomes, strict=True
+        ):  # without locks: waiting callers may send again at once
             for waiting in answered:
                 waiting.settle(outcome)
         return sum(len(piece.rows_TD) for piece in pieces)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Inside, a thread steps whenever something waits; at the end all sessions are closed."""
+        """Run steps in a thread inside the context; at its end all sessions are closed."""
         thread = threading.Thread(target=self._work, name="body-service", daemon=True)
         self._ending, self.in_thread = False, True
         thread.start()
@@ -246,17 +248,17 @@ class BodyService:
 
     @property
     def used_bytes(self) -> int:
-        """Memory that is held for sessions."""
+        """Memory in use by sessions."""
         return self._used_bytes
 
     @property
     def num_sessions(self) -> int:
-        """How many are open."""
+        """Number of open sessions."""
         return len(self._sessions)
 
     @property
     def adapters(self) -> list[str]:
-        """Names that sessions may ask for."""
+        """Adapters that sessions may ask for."""
         return self._adapters.names
 
     def _work(self) -> None:
@@ -264,15 +266,15 @@ class BodyService:
             while self._wait_for_rows():
                 self.step()
         finally:
-            for name in list(self._sessions):  # nobody steps for them any more
+            for name in list(self._sessions):  # no step will run for them any more
                 self.close(name)
 
     def _wait_for_rows(self) -> bool:
-        """False when there will be no more.
+        """Wait for rows; return False when there will be no more.
 
-        Whoever is answered sends its next rows a moment later. A step that begins with the first to come would run
-        alone, and all others after it: so it waits for the others, no longer than a step takes, and not for those that
-        came too late the last time.
+        Answered sessions send their next rows a moment later. A step that starts with the first of them would run it
+        alone, and all others after it. So it waits for the others, at most the time of a step, but not for those
+        that were late last time.
         """
         with self._state:
             self._state.wait_for(lambda: self._ending or any(s.queue for s in self._sessions.values()))
@@ -283,16 +285,16 @@ class BodyService:
             return not self._ending
 
     def _all_back(self) -> bool:
-        """Whether all sessions of the last step that come in time wait again, or have ended."""
+        """Return whether all punctual sessions of the last step wait again, or are closed."""
         return all(session.queue or session.closed or session.late for session in self._answered)
 
     def _full(self) -> bool:
-        """Whether a step could take no more."""
+        """Return whether a step could take no more."""
         chunk, waiting = self._settings.chunk, (s.queue[0].left for s in self._sessions.values() if s.queue)
         return sum(min(num_rows, chunk) for num_rows in waiting) >= self._settings.step_rows
 
     def _run(self, pieces: Sequence[PlannedRows]) -> Sequence[Tensor | Exception]:
-        """Outputs, or what went wrong: if the batch fails, each runs alone, and only the culprit fails."""
+        """Run a batch; if it fails, run each session alone, so that only the culprit fails."""
         try:
             return self._layers.run([piece.share() for piece in pieces])
         except Exception as error:
@@ -301,16 +303,16 @@ class BodyService:
             return [outcome for piece in pieces for outcome in self._run([piece])]
 
     def _deliver(self, piece: PlannedRows, outcome: Tensor | Exception) -> list[Waiting]:
-        """Keep outputs; returns what is answered by them, or fails."""
+        """Store outputs; return the requests that they answer or fail."""
         session, waiting = piece.session, piece.waiting
         session.running = False
         if session.closed:
             self._free(session)
             return []  # closing has answered them
         if isinstance(outcome, Exception):
-            failed = list(session.queue)  # what stands behind them in the sequence cannot run either
+            failed = list(session.queue)  # later rows of the sequence cannot run either
             session.queue.clear()
-            session.crop(session.length)  # they are not kept either
+            session.crop(session.length)  # nor are they kept
             return failed
         waiting.take(outcome)
         if waiting.left:
@@ -335,7 +337,7 @@ class BodyService:
         return session
 
     def _check_room(self, quota: Quota) -> None:
-        """Raise where there may be no other session, or none of this peer."""
+        """Raise if there is no room for a session, or the peer's quota is used up."""
         limit = self._settings.max_sessions
         quota.check_sessions(sum(s.quota.peer == quota.peer for s in self._sessions.values()), limit)
         if len(self._sessions) >= limit:
@@ -360,7 +362,7 @@ class BodyService:
         self._left.append(session.adapters)
 
     def _settle(self) -> None:
-        """Give back adapters of sessions that have ended; the body is not running."""
+        """Give back adapters of closed sessions, while the body is not running."""
         for stack in self._left:
             self._adapters.give_back(stack)
         self._left.clear()

@@ -1,7 +1,7 @@
-"""Keys and values of one session, for the layers that one part of the model runs.
+"""Key-value cache of one session, for the layers of one part of the model.
 
-Shape legend: H key-value heads, C capacity in positions, T new positions, K positions that are attended to, D size of a
-head. Layers are numbered as in the FM.
+Shape legend: H key-value heads, C capacity in positions, T new positions, K attended positions, D size of a
+head. Layers have their FM numbers.
 """
 
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ BLOCK = 64
 
 @dataclass
 class SessionCache:
-    """Memory grows by blocks and is written in place, so that a step copies nothing of the past."""
+    """A cache that grows in blocks and is written in place, so that a step copies nothing of the past."""
 
     length: int = 0  # positions that all layers have seen
     _keys: dict[int, Tensor] = field(default_factory=dict)  # each [H, C, D]
     _values: dict[int, Tensor] = field(default_factory=dict)
 
     def write(self, layer: int, keys_HTD: Tensor, values_HTD: Tensor) -> None:
-        """Put new positions behind the past of a layer; they count when ``advance`` is called."""
+        """Write new positions after a layer's past; ``advance`` makes them count."""
         stop = self.length + keys_HTD.shape[1]
         for store, new_HTD in ((self._keys, keys_HTD), (self._values, values_HTD)):
             buffer_HCD = store.get(layer)
@@ -32,15 +32,15 @@ class SessionCache:
             buffer_HCD[:, self.length : stop] = new_HTD
 
     def read(self, layer: int, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [H, K, D] of positions [first, stop) of a layer, as views."""
+        """Return keys and values [H, K, D] of positions [first, stop) of a layer, as views."""
         return self._keys[layer][:, first:stop], self._values[layer][:, first:stop]
 
     def advance(self, num_positions: int) -> None:
-        """Every layer has written this many new positions."""
+        """Count new positions after every layer has written them."""
         self.length += num_positions
 
     def crop(self, length: int) -> None:
-        """Forget all positions from ``length`` on."""
+        """Drop all positions from ``length`` on."""
         self.length = min(self.length, length)
 
     @property
@@ -58,11 +58,11 @@ def _grown(buffer_HCD: Tensor | None, like_HTD: Tensor, length: int, stop: int) 
 
 
 def in_blocks(num_positions: int) -> int:
-    """Positions that memory is held for, to hold this many."""
+    """Return the reserved positions for a number of positions."""
     return -(-num_positions // BLOCK) * BLOCK
 
 
 def bytes_per_position(config: PretrainedConfig, num_layers: int, dtype: torch.dtype) -> int:
-    """Keys and values of one position in this many layers."""
+    """Return the bytes of keys and values for one position in this many layers."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * num_layers * int(config.num_key_value_heads) * int(size) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Sessions as messages: the end that has the body answers them, the end that writes sends them."""
+"""Sessions over a link: one end has the body and answers messages, the other one sends them."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ from gaisnet.serving.engine.quota import Quota
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 Ask = Callable[[Message], Message | Future[Message]]
-"""Sends a message; the answer, now or later, or what the other end raised, or that it cannot be reached."""
+"""Sends a message; the future gets the reply, or an error from the other end or from the link."""
 
 _REFUSALS: dict[str, type[GaisnetError]] = {
     kind.__name__: kind
@@ -63,14 +63,14 @@ _REFUSALS: dict[str, type[GaisnetError]] = {
 
 
 class SessionEndpoint:
-    """Answers one peer, who cannot touch the sessions of others. The service must have a thread that steps.
+    """Answers one peer, which cannot touch sessions of others. The service needs a thread that runs steps.
 
-    Rows are answered later, so that whoever hands messages in can hand in those of other sessions meanwhile.
+    Replies with rows come by futures, so that a caller can pass on messages of other sessions meanwhile.
 
     Args:
-        service: The body's.
-        peer: Its name, by its certificate.
-        share: Share of the service's sessions and their memory that the peer may hold.
+        service: The body's service.
+        peer: The peer's name, from its certificate.
+        share: Share of the service's sessions and memory that the peer may use.
     """
 
     def __init__(self, service: BodyService, peer: str, share: float = 1.0) -> None:
@@ -82,7 +82,7 @@ class SessionEndpoint:
         self._lock = threading.Lock()
 
     def handle(self, message: Message) -> Message | Future[Message]:
-        """Answer ``message``. Raises ``UnexpectedMessage``, or what the service raises."""
+        """Answer ``message``. Raises ``UnexpectedMessage``, or the service's error."""
         match message:
             case OpenSession():
                 return self._open(message)
@@ -101,14 +101,14 @@ class SessionEndpoint:
         raise UnexpectedMessage(f"the body service for '{self._peer}'", type(message).__name__)
 
     def close(self) -> None:
-        """The peer is gone: end all its sessions, one that is being opened as well."""
+        """Close all sessions of a peer that is gone, including one being opened."""
         with self._lock:
             self._closed, own, self._own = True, self._own, set()
         for name in own:
             self._service.close(name)
 
     def own(self, name: str) -> str:
-        """The same name. Raises ``SessionClosed`` if it is not one of the peer's."""
+        """Return the name. Raises ``SessionClosed`` if it is not one of the peer's sessions."""
         if name not in self._own:
             raise SessionClosed(name)
         return name
@@ -126,17 +126,17 @@ class SessionEndpoint:
 
 
 class RemoteSession:
-    """A session of a service at the other end; a ``BodySession``. Raises what the service raises, or ``LinkError``.
+    """A ``BodySession`` of a service at the other end. Raises the service's errors, or ``LinkError``.
 
     Args:
-        ask: The other end.
+        ask: Sends to the other end.
         first: FM layer that takes the rows.
         stop: FM layer to stop before.
-        adapters: What acts.
-        num_positions: Memory to hold from the beginning.
-        body: Which one, where the other end can reach more than its own.
-        may_escalate: Whether ``escalate`` may be asked for.
-        deadline_s: How long an answer is waited for; ``LinkTimeout`` after that.
+        adapters: Adapters to activate.
+        num_positions: Positions to reserve memory for.
+        body: The body, where the other end can reach more than its own.
+        may_escalate: Whether ``escalate`` may be called.
+        deadline_s: Seconds to wait for a reply; then ``LinkTimeout``.
     """
 
     def __init__(
@@ -156,15 +156,15 @@ class RemoteSession:
         opened = self._asked(message, SessionOpened)
         self._name: str | None = opened.session
         self.versions = opened.adapters
-        """What acts on it, each as ``name@version``; before it was escalated."""
+        """Active adapters, each as ``name@version``; before escalation."""
         self._length = 0
 
     def extend(self, rows_TD: Tensor, want: int) -> Tensor:
-        """Run new positions over there."""
+        """Run new positions at the other end."""
         return self._wait(self.send(rows_TD, want), "output rows")
 
     def send(self, rows_TD: Tensor, want: int) -> Future[Tensor]:
-        """The same, without waiting, and without a deadline."""
+        """Run new positions without waiting, and without a deadline."""
         length = self._length
         sent = self._sent(ExtendSession(self._open_name(), length, want, rows_TD.cpu()), SessionRows)
         self._length = length + len(rows_TD)
@@ -173,9 +173,9 @@ class RemoteSession:
         return answer
 
     def escalate(self, adapters: Sequence[str], want: int) -> Tensor:
-        """Let the FM's body go on, with these adapters; its output at the last ``want`` positions so far [W, D].
+        """Continue on the FM's body with these adapters; return its last ``want`` output rows so far [W, D].
 
-        Raises ``BodyUnreachable``, or what that body raises; then the session goes on as it was.
+        Raises ``BodyUnreachable``, or the body's error; then the session goes on as before.
         """
         rows_WD = self._asked(EscalateSession(self._open_name(), tuple(adapters), want), SessionRows).rows_WD
         if len(rows_WD) != want:
@@ -183,12 +183,12 @@ class RemoteSession:
         return rows_WD
 
     def crop(self, length: int) -> None:
-        """Forget positions from ``length`` on."""
+        """Drop positions from ``length`` on."""
         self._asked(CropSession(self._open_name(), length), Done)
         self._length = length
 
     def close(self) -> None:
-        """End the session over there."""
+        """Close the session at the other end."""
         if self._name is not None:
             name, self._name = self._name, None
             self._asked(CloseSession(name), Done)
@@ -221,7 +221,7 @@ class RemoteSession:
 
 
 def _as_raised_there(error: Exception) -> Exception:
-    """What a service refused in another process is refused here, in the same words."""
+    """Convert a refusal from another process to the same error here, with the same words."""
     if isinstance(error, PeerError) and error.kind in _REFUSALS:
         return _REFUSALS[error.kind].quoted(error.text)
     return error

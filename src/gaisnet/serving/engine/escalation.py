@@ -1,7 +1,7 @@
-"""A device's sessions at its edge: on its own body, on the foundation model's (FM), or first on one and then the other.
+"""A device's sessions at its edge: on its own body, on the foundation model's (FM), or first on one, then on the other.
 
 The device's rows fit both bodies. The edge keeps those of a session that may escalate, so that the FM's body can take
-over without a second uplink; a session that the FM's body has is only passed on.
+over without a second uplink. Messages of a session on the FM's body are only forwarded.
 """
 
 import threading
@@ -33,14 +33,14 @@ _FM = "the foundation model"
 
 
 class Peer(Protocol):
-    """Another site, as ``transport.base.Link`` has it."""
+    """Another site, with the interface of ``transport.base.Link``."""
 
     @property
     def peer(self) -> str:
-        """Names its present life; '' while it is away."""
+        """Its incarnation; '' while it is away."""
 
     def send(self, message: Message) -> Future[Message]:
-        """Ask."""
+        """Send a request."""
 
 
 class EdgeSessions:
@@ -48,11 +48,11 @@ class EdgeSessions:
 
     Args:
         service: The edge's own body.
-        cloud: Where the FM's body is.
-        device: Its name, by its certificate.
-        share: The part that the device may hold of the edge's sessions and their memory, and of the sessions that
-            the edge may have at the cloud.
-        max_at_cloud: Sessions that the edge may have there; None where the cloud alone counts.
+        cloud: The site with the FM's body.
+        device: The device's name, from its certificate.
+        share: Share of the edge's sessions and memory, and of the edge's sessions at the cloud, that the device may
+            use.
+        max_at_cloud: Most sessions of the edge at the cloud; None if only the cloud's limit counts.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class EdgeSessions:
         self._cloud = cloud
         self._quota = Quota(device, share)
         self._max_at_cloud = max_at_cloud
-        self._there: dict[str, str] = {}  # names of sessions that the FM's body has: here, and at the cloud
-        self._moving: set[str] = set()  # between the two
-        self._opening = 0  # at the cloud
+        self._there: dict[str, str] = {}  # names of sessions on the FM's body: here, and at the cloud
+        self._moving: set[str] = set()  # being moved between the two
+        self._opening = 0  # being opened at the cloud
         self._closed = False
         self._lock = threading.Lock()
 
     def handle(self, message: Message) -> Message | Future[Message]:
-        """Answer ``message``. Raises ``UnexpectedMessage``, or what keeps it from being answered."""
+        """Answer ``message``. Raises ``UnexpectedMessage``, or the reason for a refusal."""
         match message:
             case OpenSession(body="foundation"):
                 there = replace(message, may_escalate=False)
@@ -86,7 +86,7 @@ class EdgeSessions:
         return self._own.handle(message)
 
     def close(self) -> None:
-        """The device is gone: end all its sessions, those that are being opened as well."""
+        """Close all sessions of a device that is gone, including those being opened."""
         with self._lock:
             self._closed, there, self._there = True, list(self._there.values()), {}
         self._moving.clear()
@@ -100,7 +100,7 @@ class EdgeSessions:
         return opened
 
     def _keep(self, name: str, there: str) -> None:
-        """Take note of a session at the cloud. Raises ``SessionClosed`` where the device has gone meanwhile."""
+        """Record a session at the cloud. Raises ``SessionClosed`` if the device is gone."""
         with self._lock:
             if not self._closed:
                 self._there[name] = there
@@ -137,14 +137,14 @@ class EdgeSessions:
         return moved
 
     def _move(self, message: EscalateSession, there: str, rows_TD: Tensor) -> Future[Message]:
-        """It is open over there: send what was kept. If that fails, everything is as it was."""
+        """Send the kept rows to the session that was opened at the cloud. On failure, nothing has changed."""
         sent = self._ask(ExtendSession(there, 0, message.want, rows_TD))
         sent.add_done_callback(lambda done: self._end(there) if done.cancelled() or done.exception() else None)
         return map_result(sent, lambda answer: self._arrived(message.session, there, answer))
 
     def _arrived(self, name: str, there: str, answer: Message) -> Message:
         rows = _expect(SessionRows, answer)
-        if name not in self._moving:  # it was closed meanwhile
+        if name not in self._moving:  # closed meanwhile
             self._end(there)
             return rows
         self._keep(name, there)
@@ -154,7 +154,7 @@ class EdgeSessions:
     # -- the cloud
 
     def _counted(self, open_there: Callable[[], Future[Message]]) -> Future[Message]:
-        """Open a session at the cloud. Raises ``QuotaReached`` where the device has its part of the edge's there."""
+        """Open a session at the cloud. Raises ``QuotaReached`` if the device has used its part of the edge's quota."""
         with self._lock:
             if self._max_at_cloud is not None:
                 self._quota.check_sessions(len(self._there) + self._opening, self._max_at_cloud)
@@ -168,18 +168,18 @@ class EdgeSessions:
         return opened
 
     def _is_open(self) -> None:
-        """It is open, and among those that are there, or it never will be."""
+        """Count a session that was opened, or failed to open."""
         with self._lock:
             self._opening -= 1
 
     def _ask(self, message: Message) -> Future[Message]:
-        """Nobody waits here for a cloud that is away."""
+        """Send to the cloud, unless it is away."""
         if not self._cloud.peer:
             return failed(BodyUnreachable(_FM, "the cloud is away"))
         return self._cloud.send(message)
 
     def _end(self, there: str) -> Future[Message]:
-        """End a session at the cloud, now or when that is back: else it would count against the edge for good."""
+        """Close a session at the cloud, now or when it is back; else it would count against the edge forever."""
         ended = self._cloud.send(CloseSession(there))
         return ended if self._cloud.peer else failed(BodyUnreachable(_FM, "the cloud is away"))
 

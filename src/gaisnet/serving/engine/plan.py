@@ -1,4 +1,4 @@
-"""What the sessions of a service wait for, and who runs in its next step.
+"""Scheduling: rows that sessions wait for, and the batch of the next step.
 
 Shape legend: T rows (new positions) of one session, D hidden size.
 """
@@ -20,7 +20,7 @@ from gaisnet.serving.engine.rows import SessionShare
 
 @dataclass
 class Waiting:
-    """Rows that a session has sent, and what has come of them so far."""
+    """Rows that a session has sent, and their outputs so far."""
 
     rows_TD: Tensor
     want: int
@@ -30,18 +30,18 @@ class Waiting:
     outputs: list[Tensor] = field(default_factory=list)
 
     def take(self, rows_TD: Tensor) -> None:
-        """Keep of the next outputs what is wanted: the last ``want`` rows of all."""
+        """Keep the wanted part of the next outputs: the last ``want`` rows of all."""
         surplus = max(0, len(self.rows_TD) - self.want - self.done)
         self.done += len(rows_TD)
         self.outputs.append(rows_TD[surplus:])
 
     @property
     def left(self) -> int:
-        """Rows that have not run."""
+        """Number of rows that have not run."""
         return len(self.rows_TD) - self.done
 
     def settle(self, outcome: Tensor | Exception) -> None:
-        """Answer with the outputs, or with what went wrong."""
+        """Answer with the outputs, or with an error."""
         if not self.answer.set_running_or_notify_cancel():
             return
         if isinstance(outcome, Exception):
@@ -60,12 +60,12 @@ class ServedSession:
     stop: int
     adapters: Stack
     position_bytes: int
-    reserved: int  # positions that memory is held for
-    kept: list[Tensor] | None = None  # all rows that it was sent, where somebody may want them again
+    reserved: int  # positions with reserved memory
+    kept: list[Tensor] | None = None  # all received rows, if they may be needed again
     cache: SessionCache = field(default_factory=SessionCache)
     queue: deque[Waiting] = field(default_factory=deque)
     running: bool = False
-    late: bool = False  # it was waited for in vain, and has not come in time since
+    late: bool = False  # a step waited for it in vain, and it has not been punctual since
     closed: bool = False
 
     @property
@@ -75,37 +75,37 @@ class ServedSession:
 
     @property
     def held_bytes(self) -> int:
-        """Memory that is held for it."""
+        """Memory in use by this session."""
         return self.reserved * self.position_bytes
 
     def crop(self, length: int) -> None:
-        """Forget positions from ``length`` on; nothing waits."""
+        """Drop positions from ``length`` on; nothing waits."""
         self.cache.crop(length)
         if self.kept is not None:
             self.kept = [torch.cat(self.kept)[:length].clone()] if length else []
 
     def forget(self) -> None:
-        """It has ended: what it held is free."""
+        """Free everything, after the session has ended."""
         self.cache = SessionCache()
         self.kept = None
 
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """What a session runs in a step."""
+    """The rows that a session runs in a step."""
 
     session: ServedSession
     waiting: Waiting
     rows_TD: Tensor
 
     def share(self) -> SessionShare:
-        """The same for a forward."""
+        """Return the session's part of a forward pass."""
         s = self.session
         return SessionShare(self.rows_TD, s.cache, s.first, s.stop, s.adapters)
 
 
 def plan(sessions: Iterable[ServedSession], settings: ServiceSettings) -> list[PlannedRows]:
-    """Who runs, and what. Whoever waits longest comes first, so that nobody starves; then the short ones."""
+    """Choose sessions and rows of a step: the longest waiting first, so that none starves, then the short ones."""
     ready = sorted((s for s in sessions if s.queue), key=lambda s: s.queue[0].arrival)
     ready[1:] = sorted(ready[1:], key=lambda s: s.queue[0].left)
     budget, pieces = settings.step_rows, []

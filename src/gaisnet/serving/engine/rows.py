@@ -1,7 +1,7 @@
-"""One forward over many sessions: each brings some new positions, for some of the layers.
+"""One forward pass over many sessions: each adds some new positions, on some of the layers.
 
 All positions of all sessions are rows [N, 1, D] of one batch, without padding: linear layers see them together, and
-each row may have its own adapters. Only attention tells sessions apart, and it is the one step of a layer that is
+each row may have its own adapters. Only attention distinguishes sessions; it is the one step of a layer that is
 replaced (``gaisnet.models.attention``).
 
 Shape legend: N rows of all sessions, one session after the other; T rows of one session; K positions it attends to;
@@ -28,12 +28,12 @@ from gaisnet.models.parts import Layers
 from gaisnet.serving.engine.cache import SessionCache
 
 _SHORT = 512
-"""Positions up to which a session's past is copied, to attend to those of several sessions in one call."""
+"""Longest past of a session that is copied, to attend to several sessions in one call."""
 
 
 @dataclass(frozen=True)
 class SessionShare:
-    """One session's part of a forward."""
+    """One session's part of a forward pass."""
 
     rows_TD: Tensor
     cache: SessionCache
@@ -44,22 +44,22 @@ class SessionShare:
 
 @dataclass(frozen=True)
 class _Spans:
-    """Which rows of a batch belong to which session, for the attention of the layers."""
+    """Rows of each session in a batch, for the attention of the layers."""
 
     caches: Sequence[SessionCache]
     bounds: Sequence[int]  # session i has rows [bounds[i], bounds[i + 1])
-    windows: dict[int, int | None]  # of each layer: how far back attention reaches, itself included; None for all
+    windows: dict[int, int | None]  # by layer: reach of attention, the position itself included; None for all
     device: torch.device  # of the rows
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # of one session
     padded_masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def span(self, session: int, window: int | None) -> tuple[int, int]:
-        """Positions [first, stop) that rows of a session attend to."""
+        """Return the positions [first, stop) that rows of a session attend to."""
         seen = self.caches[session].length
         return first_attended(seen, window), seen + self.num_new(session)
 
     def num_new(self, session: int) -> int:
-        """Rows of a session."""
+        """Return the number of a session's rows."""
         return self.bounds[session + 1] - self.bounds[session]
 
     @cached_property
@@ -70,16 +70,16 @@ class _Spans:
 
     @cached_property
     def alone(self) -> list[int]:
-        """The others."""
+        """All other sessions."""
         return sorted(set(range(len(self.caches))) - set(self.together))
 
     @cached_property
     def rows_together(self) -> Tensor:
-        """Row numbers of those together."""
+        """Row numbers of the sessions in ``together``."""
         return torch.tensor([self.bounds[session] for session in self.together], device=self.device)
 
     def mask(self, session: int, window: int | None, repeats: int) -> Tensor | None:
-        """Bool [T * R, K]: which positions the rows of a session attend to; None for all."""
+        """Return the positions that a session's rows attend to, bool [T * R, K]; None for all."""
         num_new = self.num_new(session)
         if num_new == 1:
             return None  # one row attends to everything that is read for it
@@ -95,7 +95,7 @@ class _Spans:
         return self.masks[window, session]
 
     def padded_mask(self, window: int | None) -> Tensor:
-        """Bool [B, 1, 1, K]: which positions are no padding, for the sessions together."""
+        """Return the positions without padding for the sessions in ``together``, bool [B, 1, 1, K]."""
         if window not in self.padded_masks:
             spans = (self.span(session, window) for session in self.together)
             lengths = [stop - first for first, stop in spans]
@@ -106,13 +106,11 @@ class _Spans:
 
 
 class SessionLayers:
-    """Runs layers over the rows of many sessions.
-
-    Elsewhere they compute what they did.
+    """Runs layers over the rows of many sessions; other callers of the layers are not affected.
 
     Args:
         layers: Part of a model; may be empty.
-        adapters: What is served on it; None for none.
+        adapters: Adapters served on it; None for none.
     """
 
     def __init__(self, layers: Layers, adapters: ServedAdapters | None = None) -> None:
@@ -128,9 +126,9 @@ class SessionLayers:
 
     @torch.no_grad()
     def run(self, shares: Sequence[SessionShare]) -> list[Tensor]:
-        """Output rows [T, D] of every session, whose caches then hold the new positions.
+        """Return output rows [T, D] of every session, whose caches then hold the new positions.
 
-        If it raises, the caches hold what they held.
+        After an error the caches are unchanged.
         """
         lengths = [len(share.rows_TD) for share in shares]
         rows_ND = torch.cat([share.rows_TD for share in shares])
@@ -152,7 +150,7 @@ class SessionLayers:
         return outputs
 
     def _segment(self, layers: list[int], rows_N1D: Tensor, at_N1: Tensor, shares: Sequence[SessionShare]) -> Tensor:
-        """Some layers that all these sessions run."""
+        """Run layers that all these sessions share."""
         bounds = [0]
         for share in shares:
             bounds.append(bounds[-1] + len(share.rows_TD))
@@ -173,7 +171,7 @@ class SessionLayers:
 
 
 def first_attended(seen: int, window: int | None) -> int:
-    """The earliest position that the first of the new rows attends to."""
+    """Return the earliest position that the first of the new rows attends to."""
     return 0 if window is None else max(0, seen - window + 1)
 
 
@@ -184,11 +182,11 @@ def _window(config: PretrainedConfig, layer: int) -> int | None:
 def _attend(
     sessions: _Spans, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, [N, H, 1, D] -> [N, 1, H, D]; each session's rows reach its own past only."""
+    """Attend as transformers asks, [N, H, 1, D] -> [N, 1, H, D]; rows reach their own session's past only."""
     layer, scale = int(module.layer_idx), kwargs.get("scaling")  # type: ignore[arg-type]
     key_NGD, value_NGD = key[:, :, 0], value[:, :, 0]
     num_rows, num_kv, size = key_NGD.shape
-    # The heads that share a key-value head stand as rows of it, so that keys and values need not be repeated.
+    # Heads that share a key-value head become its rows, so that keys and values need not be repeated.
     query_NGRD = query[:, :, 0].reshape(num_rows, num_kv, -1, size)
     result_NGRD = torch.empty_like(query_NGRD)
     for cache, (first, stop) in zip(sessions.caches, pairwise(sessions.bounds), strict=True):
@@ -203,13 +201,13 @@ def _attend(
 
 
 def _attend_alone(sessions: _Spans, session: int, layer: int, query_TGRD: Tensor, scale: float | None) -> Tensor:
-    """Attention [T, G, R, D] of one session's rows, on views of its past."""
+    """Return attention [T, G, R, D] of one session's rows, on views of its past."""
     num_new, num_kv, repeats, size = query_TGRD.shape
     window = sessions.windows[layer]
     first, stop = sessions.span(session, window)
     keys_GKD, values_GKD = sessions.caches[session].read(layer, first, stop)
     if num_new == 1 or (first, num_new) == (0, stop) and (window is None or window >= stop):
-        # As transformers asks: a sum in another order differs in its last bit, and an int8 layer makes a step of it.
+        # As transformers asks: another order of the sum changes the last bit, which int8 layers can amplify.
         found_HTD = scaled_dot_product_attention(
             query_TGRD.flatten(1, 2).transpose(0, 1)[None],
             keys_GKD[None],
@@ -227,7 +225,7 @@ def _attend_alone(sessions: _Spans, session: int, layer: int, query_TGRD: Tensor
 
 
 def _attend_together(sessions: _Spans, layer: int, query_BGRD: Tensor, scale: float | None) -> Tensor:
-    """Attention [B, G, R, D] of sessions with one row each, in one call on copies of their pasts, padded."""
+    """Return attention [B, G, R, D] of sessions with one row each, in one call on padded copies of their pasts."""
     window = sessions.windows[layer]
     pasts = [sessions.caches[i].read(layer, *sessions.span(i, window)) for i in sessions.together]
     keys_BGKD, values_BGKD = (

@@ -1,4 +1,4 @@
-"""What whoever writes an answer sees of a body: one session of it, in this process or at the other end of a link."""
+"""The interface of a session on a body, in this process or at the other end of a link."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -13,36 +13,36 @@ class BodySession(Protocol):
     """One sequence on a body."""
 
     def extend(self, rows_TD: Tensor, want: int) -> Tensor:
-        """Run new positions [T, D]; the last ``want`` output rows. Raises a ``GaisnetError``."""
+        """Run new positions [T, D]; return the last ``want`` output rows. Raises a ``GaisnetError``."""
 
     def crop(self, length: int) -> None:
-        """Forget positions from ``length`` on."""
+        """Drop positions from ``length`` on."""
 
     def close(self) -> None:
-        """End, and free what is held. More than once does no harm."""
+        """Close the session and free its memory; may be called more than once."""
 
 
 @runtime_checkable
 class SendingSession(Protocol):
-    """A session that can also be asked without waiting: many answers in as many threads then go on together."""
+    """A session that can also be asked without waiting, so that many answers in as many threads proceed together."""
 
     @property
     def deadline_s(self) -> float | None:
-        """How long rows are waited for; None where they come, or fail, for certain."""
+        """Seconds to wait for rows; None if they are certain to come or fail."""
 
     def send(self, rows_TD: Tensor, want: int) -> "Future[Tensor]":
-        """As ``BodySession.extend``; it raises, or the future does."""
+        """Run new positions like ``BodySession.extend``; errors are raised here or by the future."""
 
 
 class LocalSession:
     """A session of a service in this process.
 
     Args:
-        service: The body's.
+        service: The service.
         first: FM layer that takes the rows.
         stop: FM layer to stop before.
-        adapters: What acts.
-        num_positions: Memory to hold from the beginning.
+        adapters: Adapters to activate.
+        num_positions: Positions to reserve memory for.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class LocalSession:
         self._name = service.open(first, stop, adapters, num_positions)
 
     def send(self, rows_TD: Tensor, want: int) -> "Future[Tensor]":
-        """Let new positions run; where no thread steps, the caller does."""
+        """Run new positions; if no thread runs steps, the caller does."""
         answer = self._service.extend(self._name, rows_TD, want)
         while not self._service.in_thread and not answer.done():
             self._service.step()
@@ -64,9 +64,9 @@ class LocalSession:
         return self.send(rows_TD, want).result()
 
     def crop(self, length: int) -> None:
-        """Forget positions from ``length`` on."""
+        """Drop positions from ``length`` on."""
         self._service.crop(self._name, length)
 
     def close(self) -> None:
-        """End the session."""
+        """Close the session."""
         self._service.close(self._name)

@@ -1,11 +1,11 @@
-"""From a model's name and a prompt to text: which bodies write, and what came of it.
+"""Generation by model name: which bodies write an answer, and how it went.
 
 =============== ============================================================================================
 ``foundation``  the FM as it was loaded
-``merged``      the FM with the one adapter that holds all domains
+``merged``      the FM with the merged adapter
 ``<domain>``    the DM at that domain's edge
-``auto``        the DM of the device's own domain, and the FM where it is not sure: as ``merged`` or with that
-                domain's adapter, whichever its routing says
+``auto``        the DM of the device's own domain, and the FM where the DM is unsure: with the merged adapter or
+                the domain's, as its routing says
 =============== ============================================================================================
 """
 
@@ -31,7 +31,7 @@ AUTO, FOUNDATION, MERGED = "auto", "foundation", "merged"
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain that is served, under the names that the bodies' services know its adapters by."""
+    """A served domain, with the names of its adapters at the services."""
 
     routing: Routing  # to the FM
     adapters: tuple[str, ...] = ("relay", "domain")  # on the DM
@@ -39,20 +39,20 @@ class Domain:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a caller wants written."""
+    """A caller's request."""
 
     model: str
     prompt: tuple[int, ...]
     sampling: Sampling
-    stop: tuple[str, ...] = ()  # strings that end the answer, and are no part of it
-    domain: str | None = None  # for ``auto``: another than the device's own
-    speculate: bool | None = None  # the DM drafts what the FM writes; None as the device is set
-    continues: bool = False  # the answer goes on from the prompt's text, and may begin with a space
+    stop: tuple[str, ...] = ()  # strings that end the answer, and are not part of it
+    domain: str | None = None  # for ``auto``: a domain other than the device's own
+    speculate: bool | None = None  # whether the DM drafts for the FM; None for the device's setting
+    continues: bool = False  # the answer continues the prompt's text, and may begin with a space
 
 
 @dataclass
 class Course:
-    """How an answer went, or goes."""
+    """The course of an answer, so far or at its end."""
 
     body: Place
     domain: str
@@ -64,27 +64,27 @@ class Course:
 
     @property
     def now(self) -> Place:
-        """Which body writes now."""
+        """The body that writes now."""
         return self.body if self.trace is None else self.trace.body
 
     @property
     def escalated_at(self) -> int | None:
-        """Number of the first token that the FM wrote in the DM's place; all later ones are its too."""
+        """Number of the first token that the FM wrote instead of the DM; later ones are the FM's, too."""
         return None if self.trace is None else self.trace.escalated_at
 
     @property
     def cloud_refused(self) -> bool:
-        """The DM was not sure and had to go on."""
+        """Whether the DM was unsure and had to go on because the cloud refused."""
         return self.trace is not None and self.trace.refusal is not None
 
 
 def _nobody() -> None:
-    """Nobody counts tokens."""
+    """Ignore tokens."""
 
 
 @dataclass
 class Answer:
-    """An answer that is being written: iterate over its text once. ``close`` it from any thread to break off."""
+    """An answer in progress: iterate over its text once. ``close`` it from any thread to stop it."""
 
     course: Course
     _ask: GenerationRequest
@@ -95,7 +95,7 @@ class Answer:
     _closed: bool = field(default=False)
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of text as they come; none after ``close``. Raises a ``GaisnetError`` where a body fails."""
+        """Yield pieces of text; none after ``close``. Raises a ``GaisnetError`` if a body fails."""
         try:
             for piece in text_of(self._counted(), self._tokenizer, self._ask.stop, self._ask.continues):
                 if self._closed:
@@ -109,10 +109,10 @@ class Answer:
             self.close()
 
     def close(self) -> None:
-        """Free the sessions at once, also while a body works for them."""
+        """Free the sessions at once, even while a body works for them."""
         self._closed = True
         for session in self._sessions:
-            with suppress(GaisnetError):  # a body that is out of reach frees it by itself
+            with suppress(GaisnetError):  # an unreachable body frees it by itself
                 session.close()
 
     def _counted(self) -> Iterator[int]:
@@ -130,15 +130,15 @@ class Answer:
 
 
 class Answering:
-    """Writes answers, any number at once, each in a thread of its caller.
+    """Writes answers, any number at once, each in its caller's thread.
 
     Args:
-        parts: The device's.
-        tokenizer: The FM's.
-        bodies: Where bodies are.
-        domains: What is served, by name.
-        home: The device's own domain: that of ``auto``.
-        speculate: Whether the DM drafts what the FM writes, unless a request says.
+        parts: The device's parts.
+        tokenizer: The FM's tokenizer.
+        bodies: The bodies to ask.
+        domains: Served domains, by name.
+        home: The device's own domain, used by ``auto``.
+        speculate: Whether the DM drafts for the FM, unless a request says otherwise.
     """
 
     def __init__(
@@ -160,34 +160,34 @@ class Answering:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that a request may give."""
+        """Names of models that a request may give."""
         return AUTO, FOUNDATION, MERGED, *self._domains
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """Most tokens of prompt and answer together."""
         return self._parts.context
 
     def route(self, name: str, routing: Routing) -> None:
-        """From now on ``auto`` goes this way in a domain; answers under way go on as they began."""
+        """Change the routing of ``auto`` in a domain; answers in progress keep theirs."""
         self._domains[name] = replace(self._domains[name], routing=routing)
 
     def check_model(self, name: str) -> None:
-        """Raise ``UnknownModel`` unless it is served."""
+        """Raise ``UnknownModel`` unless the model is served."""
         if name not in self.models:
             raise UnknownModel(name, self.models)
 
     def begin(self, ask: GenerationRequest, on_token: Callable[[], None] = _nobody) -> Answer:
-        """Open what it takes; nothing is computed before somebody iterates. Close the answer if nobody will.
+        """Open the sessions of an answer; computation starts when it is iterated. Close an answer that is not iterated.
 
         Args:
-            ask: What to write. Tokens that end an answer are added to its own.
-            on_token: Called as each token is there.
+            ask: The request. Tokens that end an answer are added to its own.
+            on_token: Called for each token.
 
         Raises:
-            UnknownModel: Of the model, or of the domain.
+            UnknownModel: An unknown model or domain.
             SessionRefused, ContextFull: The prompt cannot be answered.
-            GaisnetError: What the bodies raise.
+            GaisnetError: An error of a body.
         """
         self.check_model(ask.model)
         name = self._domain_of(ask)
@@ -201,7 +201,7 @@ class Answering:
         return self._plain(ask, name, on_token)
 
     def _domain_of(self, ask: GenerationRequest) -> str:
-        """Whose DM, and whose edge on the way to the FM."""
+        """Return the domain of the DM, whose edge is also on the way to the FM."""
         if ask.model in self._domains:
             if ask.domain not in (None, ask.model):
                 found = f"the model is '{ask.model}'"
@@ -213,7 +213,7 @@ class Answering:
         return name
 
     def _speculates(self, ask: GenerationRequest, name: str) -> bool:
-        """Whether the FM writes and the DM may draft. Raises ``SessionRefused`` if only a request thinks so."""
+        """Return whether the FM writes and the DM drafts. Raises ``SessionRefused`` if only the request wants that."""
         if ask.model in self._domains:
             possible, found = False, f"'{ask.model}' is the model that drafts"
         else:
@@ -224,7 +224,7 @@ class Answering:
         return possible and (self._speculate if ask.speculate is None else ask.speculate)
 
     def _target(self, ask: GenerationRequest, name: str) -> Target:
-        """The body that an answer of this model is the answer of."""
+        """Return the body to which an answer of this model is attributed."""
         if ask.model in self._domains:
             return self._drafter(name)
         on_foundation = {FOUNDATION: (), MERGED: (MERGED,), AUTO: self._domains[name].routing.adapters}
@@ -259,7 +259,7 @@ class Answering:
         return self._answer(Course("cloud", name, tally=tally), ask, tokens, [drafter, checker], on_token)
 
     def _span(self, ask: GenerationRequest) -> tuple[int, int, int]:
-        """Layers of the body, and positions to hold memory for."""
+        """Return the body's layers, and the positions to reserve memory for."""
         return self._parts.first, self._parts.stop, len(ask.prompt) + ask.sampling.max_tokens
 
     def _answer(

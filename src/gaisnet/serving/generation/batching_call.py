@@ -1,4 +1,4 @@
-"""Calls from many threads, run together: who comes when nobody runs, runs all that wait, for the others too.
+"""Batched calls from many threads: a caller that finds nobody running runs all waiting calls, the others' too.
 
 Flat combining (Hendler et al., SPAA 2010). There is no timer and no thread: a single caller runs at once.
 """
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 @dataclass
 class _Waiting(Generic[Q, A]):
-    """A call, and what has come of it."""
+    """A call and its outcome."""
 
     question: Q | None = None
-    woken: threading.Event = field(default_factory=threading.Event)  # it has an outcome, or has to run what waits
+    woken: threading.Event = field(default_factory=threading.Event)  # it has an outcome, or must run the waiting calls
     outcome: A | BaseException | None = None
     done: bool = False
 
@@ -39,9 +39,9 @@ class BatchingCall(Generic[Q, A]):
     """A function of one question that runs as a function of many.
 
     Args:
-        run: Answers of some questions, in their order. It is never called twice at once.
-        size: Of a question.
-        most: A batch has no more than this, or one question.
+        run: Answers a list of questions, in order. Never called twice at once.
+        size: Size of a question.
+        most: Most size of a batch, unless it is a single question.
     """
 
     def __init__(self, run: Callable[[Sequence[Q]], Sequence[A]], size: Callable[[Q], int], most: int) -> None:
@@ -53,21 +53,21 @@ class BatchingCall(Generic[Q, A]):
         self._led = False
 
     def __call__(self, question: Q) -> A:
-        """The answer to ``question``; raises what ``run`` raises for it, others are not disturbed."""
+        """Return the answer to ``question``; raise its error from ``run``, without disturbing others."""
         mine: _Waiting[Q, A] = _Waiting()
         self._join(mine, question)
         return self._wait(mine)
 
     def after(self, before: "Future[T]", question: Callable[[T], Q], deadline_s: float | None = None) -> A:
-        """The same for a question that is made of what ``before`` brings; raises what it raises.
+        """Ask a question made from the result of ``before``; raise its error, if any.
 
-        It is asked by the thread that ``before`` is fulfilled by, so that of many that are fulfilled together no one
-        runs alone because its thread woke first.
+        The thread that fulfils ``before`` asks it, so that of many fulfilled together none runs
+        alone because its thread woke first.
 
         Args:
-            before: Brings the question.
-            question: Makes it.
-            deadline_s: ``before`` is cancelled then, and ``CancelledError`` raised.
+            before: Future of the question's input.
+            question: Makes the question.
+            deadline_s: Seconds after which ``before`` is cancelled, and ``CancelledError`` raised.
         """
         mine: _Waiting[Q, A] = _Waiting()
 
@@ -79,7 +79,7 @@ class BatchingCall(Generic[Q, A]):
 
         before.add_done_callback(join)
         if not mine.woken.wait(deadline_s):
-            before.cancel()  # unless it is there by now
+            before.cancel()  # unless it has come by now
         return self._wait(mine)
 
     def _join(self, mine: _Waiting[Q, A], question: Q) -> None:
@@ -97,7 +97,7 @@ class BatchingCall(Generic[Q, A]):
         return mine.result()
 
     def _lead(self) -> None:
-        """Run what waits, the longest waiting first, and leave the rest to the next."""
+        """Run waiting calls, the longest waiting first, and leave the rest to the next leader."""
         self._let_others_come()
         batch = self._take()
         outcomes = self._outcomes([cast(Q, waiting.question) for waiting in batch])
@@ -109,7 +109,7 @@ class BatchingCall(Generic[Q, A]):
                 self._queue[0].woken.set()
 
     def _let_others_come(self) -> None:
-        """Threads that were woken together come one after the other: let those come that can run already."""
+        """Let threads that were woken together add their calls first."""
         seen = -1
         while seen < len(self._queue):
             seen = len(self._queue)
@@ -124,7 +124,7 @@ class BatchingCall(Generic[Q, A]):
             return batch
 
     def _outcomes(self, questions: Sequence[Q]) -> Sequence[A | BaseException]:
-        """Answers, or what went wrong: if the batch fails, each runs alone, and only the culprit fails."""
+        """Return outcomes; if the batch fails, each call runs alone, so that only the culprit fails."""
         try:
             return self._run(questions)
         except Exception as error:

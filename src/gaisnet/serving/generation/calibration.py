@@ -1,7 +1,7 @@
-"""How sure is sure enough: from held-out examples, which never leave their device, to a threshold.
+"""Calibration of confidence: from test examples, which never leave their device, to a threshold.
 
-A device lets its DM write each answer and the FM too, and keeps of each only how sure the DM was and who was right.
-Examples of other domains may be among them, as they are among its requests: the DM has not learned those.
+A device lets both DM and FM write each answer, and keeps only the DM's confidence and who was right.
+Examples of other domains may be among them, as among its requests: the DM was not trained on those.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,20 +26,20 @@ FILE_NAME = "calibration.json"
 
 @dataclass(frozen=True)
 class Trial:
-    """One held-out example. For an answer of one token it is: how sure, DM right?, FM right?"""
+    """One test example. For an answer of one token: confidence, whether the DM is right, whether the FM is."""
 
-    confidences: tuple[float, ...]  # of the DM in each token of its answer
-    wrong_at: int | None  # the first token that is wrong; None if the DM's answer is right
+    confidences: tuple[float, ...]  # the DM's, for each token of its answer
+    wrong_at: int | None  # the first wrong token; None if the DM's answer is right
     foundation_right: bool
 
     def escalated(self, threshold: float) -> bool:
-        """Whether the FM is asked."""
+        """Return whether the FM is asked."""
         return min(self.confidences) < threshold
 
     def right(self, threshold: float) -> bool:
-        """Whether the answer is right: the FM mends it if it is asked before the first wrong token is written.
+        """Return whether the answer is right: the FM repairs it if it is asked before the first wrong token is written.
 
-        Where it takes over a right beginning it is taken to do as well as from the start.
+        An FM that takes over a right beginning is assumed to do as well as from the start.
         """
         at = next((i for i, confidence in enumerate(self.confidences) if confidence < threshold), None)
         if at is None:
@@ -48,7 +48,7 @@ class Trial:
 
 
 class Calibration(BaseModel):
-    """A threshold, and what it did on the examples that it was chosen on."""
+    """A threshold, and its results on the examples that it was chosen on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,7 +65,7 @@ class Calibration(BaseModel):
 
     @property
     def gain_kept(self) -> float | None:
-        """Share of what always asking gains; None where it gains nothing."""
+        """Share of the gain of always asking; None if there is none."""
         gain = self.foundation_accuracy - self.domain_accuracy
         return (self.accuracy - self.domain_accuracy) / gain if gain > 0 else None
 
@@ -77,17 +77,17 @@ def calibrate(
     adapters: tuple[str, ...] = (),
     num_others: int = 0,
 ) -> Calibration:
-    """The threshold that is right most often with at most ``most_escalated``; of neighbours, the one in their middle.
+    """Return the threshold with most right answers and at most ``most_escalated``, in the middle of equally good ones.
 
-    At the edge of those that do equally well it would be right here and wrong elsewhere. Where the FM does no better
-    than the DM, it is one below all confidences: the FM is never asked.
+    At the edge of equally good thresholds it would be right here and wrong elsewhere. If the FM is no better
+    than the DM, it is below all confidences: the FM is never asked.
 
     Args:
         trials: Examples that the DM of one domain was asked.
-        settings: What is wanted.
-        measure: What ``confidences`` of the trials are.
-        adapters: On the FM of the trials.
-        num_others: So many trials are of other domains.
+        settings: Targets.
+        measure: The measure of confidence.
+        adapters: Adapters on the FM in the trials.
+        num_others: Number of trials from other domains.
     """
     total = max(len(trials), 1)
     alone, always = sum(t.wrong_at is None for t in trials), sum(t.foundation_right for t in trials)
@@ -115,18 +115,18 @@ def calibrate(
     )
 
 
-_NEVER = -1e9  # below whatever a measure says, and a number in JSON
+_NEVER = -1e9  # below the values of all measures, and a number in JSON
 
 
 def _candidates(trials: Sequence[Trial]) -> list[float]:
-    """Thresholds that differ in what they do, ascending: between two confidences that were seen, and above all."""
+    """Return thresholds with different effects, ascending: between two seen confidences, and above all."""
     seen = sorted({confidence for trial in trials for confidence in trial.confidences})
     return [*((lower + upper) / 2 for lower, upper in pairwise(seen)), *(nextafter(c, inf) for c in seen[-1:])]
 
 
 @dataclass(frozen=True)
 class CalibrationExample:
-    """An example that a device held out, in token ids. It stays on the device."""
+    """A test example in token ids. It stays on the device."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]  # with the token that ends it
@@ -140,17 +140,17 @@ def collect(
     held_out: CalibrationExample,
     measure: str,
 ) -> Trial:
-    """Let the DM write the answer to an example, then the FM, greedily. Raises what the bodies raise.
+    """Let the DM, then the FM, write the answer to an example greedily. Raises the bodies' errors.
 
     Any token that ends an answer of the model will do at the end.
 
     Args:
-        parts: The device's.
-        bodies: Where both are.
-        domain: The DM.
-        adapters: On the FM.
+        parts: The device's parts.
+        bodies: Both bodies.
+        domain: The DM's domain.
+        adapters: Adapters on the FM.
         held_out: The example.
-        measure: Of confidence.
+        measure: The measure of confidence.
     """
     span, num_positions = (parts.first, parts.stop), len(held_out.prompt) + len(held_out.answer)
     ends = frozenset((*held_out.answer[-1:], *ends_of(parts.head.stack.config)))
@@ -166,7 +166,7 @@ def collect(
 
 
 def _ended(ids: Sequence[int], ends: Collection[int]) -> tuple[int, ...]:
-    """The same with one token in the place of any that ends an answer."""
+    """Replace any token that ends an answer by one of them."""
     return tuple(min(ends) if token in ends else token for token in ids)
 
 
@@ -178,16 +178,16 @@ def _first_difference(written: Sequence[int], right: Sequence[int]) -> int | Non
 
 
 class _Kind(BaseModel):
-    """What kind of file it is."""
+    """The schema field of a file."""
 
     schema_name: str = Field(alias="schema")
 
 
-_BEFORE = "gaisnet.calibration/1"  # it does not say what acted on the FM, nor on which mix
+_BEFORE = "gaisnet.calibration/1"  # does not name the FM's adapters or the mix of trials
 
 
 class _File(BaseModel):
-    """The whole of ``calibration.json``."""
+    """Contents of ``calibration.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
@@ -196,14 +196,14 @@ class _File(BaseModel):
 
 
 def write_calibrations(folder: Path, domains: Mapping[str, Calibration]) -> None:
-    """Keep them, by domain, in a run's folder. Raises ``OutputNotWritable``."""
+    """Write calibrations by domain into a run's folder. Raises ``OutputNotWritable``."""
     write_text(folder / FILE_NAME, _File(domains=dict(domains)).model_dump_json(indent=2) + "\n")
 
 
 def read_calibrations(folder: Path) -> dict[str, Calibration]:
-    """Those of a run's folder; none where it has none, or has them from before they said what they are of.
+    """Read a run folder's calibrations; empty if there are none, or only of an older schema.
 
-    Raises ``CheckpointError`` for a file that is damaged.
+    Raises ``CheckpointError`` for a damaged file.
     """
     path = folder / FILE_NAME
     try:

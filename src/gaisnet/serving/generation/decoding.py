@@ -1,4 +1,4 @@
-"""A device writes an answer: its head, a body anywhere, its tail, a token; then again.
+"""Decoding on a device, token by token: its head, a body anywhere, its tail.
 
 Shape legend: T new positions, W wanted ones, D hidden size, V vocabulary.
 """
@@ -24,7 +24,7 @@ PREFILL_CHUNK = 64
 _MOST_ROWS = 256  # of all answers together, in one run of a part
 
 Tokens = Generator[int, None, None]
-"""Token ids, one by one; ``close`` it to break off."""
+"""Token ids, one by one; ``close`` it to stop."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class _Finish:
 
 
 class DeviceParts:
-    """A device's head and tail, for any number of answers in as many threads: those that come together run together.
+    """A device's head and tail for many answers in as many threads; concurrent calls run as one batch.
 
-    A vocabulary head is read from memory as a whole for a single row, and once for the rows of all answers as well.
+    A vocabulary head is read from memory as a whole for one row, and only once for the rows of all answers.
 
     Args:
-        head: Its first layers.
-        tail: Its last.
-        compute_lock: Of the machine that it is on, if others compute there too.
+        head: The first layers.
+        tail: The last layers.
+        compute_lock: The lock of its machine, if others compute there too.
     """
 
     def __init__(self, head: Head, tail: Tail, compute_lock: ComputeLock | None = None) -> None:
@@ -77,7 +77,7 @@ class DeviceParts:
 
     @torch.no_grad()
     def smash(self, ids: Sequence[int], cache: SessionCache) -> Tensor:
-        """Smashed rows [T, D] of the next tokens of the answer that ``cache`` belongs to."""
+        """Return smashed rows [T, D] of the next tokens of the answer with this ``cache``."""
         rows_TD: Tensor = self.head.embed_tokens(torch.tensor(ids, device=self._placement[0]))
         return self._begin(SessionShare(rows_TD, cache, 0, self.first)) if self.first else rows_TD
 
@@ -88,9 +88,9 @@ class DeviceParts:
         cache: SessionCache,
         deadline_s: float | None = None,
     ) -> Tensor:
-        """Logits [W, V] at the last ``want`` of the body's outputs [T, D], which may still be on their way.
+        """Return logits [W, V] at the last ``want`` of the body's outputs [T, D], which may still be pending.
 
-        Only with layers in the tail must the outputs at all new positions be there. Raises what they raise, and
+        Only layers in the tail need the outputs at all new positions. Raises their errors, and
         ``LinkTimeout`` if they have not come after ``deadline_s``.
         """
 
@@ -124,23 +124,23 @@ class DeviceParts:
 
 
 class HeadSession:
-    """Token ids in, smashed rows out."""
+    """Maps token ids to smashed rows."""
 
     def __init__(self, parts: DeviceParts) -> None:
         self._parts = parts
         self._cache = SessionCache()
 
     def run(self, ids: Sequence[int]) -> Tensor:
-        """Smashed rows [T, D] of the next tokens."""
+        """Return smashed rows [T, D] of the next tokens."""
         return self._parts.smash(ids, self._cache)
 
     def crop(self, length: int) -> None:
-        """Forget tokens from ``length`` on."""
+        """Drop tokens from ``length`` on."""
         self._cache.crop(length)
 
 
 class TailSession:
-    """A body and the device's tail behind it: smashed rows in, logits out."""
+    """A body followed by the device's tail: maps smashed rows to logits."""
 
     def __init__(self, parts: DeviceParts, body: BodySession) -> None:
         self._parts = parts
@@ -152,18 +152,18 @@ class TailSession:
         self._cache = SessionCache()
 
     def run(self, rows_TD: Tensor, want: int = 1) -> Tensor:
-        """Logits [W, V] at the last ``want`` of the new positions."""
+        """Return logits [W, V] at the last ``want`` of the new positions."""
         needed = len(rows_TD) if self._parts.tail_layers.indices else want
         return self._parts.logits(self._ask(rows_TD, needed), want, self._cache, self._deadline_s)
 
     def crop(self, length: int) -> None:
-        """Forget positions from ``length`` on."""
+        """Drop positions from ``length`` on."""
         self._body.crop(length)
         self._cache.crop(length)
 
 
 def prefill(head: HeadSession, tails: Sequence[TailSession], ids: Sequence[int]) -> None:
-    """Let all see a prompt, a chunk at a time; the head runs once for all."""
+    """Run a prompt through all sessions, a chunk at a time; the head runs once for all."""
     for first in range(0, len(ids), PREFILL_CHUNK):
         rows_TD = head.run(ids[first : first + PREFILL_CHUNK])
         for tail in tails:
@@ -171,7 +171,7 @@ def prefill(head: HeadSession, tails: Sequence[TailSession], ids: Sequence[int])
 
 
 def read(head: HeadSession, tail: TailSession, prompt: Sequence[int]) -> Sequence[int]:
-    """Let both see a prompt but for its last chunk; returns that one, which the first token comes of."""
+    """Run all of a prompt but its last chunk; return that chunk, from which the first token comes."""
     last = (len(prompt) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
     prefill(head, [tail], prompt[:last])
     return prompt[last:]
@@ -189,11 +189,11 @@ def check_prompt(parts: DeviceParts, prompt: Sequence[int], sampling: Sampling) 
 
 
 def write(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling: Sampling) -> Tokens:
-    """Token ids of an answer, as they come; closes the session when the answer ends or nobody wants more of it.
+    """Yield token ids of an answer; close the session when the answer ends or the caller stops.
 
     Raises:
         SessionRefused, ContextFull: At the first token, for a prompt that cannot be answered.
-        GaisnetError: What the body raises.
+        GaisnetError: An error of the body.
     """
     try:
         check_prompt(parts, prompt, sampling)

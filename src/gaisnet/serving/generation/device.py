@@ -1,4 +1,4 @@
-"""A device that answers are written on, made ready: thresholds calibrated or read, every domain's routing set."""
+"""A device prepared for generation: thresholds calibrated or read, routing set for every domain."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -25,36 +25,36 @@ from gaisnet.serving.generation.calibration import (
 from gaisnet.serving.generation.decoding import DeviceParts
 from gaisnet.serving.generation.routing import DEFAULT_MEASURE, Routing
 
-_AT_ONCE = 8  # held-out examples; they share the steps of the bodies
+_AT_ONCE = 8  # test examples at once; they share the bodies' steps
 
 
 @dataclass(frozen=True)
 class ServedDomain:
     """A domain that a device reaches."""
 
-    adapters: tuple[str, ...]  # on the DM, names as its service knows them
-    foundation_adapters: tuple[str, ...]  # on the FM, of this domain alone
-    held_out: Sequence[CalibrationExample] = ()  # examples of this device, or of all that are in this process
+    adapters: tuple[str, ...]  # on the DM, named as its service knows them
+    foundation_adapters: tuple[str, ...]  # on the FM, for this domain alone
+    held_out: Sequence[CalibrationExample] = ()  # of this device, or of all devices in this process
 
 
 @dataclass(frozen=True)
 class AnsweringDevice:
-    """What an engine opens of a run for a front door."""
+    """A run, opened by an engine for the HTTP endpoint."""
 
     domain: str  # its own
     parts: DeviceParts
     tokenizer: PreTrainedTokenizerBase
     bodies: Bodies
     domains: Mapping[str, ServedDomain]
-    merged: bool = False  # whether the FM has an adapter of several domains
-    absent: Mapping[str, str] = field(default_factory=dict)  # devices whose held-out examples are not there, and why
+    merged: bool = False  # whether the FM has a merged adapter
+    absent: Mapping[str, str] = field(default_factory=dict)  # devices whose test examples are missing, and why
     gauges: Mapping[str, Callable[[], float]] = field(default_factory=dict)  # figures for /metrics, by name
     front: FrontSettings = FrontSettings()  # limits of the endpoint
 
     def answering(
         self, settings: RoutingSettings, calibrations: Mapping[str, Calibration], speculate: bool
     ) -> Answering:
-        """What writes answers on it. A domain without a threshold is never escalated by 'auto'."""
+        """Return the generator for this device. A domain without a threshold is never escalated by 'auto'."""
         domains = {
             name: Domain(self.routing(name, settings, calibrations), d.adapters) for name, d in self.domains.items()
         }
@@ -63,9 +63,9 @@ class AnsweringDevice:
     def trials(
         self, name: str, settings: RoutingSettings, measure: str, progress: Progress = silent
     ) -> tuple[list[Trial], list[Trial]]:
-        """A domain's DM, and the FM, on held-out examples of the domain and on ``others``; their text stays here.
+        """Try a domain's DM, and the FM, on test examples of the domain and on ``others``; their text stays here.
 
-        Raises what the bodies raise.
+        Raises the bodies' errors.
         """
         target, adapters = self.target(name), self.escalation(name, settings).adapters
         own, others = self.domains[name].held_out, self.others(name, settings)
@@ -83,32 +83,32 @@ class AnsweringDevice:
         return found[: len(own)], found[len(own) :]
 
     def calibration(self, name: str, settings: RoutingSettings, progress: Progress = silent) -> Calibration:
-        """A threshold for a domain, found anew. Raises what the bodies raise."""
+        """Calibrate a new threshold for a domain. Raises the bodies' errors."""
         own, others = self.trials(name, settings, DEFAULT_MEASURE, progress)
         adapters = self.escalation(name, settings).adapters
         return calibrate([*own, *others], settings, DEFAULT_MEASURE, adapters, len(others))
 
     def others(self, name: str, settings: RoutingSettings) -> list[CalibrationExample]:
-        """Examples of other domains that go with a domain's own, always the same; fewer where this process has few."""
-        known = self.domains[name].foundation_adapters  # a newcomer's domain is not another's
+        """Return examples of other domains for a domain's mix, always the same; fewer if this process has few."""
+        known = self.domains[name].foundation_adapters  # a newcomer's domain does not count as another
         foreign = [domain for domain in self.domains.values() if domain.foundation_adapters != known]
         every = [one for domain in foreign for one in domain.held_out]
         share, own = settings.other_domains, len(self.domains[name].held_out)
         return random.Random(f"others than {name}").sample(every, min(len(every), round(own * share / (1 - share))))
 
     def target(self, name: str) -> Target:
-        """The DM of a domain."""
+        """Return the target of a domain's DM."""
         return Target("edge", self.domains[name].adapters, name)
 
     def escalation(self, name: str, settings: RoutingSettings) -> Target:
-        """The FM, with what acts on it where a DM is not sure."""
+        """Return the target of the FM, with the adapters used on escalation."""
         merged = settings.escalate_to == "merged" and self.merged
         return Target("cloud", (MERGED,) if merged else self.domains[name].foundation_adapters, name)
 
     def fits(self, name: str, settings: RoutingSettings, calibration: Calibration) -> bool:
-        """Whether a threshold is for a domain's escalation and its limit, and from the mix that is expected.
+        """Return whether a threshold matches a domain's escalation, limit and expected mix.
 
-        Where examples are not there any more, the mix is that of earlier.
+        If examples are missing now, the mix is the earlier one.
         """
         asked = self.escalation(name, settings).adapters, settings.most_escalated
         if (calibration.adapters, calibration.most_escalated) != asked:
@@ -116,7 +116,7 @@ class AnsweringDevice:
         return bool(self.absent) or calibration.num_others == len(self.others(name, settings))
 
     def routing(self, name: str, settings: RoutingSettings, calibrations: Mapping[str, Calibration]) -> Routing:
-        """When the FM is asked in a domain."""
+        """Return the routing of a domain."""
         known = calibrations.get(name)
         adapters = self.escalation(name, settings).adapters
         if settings.threshold is not None:
@@ -127,7 +127,7 @@ class AnsweringDevice:
 
 
 def uncalibrated(device: AnsweringDevice, settings: RoutingSettings, run: Path) -> list[str]:
-    """Domains that have examples, and in the run's folder no threshold that fits. Raises ``CheckpointError``."""
+    """Return domains that have examples but no matching threshold in the run's folder. Raises ``CheckpointError``."""
     if settings.escalate != "auto" or settings.threshold is not None:
         return []
     known = read_calibrations(run)
@@ -141,13 +141,13 @@ def uncalibrated(device: AnsweringDevice, settings: RoutingSettings, run: Path) 
 def calibrated(
     device: AnsweringDevice, settings: RoutingSettings, run: Path, progress: Progress = silent
 ) -> dict[str, Calibration]:
-    """Thresholds by domain: those in the run's folder, and new ones, put there, for what has none that fits.
+    """Return thresholds by domain: those in the run's folder, and newly calibrated ones, which are saved there.
 
     Raises:
         CheckpointError: The file is damaged.
-        ConfigError: The device's own domain has no threshold, and the examples to find one on are not there.
-        OutputNotWritable: It cannot be written.
-        GaisnetError: What the bodies raise.
+        ConfigError: The device's own domain has no threshold, and no examples to calibrate one on.
+        OutputNotWritable: The file cannot be written.
+        GaisnetError: An error of a body.
     """
     known, wanted = read_calibrations(run), uncalibrated(device, settings, run)
     if settings.escalate == "auto" and settings.threshold is None:
@@ -162,7 +162,7 @@ def calibrated(
 def _refuse_without_examples(
     device: AnsweringDevice, settings: RoutingSettings, known: Mapping[str, Calibration]
 ) -> None:
-    """Raise ``ConfigError`` where 'auto' would never escalate, because examples that there were are not there now."""
+    """Raise ``ConfigError`` if 'auto' would never escalate because examples that existed are missing now."""
     home = device.domain
     if not device.absent or device.domains[home].held_out:
         return

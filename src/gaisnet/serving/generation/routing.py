@@ -1,7 +1,7 @@
-"""The domain model writes; where it is not sure, the foundation model takes over, on smashed data that the edge holds.
+"""Routing: the domain model writes; the foundation model takes over where it is unsure, on rows that the edge kept.
 
-How sure it is, the device's tail says: the edge sees no probabilities. The answer goes on at the foundation model once
-and for all: its keys and values are those of the whole sequence, and to go back would cost a prompt for each change.
+The device's tail measures confidence: the edge sees no probabilities. The answer stays with the foundation model:
+its keys and values cover the whole sequence, and switching back would cost a prompt each time.
 
 Shape legend: V vocabulary.
 """
@@ -19,23 +19,23 @@ from gaisnet.serving.generation.sampling import Sampler, Sampling
 
 Policy = Literal["never", "auto", "always"]
 Measure = Callable[[Tensor], float]
-"""From logits [V], at temperature 1 whatever the answer's is, to how sure a model is; larger is surer."""
+"""Maps logits [V], at temperature 1 whatever the answer's is, to confidence; larger is surer."""
 
 
 def top_probability(logits_V: Tensor) -> float:
-    """Probability of the likeliest token."""
+    """Return the probability of the most likely token."""
     logits_V = logits_V.float()
     return float((logits_V.max() - logits_V.logsumexp(0)).exp())
 
 
 def margin(logits_V: Tensor) -> float:
-    """Probability of the likeliest token less that of the second."""
+    """Return the probability of the most likely token minus that of the second."""
     first, second = logits_V.float().softmax(0).topk(2).values.tolist()
     return float(first - second)
 
 
 def negative_entropy(logits_V: Tensor) -> float:
-    """Entropy of the next token in nats, negative: 0 where it is certain."""
+    """Return the negative entropy of the next token in nats: 0 if it is certain."""
     logs_V = logits_V.float().log_softmax(0)
     return float((logs_V.exp() * logs_V).sum())
 
@@ -45,53 +45,53 @@ MEASURES: Mapping[str, Measure] = {
     "margin": margin,
     "negative_entropy": negative_entropy,
 }
-"""By name; docs/decisions/0008 compares them."""
+"""Measures by name; docs/decisions/0008 compares them."""
 DEFAULT_MEASURE = "top_probability"
 
 
 @dataclass(frozen=True)
 class Routing:
-    """When to ask the foundation model, and for which adapters."""
+    """When to ask the foundation model, and with which adapters."""
 
     adapters: tuple[str, ...]  # on the FM
     policy: Policy = "auto"
-    threshold: float = 0.0  # a token that the DM is less sure of is the FM's to write
+    threshold: float = 0.0  # a token with less confidence is written by the FM
     measure: str = DEFAULT_MEASURE
 
     def __post_init__(self) -> None:
-        """Raise ``SessionRefused`` for a measure that there is not."""
+        """Raise ``SessionRefused`` for an unknown measure."""
         if self.measure not in MEASURES:
             raise SessionRefused(f"measure '{self.measure}'", "it is not known", f"use {' or '.join(sorted(MEASURES))}")
 
     def asks(self, confidence: float) -> bool:
-        """Whether a token of this confidence goes to the FM."""
+        """Return whether a token of this confidence goes to the FM."""
         return self.policy == "always" or (self.policy == "auto" and confidence < self.threshold)
 
 
 @dataclass
 class Trace:
-    """Who wrote what of an answer, filled as it is written."""
+    """Record of who wrote what of an answer, filled as it is written."""
 
     bodies: list[Place] = field(default_factory=list)  # of each token
-    confidences: list[float] = field(default_factory=list)  # of the DM, as long as it wrote
+    confidences: list[float] = field(default_factory=list)  # the DM's, as long as it wrote
     escalated_at: int | None = None  # first token of the FM
-    refusal: str | None = None  # why the DM went on although it was not sure
+    refusal: str | None = None  # why the DM went on although it was unsure
 
     @property
     def body(self) -> Place:
-        """Where the answer is written now."""
+        """The place at which the answer is written now."""
         return "edge" if self.escalated_at is None else "cloud"
 
 
 class _RoutedTail(TailSession):
-    """A tail behind a body that may change."""
+    """A tail after a body that may change."""
 
     def __init__(self, parts: DeviceParts, body: EscalatingSession) -> None:
         super().__init__(parts, body)
         self._escalating = body
 
     def escalate(self, adapters: tuple[str, ...]) -> Tensor:
-        """The FM's logits [V] at the last position. Raises what the session raises, and then nothing has changed."""
+        """Return the FM's logits [V] at the last position. After an error of the session, nothing has changed."""
         own_layers = bool(self._parts.tail_layers.indices)  # they have seen outputs of the other body
         rows_WD = self._escalating.escalate(adapters, self._cache.length if own_layers else 1)
         self._cache.crop(0)
@@ -106,17 +106,17 @@ def write_routed(
     routing: Routing,
     trace: Trace | None = None,
 ) -> Tokens:
-    """Token ids of an answer that the DM begins, as they come; ends and raises as ``decoding.write`` does.
+    """Yield token ids of an answer that the DM begins; ends and raises as ``decoding.write`` does.
 
-    If the FM cannot be had, the DM goes on to the end, and the trace says why.
+    If the FM cannot be reached, the DM goes on to the end, and the trace says why.
 
     Args:
-        parts: The device's.
+        parts: The device's parts.
         body: A session of the DM.
         prompt: Token ids.
-        sampling: How tokens are chosen, whoever writes.
+        sampling: How tokens are chosen, by either model.
         routing: When to ask the FM.
-        trace: Filled, for whoever wants to know.
+        trace: Filled as the answer is written.
     """
     trace = trace if trace is not None else Trace()
     try:
@@ -136,7 +136,7 @@ def write_routed(
 
 
 def _routed(tail: _RoutedTail, logits_V: Tensor, routing: Routing, trace: Trace) -> Tensor:
-    """The logits to write from: the DM's, or the FM's at the same position."""
+    """Return the logits to sample from: the DM's, or the FM's at the same position."""
     if trace.escalated_at is not None:
         return logits_V
     confidence = MEASURES[routing.measure](logits_V)

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, nucleus (top-p) sampling (Holtzman et al., arXiv 1904.09751), a seed.
+"""Sampling: temperature, nucleus (top-p) sampling (Holtzman et al., arXiv 1904.09751), and a seed.
 
 Shape legend: V vocabulary.
 """
@@ -11,18 +11,18 @@ from torch import Tensor
 from gaisnet.errors import SessionRefused
 
 _COLDEST = 1e-5
-"""A lower temperature takes the likeliest token, as 0 does: divided by it, logits would leave float32."""
+"""Lower temperatures count as 0: dividing by them would overflow float32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when to stop."""
+    """How tokens are chosen, and when to stop."""
 
     max_tokens: int = 128
-    temperature: float = 0.0  # 0, or almost 0, takes the likeliest token
+    temperature: float = 0.0  # 0, or almost 0, takes the most likely token
     top_p: float = 1.0  # the smallest set of tokens with this much probability is drawn from
     seed: int = 0
-    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer, the last token of it
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the answer, included as its last token
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -34,7 +34,7 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens. The same seed and logits give the same tokens.
+    """Draws tokens. Equal seed and logits give equal tokens.
 
     Args:
         sampling: Temperature, top-p and seed.
@@ -46,7 +46,10 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
-        """float32 [V] on the CPU, what ``draw`` draws from; for temperature 0 all on the likeliest token."""
+        """Return the distribution to draw from, float32 [V] on the CPU.
+
+        At temperature 0, all on the most likely token.
+        """
         logits_V = logits_V.float().cpu()
         if not self._temperature:
             return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
@@ -54,22 +57,22 @@ class Sampler:
         return probabilities_V if self._top_p == 1 else _nucleus(probabilities_V, self._top_p)
 
     def draw(self, probabilities_V: Tensor) -> int:
-        """A token; a sum other than one does not matter."""
+        """Draw a token; probabilities need not sum to one."""
         if not self._temperature:
             return int(probabilities_V.argmax())
         return int(torch.multinomial(probabilities_V, 1, generator=self._generator))
 
     def accepts(self, probability: float) -> bool:
-        """True with this probability."""
+        """Return True with this probability."""
         if probability >= 1 or not self._temperature:
             return probability >= 1
         return float(torch.rand((), generator=self._generator)) < probability
 
 
 def _nucleus(probabilities_V: Tensor, top_p: float) -> Tensor:
-    """Only the likeliest tokens that together have at least ``top_p``; at least one."""
+    """Keep only the most likely tokens that together reach ``top_p``; at least one."""
     sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
-    dropped_V = sorted_V.cumsum(0) - sorted_V >= top_p  # those before have enough
-    dropped_V[0] = False  # also where float32 rounds top_p to 0
+    dropped_V = sorted_V.cumsum(0) - sorted_V >= top_p  # earlier ones reach top_p
+    dropped_V[0] = False  # also if float32 rounds top_p to 0
     kept_V = probabilities_V.index_fill(0, order_V[dropped_V], 0.0)
     return kept_V / kept_V.sum()

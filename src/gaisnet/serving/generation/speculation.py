@@ -1,7 +1,7 @@
-"""A small body drafts some tokens, a large one checks them in one pass (Leviathan et al., arXiv 2211.17192).
+"""Speculative decoding: a small body drafts tokens, a large one verifies them in one pass (arXiv 2211.17192).
 
-The answer is distributed as if the large body had written it alone; greedy, it is the same. Both bodies take the same
-smashed rows, so the device's head runs once for both, and a draft needs no model of its own.
+The answer has the distribution of the large body's own; greedy, it is the same. Both bodies take the same
+smashed rows, so the device's head runs once for both, and drafting needs no extra model. Source: Leviathan et al.
 
 Shape legend: K drafted tokens, D hidden size, V vocabulary.
 """
@@ -17,18 +17,18 @@ from gaisnet.serving.generation.decoding import DeviceParts, HeadSession, TailSe
 from gaisnet.serving.generation.sampling import Sampler, Sampling
 
 _FORGET = 0.9
-_PRIOR = 0.7  # acceptance that is assumed before any was seen
+_PRIOR = 0.7  # assumed acceptance before any was seen
 
 
 class DraftLength:
-    """How many tokens to draft, from the acceptance that was seen.
+    """Chooses how many tokens to draft, from the observed acceptance.
 
     With acceptance a, a draft of k tokens gives (1 - a^(k+1)) / (1 - a) tokens on average and costs one check and k
     drafts; the best k is chosen (Leviathan et al., section 3.5).
 
     Args:
-        longest: Never more than this.
-        cost: Time of drafting a token over that of a check, the call to the large body included.
+        longest: Upper limit.
+        cost: Time of drafting a token relative to a check, including the call to the large body.
     """
 
     def __init__(self, longest: int = 8, cost: float = 0.1) -> None:
@@ -38,17 +38,17 @@ class DraftLength:
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafted tokens that was accepted, lately."""
+        """Share of drafted tokens that was accepted recently."""
         return self._accepted / self._tried
 
     def saw(self, num_drafted: int, num_accepted: int) -> None:
-        """A draft was checked. What stands behind the first refused token was not tried."""
+        """Count a checked draft. Tokens after the first rejected one were not tried."""
         tried = min(num_drafted, num_accepted + 1)
         self._tried = _FORGET * self._tried + tried
         self._accepted = _FORGET * self._accepted + num_accepted
 
     def next(self) -> int:
-        """How many to draft now."""
+        """Return how many tokens to draft now."""
         return max(range(1, self._longest + 1), key=self._tokens_per_time)
 
     def _tokens_per_time(self, num_drafted: int) -> float:
@@ -58,7 +58,7 @@ class DraftLength:
 
 @dataclass
 class Tally:
-    """What an answer took."""
+    """Counts of an answer's work."""
 
     num_checks: int = 0  # calls to the large body, the prompt's not counted
     num_drafted: int = 0
@@ -67,19 +67,22 @@ class Tally:
 
 
 def judge(drafted: Sequence[int], drafts_KV: Tensor, checks_KV: Tensor, sampler: Sampler) -> list[int]:
-    """The tokens that come of a draft: those accepted, and one that the large body adds.
+    """Return the tokens gained by a draft: the accepted ones, and one that the large body adds.
 
     Args:
         drafted: K tokens.
         drafts_KV: Probabilities that each was drawn from.
-        checks_KV: The large body's at the same places, and at the one behind them, [K + 1, V].
-        sampler: Chance.
+        checks_KV: The large body's at the same places, and at the next one, [K + 1, V].
+        sampler: Source of randomness.
     """
     for at, token in enumerate(drafted):
         draft_V, check_V = drafts_KV[at], checks_KV[at]
         if not sampler.accepts(float(check_V[token] / draft_V[token])):
             left_V = (check_V - draft_V).clamp(min=0)
-            return [*drafted[:at], sampler.draw(left_V if left_V.any() else check_V)]  # nothing left: rounding
+            return [
+                *drafted[:at],
+                sampler.draw(left_V if left_V.any() else check_V),
+            ]  # nothing left, because of rounding
     return [*drafted, sampler.draw(checks_KV[-1])]
 
 
@@ -99,7 +102,7 @@ class _Pair:
         self._length = len(ids)
 
     def draft(self, token: int, num: int, stop_ids: frozenset[int]) -> tuple[list[int], list[Tensor], list[Tensor]]:
-        """At most ``num`` tokens behind ``token``, their probabilities, and smashed rows of ``token`` and them."""
+        """Draft at most ``num`` tokens after ``token``; return them, their probabilities, and all smashed rows."""
         drafted: list[int] = []
         probabilities: list[Tensor] = []
         rows = [self._head.run([token])]
@@ -113,7 +116,7 @@ class _Pair:
         return drafted, probabilities, rows
 
     def check(self, drafted: list[int], drafts: list[Tensor], rows: list[Tensor]) -> list[int]:
-        """What comes of a draft; all parts then stand behind the accepted tokens."""
+        """Verify a draft; afterwards all parts stand after the accepted tokens."""
         logits_KV = self._checker.run(torch.cat(rows), want=len(rows))
         checks_KV = torch.stack([self._sampler.probabilities(logits_V) for logits_V in logits_KV])
         drafts_KV = torch.stack(drafts) if drafts else checks_KV[:0]
@@ -137,16 +140,16 @@ def write_speculatively(
     length: DraftLength | None = None,
     tally: Tally | None = None,
 ) -> Tokens:
-    """Token ids of the answer that ``checker`` would write, as they come; ends and raises as ``decoding.write`` does.
+    """Yield token ids of the answer that ``checker`` would write; ends and raises as ``decoding.write`` does.
 
     Args:
-        parts: The device's.
+        parts: The device's parts.
         drafter: A session of the small body.
         checker: A session of the large one.
         prompt: Token ids.
-        sampling: How tokens are chosen, by both.
-        length: How long drafts are; it learns.
-        tally: Counted up, for whoever wants to know.
+        sampling: How both choose tokens.
+        length: Length of drafts, adapted as it goes.
+        tally: Counts, updated as it goes.
     """
     length, tally = length or DraftLength(), tally or Tally()
     try:

@@ -1,11 +1,11 @@
-"""Stop strings in a text that comes in pieces, found in time linear in the text (Knuth, Morris and Pratt, 1977)."""
+"""Stop strings in a text that arrives in pieces, found in linear time (Knuth, Morris and Pratt, 1977)."""
 
 import copy
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Takes the text of an answer and gives what is certain to stand before every stop string.
+    """Passes on the text of an answer that certainly precedes every stop string.
 
     The text ends before the stop string that is complete first; of several that end at the same character, before the
     longest. How the text is cut into pieces makes no difference.
@@ -16,12 +16,12 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._searches = [_Search(stop) for stop in stops if stop]
-        self._held = ""  # it may become a stop string, or a part of one
+        self._held = ""  # may become a stop string, or a part of one
         self.found = False
         """Whether the text has ended."""
 
     def take(self, piece: str) -> str:
-        """Take the next piece; gives what has become certain, be it empty."""
+        """Add a piece; return the text that has become certain, possibly empty."""
         self._held += piece
         start = len(self._held) - len(piece)
         for at, character in enumerate(piece, start + 1):
@@ -32,7 +32,7 @@ class StopStrings:
         return self._release(len(self._held) - max((search.matched for search in self._searches), default=0))
 
     def before_stop_in(self, piece: str) -> str | None:
-        """Text before the stop string that ``piece`` would complete if it came next; None if it completes none."""
+        """Return the text before the stop string that ``piece`` would complete next; None if it completes none."""
         if not piece:
             return None
         ahead = copy.copy(self)
@@ -41,7 +41,7 @@ class StopStrings:
         return text if ahead.found else None
 
     def rest(self) -> str:
-        """All that is held back, where no more text comes; nothing behind a stop string."""
+        """Return all held text when no more comes; nothing after a stop string."""
         return "" if self.found else self._release(len(self._held))
 
     def _release(self, end: int) -> str:
@@ -50,18 +50,18 @@ class StopStrings:
 
 
 class _Search:
-    """Counts the characters of one stop string that the text ends with."""
+    """Matches one stop string against the end of the text."""
 
     def __init__(self, stop: str) -> None:
         self._stop = stop
         self.length = len(stop)
         self.matched = 0
-        self._borders = [0]  # of each beginning, the longest proper beginning that it also ends with
+        self._borders = [0]  # for each prefix, its longest proper prefix that is also its suffix
         for character in stop[1:]:
             self._borders.append(self._longer(self._borders[-1], character))
 
     def complete(self, character: str) -> bool:
-        """Take a character; whether the text now ends with the whole stop string. Not to be called after that."""
+        """Add a character; return whether the text now ends with the stop string. Not to be called after that."""
         self.matched = self._longer(self.matched, character)
         return self.matched == self.length
 

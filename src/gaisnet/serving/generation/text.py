@@ -1,4 +1,4 @@
-"""Tokens of an answer to text, as they come: whole characters only, and nothing of a stop string."""
+"""Text of an answer from its tokens as they arrive: whole characters only, up to a stop string."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,15 +11,15 @@ from gaisnet.serving.generation.stop_strings import StopStrings
 def text_of(
     tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), continues: bool = False
 ) -> Iterator[str]:
-    """Pieces of text. Where a stop string appears, the text ends before it, and no more tokens are asked for.
+    """Yield pieces of text. At a stop string the text ends before it, and no more tokens are requested.
 
-    Together they are what the tokenizer makes of all tokens at once.
+    The pieces together equal the tokenizer's decoding of all tokens at once.
 
     Args:
         tokens: Ids of the answer; closed at the end if it is a generator.
-        tokenizer: Decodes them; special tokens make no text.
+        tokenizer: Decodes them; special tokens give no text.
         stop: Strings that end the answer.
-        continues: The text goes on from a prompt, and so keeps a space that it begins with.
+        continues: Whether the text continues a prompt, and so keeps a space at its beginning.
     """
     growing, stops = GrowingText(tokenizer, continues), StopStrings(stop)
     try:
@@ -28,7 +28,7 @@ def text_of(
             if stops.found:
                 return
             if (end := stops.before_stop_in(growing.rest()) if stop else None) is not None:
-                yield from _some(end)  # later tokens could change the text there, but none will come
+                yield from _some(end)  # later tokens could change this text, but none will come
                 return
         yield from _some(stops.take(growing.rest()) + stops.rest())
     finally:

@@ -1,6 +1,6 @@
-"""The address of a server, in a file beside the run that it serves, as long as it does.
+"""The address of a server, in a file beside the run that it serves, while it does.
 
-Anybody who can write into the folder can write the file, so it is believed little: see ``found``.
+Anyone who can write into the folder can write the file, so it is checked: see ``found``.
 """
 
 import os
@@ -16,15 +16,15 @@ from gaisnet.errors import ServerRefused
 from gaisnet.serving.http.keys import is_loopback
 
 ADDRESS_NAME = "serving.url"
-"""File in the folder of a run, or of a device's kit: the URL in its first line, who serves there in its second."""
+"""File in a run's or device kit's folder: the URL in its first line, the process in its second."""
 
-_LONGEST = 2000  # bytes; such a file has far fewer
-_ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # hosts that stand for all of a machine
+_LONGEST = 2000  # bytes; a genuine file has far fewer
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # hosts that stand for all addresses of a machine
 
 
 @dataclass(frozen=True)
 class _Owner:
-    """A process, as no other is: its number is given again some time, but not at the same time."""
+    """A process, identified by number and start: numbers are reused."""
 
     host: str
     process: int
@@ -40,11 +40,11 @@ class _Owner:
 
 @contextmanager
 def announced(folder: Path, url: str) -> Iterator[None]:
-    """Keep the file in a folder as long as the block lasts; it is removed however the block ends."""
+    """Keep the file in a folder inside the context; it is removed however the context ends."""
     path = folder / ADDRESS_NAME
     owner = _Owner(socket.gethostname(), os.getpid(), _started(os.getpid()))
     text = f"{_near(url)}\n{owner}\n"
-    with suppress(OSError):  # it may lie where nobody writes
+    with suppress(OSError):  # the folder may be read-only
         path.write_text(text, encoding="utf-8")
     try:
         yield
@@ -55,10 +55,10 @@ def announced(folder: Path, url: str) -> Iterator[None]:
 
 
 def found(folder: Path) -> str | None:
-    """URL of the server that a folder's file names; None if there is no file, or its process has ended.
+    """Return the URL of the server that a folder's file names; None if there is no file, or its process has ended.
 
-    Raises ``ServerRefused`` where it names anything but an address of this machine's own: such a file is forged, or it
-    came with the folder from elsewhere.
+    Raises ``ServerRefused`` for any address but this machine's own: such a file is forged, or came with the folder from
+    elsewhere.
     """
     try:
         with (folder / ADDRESS_NAME).open("rb") as file:
@@ -77,7 +77,7 @@ def found(folder: Path) -> str | None:
 
 
 def _is_own(url: str) -> bool:
-    """Whether it is ``http://`` and a loopback address, with nothing else in it that could lead elsewhere."""
+    """Return whether a URL is ``http://`` and a loopback address, without parts that could lead elsewhere."""
     try:
         parts = urlsplit(url)
         plain = parts.username is None and parts.path in ("", "/") and not parts.query and not parts.fragment
@@ -87,17 +87,17 @@ def _is_own(url: str) -> bool:
 
 
 def _near(url: str) -> str:
-    """A URL as this machine itself reaches it."""
+    """Return a URL as this machine itself reaches it."""
     parts = urlsplit(url)
     host = _ANY.get(parts.hostname or "")
     return url if host is None else f"http://{host}:{parts.port}"
 
 
 def _started(process: int) -> str:
-    """When a process began, in the system's own words; empty if there is no such process, or nobody says."""
+    """Return when a process began, in the system's own words; empty if there is no such process, or it is unknown."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace")
-        return stat.rpartition(")")[2].split()[19]  # ticks since the machine began
+        return stat.rpartition(")")[2].split()[19]  # ticks since boot
     except (OSError, IndexError):
         pass
     try:

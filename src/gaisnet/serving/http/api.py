@@ -1,7 +1,7 @@
-"""The front door: OpenAI's endpoints over HTTP. The one home of FastAPI.
+"""The HTTP endpoint: OpenAI's API. The one home of FastAPI.
 
-A request is checked from the outside in: who asks, how large, is it JSON, does it make sense, is there room. Then its
-answers have a thread each, and their text comes here.
+A request is checked from the outside in: caller, size, JSON, fields, room. Then its
+answers have a thread each, and their text arrives here.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ from gaisnet.serving.http.refusals import GONE, INVALID, ClientGone, Refusal, no
 from gaisnet.serving.http.streaming import StreamedAnswer
 
 T = TypeVar("T")
-_READERS = 2  # threads that read bodies: nothing else may keep them
+_READERS = 2  # threads that read bodies and do nothing else
 _READING = ["GET", "HEAD"]
 
 
 class _Events(StreamingResponse):
-    """Server-sent events; whatever becomes of the client, ``done`` is called."""
+    """Server-sent events; ``done`` is called whatever becomes of the client."""
 
     def __init__(self, events: AsyncIterator[str], done: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -66,7 +66,7 @@ class _Door:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="request")
 
     def models(self, request: Request, name: str | None = None) -> Response:
-        """All models, or one of them."""
+        """Return all models, or one of them."""
         self._callers.admit(request.headers)
         if name is not None:
             self._answering.check_model(name)
@@ -75,12 +75,12 @@ class _Door:
         return JSONResponse({"object": "list", "data": found} if name is None else found[0])
 
     def _model(self, name: str) -> dict[str, Any]:
-        context = self._answering.context  # the name of the field is vLLM's, which clients know
+        context = self._answering.context  # the field's name is vLLM's, which clients know
         made = {"created": self._created, "owned_by": "gaisnet", "max_model_len": context}
         return {"id": name, "object": "model", **made}
 
     def told(self, request: Request) -> Response:
-        """The text that Prometheus reads."""
+        """Return the text for Prometheus."""
         self._callers.admit(request.headers)
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
@@ -104,7 +104,7 @@ class _Door:
         return await _whole(request, choices, envelope)
 
     async def _body(self, request: Request) -> bytes:
-        """The request's body. Raises ``Refusal`` where it is too large or too slow, and then keeps no more of it."""
+        """Read the request's body. Raises ``Refusal`` if it is too large or too slow, and then keeps no more of it."""
         limit, body = self._settings.max_body_bytes, bytearray()
         try:
             async with asyncio.timeout(self._settings.body_timeout_s):
@@ -122,7 +122,7 @@ class _Door:
         return await loop.run_in_executor(self._readers, read_request, kind, body, self._settings)
 
     def _run(self, ask: GenerationRequest) -> StreamedAnswer:
-        """Begin an answer. Raises ``Refusal`` where there are too many."""
+        """Begin an answer. Raises ``Refusal`` if there are too many."""
         if len(self._running) >= self._settings.max_answers:
             raise too_many(self._settings.max_answers)
         clock = self._metrics.clock(ask.model)
@@ -147,7 +147,7 @@ class _Door:
 
     @asynccontextmanager
     async def open(self, app: FastAPI) -> AsyncIterator[None]:
-        """Keep the door open as long as the block lasts; then break off answers that are under way."""
+        """Serve inside the context; at its end, stop answers in progress."""
         yield
         for running in tuple(self._running):
             running.stop()
@@ -166,7 +166,7 @@ async def _whole(request: Request, choices: Choices, envelope: Envelope) -> Resp
 
 
 async def _stream(request: Request, choices: Choices, envelope: Envelope, asked: dialect.Request) -> Response:
-    """A stream, whose status is known only when the first token is there."""
+    """Stream an answer; the status is known when the first token is there."""
     try:
         await _unless_gone(request, choices.first())
     except BaseException as error:
@@ -179,7 +179,7 @@ async def _stream(request: Request, choices: Choices, envelope: Envelope, asked:
 
 
 async def _events(choices: Choices, envelope: Envelope, include_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events. What goes wrong in mid-stream is an event too, and the last one."""
+    """Yield server-sent events. An error in mid-stream is the last event."""
     for chunk in envelope.first():
         yield _event(chunk)
     try:
@@ -202,7 +202,7 @@ def _event(data: Mapping[str, Any]) -> str:
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Result of ``work``. Raises ``ClientGone`` if the client leaves before."""
+    """Return the result of ``work``. Raises ``ClientGone`` if the client leaves first."""
     working, watching = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -230,12 +230,12 @@ def make_app(
     keys: ApiKeys,
     gauges: Mapping[str, Callable[[], float]] | None = None,
 ) -> FastAPI:
-    """The application, for any ASGI server.
+    """Make the application, for any ASGI server.
 
     Args:
-        answering: What writes.
-        settings: Limits, and whose web pages may ask.
-        keys: Who may ask.
+        answering: Writes answers.
+        settings: Limits, and allowed origins of web pages.
+        keys: Keys of callers.
         gauges: More figures for ``/metrics``, by name.
     """
     door = _Door(answering, settings, keys, Metrics(gauges or {}))
@@ -280,7 +280,7 @@ def make_app(
 
 
 def _let_pages_ask(app: FastAPI, origins: Sequence[str]) -> None:
-    """Answer what browsers ask before they let a page of another origin ask."""
+    """Answer preflight requests, which browsers send before a page of another origin may ask."""
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(origins),

@@ -1,4 +1,4 @@
-"""Callers: admitted with a key, or as programs on this machine; web pages only if their origin is allowed."""
+"""Admission of callers: with a key, or as programs on this machine; web pages only from allowed origins."""
 
 from collections.abc import Iterable
 from urllib.parse import urlsplit
@@ -12,10 +12,10 @@ ANY = "*"
 
 
 class Callers:
-    """Lets callers in, or says why not.
+    """Admits callers, or says why not.
 
     Args:
-        keys: Keys of callers; none means that this machine's programs need none.
+        keys: Keys of callers; with none, this machine's programs need none.
         origins: Origins of web pages whose scripts may ask; '*' for all.
     """
 
@@ -29,7 +29,7 @@ class Callers:
         if not self._keys and not is_loopback(_hostname(host)):  # a web page has pointed its own name at this machine
             raise Refusal(403, INVALID, "without API keys only this machine's own names are answered", "wrong_host")
         origin = headers.get("origin")
-        if origin is not None and not self._takes(origin, host):  # browsers send it along, and scripts cannot forge it
+        if origin is not None and not self._takes(origin, host):  # browsers send it, and scripts cannot forge it
             found = "a web page of another origin asks, and cors_origins does not name it"
             raise Refusal(403, INVALID, found, "wrong_origin")
         if not self._keys.admit(headers.get("authorization")):
@@ -37,7 +37,7 @@ class Callers:
             raise Refusal(401, INVALID, "a known API key is needed", "invalid_api_key", headers=told)
 
     def _takes(self, origin: str, host: str) -> bool:
-        """Whether scripts of this origin may ask: an allowed one, or that of this server itself."""
+        """Return whether scripts of this origin may ask: an allowed one, or this server's own."""
         return ANY in self._origins or origin in self._origins or (bool(host) and origin == f"http://{host}")
 
 

@@ -1,4 +1,4 @@
-"""The answers to one request, a choice for each of its prompts, written at the same time."""
+"""The answers to one request, one choice per prompt, written concurrently."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -10,18 +10,18 @@ from gaisnet.serving.http.streaming import StreamedAnswer
 
 @dataclass(frozen=True)
 class ChoiceText:
-    """A piece of a choice's text; None behind the last."""
+    """A piece of a choice's text; None at its end."""
 
     index: int
     text: str | None
 
 
 class Choices:
-    """Begins at once. Everything is called in the event loop.
+    """Concurrent answers, begun at once. Every method is called in the event loop.
 
     Args:
-        asks: One request for text per choice.
-        start: Begins an answer, or raises where there is no room for it.
+        asks: One generation request per choice.
+        start: Begins an answer, or raises if there is no room.
         room: Waits until there may be room for one more.
     """
 
@@ -35,13 +35,13 @@ class Choices:
         self._room = room
         self._running: list[StreamedAnswer | None] = [None] * len(asks)
         self._pieces: asyncio.Queue[ChoiceText | Exception] = asyncio.Queue()
-        self._running[0] = start(asks[0])  # where not even this one can be had, the request is refused
+        self._running[0] = start(asks[0])  # if not even this one can begin, the request is refused
         self._tasks = [asyncio.create_task(self._follow(i, ask)) for i, ask in enumerate(asks)]
         self._ahead: ChoiceText | Exception | None = None
 
     @property
     def courses(self) -> list[Course]:
-        """Courses of all answers, of which each must have begun."""
+        """Courses of all answers, each of which must have begun."""
         return [self.course(index) for index in range(len(self._running))]
 
     def course(self, index: int) -> Course:
@@ -52,13 +52,13 @@ class Choices:
         return running.course
 
     async def first(self) -> None:
-        """Wait until there is text of some choice, or the end of one. Raises what went wrong."""
+        """Wait for the first text, or end, of any choice. Raises its error."""
         self._ahead = await self._pieces.get()
         if isinstance(self._ahead, Exception):
             raise self._ahead
 
     async def pieces(self) -> AsyncIterator[ChoiceText]:
-        """Pieces of all choices as they come. Raises what goes wrong with the first that fails."""
+        """Yield pieces of all choices as they come. Raises the error of the first that fails."""
         left = len(self._running)
         while left:
             piece, self._ahead = self._ahead if self._ahead is not None else await self._pieces.get(), None
@@ -68,14 +68,14 @@ class Choices:
             yield piece
 
     async def whole(self) -> list[str]:
-        """The text of each choice. Raises what goes wrong with the first that fails."""
+        """Return the text of each choice. Raises the error of the first that fails."""
         texts = [""] * len(self._running)
         async for piece in self.pieces():
             texts[piece.index] += piece.text or ""
         return texts
 
     def stop(self) -> None:
-        """Free all sessions at once, as nobody wants more. Does no harm if all have ended."""
+        """Free all sessions at once; does nothing if all have ended."""
         for task in self._tasks:
             task.cancel()
         for running in self._running:
@@ -92,7 +92,7 @@ class Choices:
             self._pieces.put_nowait(error)
 
     async def _begun(self, index: int, ask: GenerationRequest) -> StreamedAnswer:
-        """An answer beside others of the same request, which make room for it if nobody else does."""
+        """Begin an answer beside others of the same request, which make room for it if nobody else does."""
         await self._room()
         running = self._running[index] = self._start(ask)
         return running

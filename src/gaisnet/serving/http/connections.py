@@ -1,7 +1,7 @@
-"""Connections of callers: how many, how long each may take, and what becomes of them when there are no more files.
+"""Connections of callers: their number, their time limits, and behaviour without file descriptors.
 
-uvicorn bounds how long a connection may be idle between two requests. Here are the other bounds: on the time that a
-request's head takes, and its body, and on the time in which a caller takes nothing of an answer.
+uvicorn limits how long a connection may be idle between two requests. This module limits the time that a
+request's head and body take, and the time in which a caller takes nothing of an answer.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from gaisnet.config import FrontSettings
 
 _log = logging.getLogger(__name__)
 _GRACE_S = 2.0  # for the application, which answers a slow body itself
-_QUIET_S = 60.0  # between two lines of the log about the same trouble
+_QUIET_S = 60.0  # between two log lines about the same problem
 _NO_FILES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_PIECE_BYTES = 2**12  # that are parsed before others have their turn; a chunk may be a byte of its six
+_PIECE_BYTES = 2**12  # parsed before others have their turn; a chunk may be one byte out of six
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\nRetry-After: 1\r\n\r\n"
 
 
 class Listener(socket.socket):
-    """A listening socket that goes on when the process is out of file descriptors.
+    """A listening socket that keeps working when the process is out of file descriptors.
 
-    It keeps one in reserve: with it, a connection that cannot be had is taken and closed at once. Left alone, it would
-    stay in the queue, and the event loop would be told of it again and again.
+    It keeps one in reserve, with which it accepts and closes a connection that cannot be kept. Otherwise it would
+    stay in the queue, and the event loop would be notified again and again.
     """
 
     def __init__(self, listening: socket.socket) -> None:
@@ -39,7 +39,7 @@ class Listener(socket.socket):
         self._told = -_QUIET_S
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection. Raises ``BlockingIOError`` if there is none that can be had."""
+        """Accept the next connection. Raises ``BlockingIOError`` if there is none that can be kept."""
         try:
             return super().accept()
         except OSError as error:
@@ -49,7 +49,7 @@ class Listener(socket.socket):
             raise BlockingIOError(errno.EAGAIN, "turned away") from None
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._free_reserve()
         super().close()
 
@@ -58,11 +58,11 @@ class Listener(socket.socket):
             self._told = time.monotonic()
             _log.error("connections are turned away (%s); raise the limit of open files", error.strerror)
         if not self._free_reserve():
-            time.sleep(0.01)  # others took it; to be asked again and again would cost all of a core
+            time.sleep(0.01)  # others took it; spinning would cost a whole core
         try:
             super().accept()[0].close()
         except OSError:
-            pass  # another thread was quicker, or nobody waits any more
+            pass  # another thread was quicker, or the caller has left
         try:
             self._reserve = os.open(os.devnull, os.O_RDONLY)
         except OSError:
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """See ``asyncio.Protocol``: the caller takes less than there is."""
+        """See ``asyncio.Protocol``: the caller takes less than is sent."""
         super().pause_writing()
         self._sending = self.loop.call_later(self.settings.send_timeout_s, self.transport.abort)
 
@@ -128,7 +128,7 @@ class Connection(H11Protocol):
 
     @property
     def waiting_since(self) -> float | None:
-        """When it began to owe the head of a request; None while there is one that is answered."""
+        """Time since when it owes the head of a request; None while a request is answered."""
         return self._since if self.conn.their_state is h11.IDLE else None
 
     def _enter(self, answered: bool = False) -> None:
@@ -148,7 +148,7 @@ class Connection(H11Protocol):
             self._deadline = self.loop.call_later(self.settings.head_timeout_s, self.transport.abort)
 
     def _displace(self) -> bool:
-        """End the connection that has owed a head for the longest time; whether there is one."""
+        """End the connection that has owed a head for the longest time; return whether there is one."""
         owing = [each for each in self.connections if isinstance(each, Connection) and each.waiting_since is not None]
         if not owing:
             return False
@@ -159,5 +159,5 @@ class Connection(H11Protocol):
 
 
 def connection_of(settings: FrontSettings) -> type[Connection]:
-    """The protocol with these limits, as uvicorn takes it."""
+    """Return the protocol class with these limits, for uvicorn."""
     return type("Connection", (Connection,), {"settings": settings})

@@ -1,7 +1,7 @@
-"""Requests in OpenAI's words, and the few of our own.
+"""Requests in OpenAI's format, with a few fields of our own.
 
-A request for something that cannot be done is refused, never ignored; fields that only tell who asks are let be. Any
-request costs time linear in its length, and nothing after the first thing that is wrong with it.
+A request that cannot be served is refused, never ignored; fields that only identify the caller are accepted. Any
+request costs time linear in its length, and nothing after its first error.
 """
 
 import secrets
@@ -35,11 +35,11 @@ from gaisnet.serving.http.fields import (
 )
 
 LONGEST_STOP = 1024
-"""Characters of a stop string; OpenAI takes four strings, and so do we."""
-_MOST_METADATA = 16  # pairs, as OpenAI has it
+"""Characters of a stop string; like OpenAI we take four strings."""
+_MOST_METADATA = 16  # pairs, as in OpenAI's API
 _COMPLETION_TOKENS = 16  # OpenAI's default
 _SEEDS = 2**63
-_CHARACTERS_PER_TOKEN = 16  # more than of any text: what is longer is tokenized in part first
+_CHARACTERS_PER_TOKEN = 16  # more than in any text: a longer one is tokenized in part first
 _SLACK = 64  # tokens that the end of a part may change
 
 R = TypeVar("R", bound="Request")
@@ -61,10 +61,10 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    """Extras of a stream, beside its text."""
+    """Options of a stream."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False  # taken, and nothing is padded
+    include_obfuscation: bool = False  # accepted, without effect
 
 
 class Request(_Strict):
@@ -90,7 +90,7 @@ class Request(_Strict):
 
     @classmethod
     def checked(cls, raw: dict[str, Any], limits: FrontSettings) -> dict[str, Any]:
-        """Fields as they are to be validated. Raises ``BadRequest`` where one cannot be had, or holds too much."""
+        """Return the fields to validate. Raises ``BadRequest`` for one that is unsupported, or too large."""
         found = asked_for(raw, cls.model_fields, NEUTRAL)
         options = found.get("stream_options")
         if isinstance(options, dict):
@@ -98,23 +98,23 @@ class Request(_Strict):
         return found
 
     def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[GenerationRequest]:
-        """Answers that are to be written, one or several.
+        """Return the answers to write, one or several.
 
         Args:
-            tokenizer: The FM's.
-            limits: Bounds on prompt and answer.
-            room: Tokens that prompt and answer may have together.
+            tokenizer: The FM's tokenizer.
+            limits: Limits on prompt and answer.
+            room: Most tokens of prompt and answer together.
 
         Raises:
-            BadRequest: It asks for more than the limits let it.
-            SessionRefused, ServiceFull: The prompt is a chat, see ``models.chat_template.rendered_chat``.
+            BadRequest: A limit is exceeded.
+            SessionRefused, ServiceFull: For a chat, see ``models.chat_template.rendered_chat``.
         """
         raise NotImplementedError
 
     def ask(
         self, prompt: tuple[int, ...], max_tokens: int, limits: FrontSettings, continues: bool = False
     ) -> GenerationRequest:
-        """One of them. Raises ``BadRequest`` where it asks for more than the limits let it."""
+        """Return one generation request. Raises ``BadRequest`` if a limit is exceeded."""
         check_num_tokens(len(prompt), limits, self.prompt_field())
         if max_tokens > limits.max_answer_tokens:
             raise BadRequest(f"max_tokens is {max_tokens}, the limit is {limits.max_answer_tokens}", "max_tokens")
@@ -134,7 +134,7 @@ class Request(_Strict):
 
 
 class TextPart(_Strict):
-    """A part of a message; of the others that OpenAI knows the model could read none."""
+    """A text part of a message; the model can read no other kind."""
 
     type: Literal["text"]
     text: str
@@ -149,7 +149,7 @@ class ChatMessage(_Strict):
 
     @classmethod
     def checked(cls, raw: Any, where: str) -> Any:
-        """A message as it is to be validated. Raises ``BadRequest`` where it asks for something that cannot be had."""
+        """Return the message to validate. Raises ``BadRequest`` for an unsupported field."""
         if not isinstance(raw, dict):
             return raw
         if raw.get("role") in FOREIGN_ROLES:
@@ -161,7 +161,7 @@ class ChatMessage(_Strict):
         return found
 
     def plain(self) -> dict[str, str]:
-        """The same for a chat template."""
+        """Return the message for a chat template."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -269,14 +269,14 @@ class CompletionRequest(Request):
 
 
 def check_num_tokens(num: int, limits: FrontSettings, param: str, more: str = "") -> None:
-    """Raise ``BadRequest`` where a prompt has more tokens than it may."""
+    """Raise ``BadRequest`` if a prompt has too many tokens."""
     if num > limits.max_prompt_tokens:
         found = f"the prompt has {more}{num} tokens, the limit is {limits.max_prompt_tokens}"
         raise BadRequest(found, param, "context_length_exceeded")
 
 
 def check_text(tokenizer: PreTrainedTokenizerBase, text: str, limits: FrontSettings, param: str) -> None:
-    """Raise ``BadRequest`` where a text is far too long, before all of it is tokenized: that could take seconds."""
+    """Raise ``BadRequest`` for a text that is far too long, before all of it is tokenized, which could take seconds."""
     length = limits.max_prompt_tokens * _CHARACTERS_PER_TOKEN
     if len(text) > length:
         check_num_tokens(len(prompt_ids(tokenizer, text[:length])) - _SLACK, limits, param, "more than ")
@@ -290,12 +290,12 @@ _KNOWN = {
 
 
 def read_request(kind: type[R], body: bytes, limits: FrontSettings) -> R:
-    """A request out of JSON. Raises ``BadRequest`` for the first thing that is wrong."""
+    """Parse a request from JSON. Raises ``BadRequest`` for the first error."""
     raw = kind.checked(_object(body, limits), limits)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        # Of the errors of a union's members, that which is not about the type is about the member that was meant.
+        # Of the errors of a union's members, one that is not about the type belongs to the intended member.
         first = min(error.errors(include_url=False, include_context=False), key=lambda e: e["type"].endswith("_type"))
         where = ".".join(str(part) for part in first["loc"] if part in _KNOWN or isinstance(part, int))
         raise BadRequest(f"{where}: {first['msg'].removeprefix('Value error, ')}", where) from None

@@ -1,4 +1,4 @@
-"""Responses in OpenAI's words, and our own field in them: which body wrote."""
+"""Responses in OpenAI's format, with our own field: the body that wrote."""
 
 import secrets
 import time
@@ -10,14 +10,14 @@ from gaisnet.serving.generation.answering import Course
 
 
 def usage_of(courses: Sequence[Course]) -> dict[str, int]:
-    """Tokens of prompts and answers, of all together."""
+    """Return the tokens of all prompts and answers."""
     prompt = sum(course.num_prompt_tokens for course in courses)
     written = sum(course.num_tokens for course in courses)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 def course_of(course: Course) -> dict[str, Any]:
-    """Our own field: which body wrote."""
+    """Return our own field: the body that wrote."""
     said: dict[str, Any] = {"body": course.now, "domain": course.domain, "escalated_at": course.escalated_at}
     if course.cloud_refused:
         said["cloud_refused"] = True
@@ -29,7 +29,7 @@ def course_of(course: Course) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Envelope:
-    """Fields that responses to one request have in common. ``kind`` is 'chat' or 'text'."""
+    """Common fields of the responses to one request. ``kind`` is 'chat' or 'text'."""
 
     kind: Literal["chat", "text"]
     model: str
@@ -38,14 +38,14 @@ class Envelope:
 
     @classmethod
     def new(cls, kind: Literal["chat", "text"], model: str) -> "Envelope":
-        """Make one with a name that nobody can guess."""
+        """Make an envelope with an unguessable id."""
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         return cls(kind, model, f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
 
     def whole(self, texts: Sequence[str], courses: Sequence[Course]) -> dict[str, Any]:
-        """The response to a request that does not stream: a choice per prompt.
+        """Return the response to a request that does not stream: a choice per prompt.
 
-        Our own field stands beside the choices where there is one of them, and in each where there are several.
+        Our own field stands beside a single choice, and inside each of several.
         """
         choices = [self._choice(*each) for each in zip(range(len(texts)), texts, courses, strict=True)]
         said = {"gaisnet": course_of(courses[0])}
@@ -62,17 +62,17 @@ class Envelope:
         return choice | {"text": text}
 
     def first(self) -> Iterator[dict[str, Any]]:
-        """Chunks before all text."""
+        """Return the chunks before all text."""
         if self.kind == "chat":
             yield self._chunk(0, {"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
     def piece(self, index: int, text: str, course: Course) -> dict[str, Any]:
-        """A chunk of a choice's text, and which body writes."""
+        """Return a chunk of a choice's text, and the body that writes."""
         choice = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
         return {**self._chunk(index, {**choice, "finish_reason": None}), "gaisnet": {"body": course.now}}
 
     def last(self, index: int, course: Course) -> dict[str, Any]:
-        """The chunk behind all text of a choice."""
+        """Return the chunk after all text of a choice."""
         choice: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
         return {
             **self._chunk(index, {**choice, "finish_reason": course.finish_reason}),
@@ -80,7 +80,7 @@ class Envelope:
         }
 
     def usage(self, courses: Sequence[Course]) -> dict[str, Any]:
-        """The chunk behind all choices, of a stream that is to say what it took."""
+        """Return the chunk after all choices, for a stream that reports usage."""
         return {**self._chunk(0, None), "usage": usage_of(courses)}
 
     def _chunk(self, index: int, choice: Mapping[str, Any] | None) -> dict[str, Any]:

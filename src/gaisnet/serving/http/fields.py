@@ -1,4 +1,4 @@
-"""Fields of requests: those that are taken, those of OpenAI's that ask for more than there is here, and all others."""
+"""Fields of requests: supported ones, OpenAI's that are not, and unknown ones."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-"""OpenAI's fields of a request that nothing here answers, and the values of theirs that ask for nothing."""
+"""OpenAI's request fields that are not supported, and their values that request nothing."""
 
 NEUTRAL_OF_MESSAGE: Mapping[str, Sequence[Any]] = {
     "annotations": ([],),
@@ -39,15 +39,15 @@ NEUTRAL_OF_MESSAGE: Mapping[str, Sequence[Any]] = {
     "tool_call_id": (),
     "tool_calls": ([],),
 }
-"""The same of a message."""
+"""The same for a message."""
 
 FOREIGN_ROLES = ("tool", "function")
 FOREIGN_PARTS = ("image_url", "input_audio", "file", "refusal")
-"""OpenAI's roles of messages and kinds of content that a model of texts cannot read."""
+"""OpenAI's roles of messages and kinds of content that a text model cannot read."""
 
 
 class BadRequest(Exception):
-    """A request that cannot be meant. ``param`` names the field, ``code`` says it to programs."""
+    """A request that cannot be served. ``param`` names the field, ``code`` is for programs."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -56,23 +56,23 @@ class BadRequest(Exception):
 
 
 def unsupported(what: str, param: str) -> BadRequest:
-    """For something of OpenAI's that this server has not."""
+    """Return the error for an unsupported feature of OpenAI's API."""
     return BadRequest(f"{what} that this server does not support; leave it out", param, "unsupported_parameter")
 
 
 def asked_for(
     raw: Mapping[str, Any], taken: Collection[str], neutral: Mapping[str, Sequence[Any]], where: str = ""
 ) -> dict[str, Any]:
-    """Fields that ask for something; null asks for nothing, wherever it stands.
+    """Return the fields that request something; null requests nothing, wherever it stands.
 
     Args:
         raw: All fields.
-        taken: Names of those that can be had.
-        neutral: Of OpenAI's that cannot, and the values of theirs that ask for nothing.
-        where: Name of the object that has the fields, with a dot behind it, for messages.
+        taken: Names of supported fields.
+        neutral: OpenAI's unsupported fields, and their values that request nothing.
+        where: Name of the object with the fields, followed by a dot, for messages.
 
     Raises:
-        BadRequest: The first field that cannot be had.
+        BadRequest: The first unsupported field.
     """
     found = {}
     for name, value in raw.items():

@@ -1,4 +1,4 @@
-"""API keys, and the addresses that are this machine's own."""
+"""API keys, and addresses of this machine."""
 
 import hashlib
 import hmac
@@ -14,13 +14,13 @@ _SHORTEST = 16
 
 
 class ApiKeys:
-    """Keys that callers must have one of; none means that nobody needs any. They are in no log and no message.
+    """Keys of which callers need one; with none, they need none. Keys appear in no log and no message.
 
     Args:
-        keys: As callers send them.
+        keys: Keys as callers send them.
 
     Raises:
-        ConfigError: One is short enough to be guessed.
+        ConfigError: A key is short enough to be guessed.
     """
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
@@ -31,11 +31,11 @@ class ApiKeys:
         self._digests = [_digest(key) for key in found]
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Return whether there are any."""
         return bool(self._digests)
 
     def admit(self, authorization: str | None) -> bool:
-        """Whether a request with this ``Authorization`` header may go on; in the same time for right and wrong keys."""
+        """Return whether an ``Authorization`` header is valid, in constant time."""
         if not self._digests:
             return True
         scheme, _, key = (authorization or "").partition(" ")
@@ -49,15 +49,16 @@ def _digest(key: str) -> bytes:
 
 
 def read_keys(path: Path | None) -> ApiKeys:
-    """Keys of a file, one a line, '#' begins a comment; without a file those of $GAISNET_API_KEYS, with commas between.
+    """Read keys from a file, or without one from $GAISNET_API_KEYS.
 
+    A file has one key per line, and '#' begins a comment; the variable has commas between keys.
     Raises ``ConfigError``, which names the file and no key.
     """
     return ApiKeys(_read(path))
 
 
 def first_key(path: Path | None) -> str | None:
-    """For a caller: the first of the same; None where there are none. Raises ``ConfigError``."""
+    """Return the first key, for a caller; None if there is none. Raises ``ConfigError``."""
     return next(iter(_read(path)), None)
 
 
@@ -76,7 +77,7 @@ def _read(path: Path | None) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
+    """Return whether only this machine reaches an address."""
     if host == "localhost":
         return True
     try:
@@ -86,7 +87,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_bind(host: str, keys: ApiKeys) -> None:
-    """Raise ``ConfigError`` where others than this machine could ask and no key is needed."""
+    """Raise ``ConfigError`` if others than this machine could ask without a key."""
     if not keys and not is_loopback(host):
         do = f"give --api-keys FILE or ${ENVIRONMENT}, or listen on 127.0.0.1"
         raise ConfigError(f"listening on '{host}'", "others reach it and no API keys are given", do)

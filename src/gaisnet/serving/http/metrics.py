@@ -1,4 +1,4 @@
-"""What Prometheus is told; the one home of its client."""
+"""Metrics for Prometheus; the one home of its client."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,10 +12,10 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """Counts of one front door. May be told from any thread.
+    """Counts of one endpoint. Methods may be called from any thread.
 
     Args:
-        gauges: More figures by name, asked for whenever somebody looks: 'sessions', 'cache_bytes'.
+        gauges: More figures by name, read at every scrape: 'sessions', 'cache_bytes'.
     """
 
     def __init__(self, gauges: Mapping[str, Callable[[], float]]) -> None:
@@ -49,15 +49,15 @@ class Metrics:
             Gauge(f"gaisnet_{name}", f"{name} now.", registry=registry).set_function(read)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' own format."""
+        """Return all metrics in Prometheus' format."""
         return generate_latest(self._registry)
 
     def began(self) -> None:
-        """An answer is under way."""
+        """Count an answer that begins."""
         self._answers.inc()
 
     def ended(self, model: str, status: int, course: Course | None) -> None:
-        """An answer that was under way has ended; ``course`` is None where it could not begin."""
+        """Count an answer that ended; ``course`` is None if it could not begin."""
         self._answers.dec()
         self.refused(model, status, "none" if course is None else course.now)
         if course is None:
@@ -71,11 +71,11 @@ class Metrics:
             self._accepted.inc(course.tally.num_accepted)
 
     def refused(self, model: str, status: int, body: str = "none") -> None:
-        """A request got this status."""
+        """Count a response with this status."""
         self._requests.labels(model, body, str(status)).inc()
 
     def clock(self, model: str) -> Callable[[], None]:
-        """To be called at each token of an answer that is asked for now."""
+        """Return a function to call at each token of an answer requested now."""
         last, first = time.perf_counter(), True
 
         def token() -> None:

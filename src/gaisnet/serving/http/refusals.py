@@ -1,4 +1,4 @@
-"""Responses that say no, in OpenAI's shape; what goes wrong inside is told in general words only."""
+"""Error responses in OpenAI's format; internal errors are reported in general words only."""
 
 import logging
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ _log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
-    """The client left before its answer was there."""
+    """The client left before its answer was ready."""
 
 
 class Refusal(Exception):
-    """A response that says no."""
+    """An error response."""
 
     def __init__(
         self,
@@ -37,12 +37,12 @@ class Refusal(Exception):
         self.headers = dict(headers or {})
 
     def response(self) -> Response:
-        """The same for a client."""
+        """Return the response for a client."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """The refusal that tells a client of ``error``: all about its own request, nothing about the inside."""
+    """Return the refusal for ``error``: everything about the client's own request, nothing about the inside."""
     match error:
         case Refusal():
             return error
@@ -64,13 +64,13 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 def too_many(limit: int) -> Refusal:
-    """For one answer more than there may be at once."""
+    """Return the refusal of one answer more than allowed at once."""
     found = f"{limit} answers are under way and no more are allowed; try again when one has ended"
     return Refusal(429, "rate_limit_error", found, "rate_limit_exceeded", headers={"Retry-After": _RETRY_S})
 
 
 def noted(error: Exception) -> Refusal:
-    """The refusal for ``error``; a fault of our own is logged."""
+    """Return the refusal for ``error``; log it if it is our own fault."""
     refusal = refusal_of(error)
     if refusal.status == 500:
         _log.error("an answer failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""Listening: an application on a socket. The one home of uvicorn."""
+"""A server: an application on a socket. The one home of uvicorn."""
 
 import socket
 import threading
@@ -20,15 +20,15 @@ class Server:
     """Listens from the beginning; answers inside ``run`` or ``in_thread``, of which one may be used, once.
 
     Args:
-        app: What answers.
+        app: The application.
         host: Address to listen on.
         port: TCP port; 0 takes a free one.
-        keys: That the application asks for.
+        keys: Keys that the application requires.
         listening: A socket that listens there already.
         settings: Limits of connections.
 
     Raises:
-        ConfigError: The address cannot be had, or others could ask without a key.
+        ConfigError: The address is not available, or others could ask without a key.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Server:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                loop="asyncio",  # it asks the listener itself for connections
+                loop="asyncio",  # it accepts connections from the listener itself
                 http=connection_of(settings),
                 ws="none",
-                log_config=None,  # its lines go where ours go
-                log_level="error",  # callers' mistakes are no trouble of this server
+                log_config=None,  # its log lines go where ours go
+                log_level="error",  # callers' mistakes are not this server's errors
                 access_log=False,  # prompts are private, and so is who asks when
                 server_header=False,
                 timeout_keep_alive=settings.idle_timeout_s,
@@ -62,7 +62,7 @@ class Server:
         )
 
     def run(self) -> None:
-        """Answer until the process is told to end (SIGINT, SIGTERM), then finish what is under way."""
+        """Answer until the process is told to end (SIGINT, SIGTERM), then finish requests in progress."""
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -70,7 +70,7 @@ class Server:
 
     @contextmanager
     def in_thread(self) -> Iterator[str]:
-        """Inside, a thread answers at the URL that this gives."""
+        """Answer in a thread inside the context; yield the URL."""
         thread = threading.Thread(target=self.run, name="server", daemon=True)
         thread.start()
         try:
@@ -81,7 +81,7 @@ class Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take an address. Raises ``ConfigError`` if it cannot be had."""
+    """Bind an address. Raises ``ConfigError`` if it is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

@@ -1,4 +1,4 @@
-"""An answer in a thread of its own, its text in the event loop of whoever sends it on."""
+"""An answer in a thread of its own, with its text in the event loop of the caller."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -10,18 +10,18 @@ from gaisnet.serving.generation.answering import Answer, Course
 
 @dataclass(frozen=True)
 class _End:
-    """No more text; with what went wrong, if anything did."""
+    """End of the text, with an error if there was one."""
 
     error: Exception | None = None
 
 
 class StreamedAnswer:
-    """Begins at once. Everything is called in the event loop.
+    """An answer, begun at once. Every method is called in the event loop.
 
     Args:
-        pool: Has a thread for it.
+        pool: Provides the thread.
         begin: Opens the answer; called in the thread.
-        ended: Told, in the event loop, when the thread is free again.
+        ended: Called in the event loop when the thread is free again.
     """
 
     def __init__(
@@ -38,23 +38,23 @@ class StreamedAnswer:
 
     @property
     def begun(self) -> bool:
-        """Whether there is an answer, be it finished or not."""
+        """Whether the answer was opened, finished or not."""
         return self._answer is not None
 
     @property
     def course(self) -> Course:
-        """How it goes; there as soon as there is text."""
+        """Its course; available as soon as there is text."""
         if self._answer is None:
             raise RuntimeError("an answer was asked how it goes before it had begun")
         return self._answer.course
 
     @property
     def stopped(self) -> bool:
-        """Nobody wanted the rest."""
+        """Whether the rest was abandoned."""
         return self._stopped
 
     async def text(self) -> AsyncIterator[str]:
-        """Pieces as they come. Raises what went wrong."""
+        """Yield pieces as they come. Raises the answer's error."""
         while True:
             piece = await self._pieces.get()
             if isinstance(piece, _End):
@@ -64,15 +64,15 @@ class StreamedAnswer:
             yield piece
 
     def stop(self) -> None:
-        """Nobody wants more: sessions are freed at once. Does no harm if it has ended."""
+        """Abandon the rest and free sessions at once; does nothing if it has ended."""
         if self._stopped or self._thread.done():
             return
         self._stopped = True
         if self._answer is not None:
-            self._loop.run_in_executor(None, self._answer.close)  # a body far away may take its time
+            self._loop.run_in_executor(None, self._answer.close)  # a remote body may take its time
 
     def _work(self) -> None:
-        """In the thread."""
+        """Run in the thread."""
         end = _End()
         try:
             if not self._stopped:
@@ -85,7 +85,7 @@ class StreamedAnswer:
     def _write(self) -> None:
         self._answer = answer = self._begin()
         try:
-            if not self._stopped:  # it may have come too early for the answer to be closed
+            if not self._stopped:  # stop may have come before the answer could be closed
                 for piece in answer:
                     self._tell(piece)
         finally:
