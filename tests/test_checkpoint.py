@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gaisnet import checkpoint
 from gaisnet.checkpoint import (
-    FolderShelf,
-    NoShelf,
+    FolderStore,
+    NullStore,
     append_text,
     digest_of,
     make_room_for,
@@ -52,8 +52,8 @@ def samples() -> dict[str, Tensor]:
     }
 
 
-def assert_kept(shelf: FolderShelf, expected: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
-    found = shelf.get("it")
+def assert_kept(store: FolderStore, expected: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
+    found = store.load("it")
     assert found is not None
     assert found[0] == expected[0] and found[1].keys() == expected[1].keys()
     assert all(torch.equal(found[1][key], tensor) for key, tensor in expected[1].items())
@@ -71,8 +71,8 @@ def bits(tensor: Tensor) -> bytes:
 
 
 def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    FolderShelf(tmp_path / "a" / "b").put("it", STATE, samples())
-    found = FolderShelf(tmp_path / "a" / "b").get("it")
+    FolderStore(tmp_path / "a" / "b").save("it", STATE, samples())
+    found = FolderStore(tmp_path / "a" / "b").load("it")
     assert found is not None and found[0] == STATE
     for name, tensor in samples().items():
         back = found[1].pop(name)
@@ -84,31 +84,31 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_tensors_that_share_their_memory_are_kept_each(tmp_path: Path) -> None:
     whole = torch.arange(6.0)
-    FolderShelf(tmp_path).put("it", {}, {"whole": whole, "same": whole, "half": whole[3:]})
-    assert_kept(FolderShelf(tmp_path), ({}, {"whole": whole, "same": whole, "half": whole[3:]}))
+    FolderStore(tmp_path).save("it", {}, {"whole": whole, "same": whole, "half": whole[3:]})
+    assert_kept(FolderStore(tmp_path), ({}, {"whole": whole, "same": whole, "half": whole[3:]}))
 
 
 def test_a_state_alone_and_nothing_at_all(tmp_path: Path) -> None:
-    FolderShelf(tmp_path).put("it", STATE, {})
-    assert FolderShelf(tmp_path).get("it") == (STATE, {})
-    assert FolderShelf(tmp_path).get("another") is None
-    assert FolderShelf(tmp_path / "nowhere").get("it") is None
+    FolderStore(tmp_path).save("it", STATE, {})
+    assert FolderStore(tmp_path).load("it") == (STATE, {})
+    assert FolderStore(tmp_path).load("another") is None
+    assert FolderStore(tmp_path / "nowhere").load("it") is None
 
 
 def test_the_last_one_counts_and_others_stay(tmp_path: Path) -> None:
-    shelf = FolderShelf(tmp_path)
-    shelf.put("other", *OLD)
-    shelf.put("it", *OLD)
-    shelf.put("it", *NEW)
-    assert_kept(shelf, NEW)
-    other = shelf.get("other")
+    store = FolderStore(tmp_path)
+    store.save("other", *OLD)
+    store.save("it", *OLD)
+    store.save("it", *NEW)
+    assert_kept(store, NEW)
+    other = store.load("other")
     assert other is not None and other[0] == OLD[0]
     assert names_in(tmp_path) == ["it.safetensors", "other.safetensors"]
 
 
 def test_no_shelf_keeps_nothing() -> None:
-    NoShelf().put("it", *NEW)
-    assert NoShelf().get("it") is None  # type: ignore[func-returns-value]
+    NullStore().save("it", *NEW)
+    assert NullStore().load("it") is None  # type: ignore[func-returns-value]
 
 
 def test_under_a_prefix() -> None:
@@ -172,20 +172,20 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name_and_the_name_before_anyth
 
 
 def test_what_a_killed_process_left_behind_is_not_read(tmp_path: Path) -> None:
-    shelf = FolderShelf(tmp_path)
-    shelf.put("it", *OLD)
+    store = FolderStore(tmp_path)
+    store.save("it", *OLD)
     (tmp_path / ".it.safetensors.1234.tmp").write_bytes(b"half of it")
-    assert_kept(shelf, OLD)
-    shelf.put("it", *NEW)
-    assert_kept(shelf, NEW)
+    assert_kept(store, OLD)
+    store.save("it", *NEW)
+    assert_kept(store, NEW)
 
 
 def test_a_state_that_is_no_strict_json_touches_nothing(tmp_path: Path) -> None:
-    shelf = FolderShelf(tmp_path)
-    shelf.put("it", *OLD)
+    store = FolderStore(tmp_path)
+    store.save("it", *OLD)
     with pytest.raises(ValueError, match="JSON"):
-        shelf.put("it", {"loss": float("nan")}, NEW[1])
-    assert_kept(shelf, OLD)
+        store.save("it", {"loss": float("nan")}, NEW[1])
+    assert_kept(store, OLD)
 
 
 # -- a disk that is full -----------------------------------------------------------------------------------------------
@@ -219,29 +219,29 @@ def refuses(error: Exception) -> Callable[..., NoReturn]:
 def test_a_disk_that_is_full_keeps_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, found: str
 ) -> None:
-    shelf = FolderShelf(tmp_path)
-    shelf.put("it", *OLD)
+    store = FolderStore(tmp_path)
+    store.save("it", *OLD)
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", breaks_off(error))
         with pytest.raises(OutputNotWritable, match=f"it.safetensors': .*{found}.*; free some space"):
-            shelf.put("it", *NEW)
-    assert_kept(shelf, OLD)
+            store.save("it", *NEW)
+    assert_kept(store, OLD)
     assert names_in(tmp_path) == ["it.safetensors"]
-    shelf.put("it", *NEW)
-    assert_kept(shelf, NEW)
+    store.save("it", *NEW)
+    assert_kept(store, NEW)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_disk_that_is_found_to_be_full_late_keeps_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    shelf = FolderShelf(tmp_path)
-    shelf.put("it", *OLD)
+    store = FolderStore(tmp_path)
+    store.save("it", *OLD)
     with monkeypatch.context() as patch:
         patch.setattr(os, call, refuses(NO_SPACE))
         with pytest.raises(OutputNotWritable, match="No space left on device"):
-            shelf.put("it", *NEW)
-    assert_kept(shelf, OLD)
+            store.save("it", *NEW)
+    assert_kept(store, OLD)
     assert names_in(tmp_path) == ["it.safetensors"]
 
 
@@ -252,8 +252,8 @@ def test_a_real_disk_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    with pytest.raises(OutputNotWritable, match=r"file/shelf/it\.safetensors'"):
-        FolderShelf(tmp_path / "file" / "shelf").put("it", *NEW)
+    with pytest.raises(OutputNotWritable, match=r"file/store/it\.safetensors'"):
+        FolderStore(tmp_path / "file" / "store").save("it", *NEW)
 
 
 def test_room_is_made_for_a_result_and_nothing_is_left_there(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_text_is_written_whatever_is_in_it(tmp_path: Path) -> None:
 
 
 def whole(folder: Path) -> bytes:
-    FolderShelf(folder).put("it", *OLD)
+    FolderStore(folder).save("it", *OLD)
     return (folder / "it.safetensors").read_bytes()
 
 
@@ -303,13 +303,13 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: Callable[[bytes],
     assert damage(content) != content
     (tmp_path / "it.safetensors").write_bytes(damage(content))
     with pytest.raises(CheckpointError, match=r"it\.safetensors' cannot be read: .*; remove it to start again"):
-        FolderShelf(tmp_path).get("it")
+        FolderStore(tmp_path).load("it")
 
 
 def test_a_folder_in_the_place_of_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "it.safetensors").mkdir()
     with pytest.raises(CheckpointError):
-        FolderShelf(tmp_path).get("it")
+        FolderStore(tmp_path).load("it")
 
 
 # -- digests -----------------------------------------------------------------------------------------------------------

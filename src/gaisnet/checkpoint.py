@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, synced, renamed; and shelves of such files.
+"""Files that are whole or absent: written under a temporary name, synced, renamed; and stores of such files.
 
 A checkpoint is a safetensors file: tensors, and a state of plain values as JSON in its metadata. Nothing is pickled.
 """
@@ -24,32 +24,32 @@ from gaisnet.errors import CheckpointError, GaisnetError, OutputNotWritable
 _STATE = "state"
 
 
-class Shelf(Protocol):
-    """Where a site keeps what it needs after a restart."""
+class CheckpointStore(Protocol):
+    """Storage for a site's state across restarts."""
 
-    def put(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Keep this instead of what was there under ``name``. Raises ``OutputNotWritable``; the old one then stays."""
+    def save(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Replace the checkpoint ``name``. Raises ``OutputNotWritable``; the old one then stays."""
 
-    def get(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What was kept under ``name``; None if nothing. Raises ``CheckpointError``."""
+    def load(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return the checkpoint ``name``; None if there is none. Raises ``CheckpointError``."""
 
     def clear_arrivals(self) -> None:
-        """Drop what came in chunks: it has been kept as a whole. Raises ``OutputNotWritable``."""
+        """Delete received chunks, once their message is saved as a whole. Raises ``OutputNotWritable``."""
 
 
-class FolderShelf:
+class FolderStore:
     """Checkpoints as files of one folder, ``<name>.safetensors``.
 
     Attributes:
-        arrivals: A folder for what comes in chunks.
+        arrivals: A folder for received chunks.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.arrivals = folder / "arriving"
 
-    def put(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """See ``Shelf.put``."""
+    def save(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """See ``CheckpointStore.save``."""
         path = self._path(name)
         with writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -58,8 +58,8 @@ class FolderShelf:
         with replacing(path) as temporary:
             safetensors.torch.save_file(own, temporary, metadata)
 
-    def get(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """See ``Shelf.get``."""
+    def load(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """See ``CheckpointStore.load``."""
         path = self._path(name)
         if not path.exists():
             return None
@@ -71,7 +71,7 @@ class FolderShelf:
             raise CheckpointError(path, str(error)) from error
 
     def clear_arrivals(self) -> None:
-        """See ``Shelf.clear_arrivals``."""
+        """See ``CheckpointStore.clear_arrivals``."""
         with writing(self.arrivals):
             if self.arrivals.is_dir():
                 shutil.rmtree(self.arrivals)
@@ -80,21 +80,21 @@ class FolderShelf:
         return self._folder / f"{name}.safetensors"
 
 
-class NoShelf:
-    """Keeps nothing: for a site whose whole state another one can give back."""
+class NullStore:
+    """A store that keeps nothing: for a site whose whole state another one can restore."""
 
-    def put(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Forget it."""
+    def save(self, name: str, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Drop it."""
 
-    def get(self, name: str) -> None:
-        """Nothing."""
+    def load(self, name: str) -> None:
+        """Return None."""
 
     def clear_arrivals(self) -> None:
-        """There are none."""
+        """Do nothing."""
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, and copied where several have the same memory, which safetensors would refuse."""
+    """Copy tensors to the CPU, and apart if they share memory, which safetensors would refuse."""
     own, seen = dict[str, Tensor](), set[int]()
     for key, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -105,12 +105,12 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names begin with ``prefix``, without it."""
+    """Return the items whose names begin with ``prefix``, without it."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and numbers, in hex."""
+    """Return SHA-256 over names, dtypes, shapes and numbers, in hex."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
@@ -120,7 +120,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 @contextmanager
 def writing(path: Path, refusal: Callable[[Path, str], GaisnetError] = OutputNotWritable) -> Iterator[None]:
-    """Turn an error of the disk inside the block into ``refusal`` for ``path``."""
+    """Turn a disk error inside the block into ``refusal`` for ``path``."""
     try:
         yield
     except SafetensorError as error:  # its I/O errors are no OSError
@@ -130,7 +130,7 @@ def writing(path: Path, refusal: Callable[[Path, str], GaisnetError] = OutputNot
 
 
 def make_room_for(path: Path, refusal: Callable[[Path, str], GaisnetError] = OutputNotWritable) -> None:
-    """Before long work whose result goes to ``path``: make its folder, and see that a file can be written there.
+    """Make the folder of ``path``, and check that a file can be written there, before long work.
 
     Raises ``refusal``.
     """
@@ -144,10 +144,10 @@ def make_room_for(path: Path, refusal: Callable[[Path, str], GaisnetError] = Out
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; after the block it is synced and stands at ``path``.
+    """Yield a temporary name to write to; after the block it is synced and moved to ``path``.
 
     A reader, or a crash at any moment, sees the old file or the new one whole. Raises ``OutputNotWritable``; the old
-    file then stays as it was.
+    file then stays.
     """
     temporary = _beside(path)
     with writing(path):
@@ -158,14 +158,14 @@ def replacing(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync(path.parent)  # the rename itself is an entry of the folder, not of the file
+        _sync(path.parent)  # the rename is an entry of the folder, not of the file
 
 
 @contextmanager
 def replacing_folder(folder: Path, refusal: Callable[[Path, str], GaisnetError] = OutputNotWritable) -> Iterator[Path]:
-    """A new folder to write files to; after the block they are synced and stand in ``folder``.
+    """Yield a new folder to write files to; after the block they are synced and moved to ``folder``.
 
-    Nothing is moved before all of them are whole on the disk: a full disk leaves ``folder`` as it was, or absent. Each
+    Nothing is moved before all of them are on the disk: a full disk leaves ``folder`` unchanged, or absent. Each
     file replaces the one of its name, others stay. Raises ``refusal``.
     """
     scratch = _beside(folder)
@@ -184,7 +184,7 @@ def replacing_folder(folder: Path, refusal: Callable[[Path, str], GaisnetError] 
 
 
 def _move(scratch: Path, files: Sequence[Path], folder: Path) -> None:
-    """In one step where ``folder`` is not there, or empty; otherwise file by file."""
+    """Move in one step if ``folder`` is absent or empty; otherwise file by file."""
     with suppress(OSError):
         scratch.replace(folder)
         return
@@ -200,13 +200,13 @@ def _beside(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put ``text`` at ``path`` atomically, as ``replacing`` says."""
+    """Write ``text`` to ``path`` atomically, as ``replacing`` says."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def append_text(path: Path, text: str) -> None:
-    """Put ``text`` behind what is in a file, all of it or nothing. Raises ``OutputNotWritable``."""
+    """Append ``text`` to a file, all of it or nothing. Raises ``OutputNotWritable``."""
     with writing(path), path.open("ab", buffering=0) as file:
         before = file.tell()
         content = text.encode("utf-8")
@@ -220,7 +220,7 @@ def append_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path`` atomically, as ``replacing`` says."""
+    """Write ``content`` to ``path`` atomically, as ``replacing`` says."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 

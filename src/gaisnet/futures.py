@@ -1,4 +1,4 @@
-"""Answers that are not there yet: what to do with one when it comes, without a thread that waits for it."""
+"""Composition of futures without waiting threads."""
 
 import threading
 from collections.abc import Callable
@@ -10,10 +10,10 @@ B = TypeVar("B")
 
 
 def map_result(source: Future[A], change: Callable[[A], B]) -> Future[B]:
-    """What ``change`` makes of an answer when it comes, or what it or ``source`` raises.
+    """Return a future of ``change(result)``; errors of ``change`` or ``source`` pass through.
 
-    ``change`` runs in the thread that brings the answer and must not wait. To cancel the result gives up what it waits
-    for.
+    ``change`` runs in the thread that fulfils ``source`` and must not wait. Cancelling the result cancels the
+    source.
     """
     result: _Dependent[B] = _Dependent(source)
     source.add_done_callback(lambda _: _pass_on(source, change, result))
@@ -21,21 +21,21 @@ def map_result(source: Future[A], change: Callable[[A], B]) -> Future[B]:
 
 
 def flat_map(source: Future[A], ask: Callable[[A], Future[B]]) -> Future[B]:
-    """The same, where what is made of an answer comes later, too."""
+    """Return a future of the future ``ask(result)``; errors pass through."""
     result: _Dependent[B] = _Dependent(source)
     source.add_done_callback(lambda _: _pass_on(source, ask, result))
     return result
 
 
 def afterwards(source: Future[Any], ask: Callable[[], Future[B]]) -> Future[B]:
-    """Call ``ask`` once ``source`` has ended in any way. Cancelling the result leaves ``source`` alone."""
+    """Call ``ask`` once ``source`` has ended in any way. Cancelling the result does not cancel ``source``."""
     ended: Future[None] = Future()
     source.add_done_callback(lambda _: _settle(ended))
     return flat_map(ended, lambda _: ask())
 
 
 def map_error(source: Future[A], change: Callable[[Exception], Exception]) -> Future[A]:
-    """The same answer; what it raises instead is what ``change`` makes of it."""
+    """Return the same future with its error replaced by ``change(error)``."""
     result: _Dependent[A] = _Dependent(source)
 
     def pass_on(_: Future[A]) -> None:
@@ -50,7 +50,7 @@ def map_error(source: Future[A], change: Callable[[Exception], Exception]) -> Fu
 
 
 def as_future(answer: A | Future[A]) -> Future[A]:
-    """The same, or a future that has it already."""
+    """Return a future as it is, or one that already has the value."""
     if isinstance(answer, Future):
         return answer
     known: Future[A] = Future()
@@ -59,9 +59,9 @@ def as_future(answer: A | Future[A]) -> Future[A]:
 
 
 def aside(work: Callable[[Callable[[], bool]], A]) -> Future[A]:
-    """Do work that has to wait in a thread of its own; the future has its result or its error.
+    """Run work that waits in a thread of its own; return a future of its result.
 
-    ``work`` gets a function that says whether nobody waits for it any longer.
+    ``work`` gets a function that returns whether the future has been cancelled.
     """
     result: Future[A] = Future()
 
@@ -78,14 +78,14 @@ def aside(work: Callable[[Callable[[], bool]], A]) -> Future[A]:
 
 
 def failed(error: Exception) -> Future[Any]:
-    """A future that raises."""
+    """Return a future that has failed."""
     known: Future[Any] = Future()
     known.set_exception(error)
     return known
 
 
 class _Dependent(Future[B]):
-    """Cancelling it gives up what it waits for."""
+    """A future whose cancellation cancels its source."""
 
     def __init__(self, source: Future[Any]) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def _pass_on(source: Future[A], change: Callable[[A], Any], result: _Dependent[A
         return
     try:
         changed = change(source.result())
-    except Exception as error:  # in this thread nobody else would notice, and who waits would wait on
+    except Exception as error:  # nobody would notice it in this thread, and the caller would wait forever
         _settle(result, error=error)
         return
     if isinstance(changed, Future):

@@ -1,6 +1,6 @@
 """Locks on folders: the kernel holds them for a process, and frees them when it dies, however it dies.
 
-A lock is an ``flock`` on a file. The file also names its holder, for others to read: process, host, and start time. It
+A lock is an ``flock`` on a file. The file also names its owner for others: process, host, and start time. It
 is removed when the lock is released, so a file without a lock was left by a process that died.
 """
 
@@ -25,7 +25,7 @@ _NETWORK = ("nfs", "cifs", "smb", "9p", "ceph", "lustre", "gpfs", "beegfs", "glu
 
 
 class LockOwner(BaseModel):
-    """The process that has a lock, or had it when it died."""
+    """The process that holds a lock, or held it when it died."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,13 +38,13 @@ class LockOwner(BaseModel):
 
     @classmethod
     def this(cls) -> Self:
-        """This process, now."""
+        """Describe this process."""
         boot = _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else ""
         return cls(pid=os.getpid(), host=socket.gethostname(), boot=boot, since=datetime.now(UTC))
 
     @property
     def is_near(self) -> bool:
-        """Whether its locks and ours are the same kernel's, or it ran on this host."""
+        """Return whether its locks and ours belong to the same kernel, or it ran on this host."""
         this = LockOwner.this()
         return self.host == this.host or bool(self.boot) and self.boot == this.boot
 
@@ -53,10 +53,10 @@ class LockOwner(BaseModel):
 
 
 class Lock:
-    """A lock that this process has. Get one from ``take``; ``release`` it in the end.
+    """A lock that this process holds, from ``take``; call ``release`` in the end.
 
     Attributes:
-        was_left: Whether a process had the lock before, and died with it.
+        was_left: Whether an earlier process died with the lock.
     """
 
     def __init__(self, path: Path, flock: FileLock, was_left: bool) -> None:
@@ -71,20 +71,18 @@ class Lock:
         if not self._flock.is_locked:
             return
         try:
-            if (
-                not keep_file and holder_of(self._path) == self._holder
-            ):  # somebody may have put another file there by hand
-                self._path.unlink()  # while we have it: whoever waits for it looks whether the file is still there
+            if not keep_file and holder_of(self._path) == self._holder:  # someone may have replaced the file by hand
+                self._path.unlink()  # while we hold it: a waiting process checks whether the file is still there
         finally:
             self._flock.release()
 
 
 def take(path: Path, wait_s: float = 0.0) -> Lock:
-    """Take the lock whose file is ``path``; its folder must be there.
+    """Take the lock whose file is ``path``, in an existing folder.
 
     Args:
         path: The file; its content is replaced.
-        wait_s: How long to wait for a process that has the lock; -1 waits without end.
+        wait_s: Seconds to wait for another process; -1 waits without end.
 
     Raises:
         LockTaken: Another process has it, or another thread of this one; or one had it on another host, and the file
@@ -110,7 +108,7 @@ def take(path: Path, wait_s: float = 0.0) -> Lock:
 
 
 def _refuse_lost(path: Path) -> None:
-    """Raise ``LockTaken`` where the last holder is of another host that may not see our locks, nor we its."""
+    """Raise ``LockTaken`` if the last owner is on another host that may not see our locks, nor we its."""
     left = holder_of(path)
     if left is not None and not left.is_near and is_remote(path):
         raise LockTaken(path, left, lost=True)
@@ -118,7 +116,7 @@ def _refuse_lost(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, wait_s: float = 0.0) -> Iterator[Lock]:
-    """Inside, this process has the lock; arguments and errors as of ``take``."""
+    """Hold the lock inside the context; arguments and errors as in ``take``."""
     lock = take(path, wait_s)
     try:
         yield lock
@@ -129,10 +127,10 @@ def locked(path: Path, wait_s: float = 0.0) -> Iterator[Lock]:
 
 @contextmanager
 def one_at_a_time(made: Path) -> Iterator[None]:
-    """Inside, no other process makes the same file or folder; whoever comes meanwhile waits.
+    """Keep other processes from making the same file or folder inside the context; they wait.
 
-    Where there are no locks they make it side by side, each under another name: what is made is put in place whole.
-    Raises ``OSError`` where the folder of ``made`` cannot be written.
+    Without locks they make it side by side, under different names; results are moved in place whole.
+    Raises ``OSError`` if the folder of ``made`` cannot be written.
     """
     flock = FileLock(made.with_name(f".{made.name}.lock"), thread_local=False, fallback_to_soft=False)
     try:
@@ -144,12 +142,12 @@ def one_at_a_time(made: Path) -> Iterator[None]:
         yield
     finally:
         if flock.is_locked:
-            Path(flock.lock_file).unlink(missing_ok=True)  # while we have it, as in ``Lock.release``
+            Path(flock.lock_file).unlink(missing_ok=True)  # while we hold it, as in ``Lock.release``
             flock.release()
 
 
 def holder_of(path: Path) -> LockOwner | None:
-    """The process that a lock's file names; None where it names none."""
+    """Return the process that a lock's file names; None if it names none."""
     try:
         return LockOwner.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError):
@@ -157,7 +155,7 @@ def holder_of(path: Path) -> LockOwner | None:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is on a file system of the network, whose locks other hosts may not see."""
+    """Return whether a path is on a network file system, whose locks other hosts may not see."""
     try:
         lines = _MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""Products with frozen weights, and with a LoRA's, on oneDNN, and so at a CPU's full width.
+"""Products with frozen weights, and with LoRA factors, on oneDNN, at a CPU's full vector width.
 
-torch hands float32 products on x86 to MKL, which keeps to AVX2 on CPUs that are not Intel's. oneDNN, in the same wheel,
-makes its code for the CPU that it finds (docs/decisions/0009-products-on-onednn.md has the figures). Its operator has
-no gradients of its own: each is another product.
+torch hands float32 products on x86 to MKL, which uses only AVX2 on CPUs that are not Intel's. oneDNN, in the same
+wheel, compiles for the CPU that it finds (docs/decisions/0009-products-on-onednn.md has the figures). Its operator has
+no gradients; each is another product.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ _AVAILABLE = torch.backends.mkldnn.is_available()
 
 
 def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, for_output: Tensor | None = None) -> Tensor:
-    """``input`` [..., in] times ``weight`` [out, in], plus ``bias`` [out]: [..., out]; on oneDNN on a CPU in float32.
+    """Multiply ``input`` [..., in] by ``weight`` [out, in], plus ``bias`` [out]: [..., out]; on a CPU by oneDNN.
 
-    Gradients go to the input; weights that learn take torch's own way. ``for_output``: the same weight once more, that
-    lies column after column, so that oneDNN need not put it in order for the output. Its gradients want the other.
+    Gradients go to the input; trained weights use torch's own product. ``for_output``: the same weight in column-major
+    order, which oneDNN need not reorder for the output. Gradients need the other one.
     """
     own = [weight] if bias is None else [weight, bias]
     if not _onednn_takes(input, *own) or any(each.requires_grad for each in own):
@@ -29,9 +29,10 @@ def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, for_outpu
 
 
 def add_low_rank(result: Tensor, input: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``result`` [..., out] plus ``scale`` times ``b`` [out, R] ``a`` [R, in] ``input`` [..., in], as LoRA adds it.
+    """Add LoRA's ``scale`` times ``b`` [out, R] ``a`` [R, in] ``input`` [..., in] to ``result`` [..., out].
 
-    Gradients go to all four. The scale acts on the narrow side, and on a CPU in float32 the sum is part of the product.
+    Gradients go to all four. The scale is applied on the narrow side; in float32 on a CPU the sum is part of the
+    product.
     """
     if not _onednn_takes(result, input, a, b):
         narrow = F.linear(input.to(a.dtype), a) * scale
@@ -41,7 +42,7 @@ def add_low_rank(result: Tensor, input: Tensor, a: Tensor, b: Tensor, scale: flo
 
 
 class _Product(torch.autograd.Function):
-    """Forward the product; backward that of the gradient of the input by the same weights."""
+    """Forward: the product. Backward: the gradient of the input by the same weights."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, for_output: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class _Product(torch.autograd.Function):
 
 
 class _LowRank(torch.autograd.Function):
-    """Forward two products, the second onto the result; backward two for the input and one for each factor."""
+    """Forward: two products, the second added to the result. Backward: two for the input and one for each factor."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, input: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -75,8 +76,8 @@ class _LowRank(torch.autograd.Function):
 
 
 def _summed(left: Tensor, right: Tensor) -> Tensor:
-    """[out, in] of [..., out] and [..., in]: the outer products of all rows."""
-    if not right.numel():  # oneDNN sums over one row at least
+    """Sum the outer products of all rows: [..., out] and [..., in] give [out, in]."""
+    if not right.numel():  # oneDNN needs at least one row
         return left.new_zeros(left.shape[-1], right.shape[-1])
     rows, columns = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     if rows.shape[1] > columns.shape[1]:  # the first factor is copied to be transposed: let it be the narrow one

@@ -1,15 +1,15 @@
-"""How long work tells that it moves on: a function that is called after every step."""
+"""Progress of long work: a function that is called after every step."""
 
 from collections.abc import Mapping
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with what is done, how many steps of how many, and figures worth plotting."""
+    """Called with the stage, the steps done, the total, and figures worth plotting."""
 
     def __call__(self, stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-        """Take note."""
+        """Report a step."""
 
 
 def silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
-    """Take no note."""
+    """Ignore progress."""

@@ -1,19 +1,19 @@
-"""Rows of numbers in a few bits each, with scales beside them, and back.
+"""Quantization of rows in int8 or int4, with scales beside them.
 
 Shape legend: D width of a row, P = ceil(D / 2) bytes, G = ceil(D / GROUP) groups.
 
 int8: one float32 scale per row. An error is at most m / 254, m the row's largest magnitude.
 
-int4: two numbers in a byte, and for every 32 of them a scale in a byte, which is so many 255ths of the row's, rounded
-up; the row's is float32. Channels whose numbers are a hundred times those of the others, as hidden states have them,
-spoil their own group only. An error is at most (g + m / 255) / 14, g the group's largest magnitude. The scales of
-scales are QLoRA's idea (arXiv 2305.14314); the levels are even, for a bound that holds.
+int4: two numbers per byte. Every 32 of them share a scale of one byte, in 255ths of the row's scale, rounded up; the
+row's is float32. Channels a hundred times larger than the others, as hidden states have them, affect their own group
+only. An error is at most (g + m / 255) / 14, g the group's largest magnitude. Scales of scales are QLoRA's idea (arXiv
+2305.14314); levels are even, for a provable bound.
 
-Rounded to the nearest level, errors of like numbers are alike, and add up over steps. Rounded by chance (``dither``),
-up or down by how near each level is, they are twice as large at most, but zero in the mean (Gupta et al., arXiv
+Rounding to the nearest level gives similar numbers similar errors, which add up over steps. Stochastic rounding
+(``dither``), up or down with probabilities by distance, has at most twice the error, but zero mean (Gupta et al., arXiv
 1502.02551).
 
-What is not finite makes its whole row NaN.
+A number that is not finite makes its whole row NaN.
 """
 
 import zlib
@@ -38,13 +38,13 @@ _BYTES: dict[TensorCode, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def dither(value: Tensor) -> Tensor:
-    """Random numbers in [0, 1) of the shape of ``value``: the same for the same numbers on every machine."""
+    """Return random numbers in [0, 1) of the shape of ``value``: the same for equal values on every machine."""
     seed = zlib.crc32(value.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return torch.rand(value.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def to_int8(value: Tensor, dither: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int8 codes of the shape of ``value`` and one float32 scale per row [..., 1] (a vector is one row)."""
+    """Return int8 codes of the shape of ``value`` and one float32 scale per row [..., 1] (a vector is one row)."""
     value = value.float()
     scale = value.abs().amax(dim=-1, keepdim=True) / _INT8_LEVELS if value.numel() else value[..., :1]
     codes = _rounded(value / scale.clamp(min=_TINY), dither).clamp(-_INT8_LEVELS, _INT8_LEVELS)
@@ -52,13 +52,13 @@ def to_int8(value: Tensor, dither: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 def from_int8(codes: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
-    """float32 numbers of ``to_int8``, in ``out`` [..., D] if it is given."""
+    """Return the float32 numbers of ``to_int8``, in ``out`` [..., D] if given."""
     numbers = _float32(codes.shape, codes.device) if out is None else out
     return numbers.copy_(codes).mul_(scale)
 
 
 def to_int4(value: Tensor, dither: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [..., P], scales of groups uint8 [..., G] and of rows float32 [..., 1] of ``value`` [..., D]."""
+    """Return codes uint8 [..., P], scales of groups uint8 [..., G], of rows float32 [..., 1] of ``value`` [..., D]."""
     value = value.float()
     row = value.abs().amax(dim=-1, keepdim=True) if value.numel() else value[..., :1]
     grouped = _in_groups(value)
@@ -73,7 +73,7 @@ def to_int4(value: Tensor, dither: Tensor | None = None) -> tuple[Tensor, Tensor
 
 
 def from_int4(codes: Tensor, shares: Tensor, row: Tensor, width: int, out: Tensor | None = None) -> Tensor:
-    """float32 numbers [..., D] of ``to_int4``, in ``out`` [..., G * GROUP] if it is given."""
+    """Return the float32 numbers [..., D] of ``to_int4``, in ``out`` [..., G * GROUP] if given."""
     rows, groups = codes.shape[:-1], num_groups(width)
     filled = _float32((*rows, groups * GROUP), codes.device) if out is None else out
     pairs = filled.view(*rows, groups * GROUP // 2, 2)[..., : num_bytes(width), :]
@@ -84,17 +84,17 @@ def from_int4(codes: Tensor, shares: Tensor, row: Tensor, width: int, out: Tenso
 
 
 def num_groups(width: int) -> int:
-    """Scales of a row in int4."""
+    """Return the number of scales of a row in int4."""
     return -(-width // GROUP)
 
 
 def num_bytes(width: int) -> int:
-    """Bytes of a row's codes in int4."""
+    """Return the bytes of a row's codes in int4."""
     return -(-width // 2)
 
 
 def row_bytes(width: int, code: TensorCode) -> int:
-    """Bytes of a row of ``width`` numbers in ``code``, with its scales."""
+    """Return the bytes of a row of ``width`` numbers in ``code``, with its scales."""
     if code == "int8":
         return width + _SCALE_BYTES
     if code == "int4":
@@ -107,7 +107,7 @@ def _rounded(levels: Tensor, dither: Tensor | None) -> Tensor:
 
 
 def _in_groups(value: Tensor) -> Tensor:
-    """[..., D] as [..., G, GROUP], the last group filled up with zeros."""
+    """Reshape [..., D] to [..., G, GROUP], the last group padded with zeros."""
     width = value.shape[-1]
     filled = F.pad(value, (0, num_groups(width) * GROUP - width))
     return filled.reshape(*value.shape[:-1], num_groups(width), GROUP)

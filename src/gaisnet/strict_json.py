@@ -1,4 +1,4 @@
-"""JSON as its standard means it: a key once, finite numbers, text that is Unicode, and no depth without end."""
+"""Strict JSON: unique keys, finite numbers, valid Unicode, limited depth."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import re
 from typing import Any, NoReturn
 
 DEEPEST = 64
-"""Levels of lists and objects inside each other."""
+"""Deepest nesting of lists and objects."""
 
-_MOST_DIGITS = 4300  # Python's own limit, which it states in words about its settings
+_MOST_DIGITS = 4300  # Python's own limit, whose error speaks of its settings
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKETS = bytes.maketrans(b"[]{}", b"()()")
 _OTHERS = bytes(set(range(128)) - set(b"[]{}"))
@@ -16,17 +16,17 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def loads(text: str | bytes, most: int | None = None) -> Any:
-    """A value out of its JSON text, in time linear in its length.
+    """Parse JSON in time linear in its length.
 
     Args:
-        text: As a string, or in UTF-8; a byte order mark is no part of JSON.
-        most: Lists and objects that it may hold; each costs many times the memory of its two characters. None for any
+        text: A string, or UTF-8 bytes; a byte order mark is not part of JSON.
+        most: Most lists and objects; each costs many times the memory of its two characters. None for any
             number.
 
     Raises:
-        ValueError: It is not JSON, a key is given twice in one object, a number is not finite, a string holds half of
-            a surrogate pair, values nest deeper than ``DEEPEST``, or there are more of them than ``most``. The message
-            says which, in words for who wrote it.
+        ValueError: Not JSON, a duplicate key, a number that is not finite, half of
+            a surrogate pair, nesting beyond ``DEEPEST``, or more values than ``most``. The message
+            says which, in words for the author of the text.
     """
     if isinstance(text, bytes):
         text = _decoded(text)
@@ -59,7 +59,7 @@ def _whole(digits: str) -> int:
 
 
 def _check_brackets(text: str, most: int | None) -> None:
-    """Raise ``ValueError`` for too many, or too deep; each round takes away the innermost pairs, all at once."""
+    """Raise ``ValueError`` for too many or too deep brackets; each round removes the innermost pairs, all at once."""
     if text.count("[") + text.count("{") <= DEEPEST:
         return
     brackets = _STRING.sub("", text).encode("ascii", "ignore").translate(_BRACKETS, _OTHERS)
@@ -94,7 +94,7 @@ def _finite(digits: str) -> float:
 
 
 def _check_unicode(value: Any) -> None:
-    """Raise ``ValueError`` where half of a surrogate pair stands in a key or a string."""
+    """Raise ``ValueError`` for half of a surrogate pair in a key or a string."""
     left = [value]
     while left:
         one = left.pop()

@@ -1,7 +1,7 @@
-"""Text of others, made harmless before a terminal or a log shows it.
+"""Sanitizing of foreign text before a terminal or a log shows it.
 
-Models, peers and files may hold what a terminal obeys: escape sequences that clear the screen, set its title or fill
-the clipboard, and marks that let letters run backwards.
+Models, peers and files may contain control sequences that clear the screen, set its title or fill
+the clipboard, and marks that reverse the direction of letters.
 """
 
 import logging
@@ -15,17 +15,17 @@ _UNSAFE = re.compile(
 
 
 def safe(text: str) -> str:
-    """The same text, with visible escapes in place of what a terminal would obey; tabs and new lines stay."""
+    """Return the text with visible escapes in place of control characters; tabs and new lines stay."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def safe_line(text: str) -> str:
-    """The same in one line: what follows a line feed could pass for a line of ours."""
+    """Return the text in one line: a line after a line feed could pass for one of ours."""
     return safe(text).replace("\n", "\\n")
 
 
 class SafeFormatter(logging.Formatter):
-    """Lines of a log in which each message is one line, whatever it holds; tracebacks keep theirs."""
+    """Formats each log message in one line, whatever it contains; tracebacks keep their lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """See ``logging.Formatter``."""

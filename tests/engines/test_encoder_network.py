@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gaisnet.adapters.prompts import PromptSpec
 from gaisnet.adapters.state import save_adapter
-from gaisnet.checkpoint import FolderShelf
+from gaisnet.checkpoint import FolderStore
 from gaisnet.config import Config
 from gaisnet.config.file import parse_config
 from gaisnet.data.examples import DeviceData, Example, Input, Labelled
@@ -366,7 +366,7 @@ def test_an_edge_that_restarts_goes_on_from_its_shelf(tmp_path: Path) -> None:
     def edge() -> Edge:
         to_cloud = LocalLink(cloud, codec, Ledger(), "edge_cloud", "up")
         links = {name: LocalLink(one, codec, Ledger(), "device_edge", "down") for name, one in devices.items()}
-        return Edge(config.edges[0], config, to_cloud, links, Ledger(), FolderShelf(tmp_path))
+        return Edge(config.edges[0], config, to_cloud, links, Ledger(), FolderStore(tmp_path))
 
     first = edge()
     assert first.handle(Install("run", cloud.model_digest)) == Installed(0, -1)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from gaisnet.checkpoint import FolderShelf, write_text
+from gaisnet.checkpoint import FolderStore, write_text
 from gaisnet.config import Config
 from gaisnet.config.file import load_config
 from gaisnet.errors import (
@@ -279,14 +279,14 @@ def test_a_run_goes_on_with_the_model_that_it_began_with_and_no_other(short: Pat
 
 
 def test_a_run_whose_newcomers_had_the_foundation_model_scored_goes_on_without(short: Path, whole: Path) -> None:
-    shelf = FolderShelf(short / "checkpoint")
-    kept = shelf.get("run")
+    store = FolderStore(short / "checkpoint")
+    kept = store.load("run")
     assert kept is not None
     state, tensors = kept
     for cycle in state["summary"]["cycles"]:
         for body in ("foundation", "merged"):
             cycle[body]["forms"] = {"accuracy": 1.0, "loss": 0.5, "num_examples": 6}
-    shelf.put("run", state, tensors)
+    store.save("run", state, tensors)
     *old, new = resume_experiment(short, ["cycles=2"]).cycles
     assert [tuple(cycle.foundation) for cycle in old] == [("shapes", "tastes", "forms")] * 2
     expected = Summary.model_validate(read_summary(whole)).cycles[2]

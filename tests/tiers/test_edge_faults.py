@@ -1,4 +1,4 @@
-"""An edge with failing devices, and an edge that restarts from its shelf."""
+"""An edge with failing devices, and an edge that restarts from its store."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gaisnet.adapters.state import AdapterTensors, take_out
-from gaisnet.checkpoint import FolderShelf
+from gaisnet.checkpoint import FolderStore
 from gaisnet.config import Config
 from gaisnet.data.examples import DeviceData, Example
 from gaisnet.errors import (
@@ -125,11 +125,11 @@ class Releases:
 
 
 class World:
-    """An edge with its devices and a cloud, started from a shelf."""
+    """An edge with its devices and a cloud, started from a store."""
 
     def __init__(self, config: Config, folder: Path | None = None, progress: Progress = silent) -> None:
         self.config = config
-        self.shelf = FolderShelf(folder) if folder else None
+        self.store = FolderStore(folder) if folder else None
         self.ledger = Ledger()
         self.cloud = Releases(released())
         codec = Codec(config.wire)
@@ -145,7 +145,7 @@ class World:
             )
             for _, one in config.each_device()
         }
-        self.edge = Edge(config.edges[0], config, self.cloud, self.links, self.ledger, self.shelf, progress)
+        self.edge = Edge(config.edges[0], config, self.cloud, self.links, self.ledger, self.store, progress)
 
     def installed(self, run: str = "run") -> "World":
         """Install the model and the adapters of a cloud."""
@@ -641,7 +641,7 @@ def test_a_disk_that_is_full_stops_a_round_and_not_the_edge(tmp_path: Path, monk
         raise OutputNotWritable(tmp_path, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderShelf, "put", full)
+        patch.setattr(FolderStore, "put", full)
         with pytest.raises(OutputNotWritable):
             world.fine_tune()
     assert_equal(world.fine_tune(), undisturbed(edge_rounds=2))

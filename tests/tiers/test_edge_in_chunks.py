@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gaisnet.checkpoint import FolderShelf
+from gaisnet.checkpoint import FolderStore
 from gaisnet.config import Config
 from gaisnet.errors import LinkLost, OutputNotWritable
 from gaisnet.messages import (
@@ -63,10 +63,10 @@ class Cloud:
         return answer
 
 
-def edge(cloud: Cloud, shelf: FolderShelf, config: Config = CONFIG) -> Edge:
+def edge(cloud: Cloud, store: FolderStore, config: Config = CONFIG) -> Edge:
     ledger = Ledger()
-    link = CodedLink(cloud, Codec(config.wire), ledger, "edge_cloud", "up", "cloud", shelf.arrivals)
-    return Edge(config.edges[0], config, link, {}, ledger, shelf)
+    link = CodedLink(cloud, Codec(config.wire), ledger, "edge_cloud", "up", "cloud", store.arrivals)
+    return Edge(config.edges[0], config, link, {}, ledger, store)
 
 
 def num_chunks() -> int:
@@ -89,11 +89,11 @@ def same(one: Edge) -> bool:
 def test_an_edge_that_was_killed_while_its_model_came_asks_for_the_rest_only(tmp_path: Path) -> None:
     killed, order = Cloud(breaks_at=2), Install("run", "digest")
     with pytest.raises(LinkLost):
-        edge(killed, FolderShelf(tmp_path)).handle(order)
+        edge(killed, FolderStore(tmp_path)).handle(order)
     assert killed.chunks == [0, 1, 2]
-    assert FolderShelf(tmp_path).get("model") is None
+    assert FolderStore(tmp_path).load("model") is None
     cloud = Cloud()
-    again = edge(cloud, FolderShelf(tmp_path))
+    again = edge(cloud, FolderStore(tmp_path))
     assert again.handle(order) == Installed(0, -1)
     assert cloud.chunks == list(range(2, num_chunks())) and num_chunks() > 3
     assert same(again)
@@ -101,49 +101,49 @@ def test_an_edge_that_was_killed_while_its_model_came_asks_for_the_rest_only(tmp
 
 def test_an_edge_that_was_killed_before_it_kept_its_model_asks_for_no_chunk_again(tmp_path: Path) -> None:
     first = Cloud()
-    one, shelf = edge(first, FolderShelf(tmp_path)), FolderShelf(tmp_path)
+    one, store = edge(first, FolderStore(tmp_path)), FolderStore(tmp_path)
     one._ask_cloud(ModelRequest(), ModelRelease)  # and then it is killed
-    assert first.chunks == list(range(num_chunks())) and shelf.arrivals.is_dir()
+    assert first.chunks == list(range(num_chunks())) and store.arrivals.is_dir()
     cloud = Cloud()
-    again = edge(cloud, shelf)
+    again = edge(cloud, store)
     again.handle(Install("run", "digest"))
     assert cloud.chunks == [] and same(again)
 
 
 def test_what_came_in_chunks_is_on_the_shelf_once(tmp_path: Path) -> None:
-    shelf = FolderShelf(tmp_path)
-    one = edge(Cloud(), shelf)
+    store = FolderStore(tmp_path)
+    one = edge(Cloud(), store)
     one.handle(Install("run", "digest"))
-    assert not shelf.arrivals.exists() and (tmp_path / "model.safetensors").is_file()
+    assert not store.arrivals.exists() and (tmp_path / "model.safetensors").is_file()
     assert same(one)  # with no file behind it any more
-    shelf.arrivals.mkdir()
-    (shelf.arrivals / "stale.part").write_bytes(b"of a life before")
-    kept = shelf.get("model")
+    store.arrivals.mkdir()
+    (store.arrivals / "stale.part").write_bytes(b"of a life before")
+    kept = store.load("model")
     assert kept is not None and all(torch.equal(kept[1][name], t) for name, t in RELEASE.tensors.items())
 
 
 def test_a_model_that_could_not_be_kept_is_installed_by_the_next_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shelf, order = FolderShelf(tmp_path), Install("run", "digest")
-    one = edge(Cloud(), shelf)
+    store, order = FolderStore(tmp_path), Install("run", "digest")
+    one = edge(Cloud(), store)
 
     def full(*_: object) -> None:
         raise OutputNotWritable(tmp_path, "no space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr(shelf, "put", full)
+        disk.setattr(store, "put", full)
         with pytest.raises(OutputNotWritable):
             one.handle(order)
     assert one.handle(order) == Installed(0, -1)
-    assert same(one) and shelf.get("model") is not None
+    assert same(one) and store.load("model") is not None
     assert one._activations._hidden_size == 32  # so that devices' activations are held against this model
 
 
 def test_another_model_takes_the_place_of_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:
-    shelf = FolderShelf(tmp_path)
-    edge(Cloud(), shelf).handle(Install("run", "digest"))
+    store = FolderStore(tmp_path)
+    edge(Cloud(), store).handle(Install("run", "digest"))
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(LinkLost):
-        edge(Cloud(breaks_at=3), shelf).handle(Install("run", "another digest"))
+        edge(Cloud(breaks_at=3), store).handle(Install("run", "another digest"))
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pydantic import JsonValue
 
-from gaisnet.checkpoint import FolderShelf
+from gaisnet.checkpoint import FolderStore
 from gaisnet.config import Config
 from gaisnet.config.hosts import every_address
 from gaisnet.data.devices import load_device, load_public_inputs, load_public_task
@@ -238,9 +238,9 @@ def run_edge(folder: Path) -> NoReturn:
         )
         opened.callback(listener.close)
         devices = {name: CodedLink(listener.link(name), codec, ledger, "device_edge", "down", name) for name in names}
-        shelf = FolderShelf(folder / "state")
-        cloud = CodedLink(to_cloud, codec, ledger, "edge_cloud", "up", CLOUD, shelf.arrivals)
-        edge = Edge(settings, config, cloud, devices, ledger, shelf, watched, service.publisher)
+        store = FolderStore(folder / "state")
+        cloud = CodedLink(to_cloud, codec, ledger, "edge_cloud", "up", CLOUD, store.arrivals)
+        edge = Edge(settings, config, cloud, devices, ledger, store, watched, service.publisher)
         # Orders come from the cloud, by way of this host's own NVFlare process; devices may ask for answers only.
         # The bytes of answers are not those of a run.
         asked = CodedLink(to_cloud, codec, Ledger(), "edge_cloud", "up", CLOUD)

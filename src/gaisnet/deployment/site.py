@@ -95,7 +95,7 @@ def certificates(folder: Path, role: Role) -> Certificates:
 
 @contextmanager
 def claimed(folder: Path, name: str = SITE_LOCK) -> Iterator[None]:
-    """Inside, no other process has the kit: two of one site would share its shelf, and its name on every link.
+    """Inside, no other process has the kit: two of one site would share its store, and its name on every link.
 
     Raises:
         KitInUse: Another process has it.

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gaisnet.checkpoint import FolderShelf, append_text, write_text, writing
+from gaisnet.checkpoint import FolderStore, append_text, write_text, writing
 from gaisnet.errors import GaisnetError, LockTaken, NothingToResume, OutputInUse, OutputNotWritable
 from gaisnet.locks import Lock, take
 from gaisnet.runs.summary import Cycle, Summary, strict_json, write_json
@@ -92,9 +92,9 @@ class RunFolder:
             return cls(path, lock)
 
     @property
-    def shelf(self) -> FolderShelf:
+    def store(self) -> FolderStore:
         """Where a run keeps what it needs to go on."""
-        return FolderShelf(self.path / CHECKPOINT_NAME)
+        return FolderStore(self.path / CHECKPOINT_NAME)
 
     def metrics_bytes(self) -> int:
         """Present length of ``metrics.jsonl``."""

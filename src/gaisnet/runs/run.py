@@ -112,7 +112,7 @@ def hold_against(folder: RunFolder, baselines: Baselines) -> Summary:
     summary = Summary.model_validate(state["summary"]).model_copy(update={"baselines": baselines}).with_gaps()
     folder.write_summary(summary)
     folder.write_report(summary)
-    folder.shelf.put(_CHECKPOINT, {**state, "summary": summary.to_json()}, tensors)
+    folder.store.save(_CHECKPOINT, {**state, "summary": summary.to_json()}, tensors)
     return summary
 
 
@@ -122,7 +122,7 @@ def kept_summary(folder: RunFolder) -> Summary:
 
 
 def _checkpoint(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    kept = folder.shelf.get(_CHECKPOINT)
+    kept = folder.store.load(_CHECKPOINT)
     if kept is None:
         raise NothingToResume(folder.path)
     return kept
@@ -183,7 +183,7 @@ class Run:
         check_sizes(config)
         foundation = load_foundation(config.model)
         self._config = config = with_family_defaults(config, foundation.family)
-        kept = folder.shelf.get(_CHECKPOINT)
+        kept = folder.store.load(_CHECKPOINT)
         self._digest = _same_model(folder, foundation, kept[0] if kept else {})
         self._base_model, self._layers_path = foundation.source, foundation.family.layers_path
         self._writes, self._reads_text = not foundation.family.is_encoder, foundation.reader is not None
@@ -332,7 +332,7 @@ class Run:
             "metrics_bytes": self._folder.metrics_bytes(),
             "summary": self.summary.to_json(),
         }
-        self._folder.shelf.put(_CHECKPOINT, state, tensors)
+        self._folder.store.save(_CHECKPOINT, state, tensors)
 
     def _timed(self, verb: str, work: Callable[[], T]) -> T:
         started = time.perf_counter()

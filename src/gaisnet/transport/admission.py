@@ -1,4 +1,4 @@
-"""Admission of calls: how many one caller may have at once, and how many in a while; and of lines to the log."""
+"""Quotas of calls per caller, concurrent and per time; and of log lines."""
 
 import threading
 import time
@@ -10,8 +10,8 @@ class Rate:
     """A quota of calls.
 
     Attributes:
-        at_once: Calls of one caller under way together.
-        burst: Calls that it may make in no time;
+        at_once: Concurrent calls of one caller.
+        burst: Calls that it may make at once;
         per_s: and how many more per second.
     """
 
@@ -28,7 +28,7 @@ class _Caller:
 
 
 class Admission:
-    """Counts the calls of each caller. All methods may be called from any thread, and none waits.
+    """Counts the calls of each caller. Methods may be called from any thread, and never wait.
 
     Args:
         rate: Quota of each caller. A caller is the name in a certificate, so there are as many as sites.
@@ -40,7 +40,7 @@ class Admission:
         self._callers: dict[str, _Caller] = {}
 
     def enter(self, name: str) -> str:
-        """Let a call in; '' where ``leave`` has to follow, else why it is refused."""
+        """Admit a call; return '' if ``leave`` must follow, else the reason for refusing it."""
         rate, now = self._rate, time.monotonic()
         with self._lock:
             caller = self._callers.setdefault(name, _Caller(rate.burst))
@@ -55,13 +55,13 @@ class Admission:
             return ""
 
     def leave(self, name: str) -> None:
-        """The call has ended."""
+        """End a call."""
         with self._lock:
             self._callers[name].under_way -= 1
 
 
 class OnceIn:
-    """Says when something may be logged again, so that nobody can fill a log.
+    """Limits how often a message is logged, so that nobody can fill a log.
 
     Args:
         every_s: Seconds between two lines.
@@ -73,7 +73,7 @@ class OnceIn:
         self._lock = threading.Lock()
 
     def due(self) -> bool:
-        """Whether it may be logged now; then not again for a while."""
+        """Return whether to log now; then not again for a while."""
         now = time.monotonic()
         with self._lock:
             quiet = self._last is not None and now - self._last < self._every_s

@@ -1,6 +1,6 @@
-"""Parcels that come in, chunk after chunk; see ``transport.parcels``.
+"""Incoming parcels, chunk by chunk; see ``transport.parcels``.
 
-Memory is taken for what has come, not for what is announced, and nothing of a parcel is used before all of it is there.
+Memory is taken for received chunks, not for announced ones, and nothing of a parcel is used before it is complete.
 """
 
 import hashlib
@@ -19,23 +19,23 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class _Place(Protocol):
-    """Where the chunks of a parcel are kept until all are there."""
+    """Storage for the chunks of a parcel until it is complete."""
 
     digests: list[bytes]
-    """Digests of the chunks that are kept, which are the first ones."""
+    """Digests of the stored chunks, which are the first ones."""
 
     def keep(self, data: memoryview, digest: bytes) -> None:
-        """Take the next chunk."""
+        """Store the next chunk."""
 
     def memory(self) -> mmap.mmap:
-        """All of it."""
+        """Return all of it as one buffer."""
 
     def drop(self) -> None:
-        """Keep nothing any more."""
+        """Delete everything."""
 
 
 class _InMemory:
-    """Takes pages as chunks come, and none before."""
+    """Memory that grows as chunks arrive."""
 
     def __init__(self, offer: Parcel) -> None:
         self.digests: list[bytes] = []
@@ -61,7 +61,7 @@ class _InFile:
         with writing(self._path):
             folder.mkdir(parents=True, exist_ok=True)
             for other in set(folder.iterdir()) - {self._path, self._notes}:
-                other.unlink()  # of a parcel that nobody wants any more
+                other.unlink()  # of a parcel that is no longer wanted
             self._path.touch()
             self._notes.touch()
             self.digests = self._whole_chunks()
@@ -85,7 +85,7 @@ class _InFile:
         self._notes.unlink(missing_ok=True)
 
     def _whole_chunks(self) -> list[bytes]:
-        """Digests of the first chunks, as far as they are those that came."""
+        """Return digests of the first chunks, as far as they are intact."""
         noted, digests = self._notes.read_bytes(), list[bytes]()
         with self._path.open("rb") as file:
             for start in range(0, len(noted), _DIGEST_BYTES):
@@ -97,7 +97,7 @@ class _InFile:
         return digests
 
     def _cut_off(self) -> None:
-        """Remove what stands behind the chunks that are whole."""
+        """Remove everything after the intact chunks."""
         with self._path.open("ab") as file, self._notes.open("ab") as notes:
             file.truncate(min(len(self.digests) * self._chunk_bytes, self._size_bytes))
             notes.truncate(len(self.digests) * _DIGEST_BYTES)
@@ -109,7 +109,7 @@ class _InFile:
 
 
 class Arriving:
-    """A parcel that comes in.
+    """A parcel that is arriving.
 
     Attributes:
         offer: The announcement.
@@ -122,11 +122,11 @@ class Arriving:
 
     @property
     def next(self) -> int:
-        """Number of the first chunk that is missing; that of all chunks where none is."""
+        """Number of the first missing chunk, or of all chunks if none is missing."""
         return len(self._place.digests)
 
     def add(self, chunk: Chunk) -> None:
-        """Take the next chunk. Raises ``ChunkDamaged``, ``WireFormatError`` or ``OutputNotWritable``."""
+        """Add the next chunk. Raises ``ChunkDamaged``, ``WireFormatError`` or ``OutputNotWritable``."""
         offer, data = self.offer, chunk.data
         due = min(offer.chunk_bytes, offer.size_bytes - self.next * offer.chunk_bytes)
         if (chunk.digest, chunk.index, len(data)) != (offer.digest, self.next, due):
@@ -138,7 +138,7 @@ class Arriving:
         self._place.keep(data, digest)
 
     def unwrap(self, codec: Codec) -> Message:
-        """The message. Raises ``WireFormatError`` where chunks are missing, or together are not what was announced."""
+        """Return the message. Raises ``WireFormatError`` if chunks are missing, or do not match the announcement."""
         if self.next < self.offer.num_chunks:
             raise WireFormatError(f"a {self.offer.message} of which chunk {self.next} has not come")
         if digest_of(self._place.digests) != self.offer.digest:
@@ -151,14 +151,14 @@ class Arriving:
 
 
 class Arrivals:
-    """Where parcels from one other end come in.
+    """Incoming parcels from one other end.
 
     Args:
-        codec: With the limits.
+        codec: Codec with the limits.
         other: Name of the sender, for errors.
-        folder: For those that last: there they go on after a restart, until somebody empties it. None keeps all in
+        folder: Folder for lasting messages: they continue there after a restart, until it is emptied. None keeps all in
             memory.
-        most_bytes: Longest parcel that is taken; None for ``wire.max_transfer_bytes``.
+        most_bytes: Longest accepted parcel; None for ``wire.max_transfer_bytes``.
     """
 
     def __init__(self, codec: Codec, other: str, folder: Path | None = None, most_bytes: int | None = None) -> None:
@@ -168,7 +168,7 @@ class Arrivals:
         self.most_bytes = min(codec.max_transfer_bytes, most_bytes or codec.max_transfer_bytes)
 
     def begin(self, offer: Parcel) -> Arriving:
-        """Take a parcel, or go on with it. Raises ``ParcelRefused``, before there is memory for any of it."""
+        """Accept a parcel, or continue it. Raises ``ParcelRefused`` before memory is taken for any of it."""
         if offer.size_bytes > self.most_bytes:
             raise ParcelRefused(self._other, offer.message, f"{offer.size_bytes} bytes, the limit is {self.most_bytes}")
         if offer.chunk_bytes != self._codec.chunk_bytes:

@@ -43,7 +43,10 @@ _ADAPTERS = {name: TypeAdapter(cls) for name, cls in _TYPES.items()}
 
 
 class Codec:
-    """Writes and reads frames with one set of wire settings; both ends may differ, frames say what they hold."""
+    """Encodes and decodes frames with one set of wire settings.
+
+    Both ends may differ, since frames are self-describing.
+    """
 
     def __init__(self, settings: WireSettings) -> None:
         self._settings = settings
@@ -55,7 +58,7 @@ class Codec:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of a message in a chunk, whose own frame fits ``frame_bytes``."""
+        """Bytes of a message per chunk, whose own frame fits ``frame_bytes``."""
         return self.frame_bytes - _CHUNK_HEADER_BYTES
 
     @property
@@ -64,11 +67,11 @@ class Codec:
         return self._settings.max_transfer_bytes
 
     def encode(self, message: Message) -> bytes:
-        """The frame of ``message``."""
+        """Encode ``message`` as a frame."""
         return self.pack(message).whole()
 
     def pack(self, message: Message) -> Packed:
-        """The frame of ``message``, of which nothing is there before it is wanted but tensors in another code."""
+        """Describe ``message`` as a frame without building it; only tensors in another code are copied."""
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {}
         for declared in fields(message):
@@ -80,16 +83,16 @@ class Codec:
                     self._pack(tensors, f"{declared.name}/{key}", tensor, declared)
             else:
                 plain[declared.name] = value
-        # A loss that is NaN must cross, so that the receiver can name the step; Python's JSON reads what it writes.
+        # A loss of NaN must cross, so that the receiver can name the step; Python's JSON reads what it writes.
         metadata = {"message": type(message).__name__, "fields": json.dumps(plain)}
         return Packed(tensors, metadata)
 
     def decode(self, frame: bytes) -> Message:
-        """The message of a frame. Raises ``WireFormatError`` where it is not one; floating tensors become float32."""
+        """Decode a frame; floating tensors become float32. Raises ``WireFormatError``."""
         return self._decode(frame, safetensors.torch.load, self._settings.max_message_bytes)
 
     def decode_long(self, memory: mmap.mmap) -> Message:
-        """The same of one that came in chunks; tensors that need not be widened stay where they are."""
+        """Decode a frame that came in chunks; tensors that need not be widened stay in place."""
         return self._decode(memory, read_tensors, self._settings.max_transfer_bytes)
 
     def _decode(self, frame: B, load: Callable[[B], dict[str, Tensor]], limit: int) -> Message:
@@ -142,14 +145,14 @@ def _read_header(frame: bytes | mmap.mmap, limit: int) -> tuple[str, dict[str, A
 
 
 def _whole(digits: str) -> int:
-    """A whole number of 64 bits. Raises ``ValueError`` for a longer one: arithmetic with floats would overflow."""
+    """Check an integer of 64 bits. Raises ``ValueError`` for a longer one: arithmetic with floats would overflow."""
     if len(digits) > _MOST_DIGITS or not -(2**63) <= int(digits) < 2**63:
         raise ValueError(f"a whole number of {len(digits)} digits, which 64 bits cannot hold")
     return int(digits)
 
 
 def _gather(tensors: dict[str, Tensor], cls: type[Message]) -> dict[str, Any]:
-    """Tensors back into the fields of their message: ``field/key`` into a dictionary, coded ones widened to float32."""
+    """Put tensors back into the message's fields: ``field/key`` into a dictionary, coded ones widened to float32."""
     coded = {declared.name for declared in fields(cls) if "wire" in declared.metadata}
     values: dict[str, Any] = {declared.name: {} for declared in fields(cls) if declared.type == dict[str, Tensor]}
     for name, tensor in tensors.items():
@@ -157,7 +160,7 @@ def _gather(tensors: dict[str, Tensor], cls: type[Message]) -> dict[str, Any]:
         whole, _, part = name.partition("#")
         if owner.partition("#")[0] in coded:
             if part and whole in tensors:
-                continue  # stands beside a tensor, and is read with it
+                continue  # belongs to another tensor, and is read with it
             tensor = _widened(name, tensor, {p: tensors[name + p] for p in _BESIDE if name + p in tensors})
         if key and isinstance(values.get(owner), dict):
             values[owner][key] = tensor
@@ -167,7 +170,7 @@ def _gather(tensors: dict[str, Tensor], cls: type[Message]) -> dict[str, Any]:
 
 
 def _widened(name: str, tensor: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-    """float32 numbers of a tensor as ``_pack`` wrote it."""
+    """Return the float32 numbers of a tensor as ``_pack`` wrote it."""
     if not beside:
         if tensor.dtype not in _DTYPES.values():
             raise WireFormatError(f"'{name}' in {tensor.dtype} without scales")

@@ -1,4 +1,4 @@
-"""Messages over links that carry bytes: both ends turn them into frames and back, and the one that asks counts them."""
+"""Links for messages on top of links for bytes: both ends encode and decode frames, and the asking end counts them."""
 
 import threading
 from collections.abc import Callable
@@ -21,22 +21,22 @@ from gaisnet.transport.stream import ByteLink
 _LOOK_S = 0.2
 A = TypeVar("A")
 GivenUp = Callable[[], bool]
-"""Whether nobody waits any longer."""
+"""Returns whether the reply has been given up."""
 
 
 class CodedLink:
-    """A link for messages on top of one for bytes.
+    """A link for messages on top of a link for bytes.
 
-    Messages that are longer than a frame cross in chunks, see ``transport.parcels``.
+    Messages longer than a frame cross in chunks, see ``transport.parcels``.
 
     Args:
         bytes_link: Carries the frames.
-        codec: Writes and reads them.
-        ledger: Where they are counted.
-        kind: Which tiers the link joins.
-        direction: Where requests travel; answers travel the other way.
+        codec: Encodes and decodes them.
+        ledger: Counts their bytes.
+        kind: The tiers that the link joins.
+        direction: Direction of requests; replies travel the other way.
         other: Name of the other end, for errors.
-        folder: Where long answers that last are kept while they come, see ``Arrivals``.
+        folder: Folder for long, lasting replies while they arrive, see ``Arrivals``.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CodedLink:
         return self._aside(lambda up: self._courier(up).fetch(answer)) if isinstance(answer, Parcel) else answer
 
     def _exchange(self, frame: bytes) -> Future[bytes]:
-        """Ask; counted if the link takes it. Raises ``LinkError``."""
+        """Send a request; it is counted if the link accepts it. Raises ``LinkError``."""
         sent = self._bytes_link.send(frame)
         self._ledger.record(self._kind, self._direction, frame)
         return sent
@@ -110,14 +110,14 @@ class CodedLink:
         return self._codec.decode(frame)
 
     def _aside(self, work: Callable[[GivenUp], A]) -> Future[A]:
-        """Where a thread may wait."""
+        """Run work that may wait."""
         return aside(work)
 
     def _courier(self, given_up: GivenUp) -> Courier:
         return Courier(self._codec, self._arrivals, self._other, lambda message: self._ask(message, given_up))
 
     def _ask(self, message: Message, given_up: GivenUp) -> Message:
-        """Wait for the answer of a single frame. Raises ``LinkLost`` where nobody waits for it any longer."""
+        """Wait for the reply to a single frame. Raises ``LinkLost`` if it has been given up."""
         sent = self._exchange(self._codec.encode(message))
         while not given_up():
             try:
@@ -130,6 +130,6 @@ class CodedLink:
 
 
 def coded(handler: Handler, codec: Codec) -> Callable[[str, bytes], bytes | Future[bytes]]:
-    """A tier as one that answers frames, whoever asks, now or later. What it raises comes through."""
+    """Wrap a tier so that it answers frames. Its errors pass through."""
     depots = Depots(codec)
     return lambda asker, frame: depots.of(asker).answer(frame, handler.handle)

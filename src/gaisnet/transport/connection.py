@@ -12,27 +12,27 @@ _PATIENCE_S = 0.01  # for a frame that can carry an acknowledgement
 
 
 class End(Protocol):
-    """The end of a link that a connection belongs to, as ``Endpoint`` has it."""
+    """The end of a link that a connection belongs to; ``Endpoint`` implements it."""
 
     other: str
 
     def ended(self, connection: "Connection") -> None:
-        """The connection has ended."""
+        """Called when the connection has ended."""
 
     def received(self, connection: "Connection", data: bytes) -> bool:
-        """A frame came in; whether the thread that brings it shall read on. Raises ``WireFormatError``."""
+        """Take a frame; return whether the reading thread shall read on. Raises ``WireFormatError``."""
 
     def takes_over(self, connection: "Connection") -> bool:
-        """Whether another thread may read now, because the one that did is answering."""
+        """Return whether another thread may read, because the reading one is answering."""
 
     def ends(self, connection: "Connection") -> bool:
-        """Nothing more will come in; whether the thread that reads is answering."""
+        """Note that nothing more will arrive; return whether the reading thread is answering."""
 
     def rejected(self, found: str) -> None:
-        """A connection is being closed for what came in on it."""
+        """Called when a connection is closed because of its content."""
 
     def next_frame(self, connection: "Connection", patient: bool) -> bytes | None:
-        """The next frame to send; None where there is none. Raises ``EOFError`` at the end of the connection."""
+        """Return the next frame to send; None if there is none. Raises ``EOFError`` at the end of the connection."""
 
 
 class Connection:
@@ -42,17 +42,19 @@ class Connection:
         self._endpoint = endpoint
         self._read: Callable[[], None] = lambda: None
         self.tokens: SimpleQueue[None] = SimpleQueue()
-        self.send: Callable[[bytes], object] | None = None  # sends a frame from any thread, while no other one is sent
+        self.send: Callable[[bytes], object] | None = (
+            None  # sends a frame from any thread, unless another one is being sent
+        )
         self.idle = False  # the writer waits for a token, and nobody sends
-        self.owes = False  # but not for long, for it has something to acknowledge
-        self.answers: Job | None = None  # of the thread that reads, which shall read on when it is done
-        self.ending = False  # so the thread that reads shall only read what has come
+        self.owes = False  # but not for long, because an acknowledgement is due
+        self.answers: Job | None = None  # job of the reading thread, which reads on afterwards
+        self.ending = False  # so the reading thread only reads what has arrived
         self.problem = ""
         self.written = threading.Event()
         """Set when ``frames`` has come to its end."""
 
     def frames(self) -> Iterator[bytes]:
-        """Frames to send, as they come, until the connection ends."""
+        """Yield frames to send, as they come, until the connection ends."""
         patient = True
         try:
             while True:
@@ -71,22 +73,22 @@ class Connection:
             self.written.set()
 
     def read_with(self, read: Callable[[], None]) -> None:
-        """Let a thread do ``read``, which calls ``self.read``; threads that take over from it do the same."""
+        """Let a thread run ``read``, which calls ``self.read``; threads that take over from it do the same."""
         self._read = read
         self._start(read)
 
     def relieve_reader(self) -> None:
-        """Let another thread read if the one that does so is answering; that one then ends when it has answered."""
+        """Let another thread read if the reading one is answering; that one ends when it has answered."""
         self._start(lambda: self._read() if self._endpoint.takes_over(self) else None)
 
     def _start(self, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=f"gaisnet reads {self._endpoint.other}", daemon=True).start()
 
     def read(self, frames: Iterator[bytes]) -> bool:
-        """Receive until the connection ends or breaks the rules; then it is closed.
+        """Receive until the connection ends or breaks the rules; then close it.
 
         Returns:
-            Whether it is; otherwise another thread reads on.
+            Whether it is closed; otherwise another thread reads on.
         """
         reads_on = True
         try:
@@ -103,9 +105,9 @@ class Connection:
         return reads_on
 
     def ends(self) -> bool:
-        """Take note that nothing more will come in; whether the connection is closed now, else ``read`` closes it.
+        """Note that nothing more will arrive; return whether the connection is closed.
 
-        It is where the thread that reads is answering, which may take long.
+        It is closed here if the reading thread is answering, which may take long; otherwise ``read`` closes it.
         """
         answers = self._endpoint.ends(self)
         if answers:

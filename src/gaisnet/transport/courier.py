@@ -1,4 +1,4 @@
-"""Both ends of a link that parcels cross: the one that asks, and the one that answers; see ``transport.parcels``."""
+"""Exchange of parcels between the asking and the answering end; see ``transport.parcels``."""
 
 import logging
 import threading
@@ -14,7 +14,7 @@ from gaisnet.transport.arrivals import Arrivals, Arriving
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.parcels import Outgoing, Wrapper
 
-_TRIES = 3  # of a chunk that arrives damaged
+_TRIES = 3  # for a chunk that arrives damaged
 _MOST_PARCELS = 4  # of one asker at once, each way
 _log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ P = TypeVar("P", Arriving, Outgoing)
 
 
 class Courier:
-    """Brings parcels there and back, for an end that asks.
+    """Sends and receives parcels for the asking end.
 
     Args:
-        codec: Reads what arrives.
-        arrivals: Where answers come in.
+        codec: Decodes arriving parcels.
+        arrivals: Incoming replies.
         other: The other end, for errors.
-        ask: Sends a message of a single frame, and waits for the answer, which is one, too.
+        ask: Sends a message of a single frame, and waits for its reply of a single frame.
     """
 
     def __init__(self, codec: Codec, arrivals: Arrivals, other: str, ask: Callable[[Message], Message]) -> None:
@@ -39,7 +39,7 @@ class Courier:
         self._ask_once = ask
 
     def deliver(self, parcel: Outgoing) -> Message:
-        """Push a parcel; the answer to what it holds. Raises ``LinkError``, or what the other end raised."""
+        """Push a parcel; return the reply to its message. Raises ``LinkError``, or the other end's error."""
         wanted = self._ask(parcel.offer)
         if not isinstance(wanted, Wanted):
             raise UnexpectedMessage(f"an end that offers a {parcel.offer.message}", type(wanted).__name__)
@@ -49,14 +49,14 @@ class Courier:
         return self.fetch(answer) if isinstance(answer, Parcel) else answer
 
     def fetch(self, offer: Parcel) -> Message:
-        """Pull a parcel; the message in it. Raises ``LinkError``."""
+        """Pull a parcel; return its message. Raises ``LinkError``."""
         arriving = self._arrivals.begin(offer)
         while arriving.next < offer.num_chunks:
             self._until_whole(lambda: arriving.add(self._chunk(offer, arriving.next)))
         message = arriving.unwrap(self._codec)
         try:
             self._ask(ParcelTaken(offer.digest))
-        except LinkError as error:  # the message is here; over there room is made for others in any case
+        except LinkError as error:  # the message is here; the other end makes room for others in any case
             _log.debug("'%s' was not told that a %s has arrived: %s", self._other, offer.message, error)
         return message
 
@@ -67,7 +67,7 @@ class Courier:
         return answer
 
     def _until_whole(self, move: Callable[[], object]) -> None:
-        """Again where a chunk was damaged on the way, but not for ever."""
+        """Repeat after a damaged chunk, a few times."""
         for left in reversed(range(_TRIES)):
             try:
                 move()
@@ -87,12 +87,12 @@ class Courier:
 
 
 def _is(error: LinkError, kind: type[LinkError]) -> bool:
-    """Whether this, or what the other end raised, is of a kind."""
+    """Return whether an error, or the other end's error, is of a kind."""
     return isinstance(error, kind) or isinstance(error, PeerError) and error.kind == kind.__name__
 
 
 class Depot:
-    """The parcels of one asker, at the end that answers: those that come in, and those that wait to be pulled."""
+    """The parcels of one asker at the answering end: incoming ones, and those waiting to be pulled."""
 
     def __init__(self, codec: Codec, asker: str, wrapper: Wrapper, most_bytes: int | None = None) -> None:
         self._codec = codec
@@ -103,7 +103,7 @@ class Depot:
         self._lock = threading.Lock()
 
     def answer(self, frame: bytes, handle: Handle) -> bytes | Future[bytes]:
-        """Answer a frame, now or later; ``handle`` answers messages that are no chunks. Raises what it raises."""
+        """Answer a frame, now or later; ``handle`` answers messages that are not chunks. Raises its errors."""
         message = self._codec.decode(frame)
         match message:
             case Parcel():
@@ -126,7 +126,7 @@ class Depot:
         return map_result(reply, self._frame) if isinstance(reply, Future) else self._frame(reply)
 
     def _frame(self, reply: Message) -> bytes:
-        """The frame of a reply, or of its offer."""
+        """Return the frame of a reply, or of its offer."""
         packed = self._codec.pack(reply)
         if packed.size_bytes <= self._codec.frame_bytes:
             return packed.whole()
@@ -151,7 +151,7 @@ class Depot:
         return message
 
     def _put(self, parcels: OrderedDict[str, P], parcel: P, most_bytes: int) -> None:
-        """Keep a parcel; the oldest ones make room for it."""
+        """Store a parcel; the oldest ones make room for it."""
         parcels[parcel.offer.digest] = parcel
         parcels.move_to_end(parcel.offer.digest)
         while len(parcels) > _MOST_PARCELS or (
@@ -170,8 +170,8 @@ class Depots:
     """A depot for every asker of a site.
 
     Args:
-        codec: Reads what arrives.
-        most_bytes: Longest request of an asker, by its name; None as a result for ``wire.max_transfer_bytes``.
+        codec: Decodes arriving parcels.
+        most_bytes: Returns the longest request of an asker by name; None for ``wire.max_transfer_bytes``.
     """
 
     def __init__(self, codec: Codec, most_bytes: Callable[[str], int | None] = lambda _: None) -> None:
@@ -182,7 +182,7 @@ class Depots:
         self._lock = threading.Lock()
 
     def of(self, asker: str) -> Depot:
-        """The depot of ``asker``."""
+        """Return the depot of ``asker``."""
         with self._lock:
             if asker not in self._depots:
                 self._depots[asker] = Depot(self._codec, asker, self._wrapper, self._most_bytes(asker))

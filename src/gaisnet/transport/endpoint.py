@@ -1,14 +1,14 @@
-"""One end of a link, with its threads: a ``Session`` behind a lock, the futures of those who ask, a worker who answers.
+"""One end of a link, with its threads: a ``Session`` behind a lock, futures of requests, a worker that answers.
 
 Two threads meet here per connection: one reads (``Connection.read``), one writes (``Connection.frames``). The worker
-belongs to all links of a site and lets them run the handler one after the other. Nobody waits for anything while
+belongs to all links of a site and lets them run the handler one after the other. No thread waits for anything while
 holding the lock.
 
-Waking another thread costs about as much as carrying a small frame. So the thread that reads runs the handler itself
-where it need not read on meanwhile: nobody is being answered at this site, nobody here waits for an answer over this
-link, and the other end has acknowledged all answers. Should the handler, or anyone else, ask over the link before it is
-done, another thread takes over the reading. A handler may therefore ask back, and need not say that it does. Where the
-transport lets it (``Connection.send``), the thread that reads also sends an answer that is short.
+Waking another thread costs about as much as carrying a small frame. So the reading thread runs the handler itself if it
+need not read on meanwhile: no request is being answered at this site, no request of this end is unanswered on this
+link, and the other end has acknowledged all replies. If the handler, or any other thread, sends a request over the link
+before it is done, another thread takes over the reading. A handler may therefore send requests of its own. Where the
+transport allows it (``Connection.send``), the reading thread also sends a short reply.
 """
 
 import logging
@@ -26,26 +26,26 @@ from gaisnet.transport.stream import Limits, LinkState
 from gaisnet.transport.worker import Worker
 
 ByteHandler = Callable[[str, bytes], bytes | Future[bytes]]
-"""(name of who asks, payload) -> answer, now or later. Raises ``GaisnetError``; anything else stays here, in the log.
+"""(asker's name, payload) -> reply, now or later. Raises ``GaisnetError``; any other error stays here, in the log.
 
-Who answers later lets the site answer others meanwhile.
+A handler that answers later lets the site answer others meanwhile.
 """
 
 _WARN_EVERY_S = 60.0
 _LIVES = 2  # of another site, whose requests may wait here: it can restart while a handler is busy
-_SHORT_BYTES = 2**17  # a longer answer takes longer to send than to wake the writer, and the reader can read meanwhile
+_SHORT_BYTES = 2**17  # a longer reply takes longer to send than to wake the writer, and the reader can read meanwhile
 _log = logging.getLogger(__name__)
 
 
 class Endpoint:
-    """A ``ByteLink``, whatever carries its frames.
+    """A ``ByteLink`` over any carrier of frames.
 
     Args:
         other: Name of the other end.
-        life: This process's own id, see ``Session``.
-        limits: What the other end may send.
-        handle: Answers its requests, in the thread that reads or in the worker's.
-        worker: Says whose turn it is to answer.
+        life: This process's own incarnation, see ``Session``.
+        limits: Limits on the other end's messages.
+        handle: Answers its requests, in the reading thread or in the worker's.
+        worker: Schedules answers.
         dials: See ``Session``.
     """
 
@@ -58,7 +58,7 @@ class Endpoint:
         self._ask_bytes = limits.request_bytes(dials)
         self._handle = handle
         self._worker = worker
-        self._queued = 0  # requests that wait for the worker, those of earlier lives as well
+        self._queued = 0  # requests that wait for the worker, including those of earlier incarnations
         self._lock = threading.Lock()
         self._futures: dict[int, Future[bytes]] = {}
         self._connection: Connection | None = None
@@ -93,7 +93,7 @@ class Endpoint:
         return answer
 
     def state(self) -> LinkState:
-        """How the link is now."""
+        """Return the state of the link."""
         now = time.monotonic()
         with self._lock:
             return LinkState(
@@ -106,7 +106,7 @@ class Endpoint:
             )
 
     def attach(self) -> Connection:
-        """Begin a connection; one before it ends."""
+        """Begin a connection; the previous one ends."""
         connection = Connection(self)
         with self._lock:
             self._detach(self._connection)
@@ -116,7 +116,7 @@ class Endpoint:
         return connection
 
     def close(self) -> None:
-        """Fail all who wait, and let nobody connect or ask any more."""
+        """Fail all pending requests, and accept no connections or requests any more."""
         with self._lock:
             self._closed = True
             self._detach(self._connection)
@@ -134,16 +134,16 @@ class Endpoint:
     # -- what a connection calls
 
     def ended(self, connection: Connection) -> None:
-        """The connection has ended."""
+        """See ``End.ended``."""
         with self._lock:
             if self._connection is connection:
                 self._detach(connection)
 
     def received(self, connection: Connection, data: bytes) -> bool:
-        """A frame came in. Raises ``WireFormatError``.
+        """Take a frame. Raises ``WireFormatError``.
 
         Returns:
-            Whether the thread that brings it shall read on; otherwise another one does already.
+            Whether the thread that brings it shall read on; otherwise another one already does.
         """
         frame = decode_frame(data, self.limits)
         with self._lock:
@@ -165,19 +165,19 @@ class Endpoint:
         return True
 
     def takes_over(self, connection: Connection) -> bool:
-        """Whether another thread may read now, because the one that did is answering."""
+        """See ``End.takes_over``."""
         with self._lock:
             answers, connection.answers = connection.answers, None
         return answers is not None
 
     def ends(self, connection: Connection) -> bool:
-        """Nothing more will come in; whether the thread that reads is answering, and will not see it soon."""
+        """See ``End.ends``; an answering thread will not notice soon."""
         with self._lock:
             connection.ending = True
             return connection.answers is not None
 
     def rejected(self, found: str) -> None:
-        """A connection is being closed for what came in on it."""
+        """See ``End.rejected``."""
         with self._lock:
             self._rejected += 1
         self.warn(found)

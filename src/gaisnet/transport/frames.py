@@ -1,4 +1,4 @@
-"""Frames to bytes and back: see frame.proto. Nothing of a frame is used before its sizes have been checked."""
+"""Frames as bytes and back: see frame.proto. Nothing of a frame is used before its sizes are checked."""
 
 from enum import IntEnum
 from typing import NamedTuple
@@ -17,7 +17,7 @@ _KIND_CHARACTERS = 200
 
 
 class Kind(IntEnum):
-    """What a frame is for."""
+    """Purpose of a frame."""
 
     HELLO = frame_pb2.Header.HELLO
     WELCOME = frame_pb2.Header.WELCOME
@@ -32,7 +32,7 @@ _WITHOUT_PAYLOAD = frozenset({Kind.HELLO, Kind.WELCOME, Kind.ACK})
 
 
 class Frame(NamedTuple):
-    """One frame; frame.proto says what the fields mean."""
+    """One frame; frame.proto describes the fields."""
 
     session: bytes
     kind: Kind
@@ -44,7 +44,7 @@ class Frame(NamedTuple):
 
 
 def encode_frame(frame: Frame) -> bytes:
-    """The bytes of ``frame``; the payload is copied once."""
+    """Encode ``frame``; the payload is copied once."""
     session, kind, step, part, total_bytes, acknowledged, payload = frame
     header = frame_pb2.Header(
         session=session,
@@ -58,7 +58,7 @@ def encode_frame(frame: Frame) -> bytes:
 
 
 def decode_frame(data: bytes, limits: Limits) -> Frame:
-    """The frame of ``data``, whose payload may be a view of it. Raises ``WireFormatError``."""
+    """Decode ``data``; the payload may be a view of it. Raises ``WireFormatError``."""
     stop = data[0] + 1 if data else 1
     here = len(data) - stop
     if not 0 <= here <= limits.part_bytes:
@@ -85,7 +85,7 @@ def decode_frame(data: bytes, limits: Limits) -> Frame:
 
 
 def _check_part(kind: Kind, step: int, total_bytes: int, here: int, limits: Limits) -> None:
-    """Raise ``WireFormatError`` where the sizes do not fit each other or the limits."""
+    """Raise ``WireFormatError`` if sizes do not fit each other or the limits."""
     limit = FAILURE_BYTES if kind is Kind.FAILURE else limits.max_message_bytes
     if total_bytes > limit:
         raise WireFormatError(f"a payload of {total_bytes} bytes, the limit is {limit}")
@@ -96,13 +96,13 @@ def _check_part(kind: Kind, step: int, total_bytes: int, here: int, limits: Limi
 
 
 def encode_failure(kind: str, text: str) -> bytes:
-    """Payload of a ``FAILURE``; a long text loses its end."""
+    """Encode the payload of a ``FAILURE``; a long text loses its end."""
     clean = text[:_FAILURE_CHARACTERS].encode(errors="replace").decode()
     return frame_pb2.Failure(kind=kind[:_KIND_CHARACTERS], text=clean).SerializeToString()
 
 
 def decode_failure(payload: bytes) -> tuple[str, str]:
-    """Class and text of what the other end raised. Raises ``WireFormatError``."""
+    """Decode class and text of the other end's error. Raises ``WireFormatError``."""
     try:
         failure = frame_pb2.Failure.FromString(payload)
     except DecodeError as error:

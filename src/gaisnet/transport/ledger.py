@@ -10,18 +10,18 @@ Direction = Literal["up", "down"]
 
 @dataclass(frozen=True)
 class Traffic:
-    """What crossed one kind of link."""
+    """Bytes on one kind of link."""
 
     bytes_up: int = 0
     bytes_down: int = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        """What crossed both."""
+        """Add the bytes of two."""
         return Traffic(self.bytes_up + other.bytes_up, self.bytes_down + other.bytes_down)
 
 
 class Ledger:
-    """Counts every frame of the requests that one site makes, and of their answers."""
+    """Counts every frame of one site's requests and their replies."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -34,15 +34,15 @@ class Ledger:
             self._traffic[kind] += Traffic(size, 0) if direction == "up" else Traffic(0, size)
 
     def add(self, kind: LinkKind, traffic: Traffic) -> None:
-        """Count what was counted elsewhere or in an earlier life."""
+        """Add bytes that were counted elsewhere or by an earlier incarnation."""
         with self._lock:
             self._traffic[kind] += traffic
 
     def traffic(self, kind: LinkKind) -> Traffic:
-        """Bytes so far."""
+        """Return the bytes so far."""
         return self._traffic[kind]
 
 
 def opposite(direction: Direction) -> Direction:
-    """Where answers travel."""
+    """Return the direction of replies."""
     return "up" if direction == "down" else "down"

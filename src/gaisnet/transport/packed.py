@@ -1,7 +1,7 @@
-"""A frame that need not be there as a whole: its bytes are cut out of its tensors, anywhere, when they are wanted.
+"""A frame that is never built as a whole: any part of its bytes is cut from its tensors on demand.
 
-The bytes are a safetensors file's, see ``transport.codec``. The header is padded so that the numbers begin at a
-multiple of 64 bytes: tensors can then be used where they lie.
+The bytes are those of a safetensors file, see ``transport.codec``. The header is padded so that the numbers begin at a
+multiple of 64 bytes: tensors can then be used in place.
 """
 
 import json
@@ -37,7 +37,7 @@ _Whole = Annotated[int, Field(ge=0, strict=True)]
 
 
 class _Place(BaseModel):
-    """Entry of a header: one tensor's."""
+    """Entry of one tensor in a header."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,8 +53,8 @@ class Packed:
     """Tensors and metadata as the bytes of a safetensors file.
 
     Args:
-        tensors: By name, on any device. They are not copied, and must not change while bytes are cut out of them.
-        metadata: Stands in the header.
+        tensors: By name, on any device. They are not copied, and must not change while bytes are cut from them.
+        metadata: Goes into the header.
 
     Attributes:
         size_bytes: Length of the file.
@@ -76,12 +76,12 @@ class Packed:
         self.size_bytes = len(head) + stop
 
     def whole(self) -> bytes:
-        """All of it at once, as safetensors writes it: at most ``size_bytes`` long, for it pads less."""
+        """Return the whole file, as safetensors writes it: at most ``size_bytes`` long, because it is padded less."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors.items()}
         return safetensors.torch.save(tensors, self._metadata)
 
     def cut(self, start: int, stop: int) -> bytearray:
-        """Bytes [start, stop) of it."""
+        """Return bytes [start, stop)."""
         piece = bytearray(stop - start)
         for index in range(bisect_right(self._starts, start) - 1, len(self._parts)):
             begin, part = self._starts[index], self._parts[index]
@@ -94,12 +94,12 @@ class Packed:
         return piece
 
     def snapshot(self) -> "Packed":
-        """The same with tensors of its own, for tensors that may change."""
+        """Return the same with copies of tensors, for tensors that may change."""
         return Packed({name: _copy(tensor) for name, tensor in self._tensors.items()}, self._metadata)
 
 
 def read_tensors(memory: mmap.mmap) -> dict[str, Tensor]:
-    """The tensors of a file in memory, where they lie: they keep ``memory`` alive. Raises ``WireFormatError``."""
+    """Return the tensors of a file in memory, in place: they keep ``memory`` alive. Raises ``WireFormatError``."""
     start = _LENGTH_BYTES + int.from_bytes(memory[:_LENGTH_BYTES], "little")
     try:
         header = json.loads(memory[_LENGTH_BYTES:start])
@@ -127,7 +127,10 @@ def _head(header: Mapping[str, object]) -> bytes:
 
 
 def _check_place(name: str, place: _Place, due: int) -> int:
-    """Where the next tensor begins. Raises ``WireFormatError`` where this one is not at ``due``, or of another size."""
+    """Return the start of the next tensor.
+
+    Raises ``WireFormatError`` if this one is not at ``due``, or has another size.
+    """
     (begin, end), dtype = place.data_offsets, _DTYPES.get(place.dtype)
     if dtype is None or begin != due or end - begin != math.prod(place.shape) * dtype.itemsize:
         raise WireFormatError(f"'{name}' of {place.dtype} {place.shape} at {begin} to {end}, due at {due}")

@@ -1,11 +1,11 @@
-"""Messages that are longer than a frame: they cross as parcels, in chunks, each of them checked, and none twice.
+"""Parcels: messages longer than a frame, sent in chunks, each checked, none sent twice.
 
-An end that has a long message offers a ``Parcel``, which says how long it is and what its digest is. A request is then
-pushed: the other end says which chunk it lacks first, gets that and all after it, and is told to act. An answer is
-pulled, chunk after chunk. ``transport.courier`` does both, and ``transport.arrivals`` takes what comes.
+An end with a long message offers a ``Parcel``, which states length and digest. A request is then
+pushed: the other end names the first chunk it lacks, receives that and all later ones, and is told to act. A reply is
+pulled, chunk by chunk. ``transport.courier`` does both, and ``transport.arrivals`` stores arriving chunks.
 
-A chunk is cut out of the tensors when it is wanted, and within a tensor, too. The parcel's digest is SHA-256 over those
-of its chunks, so that each chunk is hashed once where it comes in.
+A chunk is cut from the tensors on demand, within a tensor too. The parcel's digest is SHA-256 over those
+of its chunks, so each chunk is hashed once where it arrives.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class Outgoing:
     """A message that goes out in chunks.
 
     Attributes:
-        offer: Announces it.
+        offer: The announcement.
     """
 
     def __init__(self, name: str, packed: Packed, chunk_bytes: int, digests: tuple[bytes, ...]) -> None:
@@ -32,7 +32,7 @@ class Outgoing:
         self.offer = Parcel(name, digest_of(digests), packed.size_bytes, chunk_bytes)
 
     def chunk(self, index: int) -> Chunk:
-        """One chunk. Raises ``UnexpectedMessage`` where there is none of this number."""
+        """Return one chunk. Raises ``UnexpectedMessage`` if there is none of this number."""
         if not 0 <= index < len(self._digests):
             raise UnexpectedMessage(f"a parcel of {len(self._digests)} chunks", f"request for chunk {index}")
         start = index * self.offer.chunk_bytes
@@ -41,7 +41,7 @@ class Outgoing:
 
 
 class Wrapper:
-    """Makes parcels of messages. Those that last are hashed once, however many ends they go to."""
+    """Makes parcels of messages. Lasting messages are hashed once, however many ends they go to."""
 
     def __init__(self, codec: Codec, other: str) -> None:
         self._codec = codec
@@ -50,7 +50,10 @@ class Wrapper:
         self._lock = threading.Lock()
 
     def hold(self, message: Message, packed: Packed) -> Packed:
-        """Tensors for ``wrap`` that nobody changes: a copy, unless the message lasts. Raises ``MessageTooLarge``."""
+        """Return tensors for ``wrap`` that do not change.
+
+        Copies, unless the message lasts. Raises ``MessageTooLarge``.
+        """
         if packed.size_bytes > self._codec.max_transfer_bytes:
             raise MessageTooLarge(
                 self._other, packed.size_bytes, self._codec.max_transfer_bytes, "wire.max_transfer_bytes"
@@ -58,7 +61,7 @@ class Wrapper:
         return packed if type(message).__name__ in LASTING else packed.snapshot()
 
     def wrap(self, message: Message, packed: Packed) -> Outgoing:
-        """A parcel of ``message``, of what ``hold`` gave."""
+        """Return a parcel of ``message``, from the result of ``hold``."""
         name, chunk_bytes = type(message).__name__, self._codec.chunk_bytes
         lasts = name in LASTING
         digests = self._digests_of(message, packed) if lasts else _digests(packed, chunk_bytes)
@@ -79,5 +82,5 @@ def _digests(packed: Packed, chunk_bytes: int) -> tuple[bytes, ...]:
 
 
 def digest_of(digests: Sequence[bytes]) -> str:
-    """Digest of a parcel, out of those of its chunks."""
+    """Return a parcel's digest, from those of its chunks."""
     return hashlib.sha256(b"".join(digests)).hexdigest()

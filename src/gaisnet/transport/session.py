@@ -1,13 +1,13 @@
-"""What one end of a link remembers of the other, and the rules of their conversation. It does no input or output.
+"""Session protocol: the state of one end of a link, and the rules of the conversation. It does no input or output.
 
 A ``Session`` outlives connections. Within one connection each end numbers its requests upward, sends the parts of a
-payload with nothing between, and answers a request at most once, after it came in on that same connection. When a
-connection begins, each end asks again, in order, for what has not been answered. The end that answers keeps a job until
-its answer is acknowledged, so what is asked again is not run again. Whatever breaks these rules raises
+payload with nothing between, and answers a request at most once, after it arrived on that same connection. When a
+connection begins, each end repeats its unanswered requests in order. The answering end keeps a job until
+its reply is acknowledged, so a repeated request is not executed again. Any violation raises
 ``WireFormatError``, and the connection must then end.
 
-An end that asks holds back: at most ``limits.max_requests`` unanswered requests, and ``limits.request_bytes`` in all
-of them together, are under way. So the other end can refuse more than that, before it has stored any of it.
+An asking end holds back: at most ``limits.max_requests`` unanswered requests, and ``limits.request_bytes`` in all
+of them, are sent. So the other end can refuse more than that before it has stored any of it.
 """
 
 from collections import deque
@@ -26,29 +26,29 @@ _OWED_BYTES = 2**18
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A request of the other end, from when it is complete until its answer has been acknowledged."""
+    """A request of the other end, from its completion until its reply is acknowledged."""
 
     step: int
     payload: bytes
     size: int
     asked: bool = True  # on the present connection
-    dropped: bool = False  # nobody waits for the answer any more
+    dropped: bool = False  # the reply has been given up
     answer: tuple[Kind, bytes] | None = None
 
     def drop(self) -> None:
-        """Forget it; it may still wait for its turn somewhere."""
+        """Forget it; it may still be queued somewhere."""
         self.dropped = True
         self.payload = b""
 
 
 class Asked(NamedTuple):
-    """The other end asks: run the job, then call ``Session.answer``."""
+    """A complete request: run the job, then call ``Session.answer``."""
 
     job: Job
 
 
 class Answered(NamedTuple):
-    """The answer to a request."""
+    """The reply to a request."""
 
     step: int
     payload: bytes
@@ -72,7 +72,7 @@ Event = Asked | Answered | Failed | Lost
 
 
 class _Incoming:
-    """A payload whose parts are coming in. It never holds more than what came."""
+    """A payload whose parts are arriving. It holds only received parts."""
 
     def __init__(self, first: Frame) -> None:
         self._first = first
@@ -81,7 +81,7 @@ class _Incoming:
         self.size = 0
 
     def add(self, frame: Frame) -> bytes | None:
-        """Take the next part; the payload, when it is complete."""
+        """Add the next part; return the payload when it is complete."""
         first = self._first
         if (frame.kind, frame.step, frame.total_bytes) != (first.kind, first.step, first.total_bytes):
             raise WireFormatError(
@@ -112,19 +112,21 @@ class _Outgoing:
 
 @dataclass(slots=True)
 class _Talk:
-    """What holds for one connection only."""
+    """State of one connection."""
 
-    greeted: bool = False  # this end has said who it is
+    greeted: bool = False  # this end has identified itself
     met: bool = False  # the other end has
     to_ask: deque[int] = field(default_factory=deque)
     to_answer: deque[Job] = field(default_factory=deque)
     outgoing: _Outgoing | None = None
     incoming: _Incoming | None = None
-    awaiting: dict[int, int] = field(default_factory=dict)  # size by step: asked, not answered; given up ones too
+    awaiting: dict[int, int] = field(
+        default_factory=dict
+    )  # size by step: asked and unanswered, including abandoned ones
     newest: int = 0  # highest step that the other end has asked
-    heard: int = 0  # answers that came in
-    owed: int = 0  # bytes of those that the other end does not know to have come
-    answered: deque[Job] = field(default_factory=deque)  # gone out, not acknowledged
+    heard: int = 0  # received replies
+    owed: int = 0  # bytes of received replies that are not acknowledged yet
+    answered: deque[Job] = field(default_factory=deque)  # sent, not acknowledged
     acknowledged: int = 0
 
 
@@ -132,55 +134,55 @@ class Session:
     """One end's side of the conversation with one other site. Not thread-safe.
 
     Args:
-        life: 16 random bytes, chosen anew by each process.
-        limits: What the other end may send.
-        dials: This end opens the connections. The end that is dialled loses its requests when the other one restarts;
-            the end that dials asks again.
+        life: 16 random bytes, this process's incarnation.
+        limits: Limits on the other end's messages.
+        dials: Whether this end opens the connections. The dialed end loses its requests when the other one restarts;
+            the dialing end repeats them.
     """
 
     def __init__(self, incarnation: bytes, limits: Limits, dials: bool) -> None:
         self.peer = b""
-        """Life of the other end; the last one while there is no connection, empty before the first."""
+        """Incarnation of the other end; the last one while there is no connection, empty before the first."""
         self._incarnation = incarnation
         self._limits = limits
         self._dials = dials
         self._ask_bytes, self._take_bytes = limits.request_bytes(dials), limits.request_bytes(not dials)
         self._last_step = 0
-        self._requests: dict[int, bytes] = {}  # not answered, by step, upward
+        self._requests: dict[int, bytes] = {}  # unanswered, by step, upward
         self._jobs: dict[int, Job] = {}  # by step
         self._carried = False  # there may be jobs of an earlier connection
-        self._highest = 0  # step of the other end's present life that has become a job
+        self._highest = 0  # last step of the other end's present incarnation that became a job
         self._talk: _Talk | None = None
 
     @property
     def met(self) -> bool:
-        """There is a connection, and the other end has said on it who it is."""
+        """Whether there is a connection on which the other end has identified itself."""
         return self._talk is not None and self._talk.met
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes of payloads that the other end sent and that are held here: parts, and jobs that are not answered."""
+        """Bytes of the other end's payloads held here: parts, and unanswered jobs."""
         incoming = self._talk.incoming if self._talk else None
         return (incoming.size if incoming else 0) + sum(len(job.payload) for job in self._jobs.values())
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of answers that the other end has not acknowledged."""
+        """Bytes of replies that the other end has not acknowledged."""
         return sum(len(job.answer[1]) for job in self._jobs.values() if job.answer)
 
     def begin(self) -> None:
-        """A new connection stands; one before it has ended."""
+        """Begin a new connection; the previous one has ended."""
         self._talk = _Talk()
         for job in self._jobs.values():
             job.asked = False
         self._carried = bool(self._jobs)
 
     def end(self) -> None:
-        """The connection has ended."""
+        """End the connection."""
         self._talk = None
 
     def request(self, payload: bytes) -> int:
-        """Ask; the step that names the request."""
+        """Send a request; return its step."""
         self._last_step += 1
         self._requests[self._last_step] = payload
         if self._talk and self._talk.met:
@@ -188,11 +190,11 @@ class Session:
         return self._last_step
 
     def abandon(self, step: int) -> None:
-        """Give a request up: it is not sent (again), and a late answer is dropped."""
+        """Abandon a request: it is not sent (again), and a late reply is dropped."""
         self._requests.pop(step, None)
 
     def answer(self, job: Job, kind: Kind, payload: bytes) -> None:
-        """The result of a job: ``ANSWER`` or ``FAILURE``."""
+        """Set the result of a job: ``ANSWER`` or ``FAILURE``."""
         if job.dropped:
             return
         job.answer = (kind, payload)
@@ -204,12 +206,12 @@ class Session:
 
     @property
     def owes(self) -> bool:
-        """An ``ACK`` is due; waiting a moment may let another frame carry it."""
+        """Whether an ``ACK`` is due; waiting a moment may let another frame carry it."""
         return self._talk is not None and self._talk.owed >= _OWED_BYTES
 
     @property
     def has_frames(self) -> bool:
-        """``next_frame`` would give something else than an ``ACK``."""
+        """Whether ``next_frame`` would return something else than an ``ACK``."""
         talk = self._talk
         if talk is None:
             return False
@@ -218,7 +220,10 @@ class Session:
         return talk.met and bool(talk.outgoing or talk.to_answer or (talk.to_ask and self._may_ask(talk)))
 
     def next_frame(self, patient: bool = False) -> Frame | None:
-        """What to send next, if anything, but no ``ACK`` if ``patient``. Payloads are cut here, one part per call."""
+        """Return the next frame to send, if any, but no ``ACK`` if ``patient``.
+
+        Payloads are cut here, one part per call.
+        """
         talk = self._talk
         if talk is None:
             return None
@@ -237,7 +242,7 @@ class Session:
         return Frame(self._incarnation, Kind.ACK, acknowledged=talk.heard)
 
     def _may_ask(self, talk: _Talk) -> bool:
-        """A request is waiting to be sent, and the other end takes it."""
+        """Return whether a request waits to be sent, and the other end has room for it."""
         while talk.to_ask and talk.to_ask[0] not in self._requests:
             talk.to_ask.popleft()
         if not talk.to_ask or not talk.awaiting:
@@ -273,7 +278,7 @@ class Session:
     # -- frames that come in
 
     def receive(self, frame: Frame) -> list[Event]:
-        """What a frame brings. Raises ``WireFormatError`` where it may not come now."""
+        """Process a frame; return its event. Raises ``WireFormatError`` if it is not allowed now."""
         talk = self._talk
         if talk is None:
             return []
@@ -325,7 +330,7 @@ class Session:
             self._jobs.pop(job.step, None)
 
     def _collect(self, talk: _Talk, frame: Frame) -> bytes | None:
-        """The payload, if this frame completes it."""
+        """Return the payload if this frame completes it."""
         if talk.incoming is None:
             self._admit(talk, frame)
             if isinstance(frame.payload, bytes) and frame.part == 0 and len(frame.payload) == frame.total_bytes:
@@ -337,7 +342,7 @@ class Session:
         return payload
 
     def _admit(self, talk: _Talk, frame: Frame) -> None:
-        """Raise where a payload may not begin now, before any of it is stored."""
+        """Raise if a payload may not begin now, before any of it is stored."""
         if frame.kind is not Kind.REQUEST:
             if frame.step not in talk.awaiting:
                 raise WireFormatError(f"a {frame.kind.name} to step {frame.step}, which does not wait for one")
@@ -371,7 +376,7 @@ class Session:
         return []
 
     def _drop_left_out(self, step: int) -> None:
-        """What is unanswered is asked again in order: what has been left out before ``step``, nobody waits for."""
+        """Drop requests before ``step``: retries arrive in order, so a gap means that the other end gave them up."""
         for job in [job for job in self._jobs.values() if job.step < step and not job.asked]:
             job.drop()
             del self._jobs[job.step]

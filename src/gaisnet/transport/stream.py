@@ -1,4 +1,4 @@
-"""What a link that carries bytes between two processes can do, whatever it is made of."""
+"""The interface of a link that carries bytes between two processes."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -6,18 +6,21 @@ from typing import Protocol
 
 
 class ByteLink(Protocol):
-    """One end of a connection between two processes, to ask the other end. It outlives drops of the connection."""
+    """One end of a connection between two processes, for requests to the other end.
+
+    It outlives drops of the connection.
+    """
 
     @property
     def peer(self) -> str:
-        """Names the present life of the other end, which forgets everything when it restarts; '' while it is away."""
+        """Incarnation of the other end, which forgets everything when it restarts; '' while it is away."""
 
     def send(self, payload: bytes) -> Future[bytes]:
-        """Ask; while the other end is away the request waits for it.
+        """Send a request; while the other end is away it waits.
 
-        The answer comes in time, or ``LinkLost`` (the other end restarted, or this one closed the link), or
-        ``PeerError`` (it could not answer). ``cancel()`` gives the request up: it is not sent again, and a late
-        answer is dropped. Callbacks of the future run in the thread that reads the connection and must not wait.
+        The future gets the reply, or ``LinkLost`` (the other end restarted, or this one closed the link), or
+        ``PeerError`` (it could not answer). ``cancel()`` abandons the request: it is not sent again, and a late
+        reply is dropped. Callbacks of the future run in the reading thread and must not wait.
 
         Raises:
             MessageTooLarge: The payload is above the limit.
@@ -26,15 +29,15 @@ class ByteLink(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one end of a link takes from the other, which may be hostile. Both ends use the same ones.
+    """Limits of one end on the other, which may be hostile. Both ends use the same ones.
 
     Attributes:
         part_bytes: Longest piece of a payload in one frame.
-        max_message_bytes: Longest payload, and the most bytes that unanswered requests may hold together.
-        max_dialer_bytes: The same for requests of the end that dials, where it is less.
-        max_requests: Most requests of one end that wait for their answers at the other; more wait where they are asked.
-        keepalive_s: A connection that has been silent for this long is asked whether it is there,
-        keepalive_timeout_s: and is taken for dead if it says nothing for this long.
+        max_message_bytes: Longest payload, and the most bytes of all unanswered requests.
+        max_dialer_bytes: The same for requests of the dialing end, if it is less.
+        max_requests: Most unanswered requests of one end at the other; more wait at the asking end.
+        keepalive_s: Seconds of silence after which a connection is probed,
+        keepalive_timeout_s: and seconds without a response after which it counts as dead.
     """
 
     part_bytes: int = 2**20
@@ -45,7 +48,7 @@ class Limits:
     keepalive_timeout_s: float = 20.0
 
     def request_bytes(self, dials: bool) -> int:
-        """Bytes that the unanswered requests of one end may hold together, of the end that dials or of the other."""
+        """Return the most bytes of one end's unanswered requests: the dialing end's or the other's."""
         return min(self.max_message_bytes, self.max_dialer_bytes) if dials else self.max_message_bytes
 
 
@@ -54,15 +57,15 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class LinkState:
-    """How a link is, as one of its ends sees it.
+    """State of a link, as one of its ends sees it.
 
     Attributes:
-        connected: The other end has said who it is on a connection that stands.
-        since_s: Seconds for which it has been so.
-        last_seen_s: Seconds since the last frame came in; None before the first.
-        life: Hex id of the other end's life, the last one where it is away; '' before the first.
-        rejected_frames: Connections that were closed for a frame that is none, or one that may not come there.
-        problem: Why the last connection ended; '' where none has, or where it was closed in order.
+        connected: Whether the other end has identified itself on a live connection.
+        since_s: Seconds since that changed.
+        last_seen_s: Seconds since the last frame arrived; None before the first.
+        incarnation: Hex id of the other end's incarnation, the last one while it is away; '' before the first.
+        rejected_frames: Connections that were closed for an invalid or unexpected frame.
+        problem: Why the last connection ended; '' if none has, or it was closed in order.
     """
 
     connected: bool

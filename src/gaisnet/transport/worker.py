@@ -1,6 +1,6 @@
-"""Turns at a site: its tiers answer one request at a time, over however many links they are asked.
+"""A site's worker: its tiers answer one request at a time, over all links.
 
-Askers take turns, so that one with many requests holds up another by one of them.
+Askers take turns, so that one with many requests delays another by at most one of them.
 """
 
 import threading
@@ -10,14 +10,14 @@ from queue import SimpleQueue
 
 
 class Worker:
-    """Sees to it that a site does one thing after the other, in whatever thread.
+    """Runs a site's tasks one after the other, in any thread.
 
-    Tasks of one asker are done in the order in which they came; askers with tasks that wait take turns.
+    Tasks of one asker run in order; askers with waiting tasks take turns.
     """
 
     def __init__(self, name: str) -> None:
-        self._waiting: OrderedDict[str, deque[Callable[[], object]]] = OrderedDict()  # whose turn is next comes first
-        self._left = 0  # tasks that are not done
+        self._waiting: OrderedDict[str, deque[Callable[[], object]]] = OrderedDict()  # the next asker comes first
+        self._left = 0  # unfinished tasks
         self._lock = threading.Lock()
         self._calls: SimpleQueue[bool] = SimpleQueue()
         self._compute_lock = threading.Lock()
@@ -27,14 +27,14 @@ class Worker:
         self._thread.start()
 
     def put(self, task: Callable[[], object], asker: str = "") -> None:
-        """Do it in a thread of its own when it is the turn of ``asker`` and its tasks before it are done."""
+        """Run a task in a thread of its own, when it is ``asker``'s turn and its earlier tasks are done."""
         with self._lock:
             self._waiting.setdefault(asker, deque()).append(task)
             self._left += 1
         self._calls.put(True)
 
     def claim(self) -> bool:
-        """Whether the calling thread may do a thing itself, at once; it calls ``release`` when that is done."""
+        """Return whether the calling thread may run a task itself, at once; it calls ``release`` afterwards."""
         if self._left or not self._compute_lock.acquire(blocking=False):
             return False
         if self._closed:
@@ -44,12 +44,12 @@ class Worker:
         return True
 
     def release(self) -> None:
-        """Give back what ``claim`` gave."""
+        """Release the result of ``claim``."""
         self._whose_turn = 0
         self._compute_lock.release()
 
     def close(self, timeout_s: float) -> None:
-        """Begin nothing more. What is still under way after ``timeout_s`` is left to itself."""
+        """Start nothing more. Tasks still running after ``timeout_s`` are left alone."""
         self._closed = True
         self._calls.put(False)
         if self._whose_turn != threading.get_ident() and self._compute_lock.acquire(timeout=timeout_s):

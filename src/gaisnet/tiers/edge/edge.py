@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from gaisnet.checkpoint import NoShelf, Shelf
+from gaisnet.checkpoint import CheckpointStore, NullStore
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.errors import GaisnetError, LinkError, NotFinite, OutOfBounds, UnexpectedMessage
 from gaisnet.messages import (
@@ -65,12 +65,12 @@ class Edge:
         cloud: Link to the cloud, which has the foundation model.
         devices: Links to its devices, by name.
         ledger: Counts its requests and their replies.
-        shelf: Keeps its state across restarts; None to keep nothing.
+        store: Keeps its state across restarts; None to keep nothing.
         progress: Told about training.
         publisher: Serves the domain model and its adapters; None for no service.
 
     Raises:
-        CheckpointError: The state on the shelf cannot be read.
+        CheckpointError: The state on the store cannot be read.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Edge:
         cloud: Link,
         devices: Mapping[str, Link],
         ledger: Ledger,
-        shelf: Shelf | None = None,
+        store: CheckpointStore | None = None,
         progress: Progress = silent,
         publisher: Publisher | None = None,
     ) -> None:
@@ -89,7 +89,7 @@ class Edge:
         self._config = config
         self._cloud = cloud
         self._ledger = ledger
-        self._shelf: Shelf = shelf or NoShelf()
+        self._store: CheckpointStore = store or NullStore()
         self._publisher: Publisher = publisher or NoPublisher()
         self._device_pool = DevicePool(f"edge '{settings.name}'", devices, config.faults, self._setup_messages)
         self._devices = {device.name: device for device in settings.devices}
@@ -101,9 +101,9 @@ class Edge:
         self._learning = HybridLearning(settings, config, self._device_pool, self._activations, progress)
         self._cloud_has: dict[tuple[str, Split], str] = {}  # incarnations of the cloud that have smashed data
         self._num_classes = len(settings.labels)
-        self._state = load_state(self._shelf, config, ledger, self._publisher.compute_lock, self._num_classes)
+        self._state = load_state(self._store, config, ledger, self._publisher.compute_lock, self._num_classes)
         if self._state:
-            self._shelf.clear_arrivals()
+            self._store.clear_arrivals()
             self._reset_activations(self._state)
             self._publish_model()
 
@@ -155,8 +155,8 @@ class Edge:
             anchor = self._ask_cloud(AnchorRequest(), AnchorRelease)
             compute_lock, num_classes = self._publisher.compute_lock, self._num_classes
             state = EdgeState(self._config, request.run, request.model, release, anchor, compute_lock, num_classes)
-            state.save_model(self._shelf)
-            self._shelf.clear_arrivals()
+            state.save_model(self._store)
+            self._store.clear_arrivals()
             self._state = state  # only now: after a failure to save it, the next request begins anew
             self._reset_activations(state)
             self._cloud_has.clear()
@@ -171,7 +171,7 @@ class Edge:
         state.install_adapter(release)
         if release.role == "relay":
             self._activations.clear_prefixes()
-        state.save_progress(self._shelf, self._ledger)
+        state.save_progress(self._store, self._ledger)
         self._publish_adapter(release.role, release.version)
         self._device_pool.notify_devices(self._local, release)
         return Done()
@@ -227,7 +227,7 @@ class Edge:
             if state.rounds.done == self._config.fine_tune.edge_rounds:
                 domain.versions["domain"] = request.cycle + 1
             self._publish_adapter("domain", request.cycle + 1)
-            state.save_progress(self._shelf, self._ledger)
+            state.save_progress(self._store, self._ledger)
         rounds = state.rounds
         return AdapterUpdate(
             version=request.cycle + 1,
@@ -350,7 +350,7 @@ class Edge:
 
     def _report_traffic(self) -> TrafficReport:
         if self._state:
-            self._state.save_progress(self._shelf, self._ledger)  # after a restart it must not report less
+            self._state.save_progress(self._store, self._ledger)  # after a restart it must not report less
         devices, cloud = self._ledger.traffic("device_edge"), self._ledger.traffic("edge_cloud")
         return TrafficReport(devices.bytes_up, devices.bytes_down, cloud.bytes_up, cloud.bytes_down)
 

@@ -1,4 +1,4 @@
-"""The state of an edge in a run: model, anchor, adapters and progress, kept on a shelf to survive a restart."""
+"""The state of an edge in a run: model, anchor, adapters and progress, kept on a store to survive a restart."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gaisnet.checkpoint import Shelf, under
+from gaisnet.checkpoint import CheckpointStore, under
 from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import Config, DeviceSettings
 from gaisnet.messages import AdapterRelease, AnchorRelease, ModelRelease
@@ -93,7 +93,7 @@ class EdgeState:
         """Copy the current domain adapter into a message."""
         return AdapterRelease("domain", self.domain.versions["domain"], self.domain.copy_adapter("domain"))
 
-    def save_model(self, shelf: Shelf) -> None:
+    def save_model(self, store: CheckpointStore) -> None:
         """Write the parts that never change within a run."""
         release = self.release
         state = {
@@ -103,10 +103,10 @@ class EdgeState:
             "layers": release.layers,
             "int8_layers": release.int8_layers,
         }
-        shelf.put("model", state, release.tensors)
-        shelf.put("anchor", {"run": self.run}, {"lengths": self.anchor.lengths_E, "hidden": self.anchor.hidden_ND})
+        store.save("model", state, release.tensors)
+        store.save("anchor", {"run": self.run}, {"lengths": self.anchor.lengths_E, "hidden": self.anchor.hidden_ND})
 
-    def save_progress(self, shelf: Shelf, ledger: Ledger) -> None:
+    def save_progress(self, store: CheckpointStore, ledger: Ledger) -> None:
         """Write adapters, rounds and the ledger."""
         state = {
             "run": self.run,
@@ -117,14 +117,14 @@ class EdgeState:
         tensors = {f"domain/{key}": tensor for key, tensor in self.domain.copy_adapter("domain").items()}
         if self.relay:
             tensors |= {f"relay/{key}": tensor for key, tensor in self.relay.tensors.items()}
-        shelf.put("progress", state, tensors)
+        store.save("progress", state, tensors)
 
 
 def load_state(
-    shelf: Shelf, config: Config, ledger: Ledger, compute_lock: ComputeLock, num_classes: int = 0
+    store: CheckpointStore, config: Config, ledger: Ledger, compute_lock: ComputeLock, num_classes: int = 0
 ) -> EdgeState | None:
-    """Load the saved state; None where the shelf has no complete one. Raises ``CheckpointError``."""
-    model, anchor, progress = shelf.get("model"), shelf.get("anchor"), shelf.get("progress")
+    """Load the saved state; None where the store has no complete one. Raises ``CheckpointError``."""
+    model, anchor, progress = store.load("model"), store.load("anchor"), store.load("progress")
     if model is None or anchor is None or progress is None:
         return None
     saved, tensors = model

@@ -1,4 +1,4 @@
-"""Calls that a listener takes: who calls, and in which thread they are answered."""
+"""Calls of a listener: their callers, and the threads that answer them."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,17 +12,17 @@ Send = Callable[[bytes | None], None]
 
 
 def common_name(context: grpc.ServicerContext) -> str:
-    """Common name of the caller's certificate; '' where it has none, or several."""
+    """Return the common name of the caller's certificate; '' if it has none, or several."""
     found: dict[str, Any] = dict(context.auth_context())
     names: list[bytes] = list(found.get("x509_common_name", ()))
     return names[0].decode(errors="replace") if len(names) == 1 else ""
 
 
 class Talk:
-    """A method of a server whose answers any thread may send, not only the one that iterates over them.
+    """A server method whose replies any thread may send, not only the one that iterates over them.
 
-    gRPC names that experimental, and its own health service rests on it. Where it is not known, gRPC gives no ``send``
-    and iterates over the answers, as ever.
+    gRPC calls that experimental, and its own health service relies on it. Where it is missing, gRPC gives no ``send``
+    and iterates over the replies.
     """
 
     experimental_non_blocking = True
@@ -33,7 +33,7 @@ class Talk:
     def __call__(
         self, frames: Iterator[bytes], context: grpc.ServicerContext, send: Send | None = None
     ) -> Iterator[bytes]:
-        """As gRPC has it."""
+        """Call as gRPC does."""
         answers = self._talk(frames, context, send)
         if send is None:
             return answers
@@ -44,7 +44,7 @@ class Talk:
 
 
 class ThreadPerCall(futures.ThreadPoolExecutor):
-    """A thread for each call. Streams are few and stay long; the server bounds how many there are.
+    """A thread per call. Streams are few and long-lived; the server limits their number.
 
     The threads of the standard pool would keep a process alive that forgets to close its listener.
     """

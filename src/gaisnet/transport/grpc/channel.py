@@ -1,4 +1,4 @@
-"""Ends of a connection over gRPC: certificates, names on the wire, and the options that both ends hold to."""
+"""Connections over gRPC: certificates, names on the wire, and the options of both ends."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ class Certificates:
 
     Attributes:
         root: Certificate of the network's authority.
-        certificate: The site's own; its common name is the site's name, and so is a subject alternative name.
-        key: Private key to it.
+        certificate: The site's own; its common name, and a subject alternative name, is the site's name.
+        key: Private key of the certificate.
     """
 
     root: Path
@@ -31,7 +31,7 @@ class Certificates:
     key: Path
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """Contents of the three files. Raises ``ConfigError``."""
+        """Read the three files. Raises ``ConfigError``."""
         return _read(self.root), _read(self.certificate), _read(self.key)
 
 
@@ -44,18 +44,18 @@ def _read(file: Path) -> bytes:
 
 
 def said(error: Any) -> str:
-    """Status and details of a failed call."""
+    """Describe a failed call by status and details."""
     return f"{error.code().name}: {error.details()}"
 
 
 def channel_credentials(certificates: Certificates) -> grpc.ChannelCredentials:
-    """For the end that dials. Raises ``ConfigError``."""
+    """Return credentials for the dialing end. Raises ``ConfigError``."""
     root, certificate, key = certificates.read()
     return grpc.ssl_channel_credentials(root, key, certificate)
 
 
 def options(limits: Limits) -> list[tuple[str, Any]]:
-    """Options of both ends."""
+    """Return the options of both ends."""
     frame_bytes = limits.part_bytes + _FRAME_SLACK_BYTES
     keepalive_ms = round(limits.keepalive_s * 1000)
     return [
@@ -66,14 +66,14 @@ def options(limits: Limits) -> list[tuple[str, Any]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", keepalive_ms // 2),
-        # A compressed frame could grow to any size before its length is checked: leave it compressed, and it is none.
+        # A compressed frame could grow to any size before its length is checked: it stays compressed, and is invalid.
         ("grpc.per_message_decompression", 0),
         ("grpc.compression_enabled_algorithms_bitset", 1),
     ]
 
 
 def options_of_dialer(listener: str, backoff_s: tuple[float, float] = BACKOFF_S) -> list[tuple[str, Any]]:
-    """Options of the end that dials.
+    """Return the options of the dialing end.
 
     Args:
         listener: Name that the other end's certificate must have.
@@ -82,10 +82,10 @@ def options_of_dialer(listener: str, backoff_s: tuple[float, float] = BACKOFF_S)
     shortest, longest = (round(1000 * seconds) for seconds in backoff_s)
     return [
         ("grpc.ssl_target_name_override", listener),
-        # Each connection is a new one, with a back-off of ours.
+        # Every connection is a new one, with our own back-off.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", shortest),
         ("grpc.min_reconnect_backoff_ms", longest),
-        # A proxy could not read the stream, and one that the environment names for web pages may not know the site.
+        # A proxy could not read the stream, and a web proxy from the environment may not know the site.
         ("grpc.enable_http_proxy", 0),
     ]

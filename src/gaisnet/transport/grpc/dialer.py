@@ -1,4 +1,4 @@
-"""The end of a link that dials, again and again."""
+"""The dialing end of a link, which reconnects until it is closed."""
 
 import logging
 import os
@@ -31,21 +31,21 @@ from gaisnet.transport.worker import Worker
 _CLOSE_S = 2.0  # for each of the two things that closing waits for
 _WELCOME_S = 15.0
 _BACKOFF_S = BACKOFF_S
-_SETTLED_S = 5.0  # a connection that stood for so long was a good one
+_SETTLED_S = 5.0  # a connection that lasted this long was a good one
 _log = logging.getLogger(__name__)
 
 
 class Dialer:
-    """A link to a listener, which is dialled again and again until this is closed.
+    """A link to a listener, redialed until this is closed.
 
     Args:
         address: ``host:port`` of the listener.
-        certificates: Those of this site.
-        name: Name of this site, as its certificate says.
+        certificates: This site's certificates.
+        name: Name of this site, as in its certificate.
         listener: Name that the listener's certificate must have.
         handle: Answers its requests, see ``Listener``.
-        limits: Bounds on what the listener may send.
-        speaks_for: Name to be taken for, where ``name`` is the listener's own.
+        limits: Limits on the listener's messages.
+        speaks_for: Name to act for, if ``name`` is the listener's own.
 
     Raises:
         ConfigError: The certificates cannot be read.
@@ -82,11 +82,11 @@ class Dialer:
         return self._endpoint.send(payload)
 
     def state(self) -> LinkState:
-        """How the link is now."""
+        """Return the state of the link."""
         return self._endpoint.state()
 
     def close(self) -> None:
-        """Hang up; what waits for an answer fails with ``LinkLost``. Returns within 5 s, whatever a handler does."""
+        """Hang up; pending requests fail with ``LinkLost``. Returns within 5 s, whatever a handler does."""
         self._closing.set()
         self._endpoint.close()
         if self._call is not None:
@@ -102,18 +102,18 @@ class Dialer:
             dialled_at = time.monotonic()
             try:
                 problem = self._talk()
-            except Exception as error:  # such as no thread left: this thread is the link, it must not end
+            except Exception as error:  # such as no thread left: this thread is the link and must not end
                 problem = repr(error)
             if problem and not self._closing.is_set():
                 self._endpoint.warn(problem)
             if time.monotonic() - dialled_at > _SETTLED_S:
                 backoff_s = shortest
-            # Jitter: the dialers of a listener that restarts do not come back all at once.
+            # Jitter: the dialers of a restarted listener do not come back all at once.
             self._closing.wait(backoff_s * random.uniform(0.5, 1.0))
             backoff_s = min(2 * backoff_s, longest)
 
     def _talk(self) -> str:
-        """Hold one connection until it ends; what it ended of."""
+        """Hold one connection until it ends; return the reason."""
         connection = self._endpoint.attach()
         problems: SimpleQueue[str] = SimpleQueue()
         with grpc.secure_channel(self._address, self._credentials, self._options) as channel:
@@ -125,7 +125,7 @@ class Dialer:
             impatience.daemon = True
             impatience.start()
             try:
-                # The thread that reads may be answering for long, and the link shall be there again before it is done.
+                # The reading thread may be answering for long, and the link must be up again before it is done.
                 call.add_callback(lambda: problems.put(said(call)) if connection.ends() else None)
                 connection.read_with(lambda: self._read_call(call, connection, problems))
                 return problems.get()

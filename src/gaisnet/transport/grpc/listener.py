@@ -1,12 +1,12 @@
-"""The end of a link that listens: others dial it, and each of them keeps one bidirectional stream.
+"""The listening end of links: others dial it, and each of them keeps one bidirectional stream.
 
 Both ends show certificates of the same network (mutual TLS). The listener takes a dialer's name from its certificate
-and refuses every name that is not on its list. A dialer refuses a listener of another name. Messages are raw bytes to
-gRPC; what is in them is up to ``endpoint`` and ``session``.
+and refuses every name that is not on its list. A dialer refuses a listener of another name. gRPC carries raw bytes;
+``endpoint`` and ``session`` give them meaning.
 
-A caller is who its certificate says. It has a quota of calls, so that one site cannot keep others out, and a connection
-without a call is closed after a while. Connections as such are bounded for all together only: before its handshake
-nobody knows whose one is. A firewall can bound them by address.
+A caller is identified by its certificate. It has a quota of calls, so that one site cannot lock out others, and a
+connection without a call is closed after a while. Connections have a common limit only: before the handshake their
+owner is unknown. A firewall can limit them by address.
 """
 
 import contextlib
@@ -52,18 +52,18 @@ class Listener:
 
     Args:
         address: ``host:port``; port 0 takes a free one.
-        certificates: Those of this site.
-        name: Name of this site. A dialer that shows a certificate of this same name may speak for others.
+        certificates: This site's certificates.
+        name: Name of this site. A dialer with a certificate of this same name may act for others.
         accepts: Names that may dial.
-        handle: Answers requests, one after the other, each in any thread; those of one site in the order in which they
-            came, and sites in turn. It may ask over all links.
-        limits: Bounds on what dialers may send.
+        handle: Answers requests, one after the other, each in any thread; those of one site in order, sites in turn. It
+            may send requests over all links.
+        limits: Limits on dialers' messages.
         status: Answers ``ask_status``, in threads of its own; must not wait for anything.
         aside: Those of ``accepts`` whose requests do not wait for requests of the others, nor the other way round.
-        limits_aside: Bounds on what those may send; None for the same as the others.
+        limits_aside: Limits on messages of those; None for the same as the others.
 
     Raises:
-        ConfigError: The certificates cannot be read, or the address cannot be listened on.
+        ConfigError: The certificates cannot be read, or the address is not available.
     """
 
     def __init__(
@@ -91,14 +91,17 @@ class Listener:
         }
         self._lock = threading.Lock()
         self._calls: dict[str, grpc.ServicerContext] = {}
-        self._warnings: dict[str, OnceIn] = {}  # by whose call was refused
+        self._warnings: dict[str, OnceIn] = {}  # by name of the refused caller
         self._talks, self._statuses = Admission(_STREAMS), Admission(_STATUSES)
         self._server = self._serve(limits)
         self.port = self._listen(address, certificates)
         self._server.start()
 
     def link(self, name: str) -> ByteLink:
-        """The link to an accepted name, whether it has dialled or not. Raises ``ConfigError`` for another name."""
+        """Return the link to an accepted name, whether it has dialed or not.
+
+        Raises ``ConfigError`` for another name.
+        """
         endpoint = self._endpoints.get(name)
         if endpoint is None:
             accepts = ", ".join(sorted(self._endpoints)) or "nobody"
@@ -106,11 +109,11 @@ class Listener:
         return endpoint
 
     def states(self) -> dict[str, LinkState]:
-        """How each link is now."""
+        """Return the state of each link."""
         return {name: endpoint.state() for name, endpoint in self._endpoints.items()}
 
     def close(self) -> None:
-        """Stop; what waits for an answer fails with ``LinkLost``. Returns within 5 s, whatever a handler does."""
+        """Stop; pending requests fail with ``LinkLost``. Returns within 5 s, whatever a handler does."""
         for endpoint in self._endpoints.values():
             endpoint.close()
         self._server.stop(0).wait(_CLOSE_S)
@@ -120,7 +123,7 @@ class Listener:
     def _serve(self, limits: Limits) -> grpc.Server:
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             TALK: grpc.stream_stream_rpc_method_handler(Talk(self._talk)),
-            # One request, one answer. But a handler of these gets a thread that waits for the request to come.
+            # One request, one reply. But a handler of these gets a thread that waits for the request to come.
             STATUS: grpc.stream_stream_rpc_method_handler(self._tell_status),
         }
         return grpc.server(
@@ -152,7 +155,7 @@ class Listener:
 
     @contextlib.contextmanager
     def _within(self, admission: Admission, name: str, context: grpc.ServicerContext) -> Iterator[None]:
-        """Inside, a call of ``name`` is under way; one beyond its quota ends here."""
+        """Count a call of ``name`` inside the context; refuse one beyond its quota."""
         found = admission.enter(name)
         if found:
             self._refuse(context, name, found, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -162,7 +165,7 @@ class Listener:
             admission.leave(name)
 
     def _admitted(self, context: grpc.ServicerContext) -> str:
-        """Name of who calls; a caller who may not ends here."""
+        """Return the caller's name; refuse a caller that is not accepted."""
         owner = common_name(context)
         metadata = dict(context.invocation_metadata())
         spoken_for = metadata.get(SPEAKS_FOR, owner.encode())
@@ -188,7 +191,7 @@ class Listener:
         raise AssertionError("abort raises")
 
     def _connect(self, name: str, context: grpc.ServicerContext) -> Connection:
-        """Begin the connection of ``name``. One before it ends: a dead one may not have been noticed yet."""
+        """Begin the connection of ``name``. The previous one ends: a dead one may not have been noticed yet."""
         with self._lock:
             before = self._calls.get(name)
             self._calls[name] = context

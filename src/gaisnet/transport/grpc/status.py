@@ -1,4 +1,4 @@
-"""The status of a listener, asked in a call of its own."""
+"""The status of a listener, requested in a call of its own."""
 
 import json
 from typing import Any
@@ -24,14 +24,14 @@ def ask_status(address: str, certificates: Certificates, listener: str, timeout_
 
     Args:
         address: ``host:port`` of the listener.
-        certificates: Those of this site.
+        certificates: This site's certificates.
         listener: Name that the listener's certificate must have.
         timeout_s: Seconds to wait.
 
     Raises:
         LinkTimeout: No answer in time.
         LinkLost: Nobody listens there, or it is not a site of that name and network.
-        SiteRefused: The listener does not take the call.
+        SiteRefused: The listener does not accept the call.
         AskedTooOften: This site has asked too often in a short time.
         ConfigError: The certificates cannot be read.
     """
@@ -56,7 +56,7 @@ def _json_object(answer: bytes) -> dict[str, JsonValue]:
 
 
 def _translated(error: Any, listener: str, timeout_s: float) -> Exception:
-    """A failed unary call as an error of ours."""
+    """Translate a failed unary call into an error of ours."""
     code = error.code()
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return LinkTimeout(f"the status of '{listener}'", f"no answer for {timeout_s:g} s")
