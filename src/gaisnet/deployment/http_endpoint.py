@@ -1,4 +1,4 @@
-"""The front door of a device's process: callers on the device are answered while the network learns."""
+"""The HTTP endpoint in a device's process: callers on the device are answered while the network trains."""
 
 import logging
 import threading
@@ -32,13 +32,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenEndpoint:
-    """How callers are let in.
+    """How callers are admitted and answered.
 
     Attributes:
-        address: Where to listen.
-        keys: Of callers.
+        address: Address to listen on.
+        keys: Keys of callers.
         routing: When the FM is asked.
-        speculate: Whether the DM drafts what the FM writes, unless a request says.
+        speculate: Whether the DM drafts for the FM, unless a request says otherwise.
     """
 
     address: tuple[str, int]
@@ -49,7 +49,7 @@ class OpenEndpoint:
 
 @dataclass(frozen=True)
 class _Versions:
-    """Adapters that act, each as name@version."""
+    """Active adapters, each as name@version."""
 
     edge: tuple[str, ...] = ()
     cloud: tuple[str, ...] = ()
@@ -59,20 +59,20 @@ class _Versions:
 
 
 class HttpEndpoint:
-    """Answers callers on a device, from when it has a model.
+    """Answers callers on a device, as soon as it has a model.
 
-    Whenever its edge or the cloud serves another version, it finds out anew how sure is sure enough.
+    When its edge or the cloud serves another version, it calibrates confidence again.
 
     Args:
         device: The tier.
-        link: To its edge.
+        link: The link to its edge.
         site: Its kit.
-        folder: Where the kit is; thresholds and the address are put there.
-        door: How callers are let in.
-        compute_lock: Of the machine.
+        folder: The kit's folder; thresholds and the address are written there.
+        door: How callers are admitted.
+        compute_lock: The machine's lock.
 
     Raises:
-        ConfigError: The address cannot be had.
+        ConfigError: The address is not available.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class HttpEndpoint:
         self._thread.start()
 
     def close(self) -> None:
-        """Finish what is under way, and let nobody in any more."""
+        """Finish requests in progress, and accept no more."""
         self._ending.set()
         self._thread.join()
 
@@ -121,7 +121,7 @@ class HttpEndpoint:
             _log.exception("the front door is closed; learning goes on")
 
     def _device(self) -> AnsweringDevice | None:
-        """The device, ready to write; None if it ends before it has a model."""
+        """Return the device when it is ready to write; None if it ends before it has a model."""
         while not self._ending.wait(_LOOK_S):
             try:
                 parts = DeviceParts(*self._tier.decoder_parts(), self._compute_lock)
@@ -134,7 +134,7 @@ class HttpEndpoint:
         return None
 
     def _keep_calibrated(self, device: AnsweringDevice, answering: Answering) -> None:
-        """Where other versions are served than those that the threshold is for."""
+        """Calibrate again when other versions are served than those of the threshold."""
         if self._door.routing.escalate != "auto" or self._door.routing.threshold is not None:
             return
         try:
@@ -159,7 +159,7 @@ class HttpEndpoint:
             _log.warning("%s", error)
 
     def _versions(self, device: AnsweringDevice) -> _Versions:
-        """What acts on the DM now, and on the FM where it is escalated to."""
+        """Return the adapters on the DM, and on the FM to which it escalates."""
         edge, cloud, now = self._acting(device, device.target(self._domain)), self._last.cloud, time.monotonic()
         if edge != self._last.edge or now - self._looked_at_cloud >= _LOOK_AT_CLOUD_S:
             cloud = self._acting(device, device.escalation(self._domain, self._door.routing))

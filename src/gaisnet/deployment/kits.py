@@ -58,7 +58,7 @@ def prepare(config: Config, out: Path) -> dict[str, Path]:
         load_public_task(edge, config)  # a missing package is better met here than by every device
     check_sizes(config)
     tokenizer = load_tokenizer(config.model) if reads_text(config.model) else None
-    # Settled here for all sites: only the cloud has the model.
+    # settled here for all sites: only the cloud has the model
     config = with_family_defaults(_with_ports(with_context(config)), family_of(read_shape(config.model)))
     made = provision(_addresses(config), out)
     made.pop(ADMIN).rename(made[CLOUD] / ADMIN)
@@ -88,7 +88,7 @@ def _addresses(config: Config) -> NetworkAddresses:
 
 
 def _with_ports(config: Config) -> Config:
-    """The same with a free port for every 0."""
+    """Return the configuration with a free port for every 0."""
     with ExitStack() as held:  # all at once, so that none is given out twice
         cloud = config.cloud.model_copy(
             update={

@@ -25,7 +25,7 @@ from gaisnet.deployment.logs import rotate
 from gaisnet.errors import ProcessesLeft, ProcessFailed
 
 FINAL = 3
-"""The exit code of a site whose error another start would not cure, such as a wrong setting."""
+"""Exit code of a site whose error another start would not cure, such as a wrong setting."""
 
 _TICK_S = 0.1
 _KILL_DEADLINE_S = 5.0
@@ -75,7 +75,7 @@ Stage = Literal["waiting", "running", "finished", "failed", "stopped"]
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What is known of one process: ``waiting`` is between a death and the next start."""
+    """State of one process; ``waiting`` is between a death and the next start."""
 
     stage: Stage
     pid: int | None
@@ -110,13 +110,16 @@ class Launcher:
         self._started.wait(_START_DEADLINE_S)
 
     def check(self) -> None:
-        """Raises ``ProcessFailed`` for the first process that was given up."""
+        """Raise ``ProcessFailed`` for the first process that was given up."""
         for process in self._running:
             if process.failure is not None:
                 raise process.failure
 
     def wait(self, name: str, timeout_s: float) -> bool:
-        """Whether process ``name`` finished within ``timeout_s``. Raises ``ProcessFailed`` if any was given up."""
+        """Return whether process ``name`` finished within ``timeout_s``.
+
+        Raises ``ProcessFailed`` if any was given up.
+        """
         end = time.monotonic() + timeout_s
         while not (finished := self.states()[name].stage == "finished") and time.monotonic() < end:
             self.check()
@@ -125,7 +128,7 @@ class Launcher:
         return finished
 
     def states(self) -> dict[str, ProcessState]:
-        """State of each process by name."""
+        """Return the state of each process by name."""
         return {process.plan.name: process.state() for process in self._running}
 
     def stop(self) -> None:
@@ -172,7 +175,7 @@ class Launcher:
 
 
 class _Process:
-    """One plan and its present life. All but ``state`` and ``failure`` belong to the launcher's thread."""
+    """One plan and its present process. All but ``state`` and ``failure`` belong to the launcher's thread."""
 
     def __init__(self, plan: ProcessPlan, mark: str, restarts: Restarts) -> None:
         self.plan = plan
@@ -277,7 +280,7 @@ def _tail(log: Path) -> str:
 
 
 def _start_guard(mark: str) -> subprocess.Popen[bytes]:
-    """The guard has no mark itself, and a session of its own: what ends the launcher does not end it."""
+    """Start the guard. It has no mark, and a session of its own: an end of the launcher does not end it."""
     environment = {name: value for name, value in os.environ.items() if name != processes.MARK}
     command = [sys.executable, "-S", "-E", processes.__file__, "guard", mark]
     return subprocess.Popen(

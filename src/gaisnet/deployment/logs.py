@@ -1,6 +1,6 @@
-"""Log files that stay small, whoever writes them.
+"""Log files of limited size, whoever writes them.
 
-The writers are processes of others (NVFlare's too), which hold their file open to append. So a log that is full is
+The writers are other processes (NVFlare's too), which hold their file open to append. So a full log is
 copied aside and emptied in place, as logrotate's ``copytruncate`` does: the writer's next line is the first of the
 empty file. Lines written during the copy, which takes milliseconds, are lost.
 """
@@ -17,7 +17,10 @@ and what its writer adds within the second between two looks."""
 
 
 def rotate(log: Path, most_bytes: int = MOST_BYTES, kept: int = NUM_KEPT) -> bool:
-    """Start ``log`` anew if it is longer than ``most_bytes``; whether it was. A full disk loses the old lines only."""
+    """Start ``log`` anew if it is longer than ``most_bytes``.
+
+    Return whether it was. A full disk loses only old lines.
+    """
     try:
         if log.stat().st_size <= most_bytes:
             return False

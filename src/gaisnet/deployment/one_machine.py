@@ -41,13 +41,13 @@ def resume_network(out: Path, progress: Progress = silent) -> Summary:
 
 
 def sites_of(out: Path) -> Path:
-    """Where the kits of a run on one machine are."""
+    """Return the folder of the kits of a run on one machine."""
     named = out if out.name else out.resolve()  # "." has no name
     return named.with_name(f"{named.name}-sites")
 
 
 def kits_in(sites: Path) -> dict[str, Path]:
-    """The kits in a folder, by site. Raises ``KitUnreadable`` if there is not that of a cloud."""
+    """Return the kits in a folder, by site. Raises ``KitUnreadable`` if there is no cloud's."""
     found = {folder.name: folder for folder in sorted(sites.glob("*")) if (folder / "site.yaml").is_file()}
     if CLOUD not in found:
         raise KitUnreadable(sites, "there is no kit of a cloud in it")
@@ -69,7 +69,7 @@ def run_kits(kits: Mapping[str, Path], out: Path, progress: Progress) -> Summary
 
 
 def _pass_on(kit: Path, progress: Progress) -> None:
-    """What the cloud is doing, or while it waits for the edges to learn, what they are doing."""
+    """Report the cloud's progress, or the edges' while it waits for them."""
     config, own = read_site(kit, CLOUD).config, certificates(kit, CLOUD)
     told = _told(config.cloud.link_port, CLOUD, own)
     if told is not None and told[0] == "fine_tune":
@@ -80,7 +80,7 @@ def _pass_on(kit: Path, progress: Progress) -> None:
 
 
 def _told(port: int, name: str, own: Certificates) -> Told | None:
-    """The progress of a site on this machine, if it can be asked now."""
+    """Return the progress of a site on this machine, if it can be asked now."""
     try:
         told = ask_status(f"localhost:{port}", own, name, _ASK_S)
     except LinkError:

@@ -1,4 +1,4 @@
-"""The end of a site's last start, in a file of its kit: it can be read when no process of the site is left to ask."""
+"""The outcome of a site's last start, in a file of its kit, readable when no process of the site is left."""
 
 import time
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def read_outcome(kit: Path) -> Outcome | None:
 
 
 def _write(kit: Path, outcome: Outcome) -> None:
-    """Whole or not at all. A site whose disk is full has other errors to tell."""
+    """Write whole or not at all. A site whose disk is full has other errors to report."""
     part = kit / f".{OUTCOME_FILE}.part"
     with suppress(OSError):
         part.write_text(outcome.model_dump_json() + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ _POLL_S = 0.02
 
 
 def marked(mark: str) -> list[int]:
-    """Ids of the living processes whose mark is ``mark`` or lies below it (``mark/...``). Zombies are not alive."""
+    """Return the living processes whose mark is ``mark`` or below it (``mark/...``). Zombies are not alive."""
     exact, below = f"{MARK}={mark}".encode(), f"{MARK}={mark}/".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -40,7 +40,7 @@ def marked(mark: str) -> list[int]:
 
 
 def kill_marked(mark: str, deadline_s: float) -> list[int]:
-    """SIGKILL for every process under ``mark`` until none is left; the ids of those still alive at the deadline."""
+    """Send SIGKILL to every process under ``mark`` until none is left; return those still alive at the deadline."""
     end = time.monotonic() + deadline_s
     killed: set[int] = set()
     while (left := marked(mark)) and time.monotonic() < end:

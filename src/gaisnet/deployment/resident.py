@@ -1,6 +1,6 @@
-"""The processes that stay: ``gaisnet cloud``, ``gaisnet edge`` and ``gaisnet device``, each around one tier.
+"""The resident processes: ``gaisnet cloud``, ``gaisnet edge`` and ``gaisnet device``, each around one tier.
 
-They hold models and state. What joins them is the same tier code as in one process, over links of gRPC.
+They hold models and state. The tier code is the same as in one process, over links of gRPC.
 """
 
 import logging
@@ -56,13 +56,13 @@ from gaisnet.transport.stream import ByteLink, Limits, LinkState
 if TYPE_CHECKING:
     from gaisnet.deployment.http_endpoint import OpenEndpoint
 
-_START_S = 600.0  # more than a tier takes to be there once its links are
+_START_S = 600.0  # more than a tier needs to be ready once its links are
 _ENDED_BY_SIGNAL = 128 + signal.SIGTERM
 _log = logging.getLogger(__name__)
 
 
 class Watched:
-    """A progress that can be asked how far it is, and logs every stage.
+    """Progress that can be queried, and logs every stage.
 
     Attributes:
         notice: A sentence for the operator, such as that a certificate expires; "" for none.
@@ -80,11 +80,11 @@ class Watched:
         self._last = {"stage": stage, "done": done, "total": total, "figures": dict(figures)}
 
     def count(self, finished: Callable[[], int], cycles: int) -> None:
-        """From now on the state has the cycle that is under way: ``finished`` and one more, of ``cycles``."""
+        """Set the present cycle: ``finished`` and one more, of ``cycles``."""
         self._cycle = finished, cycles
 
     def state(self) -> dict[str, JsonValue]:
-        """The last that was told, and the site's notice to whom it concerns."""
+        """Return the last report, and the site's notice."""
         told: dict[str, JsonValue] = {**self._last, "notice": self.notice}
         if self._cycle is None:
             return told
@@ -93,12 +93,12 @@ class Watched:
 
 
 class _Answers:
-    """Bytes in, bytes out, for those who answer that exist only after their links do.
+    """Bytes in, bytes out, for handlers that exist only after their links do.
 
     Args:
-        codec: Reads requests and writes answers.
-        takes: Says whether a site may ask at all, before anything of its request is read.
-        about: Says whether it may send this message.
+        codec: Decodes requests and encodes replies.
+        takes: Returns whether a site may ask at all, before anything of its request is read.
+        about: Returns whether it may send this message.
         most_bytes: Longest request of a site; see ``Depots``.
     """
 
@@ -115,7 +115,7 @@ class _Answers:
         self._for: Future[Callable[[str], Handler]] = Future()
 
     def become(self, handler_for: Callable[[str], Handler]) -> None:
-        """From now on the handler that this gives for whoever asks answers."""
+        """Set the function that returns the handler for an asker."""
         self._for.set_result(handler_for)
 
     def __call__(self, asker: str, frame: bytes) -> bytes | Future[bytes]:
@@ -131,12 +131,12 @@ class _Answers:
 
 
 def run_cloud(folder: Path, out: Path | None = None, stay: bool = False) -> Summary:
-    """Carry out the run of a cloud's kit, or what is left of it, and return. Raises ``GaisnetError``.
+    """Carry out the rest of a cloud kit's run, and return. Raises ``GaisnetError``.
 
     Args:
         folder: The kit.
         out: Output folder; None for one in the kit.
-        stay: Go on answering when the run has finished, until the process is ended.
+        stay: Whether to go on answering after the run, until the process is ended.
     """
     site = read_site(folder, CLOUD)
     config = site.config
@@ -181,7 +181,7 @@ def _cloud_network(
     owners = {edge.name: {device.name for device in edge.devices} for edge in config.edges}
 
     def own(edge: str, message: Message) -> bool:
-        """An edge speaks of its own devices only."""
+        """Return whether an edge speaks of its own devices only."""
         return not isinstance(message, SmashedData | BodyRequest) or message.owner in owners[edge]
 
     answers = _Answers(codec, takes=owners.__contains__, about=own)
@@ -261,7 +261,7 @@ def run_device(folder: Path, door: "OpenEndpoint | None" = None) -> NoReturn:
 
     Args:
         folder: The kit.
-        door: Lets callers on the device ask the network; None for a device that only learns.
+        door: Lets callers on the device ask the network; None for a device that only trains.
     """
     site = read_site(folder, "device")
     with ExitStack() as held:
@@ -296,14 +296,14 @@ def _serve_device(folder: Path, site: Site, door: "OpenEndpoint | None") -> NoRe
 
 
 def _check_certificate(folder: Path, site: Site, watched: Watched) -> None:
-    """Note where it expires soon. Raises ``CertificateInvalid``."""
+    """Warn if the certificate expires soon. Raises ``CertificateInvalid``."""
     watched.notice = check_validity(folder, site.role).warning(datetime.now(UTC))
     if watched.notice:
         _log.warning("%s", watched.notice)
 
 
 def end_in_order() -> None:
-    """Let SIGTERM end this process as Ctrl-C does: links are closed, locks released. It has not finished, though."""
+    """Let SIGTERM end this process like Ctrl-C: links are closed, locks released. Its work is not finished, though."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_ENDED_BY_SIGNAL))
 
 
@@ -321,10 +321,10 @@ def _limits(config: Config) -> Limits:
 
 
 def _limits_of_device(config: Config) -> Limits:
-    """On the link of a device and its edge: its requests are rows of answers, and short; its examples are answers."""
+    """Return limits for the link of a device: its requests are rows of answers, and short; its examples are replies."""
     return replace(_limits(config), max_dialer_bytes=config.service.max_request_mib * 2**20)
 
 
 def links_status(states: Mapping[str, LinkState]) -> dict[str, JsonValue]:
-    """What a site's status says of its links."""
+    """Return the links' part of a site's status."""
     return {name: asdict(state) for name, state in states.items()}

@@ -1,4 +1,4 @@
-"""A site's kit: a folder that holds all that one process of the network must know before it can reach the others.
+"""A site's kit: a folder with everything that one process of the network must know before it reaches the others.
 
 Layout: ``site.yaml`` (this module), ``start.sh``; certificates, for cloud and edges within NVFlare's own startup kit
 (``startup``, ``local``, ``transfer``); the cloud's also ``admin``, a device's also ``tokenizer``.
@@ -23,16 +23,16 @@ from gaisnet.transport.grpc.channel import Certificates
 
 SITE_FILE = "site.yaml"
 SITE_LOCK = ".lock"
-"""Held by the process around the site's tier."""
+"""Lock of the process around the site's tier."""
 START_LOCK = ".start.lock"
-"""Held by the process that starts that one, and starts it again."""
+"""Lock of the process that starts and restarts that one."""
 CLOUD: Final = "cloud"
 
 Role = Literal["cloud", "edge", "device"]
 
 
 class Site(Settings):
-    """What stands in ``site.yaml``."""
+    """Contents of ``site.yaml``."""
 
     role: Role = Field(description="What the site is.")
     name: str = Field(description="As in its certificate.")
@@ -52,12 +52,12 @@ class Site(Settings):
 
     @property
     def cloud_address(self) -> str:
-        """Where edges reach the cloud, ``host:port``."""
+        """Address of the cloud for edges, ``host:port``."""
         return address(self.config.cloud.host, self.config.cloud.link_port)
 
     @property
     def edge_address(self) -> str:
-        """Where devices reach their edge, ``host:port``."""
+        """Address of the edge for its devices, ``host:port``."""
         return address(self.edge.host, self.edge.link_port)
 
 
@@ -68,7 +68,7 @@ def write_site(folder: Path, site: Site) -> None:
 
 
 def read_site(folder: Path, role: Role | None = None) -> Site:
-    """What a kit says. Raises ``KitUnreadable``, also where it is the kit of another role."""
+    """Read a kit. Raises ``KitUnreadable``, also for the kit of another role."""
     try:
         site = Site.model_validate(load_yaml((folder / SITE_FILE).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
@@ -85,7 +85,7 @@ def read_site(folder: Path, role: Role | None = None) -> Site:
 
 
 def certificates(folder: Path, role: Role) -> Certificates:
-    """The PEM files of a kit."""
+    """Return the PEM files of a kit."""
     if role == "device":
         return Certificates(folder / "rootCA.pem", folder / "client.crt", folder / "client.key")
     kind = "server" if role == "cloud" else "client"
@@ -95,7 +95,7 @@ def certificates(folder: Path, role: Role) -> Certificates:
 
 @contextmanager
 def claimed(folder: Path, name: str = SITE_LOCK) -> Iterator[None]:
-    """Inside, no other process has the kit: two of one site would share its store, and its name on every link.
+    """Claim the kit inside the context: two processes of one site would share its store, and its name on every link.
 
     Raises:
         KitInUse: Another process has it.

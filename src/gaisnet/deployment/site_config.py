@@ -1,8 +1,8 @@
-"""The part of a network's configuration that one site's kit has: its own, and of the others what it works with.
+"""The part of a network's configuration for one site's kit: its own, and what it needs to know of others.
 
 A device knows its edge, and not its neighbours. An edge knows its devices and the cloud, and no other edge. The cloud
-knows which edges and devices there are, and nothing of where data lie. What depends on the whole network, such as the
-deepest device head or a device's share of a built-in data set, is there as numbers (``config.Elsewhere``).
+knows all edges and devices, but not where data lie. Facts that depend on the whole network, such as the
+deepest device head or a device's share of a built-in data set, are included as numbers (``config.Elsewhere``).
 """
 
 from gaisnet.config import CloudSettings, Config, EdgeSettings, Elsewhere
@@ -13,7 +13,7 @@ _AT_THE_CLOUD = "at the cloud"  # in place of the foundation model's name or pat
 
 
 def own_part(config: Config, site: str) -> Config:
-    """Cut ``config`` down to the part that belongs into the kit of ``site``, which it names."""
+    """Cut ``config`` down to the part for the kit of ``site``, which it names."""
     if site == CLOUD:
         edges = tuple(_without_data(edge) for edge in config.edges)
         own_data = tuple(edge.name for edge in config.edges if not config.deals(edge))
@@ -44,7 +44,7 @@ def _without_data(edge: EdgeSettings) -> EdgeSettings:
 
 
 def _completed(edge: EdgeSettings, config: Config) -> EdgeSettings:
-    """With what a newcomer's task takes over from the edge that it follows."""
+    """Complete a newcomer's task from the edge that it follows."""
     followed = next(each for each in config.edges if each.domain == edge.adapter)
     template, labels = edge.template or followed.template, edge.labels or followed.labels
     return edge.model_copy(update={"template": template, "labels": labels})

@@ -1,4 +1,4 @@
-"""What a site that stays adds to its tier: its body is served to its peers."""
+"""Hosting of a site's body for its peers."""
 
 import threading
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class SiteService:
         incarnation: Callable[[], str],
         new_sessions: Callable[[BodyService], Sessions],
     ) -> PeerRouter:
-        """What a peer meets; arguments as for ``PeerRouter``."""
+        """Return the router of a peer; arguments as for ``PeerRouter``."""
         front = PeerRouter(tier, self.publisher, new_sessions, peer, incarnation)
         self._fronts.append(front)
         return front

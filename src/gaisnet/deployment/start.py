@@ -22,13 +22,13 @@ _NVFLARE_GRACE_S = 1.0  # its parents leave at once, its job processes take many
 
 
 def plans(folder: Path, logs: Path, out: Path | None = None, more: Sequence[str] = ()) -> list[ProcessPlan]:
-    """The processes of one site. Raises ``KitUnreadable``.
+    """Return the processes of one site. Raises ``KitUnreadable``.
 
     Args:
         folder: Its kit.
-        logs: Where their logs go.
+        logs: Folder of their logs.
         out: The cloud's output folder.
-        more: Further arguments of the process that stays.
+        more: Further arguments of the resident process.
     """
     site = read_site(folder)
     folder = folder.resolve()
@@ -82,7 +82,7 @@ def start_site(
 
 @contextmanager
 def failure_recorded(folder: Path) -> Iterator[None]:
-    """Leave in a kit why its site was given up, unless the site itself has said so."""
+    """Record in a kit why its site was given up, unless the site itself has."""
     began = time.time()
     try:
         yield
@@ -94,7 +94,7 @@ def failure_recorded(folder: Path) -> Iterator[None]:
 
 
 class _Reports:
-    """Tells what changed of processes between two looks."""
+    """Reports changes of processes between two looks."""
 
     def __init__(self, every: Sequence[ProcessPlan], tell: Tell) -> None:
         self._logs = {plan.name: plan.log for plan in every}
@@ -118,7 +118,7 @@ class _Reports:
 
 
 class _Certificate:
-    """Looks at a kit's certificates now and then while its site runs."""
+    """Checks a kit's certificates now and then while its site runs."""
 
     def __init__(self, folder: Path, role: Role, tell: Tell) -> None:
         self._folder = folder
@@ -127,14 +127,14 @@ class _Certificate:
         self._next = 0.0
 
     def look(self) -> None:
-        """Tell if they expire soon. Raises ``CertificateInvalid``."""
+        """Report if they expire soon. Raises ``CertificateInvalid``."""
         self._next = time.monotonic() + _DAY_S
         warning = check_validity(self._folder, self._role).warning(datetime.now(UTC))
         if warning:
             self._tell(f"{self._folder.resolve().name}: {warning}")
 
     def look_daily(self) -> None:
-        """The same once a day; links that stand outlive a certificate, so that nothing ends for it."""
+        """Check once a day; standing links outlive a certificate, so nothing ends because of it."""
         if time.monotonic() >= self._next:
             try:
                 self.look()

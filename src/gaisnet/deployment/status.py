@@ -1,4 +1,4 @@
-"""What every site of a network is doing, asked of those that listen: cloud and edges; they know of their devices."""
+"""The status of every site of a network, asked of those that listen: cloud and edges, which know their devices."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +21,13 @@ from gaisnet.transport.grpc.status import ask_status
 _ASK_S = 5.0
 _LONGEST_NOTICE = 200
 FAILED = 3
-"""The exit code for a run that has failed."""
+"""Exit code for a run that has failed."""
 
 Health = Literal["up", "away", "unreachable", "unknown", "finished", "failed"]
 
 
 class _Link(BaseModel):
-    """What is used of a ``LinkState``; a site's answer is checked like everything from a link."""
+    """The used part of a ``LinkState``; a site's reply is checked like everything from a link."""
 
     connected: bool
     since_s: float
@@ -65,7 +65,7 @@ class SiteState:
 
 
 def network_status(kit: Path) -> list[SiteState]:
-    """The state of every site that a kit knows; a device knows its edge and itself. Raises ``KitUnreadable``."""
+    """Return the state of every site that a kit knows; a device knows its edge and itself. Raises ``KitUnreadable``."""
     site = read_site(kit)
     config, own = site.config, certificates(kit, site.role)
     listeners = {} if site.role == "device" else {CLOUD: site.cloud_address}
@@ -94,7 +94,7 @@ def _ask_all(
 
 
 def exit_code(states: Sequence[SiteState]) -> int:
-    """0 where all sites are up or the cloud has finished, ``FAILED`` where the run has failed, 1 otherwise."""
+    """Return 0 if all sites are up or the cloud has finished, ``FAILED`` if the run has failed, 1 otherwise."""
     found = {state.health for state in states}
     if "failed" in found:
         return FAILED
@@ -111,7 +111,7 @@ def _ask(address: str, own: Certificates, name: str) -> _Answer | GaisnetError:
 
 
 def _ended(name: str, answer: GaisnetError, outcome: Outcome) -> SiteState:
-    """A site that does not answer, by what it left in its kit."""
+    """Return the state of a site that does not answer, from its kit."""
     role = "cloud" if name == CLOUD else "edge"
     since = f"{datetime.fromtimestamp(outcome.since, UTC):%Y-%m-%d %H:%M} UTC"
     if outcome.stage == "finished":

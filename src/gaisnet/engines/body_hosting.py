@@ -1,4 +1,4 @@
-"""What a tier and a service of its body have to do with each other: neither knows the other, both meet here."""
+"""Glue between a tier and the service that hosts its body; neither imports the other."""
 
 import threading
 import time
@@ -25,11 +25,11 @@ _OF_SESSIONS = (OpenSession, ExtendSession, EscalateSession, CropSession, CloseS
 
 
 class BodyPublisher:
-    """An ``Publisher`` of a tier: serves its body in a thread, until it is closed or the tier has another body.
+    """A tier's ``Publisher`` that serves its body in a thread, until it is closed or the tier has another body.
 
     Args:
-        settings: Of the service.
-        compute_lock: Of the machine that the tier is on.
+        settings: Settings of the service.
+        compute_lock: The lock of the tier's machine.
     """
 
     def __init__(self, settings: ServiceSettings, compute_lock: ComputeLock) -> None:
@@ -40,7 +40,7 @@ class BodyPublisher:
 
     @property
     def service(self) -> BodyService:
-        """What serves the present body. Raises ``SessionRefused`` while there is none."""
+        """The service of the present body. Raises ``SessionRefused`` while there is none."""
         if self._service is None:
             raise SessionRefused("a session", "there is no model here yet", "open one when it has come")
         return self._service
@@ -51,7 +51,7 @@ class BodyPublisher:
         return self._service is not None
 
     def publish_body(self, body: Body, layers: range) -> None:
-        """See ``Publisher``; sessions on the body before end."""
+        """Serve a body; sessions on the previous one end."""
         self.close()
         service = BodyService(body, layers, self._settings, self.compute_lock)
         self._opened.enter_context(service.serving())
@@ -70,11 +70,11 @@ class BodyPublisher:
 
 
 class LinkedBodies:
-    """``Bodies`` that are reached over a link to the edge of each domain.
+    """``Bodies`` behind a link to the edge of each domain.
 
     Args:
-        links: By domain.
-        deadline_s: How long an answer is waited for.
+        links: Links by domain.
+        deadline_s: Seconds to wait for a reply.
     """
 
     def __init__(self, links: Mapping[str, Link], deadline_s: float) -> None:
@@ -98,26 +98,26 @@ class LinkedBodies:
 
 
 class Sessions(Protocol):
-    """Answers what one peer asks of its sessions."""
+    """Answers one peer's requests about its sessions."""
 
     def handle(self, message: Message) -> Message | Future[Message]:
         """Answer ``message``."""
 
     def close(self) -> None:
-        """The peer is gone: end all its sessions."""
+        """End all sessions of a peer that is gone."""
 
 
 class PeerRouter:
-    """What one peer meets: messages of sessions go to the body's service, all others to the tier.
+    """Routes one peer's messages: those of sessions to the body's service, all others to the tier.
 
     The sessions of a peer end when it restarts, when it has been away for too long, and when the tier has another body.
 
     Args:
-        tier: Behind; None where the peer has nothing else to ask.
-        publisher: Of the tier's body.
-        new_sessions: Answers the peer on a service.
-        peer: For errors.
-        life: Names the peer's present life; '' while it is away. None for one that is always there.
+        tier: The tier; None if the peer has nothing else to ask.
+        publisher: The publisher of the tier's body.
+        new_sessions: Makes the peer's endpoint on a service.
+        peer: Name of the peer, for errors.
+        life: Returns the peer's incarnation; '' while it is away. None for one that is always there.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class PeerRouter:
         self._incarnation = incarnation or (lambda: "here")
         self._lock = threading.Lock()
         self._sessions: Sessions | None = None
-        self._of: tuple[BodyService, str] | None = None  # the service and the peer's life that they belong to
+        self._of: tuple[BodyService, str] | None = None  # the service and the peer's incarnation that they belong to
         self._seen = time.monotonic()
 
     def handle(self, message: Message) -> Message | Future[Message]:
-        """Answer ``message``. Raises ``UnexpectedMessage``, or what the service or the tier raises."""
+        """Answer ``message``. Raises ``UnexpectedMessage``, or an error of the service or the tier."""
         if isinstance(message, _OF_SESSIONS):
             return self._present().handle(message)
         if self._tier is None:
@@ -147,7 +147,7 @@ class PeerRouter:
         return self._tier.handle(message)
 
     def look(self, away_s: float) -> None:
-        """End the sessions of a peer that has another life, or has been away for ``away_s``; call it now and then."""
+        """End the sessions of a peer that restarted, or has been away for ``away_s``; to be called now and then."""
         now, incarnation = time.monotonic(), self._incarnation()
         with self._lock:
             self._seen = now if incarnation else self._seen

@@ -1,4 +1,4 @@
-"""All tiers in one process, over links that still turn every message into bytes."""
+"""All tiers of a run in one process, over links that still turn every message into bytes."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from gaisnet.transport.local import LocalLink
 
 @dataclass(frozen=True)
 class Tiers:
-    """All tiers of a run, and the network of them."""
+    """The tiers of a run, and their network."""
 
     devices: Mapping[str, Device]  # by name
     edges: Mapping[str, Edge]  # by domain
@@ -33,29 +33,29 @@ class Tiers:
 
 
 class Publishers(Protocol):
-    """Makes the outlets of the tiers on a machine."""
+    """Makes the publishers of the tiers on a machine."""
 
     compute_lock: ComputeLock
 
     def cloud(self) -> Publisher:
-        """The FM's."""
+        """Return the FM's publisher."""
 
     def edge(self, domain: str) -> Publisher:
-        """Of the DM of a domain."""
+        """Return the publisher of a domain's DM."""
 
 
 class NoPublishers:
-    """For a run that answers nobody."""
+    """Publishers of a run that serves no answers."""
 
     def __init__(self) -> None:
         self.compute_lock = ComputeLock()
 
     def cloud(self) -> Publisher:
-        """Drops all."""
+        """Return one that drops everything."""
         return NoPublisher(self.compute_lock)
 
     def edge(self, domain: str) -> Publisher:
-        """Drops all."""
+        """Return one that drops everything."""
         return NoPublisher(self.compute_lock)
 
 
@@ -69,7 +69,7 @@ def build_network(
     new_ledger: Callable[[], Ledger] = Ledger,
     public_inputs: Sequence[Input] = (),
 ) -> Network:
-    """Cloud, edges and devices of a run, joined by local links; arguments as for ``build_tiers``."""
+    """Build cloud, edges and devices, joined by local links; arguments as for ``build_tiers``."""
     return build_tiers(
         config, foundation, shapes, data, retention_text, progress, new_ledger, NoPublishers(), public_inputs
     ).network
@@ -87,19 +87,19 @@ def build_tiers(
     public_inputs: Sequence[Input] = (),
     absent: Collection[str] = (),
 ) -> Tiers:
-    """Cloud, edges and devices of a run, joined by local links.
+    """Build cloud, edges and devices of a run, joined by local links.
 
     Args:
         config: The run's configuration.
         foundation: The foundation model.
-        shapes: What is public about each domain's task, by domain.
+        shapes: Public description of each domain's task, by domain.
         data: Private examples, by device.
-        retention_text: Public text to watch general ability with; of no use to an encoder.
+        retention_text: Public text to measure general ability; unused by an encoder.
         progress: Told about every step.
-        new_ledger: Makes what counts the bytes, one per site that asks others.
-        publishers: Where bodies and adapters are served.
-        public_inputs: Of an encoder, in place of public text: unlabelled texts or images.
-        absent: Devices whose examples are not there; the network cannot learn then, nor be evaluated.
+        new_ledger: Makes a counter of bytes, one per asking site.
+        publishers: Serve bodies and adapters.
+        public_inputs: For an encoder, in place of public text: unlabelled texts or images.
+        absent: Devices whose examples are missing; the network can then neither train nor be evaluated.
 
     Raises:
         GaisnetError: Something does not fit, before any work.
@@ -116,7 +116,7 @@ def build_tiers(
             one, config, foundation.reader, mine, progress, compute_lock, shared_weights, learns, present, edge.labels
         )
 
-    # First: they check their examples, the cloud works for seconds.
+    # First: devices check their examples, while the cloud works for seconds.
     devices = {one.name: device_of(edge, one) for edge, one in config.each_device()}
     cloud = Cloud(foundation, config, shapes, retention_text, progress, publishers.cloud(), public_inputs)
     cloud_ledger = new_ledger()

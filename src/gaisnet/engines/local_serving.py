@@ -1,6 +1,6 @@
-"""Answers on one machine: the bodies of a network of local tiers are served, while it may go on learning.
+"""Serving on one machine: the bodies of a local network are served, while it may go on training.
 
-A device's sessions take the way that they take between machines: over a link to its edge, and from there to the cloud,
+A device's sessions take the same path as between machines: over a link to its edge, and from there to the cloud,
 every message as bytes.
 """
 
@@ -31,12 +31,12 @@ from gaisnet.transport.local import LocalLink
 
 
 class MachinePublishers:
-    """An outlet for the body of every tier on one machine, whose time they share.
+    """Publishers for every tier's body on one machine, which share its compute lock.
 
     Args:
-        settings: Of each service.
-        domains: Of the edges.
-        compute_lock: Of the machine; None for one that fits it.
+        settings: Settings of each service.
+        domains: Domains of the edges.
+        compute_lock: The machine's lock; None for one that fits it.
     """
 
     def __init__(self, settings: ServiceSettings, domains: list[str], compute_lock: ComputeLock | None = None) -> None:
@@ -45,16 +45,16 @@ class MachinePublishers:
         self.of_edges = {domain: BodyPublisher(settings, self.compute_lock) for domain in domains}
 
     def cloud(self) -> BodyPublisher:
-        """The FM's."""
+        """Return the FM's publisher."""
         return self.of_cloud
 
     def edge(self, domain: str) -> BodyPublisher:
-        """Of the DM of a domain."""
+        """Return the publisher of a domain's DM."""
         return self.of_edges[domain]
 
     @property
     def services(self) -> list[BodyService]:
-        """All that serve now."""
+        """Services that run now."""
         every = (*self.of_edges.values(), self.of_cloud)
         return [publisher.service for publisher in every if publisher.serves]
 
@@ -65,20 +65,20 @@ class MachinePublishers:
 
 
 class ServedNetwork(LinkedBodies):
-    """A network of local tiers whose bodies are served: the ``Bodies`` of its devices.
+    """A network of local tiers whose bodies are served; implements ``Bodies`` for its devices.
 
     Args:
         config: The run's configuration.
-        tiers: Built with ``publishers``; has its models once ``network.install()`` was called.
+        tiers: Built with ``publishers``; has its models after ``network.install()``.
         publishers: Serve the bodies.
     """
 
     def __init__(self, config: Config, tiers: Tiers, publishers: MachinePublishers) -> None:
         self.network: Network = tiers.network
         self.compute_lock = publishers.compute_lock
-        """Of the machine: whoever computes for an answer, such as a device's head and tail, takes it to serve."""
+        """The machine's lock, to hold for serving while a device's head and tail compute."""
         self.ledger = Ledger()
-        """The bytes of answers; those of learning are the network's."""
+        """Bytes of answers; those of training are counted by the network."""
         self._config = config
         self._tiers = tiers
         self._publishers = publishers
@@ -89,31 +89,31 @@ class ServedNetwork(LinkedBodies):
         )
 
     def adapters(self, body: Place, domain: str) -> list[str]:
-        """Names that a ``Target`` may have. Raises ``SessionRefused`` before the body has its model."""
+        """Return names for a ``Target``. Raises ``SessionRefused`` before the body has its model."""
         return self._publisher(body, domain).service.adapters
 
     def service(self, place: Place, domain: str) -> BodyService:
-        """What serves a body. Raises ``SessionRefused`` before there is a model."""
+        """Return the service of a body. Raises ``SessionRefused`` before there is a model."""
         return self._publisher(place, domain).service
 
     def body(self, place: Place, domain: str) -> Body:
-        """What is served there; learning may change it. Raises ``SessionRefused`` before there is a model."""
+        """Return the served body; training may change it. Raises ``SessionRefused`` before there is a model."""
         return self.service(place, domain).body
 
     @property
     def num_sessions(self) -> int:
-        """Open on all bodies together."""
+        """Number of open sessions on all bodies."""
         return sum(service.num_sessions for service in self._publishers.services)
 
     @property
     def used_bytes(self) -> int:
-        """Memory that is held for them."""
+        """Memory in use by sessions."""
         return sum(service.used_bytes for service in self._publishers.services)
 
     def parts(self, device: str) -> DeviceParts:
-        """Head and tail of a device, to write answers with, of any domain; ask for them before learning goes on.
+        """Return head and tail of a device, to write answers of any domain; call it before training goes on.
 
-        Raises ``SessionRefused`` for a device that the run does not have, or why it cannot be had.
+        Raises ``SessionRefused`` for an unknown device, or one that cannot be reached.
         """
         if device not in self._parts:
             domains = {one.name: edge.domain for edge, one in self._config.each_device()}
@@ -124,7 +124,7 @@ class ServedNetwork(LinkedBodies):
         return self._parts[device]
 
     def device(self, domain: str) -> str:
-        """The device of a domain that answers are written on if nobody names one: the first that is split."""
+        """Return the default device of a domain for answers: the first split one."""
         devices = self._settings[domain].devices
         return next((device.name for device in devices if device.mode == "split"), devices[0].name)
 
@@ -136,7 +136,7 @@ class ServedNetwork(LinkedBodies):
         return self._publishers.cloud() if place == "cloud" else self._publishers.edge(domain)
 
     def _link(self, edge: EdgeSettings) -> LocalLink:
-        """From the device of an edge up to it; the edge has one of its own to the cloud."""
+        """Return a link from an edge's device up to it; the edge has its own link to the cloud."""
         codec, device = Codec(self._config.wire), self.device(edge.domain)
         of_edge = PeerRouter(
             None, self._publishers.cloud(), lambda service: SessionEndpoint(service, edge.name), edge.name
@@ -158,18 +158,18 @@ def build_served_network(
     compute_lock: ComputeLock | None = None,
     absent: Collection[str] = (),
 ) -> ServedNetwork:
-    """``engines.local.build_network``, with bodies that are served; close it in the end. Raises ``GaisnetError``.
+    """Build a local network whose bodies are served; close it in the end. Raises ``GaisnetError``.
 
     Args:
-        config: As there, and so are the others but the last.
+        config: As for ``build_tiers``, like all others but the last two.
         foundation: The FM.
-        shapes: By domain.
-        data: By device.
+        shapes: Task templates by domain.
+        data: Examples by device.
         retention_text: Public text.
         progress: Told about every step.
-        new_ledger: For learning.
-        compute_lock: Of this machine; None for one that fits it.
-        absent: Devices whose examples are not there; the network only answers then.
+        new_ledger: Counts the bytes of training.
+        compute_lock: This machine's lock; None for one that fits it.
+        absent: Devices whose examples are missing; the network only answers then.
     """
     publishers = MachinePublishers(config.service, [edge.domain for edge in config.edges], compute_lock)
     try:
@@ -183,7 +183,7 @@ def build_served_network(
 
 
 def compute_lock_for(settings: ServiceSettings) -> ComputeLock:
-    """Answers and learning side by side where this process has several cores."""
+    """Return a lock that runs answers and training side by side if this process has several cores."""
     cores, most = num_cores(), torch.get_num_threads()
     if cores < 2:
         return ComputeLock(settings.fine_tune_share)
@@ -191,6 +191,6 @@ def compute_lock_for(settings: ServiceSettings) -> ComputeLock:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux knows which cores are ours
     return len(affinity(0)) if affinity else os.cpu_count() or 1

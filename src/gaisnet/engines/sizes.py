@@ -1,4 +1,4 @@
-"""Sizes of the messages of a run, worked out from the model's shape before any weights are loaded."""
+"""Sizes of a run's messages, computed from the model's shape before any weights are loaded."""
 
 import torch
 from transformers import PretrainedConfig
@@ -16,7 +16,7 @@ from gaisnet.transport.codec import Codec
 
 
 def check_sizes(config: Config) -> None:
-    """Raise ``ConfigError`` where the model's release is longer than ``wire.max_transfer_bytes``."""
+    """Raise ``ConfigError`` if the model's release is longer than ``wire.max_transfer_bytes``."""
     shape = read_shape(config.model)
     release = planned_release(config, shape)
     limit, needed = config.wire.max_transfer_bytes, Codec(config.wire).pack(release).size_bytes
@@ -27,10 +27,10 @@ def check_sizes(config: Config) -> None:
 
 
 def planned_release(config: Config, shape: PretrainedConfig) -> ModelRelease:
-    """The release of a run on the meta device: every name, dtype and shape, and no memory.
+    """Return the release of a run on the meta device: every name, dtype and shape, without memory.
 
-    Where ``domain.keep_layers`` is a number, the layers that are dropped are the first of the middle: others have the
-    same sizes. Raises ``CutError`` or ``ConfigError`` where the configuration does not fit the model.
+    If ``domain.keep_layers`` is a number, the first layers of the middle are dropped: others have the
+    same sizes. Raises ``CutError`` or ``ConfigError`` if the configuration does not fit the model.
     """
     family = family_of(shape)
     config = with_family_defaults(config, family)

@@ -1,4 +1,4 @@
-"""A device of a run, opened to write answers on: all tiers are in this process, and so are the held-out examples."""
+"""A device of a finished run, opened for generation: all tiers, and the test sets, are in this process."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,23 +15,23 @@ from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain
 
 @contextmanager
 def open_device(run: Path, name: str | None, overrides: Sequence[str] = ()) -> Iterator[AnsweringDevice]:
-    """Inside, a device of the run in a folder reaches all bodies, as of the run's last finished cycle.
+    """Open a device of the run in a folder; it reaches all bodies, as of the run's last finished cycle.
 
     Args:
         run: The run's output folder.
-        name: Which device; None for the first split one.
+        name: The device; None for the first split one.
         overrides: As for ``serve_run``.
 
     Raises:
         ConfigError: The run has no such device.
-        GaisnetError: There is no run, or it is under way elsewhere.
+        GaisnetError: There is no run, or another process runs it.
     """
     with serve_run(run, overrides) as served:
         yield device_of(served, name)
 
 
 def device_of(served: ServedRun, name: str | None) -> AnsweringDevice:
-    """A device of a run that is served; None for the first split one. Raises ``ConfigError`` if it has no such."""
+    """Return a device of a served run; None asks for the first split one. Raises ``ConfigError`` if it is unknown."""
     edge, device = _device(served, name)
     return AnsweringDevice(
         domain=edge.domain,
@@ -50,7 +50,7 @@ def device_of(served: ServedRun, name: str | None) -> AnsweringDevice:
 
 
 def held_out_of(examples: Sequence[Tokens]) -> list[CalibrationExample]:
-    """Prompts, and the answers that they should have."""
+    """Return prompts and their right answers."""
     return [CalibrationExample(t.input_ids[: len(t.input_ids) - len(t.label_ids) + 1], t.label_ids) for t in examples]
 
 

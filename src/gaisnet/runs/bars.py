@@ -1,4 +1,4 @@
-"""Small panels of bars side by side in one picture, so that several figures of the same things are seen at once."""
+"""Panels of bars in one picture, to compare several figures of the same things."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from gaisnet.runs.table import MISSING
 _GREY, _INK = "#b3bac1", "#1f2328"
 _COLUMNS, _WIDTH_IN, _AROUND_IN, _BAR_IN = 3, 3.4, 0.7, 0.3
 _FAR_APART = 20.0  # largest over smallest; beyond it, short bars could not be told from none
-_ROOM = 0.3  # of a panel's width, behind the longest bar
+_ROOM = 0.3  # share of a panel's width after the longest bar
 _STYLE = {
     "text.color": _INK,
     "axes.edgecolor": _GREY,
@@ -35,7 +35,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Bar:
-    """How long a bar is, and between what its whisker stands. None of them is below 0."""
+    """Length of a bar, and the ends of its whisker; none below 0."""
 
     middle: float
     low: float
@@ -44,7 +44,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure of all things, by name; ``None`` for a thing that has no such figure."""
+    """One figure of all things, by name; ``None`` for a thing without it."""
 
     title: str
     bars: Mapping[str, Bar | None]
@@ -52,13 +52,13 @@ class Panel:
 
 
 def bars_png(title: str, panels: Sequence[Panel], bold: str) -> bytes:
-    """A picture of all panels, in rows of three; the same values give the same bytes.
+    """Draw all panels, in rows of three; equal values give equal bytes.
 
     Args:
-        title: Above all.
-        panels: Their bars have the same names in the same order. A panel whose bars are far apart is logarithmic, and
-            says so.
-        bold: Name of the bar that the picture is about.
+        title: Title of the picture.
+        panels: Panels whose bars have the same names in the same order. A panel with very different bars is
+            logarithmic, and says so.
+        bold: Name of the bar to emphasize.
     """
     num_rows = math.ceil(len(panels) / _COLUMNS)
     height_in = num_rows * (_AROUND_IN + _BAR_IN * len(panels[0].bars))
@@ -84,7 +84,7 @@ def _draw(axes: Axes, panel: Panel, bold: str) -> None:
     for place, (name, bar) in enumerate(bars):
         _draw_bar(axes, place, bar, panel.show, BLUE if name == bold else _GREY)
     axes.set_yticks(range(len(bars)), panel.bars)
-    axes.set_ylim(len(bars) - 0.5, -0.5)  # the first one above
+    axes.set_ylim(len(bars) - 0.5, -0.5)  # the first one on top
 
 
 def _scale(axes: Axes, ends: Sequence[float], logarithmic: bool) -> None:
@@ -95,11 +95,11 @@ def _scale(axes: Axes, ends: Sequence[float], logarithmic: bool) -> None:
     right = high * (high / low) ** _ROOM if logarithmic else high * (1 + _ROOM)
     axes.set_xlim(low, right)
     for locate in (axes.xaxis.set_major_locator, axes.xaxis.set_minor_locator):
-        locate(NullLocator())  # every bar says what it is worth
+        locate(NullLocator())  # every bar carries its value
 
 
 def _draw_bar(axes: Axes, place: int, bar: Bar | None, show: Callable[[float], str], colour: str) -> None:
-    """A bar and what it is worth, behind it; without a bar, where bars begin."""
+    """Draw a bar, followed by its value; without a bar, draw the value at the axis."""
     where: dict[str, Any] = {"xy": (0.0, place), "xycoords": axes.get_yaxis_transform()}
     if bar is not None and bar.middle > 0:
         whisker = [[bar.middle - bar.low], [bar.high - bar.middle]]

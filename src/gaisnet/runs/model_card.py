@@ -1,4 +1,4 @@
-"""Model cards: a ``README.md`` beside each adapter says what it is, how good it is, and how others load it."""
+"""Model cards: a ``README.md`` beside each adapter, with its purpose, its scores, and how to load it."""
 
 import json
 from pathlib import Path
@@ -44,14 +44,14 @@ _PROMPTS = "`prompts.safetensors` holds the rows that each layer sees besides it
 
 
 def render_card(name: str, spec: AdapterSpec, base: str, reads_text: bool, config: Config, summary: Summary) -> str:
-    """The card of an adapter, Markdown under a header of YAML.
+    """Render the card of an adapter, Markdown under a header of YAML.
 
     Args:
         name: Name of the adapter: its domain, or ``merged``.
         spec: Its shape.
         base: The base model, a hub id or an absolute path.
         reads_text: Whether that is a model of text.
-        config: The run's.
+        config: The run's configuration.
         summary: The measurements so far; the figures are those of the last cycle.
     """
     parts = [
@@ -74,7 +74,7 @@ def _is_folder(base: str) -> bool:
 
 
 def _header(spec: AdapterSpec, base: str, config: Config) -> dict[str, object]:
-    """Fields that the hub reads; it takes no path for a base model."""
+    """Return fields for the hub; it takes no path for a base model."""
     known: dict[str, object] = {} if _is_folder(base) else {"base_model": base}
     known["library_name"] = "transformers" if isinstance(spec, PromptSpec | FullSpec) else "peft"
     return {**known, "license": config.adapters.licence or "unknown", "tags": ["gaisnet", config.adapters.kind]}
@@ -94,7 +94,7 @@ def _about(name: str, base: str, config: Config) -> str:
 
 
 def _task(edge: EdgeSettings) -> list[str]:
-    """Public words of the task, quoted so that they stay on their line."""
+    """Return the public description of the task, quoted so that it stays on its line."""
     told = {"Task template": edge.template, "Labels": list(edge.labels) or None}
     return [f"- {what}: `{json.dumps(said, ensure_ascii=False)}`" for what, said in told.items() if said is not None]
 
@@ -121,7 +121,7 @@ def _shape(spec: AdapterSpec) -> str:
 
 
 def _figures(name: str, config: Config, summary: Summary) -> str:
-    """A table of scores; an edge that was away has none in that cycle."""
+    """Return a table of scores; an edge that was away has none in that cycle."""
     first, last = summary.cycles[0], summary.cycles[-1]
     if len(summary.cycles) == 1:
         return "It has not learned anything yet."
@@ -154,7 +154,7 @@ def _loading(spec: AdapterSpec, base: str, reads_text: bool) -> str:
 
 
 def _if_moved(spec: AdapterSpec, base: str, config: Config) -> str:
-    """Advice for a machine that lacks the base model's folder."""
+    """Return advice for a machine that lacks the base model's folder."""
     said = f"The base model is a folder of the machine that this was trained on, `{base}`."
     if config.model.foundation != base:
         said += f" GaisNet has made it out of `{config.model.foundation}`, and makes it again where it loads that."

@@ -1,8 +1,8 @@
-"""A run's output folder: claimed by one run, written as the run goes, left readable whenever the run stops.
+"""A run's output folder: claimed by one run, written as the run proceeds, readable whenever the run stops.
 
 Layout: ``summary.json``, ``metrics.jsonl``, ``report.html``, ``tensorboard/``, ``adapters/<name>/``, ``checkpoint/`` to
-go on from; and ``.lock`` while a process has the folder (``gaisnet.locks``). Nothing but the lock exists before the
-first result, so that a run which fails at once leaves an empty folder that the next one may take.
+resume from; and ``.lock`` while a process has the folder (``gaisnet.locks``). Only the lock exists before the
+first result, so a run that fails at once leaves an empty folder that the next one may take.
 """
 
 import os
@@ -23,14 +23,14 @@ CHECKPOINT_NAME = "checkpoint"
 _FILES = ("summary.json", "metrics.jsonl", "report.html")
 _FOLDERS = ("tensorboard", "adapters")
 MIN_FREE_BYTES = 64 * 2**20
-"""Adapters, events and the report of a small run; with less, a run is refused before it starts."""
+"""Bytes for adapters, events and the report of a small run; with less space, a run is refused before it starts."""
 
 
 class RunFolder:
-    """The output folder of one run. Get one from ``create``, use it in a ``with`` block."""
+    """The output folder of one run, from ``create``; use it in a ``with`` block."""
 
     def __init__(self, path: Path, lock: Lock) -> None:
-        """A folder that is already claimed."""
+        """Wrap a folder that is already claimed."""
         self.path = path
         self._lock = lock
         self._events: Any = None  # the TensorBoard writer, opened with the first scalar
@@ -93,7 +93,7 @@ class RunFolder:
 
     @property
     def store(self) -> FolderStore:
-        """Where a run keeps what it needs to go on."""
+        """Store of the run's checkpoints."""
         return FolderStore(self.path / CHECKPOINT_NAME)
 
     def metrics_bytes(self) -> int:
@@ -101,7 +101,7 @@ class RunFolder:
         return self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
 
     def cut_metrics(self, size_bytes: int, step: int) -> None:
-        """Forget what was logged after a checkpoint: lines beyond ``size_bytes``, curves from ``step`` on."""
+        """Remove everything logged after a checkpoint: lines beyond ``size_bytes``, curves from ``step`` on."""
         with writing(self.metrics_path):
             if self.metrics_bytes() > size_bytes:
                 os.truncate(self.metrics_path, size_bytes)
@@ -124,12 +124,12 @@ class RunFolder:
 
     @property
     def adapters_dir(self) -> Path:
-        """The folder of the adapters, one folder each; made by whoever saves the first."""
+        """Folder of the adapters, one folder each; made when the first is saved."""
         return self.path / "adapters"
 
     @property
     def tensorboard_dir(self) -> Path:
-        """The folder of the TensorBoard events; made with the first scalar."""
+        """Folder of the TensorBoard events; made with the first scalar."""
         return self.path / "tensorboard"
 
     def log(self, event: Mapping[str, Any]) -> None:
@@ -164,7 +164,7 @@ class RunFolder:
     def close(self, broken_off: bool = False) -> None:
         """Close the event file and release the lock; closing twice is harmless. Raises ``OutputNotWritable``.
 
-        ``broken_off``: before the end; if there is no checkpoint, the lock's file then tells ``claim`` to begin anew.
+        ``broken_off``: closed before the end; without a checkpoint, the lock's file then tells ``claim`` to begin anew.
         """
         events, self._events = self._events, None
         with writing(self.path):
@@ -175,12 +175,12 @@ class RunFolder:
                 self._lock.release(keep_file=broken_off and self._has_remains())
 
     def _has_remains(self) -> bool:
-        """Whether there is something of a run, and no checkpoint."""
+        """Return whether there are remains of a run, and no checkpoint."""
         begun = any((self.path / name).exists() for name in (*_FILES, *_FOLDERS))
         return begun and not (self.path / CHECKPOINT_NAME).is_dir()
 
     def __enter__(self) -> Self:
-        """The folder itself."""
+        """Return the folder itself."""
         return self
 
     def __exit__(
@@ -202,7 +202,7 @@ class RunFolder:
 
 
 def cycle_scalars(cycle: Cycle) -> dict[str, float]:
-    """The TensorBoard tags of a cycle with their values."""
+    """Return the TensorBoard tags of a cycle with their values."""
     scalars: dict[str, float] = {}
     for body, scores in cycle.bodies().items():
         for domain, score in scores.items():
@@ -230,9 +230,9 @@ def _take_lock(folder: Path) -> Lock:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Inside, no other process writes to a folder that is not a run's. Raises as ``RunFolder.resume``.
+    """Keep other processes from writing to a folder that is not a run's. Raises as ``RunFolder.resume``.
 
-    An error inside is never hidden by one of the end.
+    An error inside the context is never hidden by one at its end.
     """
     with writing(folder):
         lock = _take_lock(folder)
@@ -253,7 +253,7 @@ def _released_on_error(lock: Lock) -> Iterator[None]:
 
 
 def _remove_remains(folder: Path) -> None:
-    """Remove all that a run writes before its first checkpoint."""
+    """Remove everything that a run writes before its first checkpoint."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
     for name in _FOLDERS:

@@ -1,7 +1,7 @@
-"""Plots over the cycles of a run, as SVG elements that stand in a page of HTML. Drawn by matplotlib.
+"""Plots over the cycles of a run, as SVG elements of an HTML page, drawn by matplotlib.
 
-Nothing that a user named enters a plot: names appear only in the HTML around it. Axes and texts take the page's own
-colour (``currentColor``), so they fit light and dark. The same values give the same bytes.
+Names chosen by users never enter a plot: they appear only in the HTML around it. Axes and texts take the page's own
+colour (``currentColor``), so they fit light and dark. Equal values give equal bytes.
 """
 
 import math
@@ -80,13 +80,13 @@ class Plot:
 
 @contextmanager
 def plain_style() -> Iterator[None]:
-    """Inside, plots look as they should, whatever a matplotlibrc of the user's says."""
+    """Make plots look the same inside the context, regardless of the user's matplotlibrc."""
     with style.context(["default", STYLE]):
         yield
 
 
 def lines_svg(title: str, cycles: Sequence[int], plots: Sequence[Plot]) -> str:
-    """Curves over the cycles; a second plot stands below the first, and less high."""
+    """Draw curves over the cycles; a second plot stands below the first, and less high."""
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN * (1.6 if len(plots) > 1 else 1)))
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2)) if len(plots) > 1 else [figure.subplots()]
     for plot, its_axes in zip(plots, axes, strict=True):
@@ -97,14 +97,14 @@ def lines_svg(title: str, cycles: Sequence[int], plots: Sequence[Plot]) -> str:
 
 
 def stacks_svg(title: str, cycles: Sequence[int], stacks: Sequence[Stack], unit: str, unit_size: float = 1) -> str:
-    """Stacked bars over the cycles, their values in units of ``unit_size``."""
+    """Draw stacked bars over the cycles, with values in units of ``unit_size``."""
     figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN))
     _draw_stacks(figure.subplots(), cycles, stacks, unit, unit_size)
     return as_svg(figure, _spoken(title, stacks))
 
 
 def swatch(series: Line | Stack) -> str:
-    """A small picture of how ``series`` is drawn, for the legend."""
+    """Draw a small sample of ``series`` for the legend."""
     if isinstance(series, Stack):
         shape = f'<path d="M8 0h10v10H8z" fill="{series.colour}"/>'
     else:
@@ -116,7 +116,7 @@ def swatch(series: Line | Stack) -> str:
 
 
 def _spoken(title: str, series: Sequence[Line | Stack]) -> str:
-    """The figure in words, for those who do not see it."""
+    """Describe the figure in words, for readers who cannot see it."""
     told = []
     for one in series:
         values = ", ".join(MISSING if value is None else one.show(value) for value in one.values)
@@ -140,7 +140,7 @@ def _draw_lines(axes: Axes, cycles: Sequence[int], plot: Plot) -> None:
 
 
 def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
-    """Write each line's last value at the right, behind a piece of the line, moved apart where they would overlap."""
+    """Write each line's last value at the right, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     step = (high - low) * LABEL_PT / axes.bbox.height
     last = [(line.values[-1], line) for line in reversed(lines)]  # of equal values, the first line's is on top
@@ -178,7 +178,7 @@ def _mark_cycles(axes: Axes) -> None:
 
 
 def as_svg(figure: Figure, spoken: str) -> str:
-    """The figure as an element of the page; ``spoken`` says it in words, as no other figure of the page does."""
+    """Return the figure as an element of the page; ``spoken`` describes it, uniquely within the page."""
     file = StringIO()
     # Ids of the SVG are hashed with a salt: what is spoken differs between figures, so their ids do too.
     with rc_context({"svg.hashsalt": spoken}):

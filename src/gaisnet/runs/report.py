@@ -1,6 +1,6 @@
 """``report.html``: one self-contained page with the closing table and a plot of each flow over the cycles.
 
-Whatever a user named is escaped. The same summary gives the same bytes.
+Names chosen by users are escaped. Equal summaries give equal bytes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -82,7 +82,7 @@ _NOT_MEASURED = (
 
 
 def render_report(summary: Summary) -> str:
-    """The whole page. It refers to nothing outside itself."""
+    """Render the whole page. It refers to nothing outside itself."""
     with plain_style():
         flows = [_down_flow(summary), _up_flow(summary), _retention(summary)]
         costs = [_bytes(summary), _seconds(summary)]
@@ -146,7 +146,7 @@ def _down_flow(summary: Summary) -> str:
 
 
 def _relay_lines(summary: Summary, domain: str) -> list[Line]:
-    """Relay loss before and after each cycle's distillation; nothing if the relay is disabled."""
+    """Return curves of relay loss before and after each cycle's distillation; none if the relay is disabled."""
     losses = [cycle.relay.get(domain) for cycle in summary.cycles]
     if not any(cycle.relay for cycle in summary.cycles):
         return []
@@ -226,7 +226,7 @@ def _drifts(summary: Summary) -> list[Line]:
 def _with_adapters(
     summary: Summary, start: Callable[[str], float | None], show: Callable[[float], str]
 ) -> Iterator[Line]:
-    """A curve for each adapter."""
+    """Return a curve for each adapter."""
     names = dict.fromkeys(name for cycle in summary.cycles for name in cycle.retention.adapters)
     for index, name in enumerate(names):
         values = [start(name), *(cycle.retention.adapters.get(name) for cycle in summary.cycles[1:])]
@@ -235,7 +235,7 @@ def _with_adapters(
 
 
 def _against(summary: Summary) -> str:
-    """What the run is held against; nothing before that was measured."""
+    """Return the comparison with baselines; empty before they are measured."""
     if summary.baselines is None:
         return ""
     rows = [(label, [f"<td>{escape(cell)}</td>" for cell in cells]) for label, cells in against_rows(summary)]
@@ -249,7 +249,7 @@ def _against(summary: Summary) -> str:
 
 
 def _everywhere(summary: Summary) -> str:
-    """Every model on every domain, as the run left them; nothing where that was not measured."""
+    """Return the scores of every model on every domain; empty if they were not measured."""
     matrix = summary.cycles[-1].matrix
     if matrix is None:
         return ""
@@ -266,7 +266,7 @@ def _everywhere(summary: Summary) -> str:
 
 
 def _by_domain(title: str, domains: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], note: str) -> str:
-    """A table with a column per domain; the cells are HTML, the labels are not."""
+    """Return a table with a column per domain; the cells are HTML, the labels are not."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *domains))
     body = "".join(f'<tr><th scope="row">{escape(label)}</th>{"".join(cells)}</tr>' for label, cells in rows)
     return (
@@ -276,7 +276,7 @@ def _by_domain(title: str, domains: Sequence[str], rows: Sequence[tuple[str, Seq
 
 
 def _shaded(share: float | None) -> str:
-    """A cell, the darker the higher."""
+    """Return a table cell, darker for higher values."""
     depth = round(60 * (share or 0.0))
     return f'<td style="background:color-mix(in srgb,{BLUE} {depth}%,transparent)">{escape(percent(share))}</td>'
 
@@ -313,7 +313,7 @@ def _seconds(summary: Summary) -> str:
 def _section(
     title: str, series: Sequence[Line | Stack], panels: Sequence[tuple[str, str]], note: str, extra: str = ""
 ) -> str:
-    """A titled group of figures (heading, SVG) with one legend and one note; ``extra`` is HTML to stand beside them."""
+    """Return a titled group of figures (heading, SVG) with one legend and one note; ``extra`` is HTML beside them."""
     figures = [f"<figure>{f'<h3>{escape(name)}</h3>' if name else ''}{svg}</figure>" for name, svg in panels]
     legend = "".join(f"<li>{swatch(one)}{escape(one.label)}</li>" for one in series)
     return (
@@ -323,7 +323,7 @@ def _section(
 
 
 def _setting(summary: Summary, group: str, key: str) -> object:
-    """A value of the run's configuration, or ``None`` if the summary does not hold it."""
+    """Return a value of the run's configuration, or ``None`` if the summary does not have it."""
     settings = summary.config.get(group)
     return settings.get(key) if isinstance(settings, dict) else None
 
@@ -333,7 +333,7 @@ def _numbers(summary: Summary) -> list[int]:
 
 
 def _accuracy_svg(summary: Summary, title: str, lines: Sequence[Line], losses: Sequence[Line]) -> str:
-    """Accuracies over the cycles, with a second plot below if there are ``losses``."""
+    """Draw accuracies over the cycles, with a second plot below if there are ``losses``."""
     plots = [Plot(lines, "accuracy", (-0.03, 1.03), in_percent=True)]
     if losses:
         plots.append(Plot(losses, "distance to the FM", (0, None)))

@@ -1,4 +1,4 @@
-"""One run: the three verbs over and over, everything measured, everything written as soon as it is known."""
+"""A run: the three verbs over and over, everything measured, everything written as soon as it is known."""
 
 import re
 import time
@@ -47,7 +47,7 @@ from gaisnet.transport.ledger import Ledger, LinkKind
 
 T = TypeVar("T")
 Build = Callable[[Foundation, str, Progress], Network]
-"""Makes a network out of the foundation model and public text, and tells its progress."""
+"""Makes a network from the foundation model and public text, and reports progress."""
 _CHECKPOINT = "run"
 _MAY_CHANGE = ("cycles", "evaluate", "faults", "front", "service")  # while a run goes on
 _WHERE = r"model\.(foundation|public_inputs|device)|edges\.\d+\.devices\.\d+\.data|adapters\.licence"
@@ -58,7 +58,7 @@ def run_experiment(
 ) -> Summary:
     """Carry out a whole run on this machine and write its output folder.
 
-    Raises ``GaisnetError``; finished cycles stay on disk, and ``resume_experiment`` goes on from there.
+    Raises ``GaisnetError``; finished cycles stay on disk, and ``resume_experiment`` continues after them.
     """
     domains = load_domains(config)
     with RunFolder.create(out) as folder:
@@ -66,7 +66,7 @@ def run_experiment(
 
 
 def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Summary:
-    """Go on with the run in ``out`` after its last finished cycle, with the configuration that it was started with.
+    """Resume the run in ``out`` after its last finished cycle, with the configuration that it was started with.
 
     ``overrides`` as for ``kept_config``. Raises ``GaisnetError``.
     """
@@ -77,11 +77,11 @@ def resume_experiment(out: Path, overrides: Sequence[str] = (), progress: Progre
 
 
 def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of the run in a folder. Raises ``NothingToResume``, ``CheckpointError`` or ``ConfigError``.
+    """Return the configuration of the run in a folder.
 
     ``overrides`` as for ``load_config``, of ``cycles``, ``evaluate``, ``faults``, ``front`` and ``service``, and of
-    the places of things that the run needs: ``model.foundation``, ``model.public_inputs``, ``model.device``, a device's
-    ``data``; and ``adapters.licence``.
+    places that may have moved: ``model.foundation``, ``model.public_inputs``, ``model.device``, a device's
+    ``data``; and ``adapters.licence``. Raises ``NothingToResume``, ``CheckpointError`` or ``ConfigError``.
     """
     raw = _checkpoint(folder)[0]["summary"]["config"]
     for override, key in zip(overrides, keys_of(overrides), strict=True):
@@ -94,7 +94,7 @@ def kept_config(folder: RunFolder, overrides: Sequence[str] = ()) -> Config:
 
 
 def data_key(config: Config, device: str) -> str:
-    """The dotted key of a device's data folder, for ``--set``."""
+    """Return the dotted key of a device's data folder, for ``--set``."""
     return next(
         f"edges.{i}.devices.{j}.data"
         for i, edge in enumerate(config.edges)
@@ -104,7 +104,7 @@ def data_key(config: Config, device: str) -> str:
 
 
 def hold_against(folder: RunFolder, baselines: Baselines) -> Summary:
-    """Write what a run is held against into its summary and report, and where it goes on from.
+    """Write baselines into a run's summary, report and checkpoint.
 
     Raises ``NothingToResume``, ``CheckpointError`` or ``OutputNotWritable``.
     """
@@ -117,7 +117,7 @@ def hold_against(folder: RunFolder, baselines: Baselines) -> Summary:
 
 
 def kept_summary(folder: RunFolder) -> Summary:
-    """What the run in a folder has measured, as it would go on from it. Raises as ``hold_against``."""
+    """Return the summary of the run in a folder, as it would resume. Raises as ``hold_against``."""
     return Summary.model_validate(_checkpoint(folder)[0]["summary"])
 
 
@@ -129,7 +129,7 @@ def _checkpoint(folder: RunFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_summary(out: Path) -> Summary:
-    """Summary of a run in its folder. Raises ``NothingToResume`` without one, ``CheckpointError`` if it is damaged."""
+    """Read a run's summary. Raises ``NothingToResume`` without one, ``CheckpointError`` if it is damaged."""
     path = out / "summary.json"
     if not path.is_file():
         raise NothingToResume(out)
@@ -140,7 +140,7 @@ def read_summary(out: Path) -> Summary:
 
 
 def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: Callable[[], Ledger]) -> Build:
-    """All tiers in this process."""
+    """Return a function that builds all tiers in this process."""
     data = {name: data for domain in domains.values() for name, data in domain.devices.items()}
     shapes = {name: TaskTemplate(domain.template, domain.labels) for name, domain in domains.items()}
     inputs = load_public_inputs(config)
@@ -150,14 +150,17 @@ def local_build(config: Config, domains: Mapping[str, DomainData], new_ledger: C
 
 
 def majorities(domains: Mapping[str, DomainData]) -> dict[str, float | None]:
-    """What guessing the commonest answer scores, by domain; None where there is no closed set of answers."""
+    """Return the accuracy of always giving the most frequent answer, by domain.
+
+    None without a closed set of answers.
+    """
     return {name: majority_share(domain) for name, domain in domains.items()}
 
 
 def carry_out(
     config: Config, folder: RunFolder, progress: Progress, build: Build, majorities: Mapping[str, float | None]
 ) -> Summary:
-    """Run the cycles that the folder does not have, on the network that ``build`` makes. Raises ``GaisnetError``."""
+    """Run the remaining cycles of a folder's run on the network that ``build`` makes. Raises ``GaisnetError``."""
     run = Run(config, folder, progress, build, majorities)
     while len(run.summary.cycles) <= config.cycles:
         run.cycle()
@@ -165,7 +168,7 @@ def carry_out(
 
 
 class Run:
-    """A network, and what has been measured of it so far."""
+    """A network, and its measurements so far."""
 
     def __init__(
         self,
@@ -242,7 +245,7 @@ class Run:
         )
 
     def _examples(self) -> dict[str, Examples]:
-        """Lengths of examples as devices report them; those of an edge that is away are missing."""
+        """Return lengths of examples as devices report them; those of an edge that is away are missing."""
         found = self._network.lengths()
         return {
             device.name: Examples(**asdict(found[edge.domain][device.name]))
@@ -296,25 +299,23 @@ class Run:
         return Retention(drift=worst, adapters=dict(cost))
 
     def _traffic(self) -> LinkBytes:
-        """Bytes since the entry before; entry 0 holds what was sent once, at the start."""
+        """Return bytes since the previous entry; entry 0 has everything sent once, at the start."""
         now, before = self._network.traffic(), self._seen
         self._seen = now
 
         def since(kind: LinkKind) -> Traffic:
             up, down = now[kind].bytes_up - before[kind].bytes_up, now[kind].bytes_down - before[kind].bytes_down
-            return Traffic(
-                up=max(up, 0), down=max(down, 0)
-            )  # a site that restarted may have lost count of its last bytes
+            return Traffic(up=max(up, 0), down=max(down, 0))  # a restarted site may have lost count of its last bytes
 
         return LinkBytes(device_edge=since("device_edge"), edge_cloud=since("edge_cloud"))
 
     @property
     def _domains(self) -> list[str]:
-        """Those that learn; others have no adapter of their own."""
+        """Return the domains that train; others have no adapter of their own."""
         return [edge.domain for edge in self._config.learning_edges()]
 
     def _write(self) -> None:
-        """Summary, report and adapters as of now; then the checkpoint, so that whoever goes on from it has them all."""
+        """Write summary, report and adapters, then the checkpoint, so that a resumed run has them all."""
         cloud = self._network.cloud
         for name in cloud.adapters:
             spec, tensors = cloud.adapter(name)
@@ -351,7 +352,7 @@ class Run:
 
 
 def _same_model(folder: RunFolder, foundation: Foundation, state: Mapping[str, Any]) -> str:
-    """The digest of the foundation model. Raises ``ConfigError`` where the run has begun with another."""
+    """Return the digest of the foundation model. Raises ``ConfigError`` if the run began with another one."""
     if state.get("foundation", foundation.digest) != foundation.digest:  # earlier versions kept none
         asked = f"model.foundation '{foundation.name}' of the run in '{folder.path}'"
         raise ConfigError(asked, "has other weights than the model that the run began with", "name that one's folder")

@@ -1,4 +1,4 @@
-"""A finished or stopped run that answers: its models as of its last cycle, while it may go on with further ones."""
+"""A finished or stopped run that serves answers with its last models, while it may go on training."""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,18 +20,18 @@ from gaisnet.runs.run import Run, data_key, kept_config
 
 
 class _Stopped(BaseException):
-    """Learning was broken off in the middle of a step; no ``Exception``, so that nobody takes it for a fault."""
+    """Training was stopped in the middle of a step; not an ``Exception``, so that nobody takes it for a fault."""
 
 
 class ServedRun:
-    """A run whose bodies are served. Get one from ``serve_run``.
+    """A run whose bodies are served, from ``serve_run``.
 
     Attributes:
         config: The run's configuration.
-        data: Private examples, by device; they stay in this process, as the devices do.
-        absent: Devices whose examples are not there, and why; the run cannot learn then.
+        data: Private examples, by device; they stay in this process, like the devices.
+        absent: Devices whose examples are missing, and why; the run cannot train then.
         foundation: Its foundation model, for the tokenizer.
-        bodies: What devices open sessions on.
+        bodies: The bodies for devices' sessions.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class ServedRun:
 
     @property
     def num_cycles(self) -> int:
-        """Cycles that are finished."""
+        """Number of finished cycles."""
         return len(self._run.summary.cycles) - 1
 
     def learn(self, cycles: int) -> Future[None]:
-        """Go on with the run in a thread of its own, for some cycles, while the bodies answer.
+        """Train for some cycles in a thread, while the bodies answer.
 
-        Everything is written after each cycle, as in a run that serves nobody. The future has the end, or what the
-        learning failed with; answers go on. Call it again only after that. Raises ``DataError`` where examples are
-        not there.
+        Everything is written after each cycle, as in a run that serves nobody. The future gets the end, or the error
+        of the training; answers go on. Call it again only after that. Raises ``DataError`` if examples are
+        missing.
         """
         for name, found in self.absent.items():
             do = f"say where they are, with --set {data_key(self.config, name)}=FOLDER"
@@ -67,13 +67,13 @@ class ServedRun:
         return end
 
     def stop(self) -> None:
-        """Break the learning off, in the middle of a cycle if need be; finished ones stay."""
+        """Stop training, in the middle of a cycle if need be; finished cycles stay."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
 
     def break_off(self) -> None:
-        """Called between two steps of learning: ends it if it must stop."""
+        """End training between two steps if it must stop."""
         if self._stopping.is_set() and threading.current_thread() is self._thread:
             raise _Stopped
 
@@ -91,17 +91,17 @@ class ServedRun:
 
 @contextmanager
 def serve_run(out: Path, overrides: Sequence[str] = (), progress: Progress = silent) -> Iterator[ServedRun]:
-    """Inside, the bodies of the run in ``out`` are served, as of its last finished cycle.
+    """Serve the bodies of the run in ``out``, as of its last finished cycle.
 
-    Examples need not be there; the foundation model must.
+    Examples may be missing; the foundation model may not.
 
     Args:
-        out: A run's output folder; it is claimed meanwhile, for the run may go on.
+        out: A run's output folder; it is claimed meanwhile, since the run may go on.
         overrides: As for ``kept_config``.
-        progress: Told while it loads, and while it learns.
+        progress: Told while it loads, and while it trains.
 
     Raises:
-        GaisnetError: There is no run, it is under way elsewhere, or its checkpoint cannot be used.
+        GaisnetError: There is no run, another process runs it, or its checkpoint cannot be used.
     """
     with RunFolder.resume(out) as folder:
         config = kept_config(folder, overrides)
@@ -132,7 +132,7 @@ def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[S
             one.break_off()
 
     try:
-        run = Run(config, folder, told, build, {})  # majorities stand in the summary already
+        run = Run(config, folder, told, build, {})  # majorities are in the summary already
         served.append(ServedRun(config, at_hand, run, *made[0]))
         yield served[0]
     finally:

@@ -1,4 +1,4 @@
-"""``summary.json``: what a run measured, as frozen pydantic models, and how it reaches the disk whole or not at all."""
+"""``summary.json``: a run's measurements as frozen pydantic models, written whole or not at all."""
 
 import json
 import math
@@ -46,7 +46,7 @@ class DeviceFigures(Record):
 
 
 class Score(Record):
-    """How one body does on one domain's held-out examples, over all devices of the domain."""
+    """Scores of one body on one domain's test set, over all devices of the domain."""
 
     accuracy: float = Field(
         ge=0.0, le=1.0, description="Share of greedy completions, or of classes, that match exactly."
@@ -56,7 +56,7 @@ class Score(Record):
 
 
 class Matrix(Record):
-    """Every model on every domain: by whose it is, then by the domain whose held-out examples are scored."""
+    """Scores of every model on every domain: by the model's domain, then by the test set's domain."""
 
     foundation: dict[str, dict[str, Score]] = Field(
         description="The FM by the adapter that acts: a domain's, the merged one ('merged'), or none ('none')."
@@ -65,7 +65,7 @@ class Matrix(Record):
 
 
 class Retention(Record):
-    """What adapters cost the FM in general ability; lower is better. All empty where nothing public shows it."""
+    """Cost of adapters for the FM's general ability; lower is better. All empty if it cannot be measured."""
 
     perplexity: float | None = Field(
         None,
@@ -81,7 +81,7 @@ class Retention(Record):
 
 
 class Traffic(Record):
-    """Bytes that crossed all links of one kind in a cycle, in both directions."""
+    """Bytes on all links of one kind in a cycle, in both directions."""
 
     up: int = Field(ge=0, description="Toward the cloud.")
     down: int = Field(ge=0, description="Away from the cloud.")
@@ -113,7 +113,7 @@ class RelayLoss(Record):
 
 
 FALL = 0.02
-"""In accuracy, from one cycle to the next: what falls by more is said."""
+"""Drop in accuracy from one cycle to the next beyond which it is reported."""
 _BODIES = {"foundation": "the FM with the domain's adapter", "domain": "the DM", "merged": "the FM, merged,"}
 
 
@@ -141,11 +141,11 @@ class Cycle(Record):
     relay: dict[str, RelayLoss] = Field(default_factory=dict, description="By domain; empty if the relay is disabled.")
 
     def bodies(self) -> dict[str, dict[str, Score]]:
-        """The three groups of scores by the name of their field."""
+        """Return the three groups of scores by the name of their field."""
         return {"foundation": self.foundation, "domain": self.domain, "merged": self.merged}
 
     def fallen_since(self, before: "Cycle") -> list[str]:
-        """A sentence for every body that does worse on a domain than before, by more than ``FALL``."""
+        """Return a sentence for every body that scores worse on a domain than before, by more than ``FALL``."""
         earlier = before.bodies()
         return [
             f"{_BODIES[body]} does worse on '{name}' than a cycle before: {score.accuracy:.1%} of what the devices "
@@ -156,7 +156,7 @@ class Cycle(Record):
         ]
 
     def merged_below_own(self) -> list[str]:
-        """A sentence for every domain on which the merged adapter is clearly worse than the domain's own.
+        """Return a sentence for every domain on which the merged adapter is clearly worse than the domain's own.
 
         Clearly: the difference in accuracy exceeds two standard errors of a difference of two independent shares. On
         the same examples, as here, the true error is smaller.
@@ -175,11 +175,10 @@ def _clearly_below(score: Score, other: Score) -> bool:
 
 
 class Baselines(Record):
-    """What a run is held against: accuracies on the same held-out examples, by domain. ``gaisnet baselines`` adds them.
+    """Baselines of a run: accuracies on the same test sets, by domain. ``gaisnet baselines`` adds them.
 
-    Those that learn make as many passes over the examples as the network in so many cycles, ``pooled`` with the same
-    LoRA rank and learning rate; ``pooled`` and ``scratch`` let it fall to zero. What devices hold back for the gate
-    nobody learns from.
+    Trained baselines make as many passes over the examples as the network in as many cycles, ``pooled`` with the same
+    LoRA rank and learning rate; ``pooled`` and ``scratch`` let it fall to zero. None trains on validation sets.
     """
 
     cycles: int = Field(ge=1, description="That the run had when they were measured; they speak of no other number.")
@@ -210,7 +209,7 @@ class GapClosed(Record):
 
 
 class Summary(Record):
-    """The whole of ``summary.json``."""
+    """Contents of ``summary.json``."""
 
     # Not named `schema`: that would hide a method of pydantic's BaseModel. The JSON key is `schema` both ways.
     schema_name: Literal["gaisnet.summary/1"] = Field("gaisnet.summary/1", alias="schema")
@@ -232,7 +231,7 @@ class Summary(Record):
     gap_closed: GapClosed | None = Field(None, description="Once there is a pooled baseline, of as many cycles.")
 
     def with_gaps(self) -> "Summary":
-        """The same, with ``gap_closed`` as the last cycle and the baselines make it."""
+        """Return the summary with ``gap_closed`` from its last cycle and baselines."""
         baselines = self.baselines
         if baselines is None or not baselines.pooled or baselines.cycles != len(self.cycles) - 1:
             return self.model_copy(update={"gap_closed": None})
@@ -254,7 +253,7 @@ class Summary(Record):
         return tuple(dict.fromkeys(name for cycle in self.cycles for name in cycle.domain))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and numbers for ``write_json``; a NaN stays a NaN, for it to be refused there."""
+        """Return plain dictionaries, lists and numbers for ``write_json``; a NaN stays one, to be refused there."""
         return self.model_dump(mode="json", by_alias=True)
 
 
@@ -263,7 +262,7 @@ def _gap(before: float, after: float, bound: float) -> float | None:
 
 
 def strict_json(data: Mapping[str, Any], target: str, indent: int | None = None) -> str:
-    """``data`` as strict JSON. Raises ``NotFinite`` that names the entry which is NaN or infinite."""
+    """Return ``data`` as strict JSON. Raises ``NotFinite``, naming the entry that is NaN or infinite."""
     try:
         return json.dumps(data, allow_nan=False, indent=indent)
     except ValueError:
@@ -279,7 +278,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _numbers(data: Any, where: str) -> Iterator[tuple[str, float]]:
-    """Every float inside ``data`` with its dotted place."""
+    """Yield every float inside ``data`` with its dotted place."""
     if isinstance(data, float):
         yield where, data
     elif isinstance(data, Mapping):

@@ -1,4 +1,4 @@
-"""The closing table of a run: one row per domain, before and after, and what it cost."""
+"""The closing table of a run: one row per domain, before and after, and the costs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ClosingRow:
     merged_after: float | None
 
     def cells(self) -> tuple[str, ...]:
-        """The texts under ``HEADINGS``."""
+        """Return the texts under ``HEADINGS``."""
         return (
             self.domain,
             percent(self.majority),
@@ -38,7 +38,7 @@ class ClosingRow:
 
 
 def closing_rows(summary: Summary) -> list[ClosingRow]:
-    """A row per domain: entry 0 against the last cycle."""
+    """Return a row per domain: entry 0 against the last cycle."""
     first, last = summary.cycles[0], summary.cycles[-1]
     return [
         ClosingRow(
@@ -55,9 +55,9 @@ def closing_rows(summary: Summary) -> list[ClosingRow]:
 
 
 def against_rows(summary: Summary) -> list[tuple[str, list[str]]]:
-    """What the run is held against and what it reached: a label, and a text per domain.
+    """Return a row per baseline and result: a label, and a text per domain.
 
-    No row where a baseline was not measured.
+    Baselines that were not measured have no row.
     """
     last, gaps, found = summary.cycles[-1].bodies(), summary.gap_closed, summary.baselines
     bodies = {"domain": "DM", "merged": "FM, merged adapter", "foundation": "FM, domain's adapter"}
@@ -82,7 +82,7 @@ def against_rows(summary: Summary) -> list[tuple[str, list[str]]]:
 
 
 def closing_captions(summary: Summary) -> list[str]:
-    """The lines under the table: retention, bytes, seconds, and what the largest device holds."""
+    """Return the lines under the table: retention, bytes, seconds, and the largest device's share of the FM."""
     seconds = sum(sum(cycle.seconds.model_dump().values()) for cycle in summary.cycles)
     return [
         f"Retention: {_retention(summary)}",
@@ -108,7 +108,7 @@ def _retention(summary: Summary) -> str:
 
 
 def _truncated(summary: Summary) -> list[str]:
-    """A line per device whose examples lose something."""
+    """Return a line per device with truncated examples."""
     takes = summary.model.longest_example
     return [
         f"Device '{name}': {each.num_truncated} of {each.num_examples} examples are truncated to model.context, "
@@ -129,7 +129,7 @@ def _newcomers(summary: Summary) -> list[str]:
 
 
 def closing_table(summary: Summary) -> Table:
-    """The table that ends a run in the terminal."""
+    """Return the table that ends a run in the terminal."""
     # Text, not str: rich would read a domain called "[red]" as markup.
     caption = Text("\n".join(closing_captions(summary)))
     table = Table(title=Text(TITLE), caption=caption, caption_justify="left")
@@ -142,25 +142,25 @@ def closing_table(summary: Summary) -> Table:
 
 
 def accuracy(scores: dict[str, Score], domain: str) -> float | None:
-    """The accuracy of ``domain``, or ``None`` if it was not measured."""
+    """Return the accuracy of ``domain``, or ``None`` if it was not measured."""
     score = scores.get(domain)
     return None if score is None else score.accuracy
 
 
 def percent(share: float | None) -> str:
-    """``0.123`` as ``12.3 %``."""
+    """Format ``0.123`` as ``12.3 %``."""
     return MISSING if share is None else f"{100 * share:.1f} %"
 
 
 def human_bytes(size_bytes: float) -> str:
-    """A number of bytes with a binary unit: ``1536`` as ``1.5 KiB``."""
+    """Format a number of bytes with a binary unit: ``1536`` as ``1.5 KiB``."""
     unit = bytes_unit(size_bytes)
     value = size_bytes / 1024 ** _UNITS.index(unit)
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def bytes_unit(size_bytes: float) -> str:
-    """The largest binary unit that ``size_bytes`` still fills once, after rounding to one decimal."""
+    """Return the largest binary unit that ``size_bytes`` still fills once, after rounding to one decimal."""
     power = 0
     while size_bytes / 1024**power >= 1023.95 and power < len(_UNITS) - 1:
         power += 1
@@ -168,12 +168,12 @@ def bytes_unit(size_bytes: float) -> str:
 
 
 def unit_bytes(unit: str) -> int:
-    """Bytes of one ``unit`` of ``bytes_unit``."""
+    """Return the bytes of one ``unit`` of ``bytes_unit``."""
     return int(1024 ** _UNITS.index(unit))
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration: ``75.2`` as ``1 min 15 s``, short ones with a decimal."""
+    """Format a duration: ``75.2`` as ``1 min 15 s``, short ones with a decimal."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

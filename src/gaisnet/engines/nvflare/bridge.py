@@ -90,10 +90,10 @@ class CloudBridge(Controller):  # type: ignore[misc]
         self._dialers = [_dial(kit, _asking(requests), ORDERS + edge) for edge, requests in self._requests.items()]
 
     def _check_all_are_in(self, engine: Any) -> None:
-        """Raise ``LinkLost`` unless the job began at every edge; its end lets it be submitted again.
+        """Raise ``LinkLost`` unless the job began at every edge, so that it is submitted again.
 
-        NVFlare begins a job without an edge whose process dies while the job is being handed out, and that edge, back a
-        second later, is never let in.
+        NVFlare begins a job without an edge whose process dies while the job is being handed out, and never admits
+        that edge, which is back a second later.
         """
         missing = sorted(set(self._edges) - {client.name for client in engine.get_clients()})
         if missing:
@@ -158,7 +158,7 @@ class EdgeBridge(Executor):  # type: ignore[misc]
 
 
 class _Aux:
-    """A ``Post`` made of NVFlare's aux messages. No targets means the server."""
+    """A ``Post`` over NVFlare's aux messages. No targets means the server."""
 
     def __init__(self, engine: Any, targets: list[str]) -> None:
         self._engine = engine
@@ -208,14 +208,14 @@ def _seal(fl_ctx: FLContext, edge: str) -> Seal:
 
 
 def _dial(kit: Kit, handle: Callable[[bytes], bytes], speaks_for: str | None = None) -> Dialer:
-    """A link to the resident process of this host, under the name of its site."""
+    """Return a link to the resident process of this host, under the name of its site."""
     certificates = Certificates(kit.root, kit.certificate, kit.key)
     address = f"localhost:{kit.link_port}"
     return Dialer(address, certificates, kit.site, kit.site, lambda _, payload: handle(payload), speaks_for=speaks_for)
 
 
 def _asking(requests: Requests) -> Callable[[bytes], bytes]:
-    """Handler of a dialer. The link tells its other end the class and the text of what a handler raises."""
+    """Return a dialer's handler. The link passes class and text of its errors to the other end."""
 
     def ask(payload: bytes) -> bytes:
         try:
@@ -230,5 +230,5 @@ def _asking(requests: Requests) -> Callable[[bytes], bytes]:
 
 
 def _refuse(payload: bytes) -> bytes:
-    """An edge's resident process has nothing to ask of NVFlare."""
+    """Refuse a request: an edge's resident process has nothing to ask of NVFlare."""
     raise UnexpectedMessage("the edge's bridge", "request")

@@ -1,7 +1,7 @@
-"""Parts that GaisNet puts into NVFlare's client on an edge's host: they let in GaisNet's own job and no other.
+"""Parts that GaisNet adds to NVFlare's client on an edge's host: they admit GaisNet's own job and no other.
 
-An edge must not trust the cloud's host further than that: a policy in the cloud's kit is the thief's to change, and a
-server of the thief's own may leave out every question that an honest one asks.
+An edge must not trust the cloud's host further: the holder of the cloud's kit can change its policy, and a
+forged server may omit every question that an honest one asks.
 """
 
 import json
@@ -22,7 +22,7 @@ _KNOWN = {CONFIG, CLIENT_FILE, SERVER_FILE, *_SIGNATURES, *(f"{CONFIG}/{name}" f
 
 
 class OwnJobOnly(AppValidator):  # type: ignore[misc]
-    """Refuses every job that is not the one which GaisNet's cloud submits, before anything of it runs."""
+    """Refuses every job but the one that GaisNet's cloud submits, before anything of it runs."""
 
     def validate(self, app_folder: str) -> tuple[str, dict[str, bool]]:
         """Compare the job's part for this edge, unpacked in ``app_folder``; the error is "" for GaisNet's own."""
@@ -45,7 +45,7 @@ class NarrowedJobLauncher(ClientProcessJobLauncher):  # type: ignore[misc]
     """Starts job processes that take as few commands as the client itself; see ``narrowed``."""
 
     def get_command(self, job_meta: dict[str, object], fl_ctx: FLContext) -> str:
-        """The command line of a job's process, which NVFlare splits as a shell would."""
+        """Return the command line of a job's process, which NVFlare splits as a shell would."""
         arguments = fl_ctx.get_prop(FLContextKey.JOB_PROCESS_ARGS)
         flag, module = arguments[JobProcessArgs.EXE_MODULE]
         narrowed = {**arguments, JobProcessArgs.EXE_MODULE: (flag, f"{NARROWED} {module}")}

@@ -1,9 +1,9 @@
-"""Requests that may take many minutes, over messages that are lost, repeated, and must be short.
+"""Long requests over messages that are lost, repeated, and must be short.
 
-``Requests`` is the end that asks and ``Answers`` the end that answers; between them are three topics. A request is sent
-until it is acknowledged, its answer too, and the asking end asks now and then whether its request is still known: if
-the answering process was started again, it is not, and the request is sent once more. Within the lives of both
-processes a request is carried out once.
+``Requests`` is the asking end and ``Answers`` the answering one; between them are three topics. A request is sent
+until it is acknowledged, and so is its reply. The asking end checks now and then whether its request is still known: if
+the answering process was restarted, it is not, and the request is sent again. Within the lifetimes of both
+processes a request is executed once.
 
 Knows neither NVFlare nor torch.
 """
@@ -24,13 +24,13 @@ TOPIC_KNOWN = "gaisnet.known"
 TOPIC_ANSWER = "gaisnet.answer"
 
 Fields = dict[str, bytes | str]
-"""What one message carries; a reply that says yes holds ``ok``."""
+"""Fields of one message; a positive reply contains ``ok``."""
 
 Take = Callable[[Mapping[str, object]], Fields]
-"""Handles one message of any sender; the reply."""
+"""Handles a message of any sender; returns the reply."""
 
 REFUSED: Fields = {"ok": "refused"}
-"""Reply to a message that is not from who may send it."""
+"""Reply to a message from a sender that may not send it."""
 
 _YES: Fields = {"ok": "yes"}
 _NO: Fields = {"ok": "no"}
@@ -46,16 +46,16 @@ class Post(Protocol):
     """Sends one message and waits for its reply."""
 
     def __call__(self, topic: str, fields: Fields, timeout_s: float) -> Fields | None:
-        """The reply; None where the other end is away, not ready, or too slow."""
+        """Send, and return the reply; None if the other end is away, not ready, or too slow."""
 
 
 class Requests:
-    """The asking end of one peer.
+    """The asking end for one peer.
 
     Args:
-        peer: Name of who answers.
+        peer: Name of the answering end.
         post: Carries messages to it.
-        ask_again_s: How often an unanswered request is asked after.
+        ask_again_s: Seconds between checks of an unanswered request.
     """
 
     def __init__(self, peer: str, post: Post, ask_again_s: float = _ASK_AGAIN_S) -> None:
@@ -67,11 +67,11 @@ class Requests:
         self._ended = threading.Event()
 
     def ask(self, payload: bytes) -> bytes:
-        """Wait for the answer to ``payload``, however long it takes.
+        """Wait for the reply to ``payload``, however long it takes.
 
         Raises:
             PeerError: The other end could not answer.
-            SiteRefused: It does not take this end for who it is.
+            SiteRefused: It does not accept this end's identity.
             LinkLost: ``close`` was called.
         """
         key = uuid.uuid4().hex
@@ -125,7 +125,7 @@ class Requests:
         return reply == _YES
 
     def _is_known(self, key: str) -> bool:
-        """No reply at all says nothing; if the other end forgot, it says so when it is back."""
+        """Return whether the request is known; without a reply, assume that it is."""
         return self._post(TOPIC_KNOWN, {"id": key}, _SHORT_S) in (None, _YES)
 
 
@@ -134,7 +134,7 @@ class Answers:
 
     Args:
         send: Passes a request on; its future may take any time.
-        post: Carries answers back.
+        post: Carries replies back.
     """
 
     def __init__(self, send: Callable[[bytes], Future[bytes]], post: Post) -> None:
@@ -147,11 +147,11 @@ class Answers:
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
 
     def start(self) -> None:
-        """Begin to work on what was taken."""
+        """Begin to work on accepted requests."""
         self._thread.start()
 
     def take_request(self, fields: Mapping[str, object]) -> Fields:
-        """Handle a message of ``TOPIC_REQUEST``: queue and acknowledge it; a repeated one is acknowledged only."""
+        """Handle a message of ``TOPIC_REQUEST``: queue and acknowledge it; a repeated one is only acknowledged."""
         key, payload = fields.get("id"), fields.get("payload")
         if not isinstance(key, str) or not isinstance(payload, bytes):
             return _NO
@@ -170,7 +170,7 @@ class Answers:
             return _YES if fields.get("id") in self._known else _NO
 
     def close(self) -> None:
-        """End the thread; what is unanswered stays so."""
+        """End the thread; unanswered requests stay so."""
         self._ended.set()
         self._inbox.put(None)
         if self._thread.ident is not None:
@@ -197,7 +197,7 @@ class Answers:
 
 
 def send_timeout_s(payload: bytes) -> float:
-    """Deadline of one message: generous enough for a line of 1.6 Mbit/s."""
+    """Return the deadline of one message: generous enough for a line of 1.6 Mbit/s."""
     return _SHORT_S + len(payload) / _SLOWEST_BYTES_PER_S
 
 
@@ -206,13 +206,13 @@ def _outcome(done: Future[bytes]) -> Fields:
         return {"payload": done.result()}
     except GaisnetError as error:
         return _failure(error)
-    except Exception as error:  # whatever a future holds, a cancellation for one, must not end the thread
+    except Exception as error:  # no content of a future, not even a cancellation, may end the thread
         _logger.error("a request failed in an unforeseen way: %r", error)
         return {"kind": "InternalError", "text": "see the log of the edge's NVFlare client"}
 
 
 def _failure(error: GaisnetError) -> Fields:
-    """A failure that the other end reported keeps its kind and text on the way."""
+    """Return a failure; one that the other end reported keeps its kind and text."""
     if isinstance(error, PeerError):
         return {"kind": error.kind, "text": error.text}
     return {"kind": type(error).__name__, "text": str(error)}

@@ -1,8 +1,8 @@
 """Keeps the one job of a network running, whatever happens to NVFlare's processes.
 
-NVFlare fails a job when one of its processes dies, and forgets running jobs when its server does, so that somebody
-must look. The looking is done by a process of its own (``job_session``): each session with NVFlare's server leaves
-threads behind that never end, its calls have no deadline that holds, and it prints as it likes.
+NVFlare fails a job when one of its processes dies, and forgets running jobs when its server does, so the job must be
+watched. A process of its own does that (``job_session``): each session with NVFlare's server leaves
+threads behind that never end, its calls have no reliable deadline, and it prints at will.
 """
 
 import json
@@ -52,7 +52,7 @@ class JobKeeper:
         self._thread.start()
 
     def state(self) -> str:
-        """What is known at this moment, for people."""
+        """Return what is known now, in words."""
         return self._state
 
     def close(self) -> None:
@@ -78,7 +78,10 @@ class JobKeeper:
             self._closing.wait(_PAUSE_S)
 
     def _is_reachable(self) -> bool:
-        """Cheaper than a session, which needs a second of processor time to say that nobody is there."""
+        """Return whether the server is reachable.
+
+        Cheaper than a session, which needs a second of CPU time to find out.
+        """
         with suppress(OSError), socket.create_connection(self._server, _CONNECT_S):
             return True
         return False
@@ -100,7 +103,7 @@ class JobKeeper:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self._kit / "transfer")
 
     def _take(self, line: bytes) -> None:
-        """A line of the session is an object of ours, or something that NVFlare printed."""
+        """Process a line of the session: an object of ours, or text that NVFlare printed."""
         with suppress(ValueError, KeyError, TypeError):
             told = json.loads(line)
             self._ours = {"job": told["job"], "server": told["server"]}
@@ -113,7 +116,7 @@ class JobKeeper:
 
 
 def _read(admin_kit: Path) -> tuple[str, tuple[str, int]]:
-    """Name of the administrator; host and port of NVFlare's server."""
+    """Return the administrator's name, and host and port of NVFlare's server."""
     try:
         admin = json.loads((admin_kit / "startup" / "fed_admin.json").read_text(encoding="utf-8"))["admin"]
         return str(admin["username"]), (str(admin["host"]), int(admin["port"]))

@@ -1,6 +1,6 @@
 """One session with NVFlare's server: submits the job, watches it, submits it again. A process of its own, see ``job``.
 
-Told what to do by one JSON argument; tells on standard output, one JSON object per line, what is so; ends, and aborts
+Its one argument is a JSON object; on standard output it reports states, one JSON object per line. It ends, and aborts
 the job, when its standard input ends. The job holds no settings of a site: the bridges find them in the kit of the
 host they run on.
 """
@@ -49,7 +49,7 @@ class JobWatch:
         self._state = ""
 
     def keep(self, closing: threading.Event) -> None:
-        """Until ``closing`` is set; the job is then aborted."""
+        """Watch the job until ``closing`` is set, then abort it."""
         self._abort_stale()
         while not closing.is_set():
             self.look()
@@ -58,7 +58,7 @@ class JobWatch:
             self._session.abort_job(self._job)
 
     def look(self) -> None:
-        """Find out how the job is, and submit it where it is not running."""
+        """Check the job, and submit it if it is not running."""
         info = self._session.get_system_info()
         missing = sorted(set(self._edges) - {client.name for client in info.client_info})
         if self._job and self._is_alive(info):
@@ -69,14 +69,17 @@ class JobWatch:
             self._submit(info.server_info.start_time)
 
     def tell(self, state: str) -> None:
-        """Write what is so to standard output, once."""
+        """Report the state on standard output, once."""
         if state != self._state:
             sys.stdout.write(json.dumps({"state": state, "job": self._job, "server": self._server}) + "\n")
             sys.stdout.flush()
         self._state = state
 
     def _is_alive(self, info: Any) -> bool:
-        """What the server runs counts; after a crash of the server its job store says RUNNING for ever."""
+        """Return whether the job is alive, by what the server runs.
+
+        After a crash its job store says RUNNING forever.
+        """
         if any(job.job_id == self._job for job in info.job_info):
             if time.monotonic() - self._submitted > _STEADY_S:
                 self._pause_s = 0.0
@@ -90,7 +93,7 @@ class JobWatch:
         return status in _ON_ITS_WAY
 
     def _submit(self, server: object) -> None:
-        """The pause before the next one grows while jobs do not last."""
+        """Submit the job; the pause before the next attempt grows while jobs do not last."""
         self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
         with tempfile.TemporaryDirectory() as folder:
             self._job = self._session.submit_job(str(write_job(Path(folder), self._edges)))
@@ -98,7 +101,7 @@ class JobWatch:
         self.tell(f"job {self._job} is submitted")
 
     def _abort_stale(self) -> None:
-        """Jobs of an earlier life of the cloud: their bridges would carry requests too."""
+        """Abort jobs of an earlier incarnation of the cloud: their bridges would carry requests too."""
         running = {job.job_id for job in self._session.get_system_info().job_info}
         for job in self._session.list_jobs(name_prefix=JOB_NAME):
             number, status = job["job_id"], job["status"]
@@ -118,7 +121,7 @@ def _set_at_end_of_input(closing: threading.Event) -> None:
 
 
 def main(order: dict[str, Any]) -> int:
-    """Hold one session; the exit code is 1 where it broke off."""
+    """Hold one session; the exit code is 1 if it broke off."""
     closing = threading.Event()
     threading.Thread(target=_set_at_end_of_input, args=(closing,), daemon=True).start()
     watch = JobWatch(None, order["edges"], order["job"], order["server"])

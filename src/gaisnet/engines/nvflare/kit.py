@@ -1,8 +1,8 @@
-"""A site's startup kit as the processes of that site use it: where it listens, its certificates, how NVFlare starts.
+"""A site's startup kit, as that site's processes use it: ports, certificates, and how NVFlare starts.
 
-A kit is a folder that NVFlare provisioned (``startup``, ``local``, ``transfer``); ``local/gaisnet.json`` is ours. What
-NVFlare writes while it runs (logs, jobs) stays in the kit, which is its workspace. ``local/seals/EDGE`` is a secret of
-the cloud and that edge: see ``seal``.
+A kit is a folder that NVFlare provisioned (``startup``, ``local``, ``transfer``); ``local/gaisnet.json`` is ours. Files
+that NVFlare writes while it runs (logs, jobs) stay in the kit, which is its workspace. ``local/seals/EDGE`` is a secret
+of the cloud and that edge: see ``seal``.
 
 No torch and no NVFlare here: NVFlare's job processes, the command line and devices read kits too.
 """
@@ -19,22 +19,22 @@ LINK_FILE = Path("local", "gaisnet.json")
 SEALS = Path("local", "seals")
 SEAL_BYTES = 32
 AUDIT_FILE = "audit.log"
-"""In a kit: NVFlare's own list of the commands that came."""
+"""NVFlare's list, in a kit, of received commands."""
 
 ORGANIZATION = "gaisnet"
 ENVIRONMENT = {"PYTHONSAFEPATH": "1"}
-"""Setting for NVFlare's processes: they and their jobs work in the kit, and nothing may be imported from there."""
+"""Setting of NVFlare's processes: they and their jobs work in the kit, from which nothing may be imported."""
 
 NARROWED = "gaisnet.engines.nvflare.narrowed"
-"""Module that runs NVFlare's client with few commands: see there."""
+"""Module that runs NVFlare's client with few commands."""
 
 ORDERS = "orders/"
-"""On the cloud's listener, ``orders/EDGE`` carries what the cloud asks an edge; the edge itself dials as ``EDGE``."""
+"""Prefix on the cloud's listener: ``orders/EDGE`` carries the cloud's requests; the edge itself dials as ``EDGE``."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """What a process needs to know of the site it runs on.
+    """The facts that a process needs about its site.
 
     Attributes:
         site: Name of the site.
@@ -52,7 +52,7 @@ class Kit:
 
 
 def read_kit(folder: Path) -> Kit:
-    """The kit of a cloud or an edge. Raises ``KitUnreadable``."""
+    """Read the kit of a cloud or an edge. Raises ``KitUnreadable``."""
     try:
         declared = json.loads((folder / LINK_FILE).read_text(encoding="utf-8"))
         site, link_port = declared["site"], declared["link_port"]
@@ -72,7 +72,7 @@ def read_kit(folder: Path) -> Kit:
 
 
 def read_seal(folder: Path, edge: str) -> bytes:
-    """The secret that a kit shares with one other: that of ``edge``, or that of the cloud. Raises ``KitUnreadable``."""
+    """Read the secret shared with ``edge``, or with the cloud. Raises ``KitUnreadable``."""
     try:
         secret = bytes.fromhex((folder / SEALS / edge).read_text(encoding="ascii"))
     except (OSError, ValueError):  # a UnicodeDecodeError would show what is in the file
@@ -83,24 +83,27 @@ def read_seal(folder: Path, edge: str) -> bytes:
 
 
 def server_command(kit: Path) -> list[str]:
-    """Program and arguments that run NVFlare's server in the foreground. Raises ``ConfigError`` for a spaced path."""
+    """Return program and arguments that run NVFlare's server in the foreground.
+
+    Raises ``ConfigError`` for a spaced path.
+    """
     module = "nvflare.private.fed.app.server.server_train"
     return [*_python(module), "-m", _workspace(kit), "-s", "fed_server.json", *_set()]
 
 
 def client_command(kit: Path, site: str) -> list[str]:
-    """The same for NVFlare's client of ``site``."""
+    """Return the same for NVFlare's client of ``site``."""
     modules = (NARROWED, "nvflare.private.fed.app.client.client_train")
     return [*_python(*modules), "-m", _workspace(kit), "-s", "fed_client.json", *_set(f"uid={site}")]
 
 
 def _python(*modules: str) -> list[str]:
-    """With the interpreter's own path, as NVFlare starts its job processes with the same one."""
+    """Return a command with the interpreter's own path, since NVFlare starts its job processes with it."""
     return [sys.executable, "-u", "-m", *modules]
 
 
 def _workspace(kit: Path) -> str:
-    """The path as NVFlare hands it on to its job processes: in a command line that it splits without any quoting."""
+    """Return the path for NVFlare's job processes, in a command line that it splits without any quoting."""
     for path in (str(kit.resolve()), sys.executable):
         if shlex.quote(path) != path:
             raise ConfigError(f"path '{path}'", "NVFlare cannot start jobs from it", "use one of plain characters")

@@ -25,7 +25,7 @@ from gaisnet.engines.nvflare.kit import LINK_FILE, ORGANIZATION, SEAL_BYTES, SEA
 from gaisnet.errors import OutputInUse, ProvisionFailed
 
 ADMIN = "admin"
-"""Key of the admin's kit in what ``provision`` returns."""
+"""Key of the admin's kit in the result of ``provision``."""
 
 _ROOT_VALID_DAYS = 3650
 _CLOCKS_DIFFER = timedelta(days=1)
@@ -66,7 +66,7 @@ _LOGGING = {
 
 @dataclass(frozen=True)
 class SiteAddress:
-    """Where a site is reached.
+    """The address of a site.
 
     Attributes:
         host: DNS name or IP address by which the others reach it.
@@ -191,7 +191,7 @@ def _project(network: NetworkAddresses) -> Project:
 
 
 class _CertificatesOfYesterday(CertBuilder):  # type: ignore[misc]
-    """Certificates that are valid from a day ago, since the clocks of other hosts may be behind this one's."""
+    """Builds certificates that are valid since yesterday, because other hosts' clocks may be slow."""
 
     @staticmethod
     def _generate_cert(*args: Any, not_valid_before: datetime | None = None, **more: Any) -> Any:
@@ -248,7 +248,7 @@ def _settle_client(kit: Path, site: str, link_port: int) -> None:
 
 
 def _default_resources(kit: Path, job_class: str) -> dict[str, Any]:
-    """NVFlare's defaults, with one class that a job may name: it is installed, so that a job carries no code."""
+    """Return NVFlare's defaults, with one installed class that a job may name, so that a job carries no code."""
     resources: dict[str, Any] = json.loads((kit / "local" / "resources.json.default").read_text(encoding="utf-8"))
     return {**resources, "class_allow_list": [job_class]}
 
@@ -267,19 +267,19 @@ def _settle(kit: Path, resources: dict[str, Any], site: str, link_port: int) -> 
 
 
 def _close_to_others(folder: Path) -> None:
-    """Before anything is in it: NVFlare writes private keys that everyone may read."""
+    """Restrict a folder before anything is in it: NVFlare writes private keys that everyone may read."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
 
 
 def _protect(authority: Path) -> None:
-    """Private keys are for their owner only, before the kits leave the folder that is closed to others."""
+    """Restrict private keys to their owner, before the kits leave the folder that is closed to others."""
     for path in [*authority.rglob("*.key"), *authority.rglob("cert.json")]:
         os.chmod(path, 0o600)
 
 
 def _seal(authority: Path, edge: str) -> str:
-    """The edge's secret in hexadecimal: a new one, or that of an earlier call, which other kits may hold."""
+    """Return the edge's secret in hexadecimal: a new one, or an earlier call's, which other kits may hold."""
     kept = authority / _KEPT_SEALS / edge
     if not kept.exists():
         _write_secret(kept, secrets.token_hex(SEAL_BYTES))

@@ -1,9 +1,9 @@
-"""Seals on what passes between the cloud and one edge, since NVFlare lets every site write to every other one.
+"""Seals on messages between the cloud and one edge, since NVFlare lets every site write to every other one.
 
-NVFlare delivers the message of any site with a certificate, under the name that this site gives itself. So cloud and
-edge share a secret that no other kit holds, and each message of theirs carries a MAC made with it. The MAC covers the
-job too: what was sealed for one job is nothing in the next. Within a job it does not keep a message from being sent
-twice; ``exchange`` carries out a request once in a life of the edge's job process.
+NVFlare delivers the message of any site with a certificate, under the name that this site claims. So cloud and
+edge share a secret that no other kit holds, and each of their messages carries a MAC made with it. The MAC covers the
+job too: a message sealed for one job is invalid in the next. Within a job it does not prevent repetition;
+``exchange`` executes a request once per lifetime of the edge's job process.
 
 Knows neither NVFlare nor torch.
 """
@@ -36,11 +36,11 @@ class Seal:
         self._job = job
 
     def put_on(self, topic: str, fields: Fields) -> Fields:
-        """The same message, sealed."""
+        """Return the message with a seal."""
         return {**fields, _SEAL: self._mac(topic, fields)}
 
     def is_on(self, topic: str, fields: Mapping[str, object]) -> bool:
-        """Whether whoever sent the message holds the secret, and it has not been changed since. Takes any fields."""
+        """Return whether the sender of a message holds the secret, and it is unchanged. Accepts any fields."""
         found = fields.get(_SEAL)
         rest = {name: value for name, value in fields.items() if name != _SEAL}
         if not isinstance(found, bytes) or not _is_fields(rest):
@@ -82,12 +82,12 @@ class SealedPost:
 
 
 class Guard:
-    """Lets sealed messages of one topic through to who handles them, and drops all others.
+    """Passes sealed messages of one topic on to their handler, and drops all others.
 
     Args:
         topic: The topic.
         take: Handles its messages.
-        seal: What they must bear.
+        seal: The required seal.
     """
 
     def __init__(self, topic: str, take: Take, seal: Seal) -> None:
@@ -98,14 +98,14 @@ class Guard:
         self._warned_at = -_WARN_EVERY_S
 
     def __call__(self, fields: Mapping[str, object]) -> Fields:
-        """The reply."""
+        """Return the reply."""
         if self._seal.is_on(self._topic, fields):
             return self._take(fields)
         self._warn()
         return REFUSED
 
     def _warn(self) -> None:
-        """At most once a minute, and nothing of the message: whoever forges one writes no log here."""
+        """Warn at most once a minute, without the message: a forger must not write our log."""
         now = time.monotonic()
         with self._lock:
             quiet = now - self._warned_at < _WARN_EVERY_S

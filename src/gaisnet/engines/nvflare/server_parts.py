@@ -1,6 +1,6 @@
-"""What GaisNet adds to NVFlare's server process: stores inside the kit, and a way back into the job for a site.
+"""Additions of GaisNet to NVFlare's server process: stores inside the kit, and a way back into the job for a site.
 
-Both rest on calls that NVFlare does not document: this is why 2.9.0 is pinned, and tested on real processes.
+Both rely on calls that NVFlare does not document: therefore 2.9.0 is pinned, and tested on real processes.
 """
 
 import os
@@ -67,7 +67,7 @@ class Rejoin(FLComponent):  # type: ignore[misc]
                     engine.job_runner.stop_run(job.job_id, fl_ctx)
 
     def _start(self, engine: Any, job: Job, site: str) -> str:
-        """What the site says to the order to start its job process; "" where it does not answer."""
+        """Return the site's reply to the order to start its job process; "" without one."""
         with engine.new_context() as fl_ctx:
             ready, token = engine.check_client_resources(job, {site: {}}, fl_ctx).get(site, (False, ""))
             if not ready:
