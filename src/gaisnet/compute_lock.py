@@ -18,7 +18,7 @@ _RECENT_S = 1.0
 
 
 class FairShare:
-    """How much time learning is owed. It is owed its share of all time in which it wants to run.
+    """The time that training is owed: its share of all time in which it wants to run.
 
     Idle time counts as well: where answers leave it more than its share, it takes nothing from them.
 
@@ -33,13 +33,13 @@ class FairShare:
         self._owed_s = 0.0
 
     def passed(self, seconds: float, learning: bool) -> None:
-        """Time in which learning wanted to run, and whether it did."""
+        """Count time in which training wanted to run, and whether it did."""
         owed_s = self._owed_s + self._share * seconds - (seconds if learning else 0.0)
         self._owed_s = min(max(owed_s, -self._memory_s), self._memory_s)
 
     @property
     def owed(self) -> bool:
-        """Whether learning may go before answers now."""
+        """Whether training may go before answers now."""
         return self._owed_s > 0.0
 
 
@@ -48,10 +48,10 @@ class _Ticket:
 
 
 class ComputeLock:
-    """A lock with two queues, each first come, first served. Who holds it may take it again.
+    """A reentrant lock with two queues, each first come, first served.
 
     Args:
-        share: Of the time in which something wants to learn, what learning gets where answers would take it all.
+        share: Share of time guaranteed to training while it wants to run.
         clock: Seconds.
     """
 
@@ -68,7 +68,7 @@ class ComputeLock:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Inside, nobody else computes; goes before all learning that is not owed."""
+        """Hold the lock for an answer; it goes before all training that is not owed."""
         self._take("serving")
         try:
             yield
@@ -77,7 +77,7 @@ class ComputeLock:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Inside, nobody else computes, except answers during a ``pause``; other learning waits till the end."""
+        """Hold the lock for training; answers may run during a ``pause``, other training may not."""
         self._take("learning")
         try:
             yield
@@ -85,7 +85,7 @@ class ComputeLock:
             self._give_back()
 
     def pause(self) -> None:
-        """Let answers that wait go first, unless learning is owed time; does nothing but in a thread that learns."""
+        """Let waiting answers go first, unless training is owed time; does nothing in a thread that does not train."""
         if self._holder != threading.get_ident() or self._kind != "learning" or not self._queues["serving"]:
             return
         with self._changed:
@@ -100,7 +100,7 @@ class ComputeLock:
 
     @property
     def free(self) -> bool:
-        """Nobody has it."""
+        """Whether the lock is free."""
         return self._holder is None
 
     def _take(self, kind: Kind) -> None:
@@ -139,7 +139,7 @@ class ComputeLock:
         self._changed.notify_all()
 
     def _next(self) -> _Ticket | None:
-        """Who may go now."""
+        """Return the ticket that may go now."""
         serving, learning = self._queues["serving"], self._queues["learning"]
         if self._holder is not None:
             return None
@@ -148,7 +148,7 @@ class ComputeLock:
         return learning[0] if learning else None
 
     def _count(self) -> None:
-        """Charge the time since somebody came or went."""
+        """Charge the time since the last change."""
         now = self._clock()
         learns = self._holder is not None and self._kind == "learning"
         if learns or self._queues["learning"]:
@@ -157,12 +157,12 @@ class ComputeLock:
 
 
 class PartitionedCores(ComputeLock):
-    """Answers and learning at the same time, one thread of each, with all cores while the other has had none to do.
+    """Answers and training at the same time, one thread of each; either has all cores while the other is idle.
 
     Args:
-        share: Of the cores, what learning gets while there are answers; at least one is left to each.
+        share: Share of the cores for training while there are answers; each gets at least one.
         cores: Two or more.
-        limit: Lets the calling thread compute on so many cores from now on.
+        limit: Sets the number of cores of the calling thread.
         clock: Seconds.
     """
 
@@ -180,18 +180,18 @@ class PartitionedCores(ComputeLock):
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Inside, no other answer is computed."""
+        """Hold the answers' cores."""
         with self._lane("serving", "learning"):
             yield
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """Inside, nothing else learns."""
+        """Hold training's cores."""
         with self._lane("learning", "serving"):
             yield
 
     def pause(self) -> None:
-        """Answers do not wait for learning."""
+        """Do nothing: answers do not wait for training."""
 
     @contextmanager
     def _lane(self, own: Kind, other: Kind) -> Iterator[None]:
@@ -205,7 +205,7 @@ class PartitionedCores(ComputeLock):
                 self._busy[own] = self._clock()
 
     def _compute_on(self, cores: int) -> None:
-        """To change it costs more than to ask whether it must be changed."""
+        """Set the number of cores if it differs; setting costs more than checking."""
         if getattr(self._limited, "cores", None) != cores:
             self._limit(cores)
             self._limited.cores = cores

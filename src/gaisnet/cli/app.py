@@ -1,4 +1,4 @@
-"""The command ``gaisnet`` and its parts."""
+"""The command ``gaisnet`` and its subcommands."""
 
 import os
 
@@ -41,10 +41,10 @@ def run(
     """Run the cycle release, fine-tune, absorb on this machine, and measure it.
 
     Writes summary.json, metrics.jsonl, report.html, TensorBoard events and adapters/ (in peft's format) to the output
-    folder. An evaluation before anything is trained comes first.
+    folder. The models are evaluated once before training.
 
-    A run that was stopped goes on after its last finished cycle with --resume DIR; --resume DIR --set cycles=4 gives a
-    finished one more cycles. DIR may be moved; where the model or the data were moved, say so: --resume DIR
+    A stopped run resumes after its last finished cycle with --resume DIR; --resume DIR --set cycles=4 gives a
+    finished one more cycles. DIR may be moved. If the model or the data were moved, say where: --resume DIR
     --set model.foundation=FOLDER --set edges.0.devices.1.data=FOLDER.
     """
     folder = output_folder(config, out, resume)

@@ -1,4 +1,4 @@
-"""``gaisnet baselines``: what a finished run is held against."""
+"""``gaisnet baselines``: baselines for a finished run."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -33,14 +33,14 @@ def baselines(
     ] = None,
     overrides: ServiceOverrides = None,
 ) -> None:
-    """Hold a finished run against what you might do instead, on the same examples with as many passes over them.
+    """Compare a finished run with its alternatives, on the same examples with as many passes over them.
 
-    pooled: LoRA on all layers of the foundation model (FM), a domain's examples in one place, which the network avoids.
-    scratch: an edge alone, a model of the domain model's (DM's) size that learns from nothing. no_relay: an edge alone
-    with its devices and the DM. zero_shot and few_shot: the FM as it is, asked.
+    pooled: LoRA on all layers of the foundation model (FM), with a domain's examples in one place, which the network
+    avoids. scratch: an edge alone, with a model of the domain model's (DM's) size trained from scratch. no_relay: an
+    edge alone with its devices and the DM. zero_shot and few_shot: the FM as it is.
 
-    Writes them into RUN/summary.json and report.html, with the share of the way to pooled that the network went
-    (gap_closed). Stopped, it goes on with what is missing. The examples must be on this machine.
+    Writes them into RUN/summary.json and report.html, with the share of the gap to pooled that the network closed
+    (gap_closed). A stopped measurement resumes. The examples must be on this machine.
     """
     with told_errors():
         quiet_libraries()

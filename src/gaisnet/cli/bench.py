@@ -1,4 +1,4 @@
-"""``gaisnet bench``: what the network costs and gives, in ratios of things that are done in turn."""
+"""``gaisnet bench``: costs and gains of the network, as ratios of things done in turn."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,7 +42,7 @@ def bench(
     ] = "10,100,1000,10000",
     overrides: Overrides = None,
 ) -> None:
-    """Measure what the network costs and gives, in ratios of things that are done in turn.
+    """Measure costs and gains of the network, as ratios of things done in turn.
 
     With CONFIG, such as configs/bench.yaml: fine-tuning by GaisNet against centralised LoRA (transformers' Trainer and
     peft, on all layers and on the late ones), federated LoRA and plain split learning, on the same examples: speed,
@@ -50,13 +50,13 @@ def bench(
 
     With --serving RUN: how well a finished run answers. One session against transformers' generate, 16 sessions against
     one, answers beside fine-tuning against answers alone, tokens per call to the foundation model with speculation, and
-    what the model 'auto' keeps of always asking it. Nothing of the run is changed. Writes serving.json.
+    the gain that the model 'auto' keeps of always asking it. The run is not changed. Writes serving.json.
 
-    With --scale: networks of 10 to 10,000 simulated devices with a tiny model, each in a process of its own: what a
-    device round computes, and memory per device. Beside it, what models of 135M to 70B would cost, from their shapes.
+    With --scale: networks of 10 to 10,000 simulated devices with a tiny model, each in a process of its own:
+    computation per device round, and memory per device. Also the cost of models of 135M to 70B, from their shapes.
     Writes scale.json.
 
-    A slow machine does not matter, but a machine whose load changes does: leave it alone meanwhile.
+    A slow machine does not matter, but one with changing load does: leave it alone meanwhile.
     """
     with told_errors():
         quiet_libraries()

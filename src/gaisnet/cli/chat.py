@@ -1,4 +1,4 @@
-"""``gaisnet chat``: a conversation in the terminal, in which each body's words have a colour of their own."""
+"""``gaisnet chat``: a conversation in the terminal, coloured by the body that wrote."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,9 +42,9 @@ def chat(
     ] = False,
     overrides: ServiceOverrides = None,
 ) -> None:
-    r"""Talk to a run's models; green is what the domain model wrote, magenta what the foundation model wrote.
+    r"""Talk to a run's models. Green text is the domain model's, magenta the foundation model's.
 
-    RUN is asked where it is served on this machine; if nobody serves it, it is opened here. API keys go to a URL only.
+    RUN is asked where it is served on this machine; if it is not served, it is opened here. API keys go to a URL only.
 
     With the demo: gaisnet chat runs/demo-... --model auto --plain, then
     Diagnosis: Acute myocarditis, unspecified\nChapter:
@@ -70,7 +70,7 @@ def chat(
 
 @contextmanager
 def _address(place: str, overrides: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """A server's URL, and whether a file names it; of a server that is only there inside, if there is none."""
+    """Yield a server's URL, and whether it came from a file; start a server if there is none."""
     if place.startswith(("http://", "https://")):
         yield place, False
         return
@@ -99,7 +99,7 @@ def _converse(talk: Conversation) -> None:
 
 
 def _compute_lock(talk: Conversation, line: str) -> None:
-    """A command, or something to answer; what goes wrong is said, and the conversation goes on."""
+    """Run a command or answer a line; report errors and go on."""
     try:
         if line.startswith("/"):
             _command(talk, *line.split())
@@ -124,7 +124,7 @@ def _command(talk: Conversation, name: str, *values: str) -> None:
 
 
 def _answer(talk: Conversation, text: str) -> None:
-    """Text as it comes, and then who wrote it. Ctrl-C breaks it off."""
+    """Show text as it comes, then who wrote it. Ctrl-C stops it."""
     last: dict[str, Any] = {}
     try:
         for chunk in talk.say(text):
@@ -138,7 +138,7 @@ def _answer(talk: Conversation, text: str) -> None:
 
 
 def _who(course: dict[str, Any]) -> str:
-    """Which body wrote, in words."""
+    """Name the body that wrote."""
     at, body = course.get("escalated_at"), str(course.get("body"))
     said = f"by the {_NAMES.get(body, 'server')}"
     if isinstance(at, int) and at:

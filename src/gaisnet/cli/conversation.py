@@ -1,4 +1,4 @@
-"""A conversation with a server that speaks OpenAI's words: requests, and text as it comes. Standard library only."""
+"""A client of an OpenAI-compatible server: requests, and text as it arrives. Standard library only."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ _LONGEST = 2**20  # bytes of a line of an answer, or of all of one that does not
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """Another address would get the API key and the prompt."""
+    """Refuses redirects: another address would get the API key and the prompt."""
 
     def redirect_request(self, *args: Any, **named: Any) -> None:
-        """Take no other request's place: the redirect is told as the error that it is."""
+        """Return no request, so that the redirect is reported as an error."""
 
 
 def _opener(url: str) -> OpenerDirector:
-    """Asks a server itself: this machine's own past any proxy, which would get to see all."""
+    """Return an opener that asks this machine's own servers directly: a proxy would see everything."""
     host = urlsplit(url).hostname or ""
     return build_opener(_NoRedirects, *([ProxyHandler({})] if is_loopback(host) else []))
 
@@ -41,7 +41,7 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def models(self) -> list[str]:
-        """Names of the server's models. Raises ``ServerRefused``."""
+        """Return names of the server's models. Raises ``ServerRefused``."""
         try:
             with self._open("models", None) as response:
                 return [str(model["id"]) for model in json.loads(response.read(_LONGEST))["data"]]
@@ -49,7 +49,7 @@ class Conversation:
             raise ServerRefused(self.url, f"it does not list its models ({type(error).__name__})") from error
 
     def say(self, text: str) -> Iterator[dict[str, Any]]:
-        """Chunks of the answer, each with ``text`` and what ``gaisnet`` says of it. Raises ``ServerRefused``."""
+        """Yield chunks of the answer, each with ``text`` and its ``gaisnet`` field. Raises ``ServerRefused``."""
         turns = [*self.turns, {"role": "user", "content": text}]
         asked = {"prompt": text} if self.plain else {"messages": turns}
         body = {**self.options, **asked, "model": self.model, "stream": True}
@@ -87,7 +87,10 @@ class Conversation:
 
 
 def _read(chunk: dict[str, Any]) -> dict[str, Any]:
-    """Text of a chunk, of a chat or a completion, and our own field. Raises ``ServerRefused`` for an error."""
+    """Return the text of a chunk, of a chat or a completion, and our own field.
+
+    Raises ``ServerRefused`` for an error.
+    """
     if "error" in chunk:
         raise ServerRefused("the server", str(chunk["error"].get("message", "it failed")))
     choice = chunk["choices"][0] if chunk.get("choices") else {}
@@ -97,7 +100,7 @@ def _read(chunk: dict[str, Any]) -> dict[str, Any]:
 
 
 def _said(error: HTTPError) -> str:
-    """The server's own words, if it has any."""
+    """Return the server's own words, if it has any."""
     try:
         return f"{json.loads(error.read(_LONGEST))['error']['message']} ({error.code})"
     except (ValueError, KeyError, TypeError, OSError):

@@ -70,7 +70,7 @@ def start(
     stay: Stay = False,
     serve: ServeOn = None,
 ) -> None:
-    """Run one site on this host and start it again when it dies; what start.sh in a kit does.
+    """Run one site on this host and restart it when it dies, as start.sh in a kit does.
 
     For a network that answers: --stay at the cloud, --serve PORT at the devices that have callers.
     """
@@ -86,9 +86,9 @@ def start(
 
 @deploy.command()
 def status(kit: Annotated[Path, typer.Argument(help="A site's kit.")]) -> None:
-    """Ask every site what it is doing, and the kit how its own site has ended.
+    """Ask every site for its status, and the kit for the outcome of its own site.
 
-    Leaves with 0 if all are up or the run has finished, with 3 if it has failed, with 1 if a site is away.
+    Exits with 0 if all are up or the run has finished, with 3 if it has failed, with 1 if a site is away.
     """
     with told_errors():
         from gaisnet.deployment.status import exit_code, network_status

@@ -1,4 +1,4 @@
-"""The terminal of every command: live progress, the closing table, errors in their own words."""
+"""The terminal of every command: live progress, the closing table, error messages."""
 
 import errno
 import logging
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Safe:
-    """A renderable whose text is shown and not obeyed."""
+    """A renderable whose control sequences are shown, not obeyed."""
 
     def __init__(self, shown: RenderableType) -> None:
         self._shown = shown
@@ -42,7 +42,7 @@ class _SafeHook(RenderHook):
 
 
 def safe_console(stderr: bool = False) -> Console:
-    """A console on which text of others is only text: no brackets are markup, no escapes are obeyed."""
+    """Return a console on which foreign text is only text: no markup, no escapes."""
     made = Console(stderr=stderr, markup=False, emoji=False)
     made.push_render_hook(_SafeHook())
     return made
@@ -83,7 +83,7 @@ _STAGES = {
 
 @contextmanager
 def told_errors(exit_code: int = 1) -> Iterator[None]:
-    """Tell an error of ours in its own words, without a traceback, and leave with ``exit_code``."""
+    """Show one of our errors as its message, without a traceback, and exit with ``exit_code``."""
     try:
         try:
             yield
@@ -104,7 +104,7 @@ def told_errors(exit_code: int = 1) -> Iterator[None]:
 
 
 def tell_summary(summary: "Summary", folder: Path) -> None:
-    """The closing table, and where the rest is."""
+    """Show the closing table, and where the rest is."""
     from gaisnet.runs.table import closing_table
 
     console.print(closing_table(summary))
@@ -113,7 +113,7 @@ def tell_summary(summary: "Summary", folder: Path) -> None:
 
 
 class LiveProgress:
-    """A line per stage that is under way, on a terminal; a line per finished stage elsewhere."""
+    """Live progress: a line per running stage on a terminal, a line per finished stage elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""Arguments that several commands have."""
+"""Arguments that several commands share."""
 
 from datetime import datetime
 from pathlib import Path
@@ -87,7 +87,7 @@ Speculate = Annotated[
 
 
 def output_folder(config: Path | None, out: Path | None, resume: Path | None) -> Path:
-    """The output folder that CONFIG, --out and --resume mean."""
+    """Return the output folder that CONFIG, --out and --resume name."""
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either CONFIG or --resume DIR", param_hint="CONFIG")
     if resume is not None and out is not None:

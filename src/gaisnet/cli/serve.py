@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 def open_device(
     run: Path, name: str | None, overrides: Sequence[str] = ()
 ) -> "AbstractContextManager[AnsweringDevice]":
-    """A device of a finished run, and the bodies that it reaches, as long as the block lasts.
+    """Open a device of a finished run, and the bodies that it reaches, for the duration of the block.
 
     Args:
         run: The run's output folder.
-        name: Which device; None for the first split one.
+        name: The device; None for the first split one.
         overrides: As for ``serve_run``.
     """
     from gaisnet.runs.answering_device import open_device as opened_device
@@ -69,12 +69,12 @@ def serve(
     """Serve a run's models on a device: text and token ids stay on it.
 
     The endpoints are OpenAI's: /v1/chat/completions, /v1/completions, /v1/models; and /health, and /metrics for
-    Prometheus. Models are foundation, merged, one per domain, and auto: the domain model writes and hands over to the
-    foundation model where it is not sure. How sure is sure enough is calibrated once, on held-out examples of the
+    Prometheus. Models are foundation, merged, one per domain, and auto: the domain model writes and escalates to the
+    foundation model where it is unsure. The confidence threshold is calibrated once, on test examples of the
     domain and some of others, and kept in RUN/calibration.json.
 
-    RUN may be moved, and the examples need not be there: then what was calibrated before is kept. Where the model was
-    moved, say so: --set model.foundation=FOLDER.
+    RUN may be moved, and the examples may be missing: an earlier threshold is kept. If the model was
+    moved, say where: --set model.foundation=FOLDER.
 
     Try it: gaisnet chat RUN --model auto, or
 
@@ -107,7 +107,7 @@ def serve(
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: links are closed, and files are taken away."""
+    """Let SIGTERM and SIGHUP end this process like Ctrl-C: links are closed, and files removed."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # under nohup it is to outlive its terminal
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -123,7 +123,7 @@ def opened(
     address: tuple[str, int],
     overrides: Sequence[str] = (),
 ) -> "Iterator[tuple[Answering, Server]]":
-    """Open a run to be served: its answers, and a server that listens and does not answer yet."""
+    """Open a run for serving: its generator, and a server that listens and does not answer yet."""
     from gaisnet.serving.generation.device import calibrated, uncalibrated
     from gaisnet.serving.http.api import make_app
     from gaisnet.serving.http.server import Server
@@ -141,7 +141,7 @@ def opened(
 
 
 def _tell_absent(device: "AnsweringDevice") -> None:
-    """Say whose examples are not there, and the consequence."""
+    """Report devices whose examples are missing, and the consequence."""
     if device.absent:
         name, why = next(iter(device.absent.items()))
         more = f" and of {len(device.absent) - 1} other devices" if len(device.absent) > 1 else ""

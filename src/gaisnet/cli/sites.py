@@ -1,4 +1,4 @@
-"""``gaisnet cloud``, ``edge`` and ``device``: the processes that stay. ``gaisnet deploy start`` starts them."""
+"""``gaisnet cloud``, ``edge`` and ``device``: the resident processes, started by ``gaisnet deploy start``."""
 
 import logging
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def cloud(
     ] = None,
     stay: Stay = False,
 ) -> None:
-    """The cloud's process: holds the foundation model, carries out the run, and ends with it."""
+    """Run the cloud's process: it holds the foundation model, carries out the run, and ends with it."""
     with _site_process():
         from gaisnet.deployment.resident import run_cloud
 
@@ -40,7 +40,7 @@ def cloud(
 
 
 def edge(kit: Annotated[Path, typer.Argument(help="The edge's kit.")]) -> None:
-    """An edge's process: holds a domain model, serves its devices, and stays."""
+    """Run an edge's process: it holds a domain model, serves its devices, and stays."""
     with _site_process():
         from gaisnet.deployment.resident import run_edge
 
@@ -58,12 +58,12 @@ def device(
     threshold: Threshold = None,
     speculate: Speculate = False,
 ) -> None:
-    """A device's process: holds private data, head and tail, and stays.
+    """Run a device's process: it holds private data, head and tail, and stays.
 
-    With --serve, which the options under Answers are for, it also answers callers on this device, as gaisnet serve does
-    for a finished run: with the models of the network as they are, while it learns. How sure a domain model must be is
-    calibrated on the device's own held-out examples, anew for every version that is served. The models are the device's
-    own domain, auto, foundation and merged.
+    With --serve, to which the options under Answers belong, it also answers callers on this device, as gaisnet serve
+    does for a finished run: with the network's current models, while it trains. The confidence threshold is calibrated
+    on the device's own test examples, anew for every served version. The models are the device's own domain, auto,
+    foundation and merged.
     """
     with _site_process():
         from gaisnet.deployment.resident import run_device
@@ -83,7 +83,7 @@ def device(
 
 @contextmanager
 def _site_process() -> Iterator[None]:
-    """What is the same for every process that stays: a log on standard error, an end in order."""
+    """Set up a resident process: a log on standard error, an orderly end."""
     from gaisnet.deployment.resident import end_in_order
 
     log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -1,6 +1,6 @@
-"""From a YAML file, or a plain dictionary, to a checked configuration; errors name the key, and the nearest known one.
+"""Reads a configuration from a YAML file or a plain dictionary; errors name the key, and the nearest known one.
 
-``load_config`` is the only way in for files.
+``load_config`` is the only way to read files.
 """
 
 import difflib
@@ -74,9 +74,9 @@ def parse_config(
 
 
 def _locate(location: Sequence[str | int]) -> tuple[str, type[Settings]]:
-    """The dotted key at ``location``, and the group that its last name is, or should be, a field of.
+    """Return the dotted key at ``location``, and the group that its last name is, or should be, a field of.
 
-    Below a field that is no group, pydantic puts in the names of a union's members; they are left out.
+    Below a field that is no group, pydantic inserts the names of a union's members; they are left out.
     """
     names: list[str] = []
     group: type[Settings] = Config
@@ -92,22 +92,22 @@ def _locate(location: Sequence[str | int]) -> tuple[str, type[Settings]]:
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:
-    """The group of settings that a field holds, alone or in a tuple."""
+    """Return the group of settings that a field holds, alone or in a tuple."""
     held = (annotation, *get_args(annotation))
     return next((kind for kind in held if isinstance(kind, type) and issubclass(kind, Settings)), None)
 
 
 def with_absolute_paths(config: Config, overrides: Sequence[str], base: Path | None = None) -> Config:
-    """The same with every path absolute, ``~`` expanded.
+    """Make every path absolute, and expand ``~``.
 
     Args:
         config: After the overrides.
-        overrides: ``key=value``; a path that one of them gives is taken from the current directory.
-        base: Where the others are taken from; None where they are absolute already.
+        overrides: ``key=value``; paths in them are relative to the current directory.
+        base: Folder that the other paths are relative to; None if they are absolute.
 
     Raises:
-        ConfigError: ``model.foundation`` is written as a path, and there is nothing; or it is none, and a folder of the
-            current directory would be taken for it; or a path begins with '~' and a user who is unknown here.
+        ConfigError: ``model.foundation`` is written as a path that does not exist; or it is not, but a folder of the
+            current directory would be mistaken for it; or a path begins with '~' and an unknown user.
     """
 
     def base_of(key: str) -> Path | None:
@@ -133,7 +133,7 @@ def with_absolute_paths(config: Config, overrides: Sequence[str], base: Path | N
 
 
 def _foundation(asked: str, base: Path | None) -> str:
-    """A model's folder or file as an absolute path; a hub id, or the default, as it is."""
+    """Return a model's folder or file as an absolute path; a hub id, or the default, unchanged."""
     if asked in ("", ModelSettings.model_fields["foundation"].default):
         return asked
     path = _at_home(Path(asked), "model.foundation")
@@ -152,7 +152,7 @@ def _foundation(asked: str, base: Path | None) -> str:
 
 
 def _at_home(path: Path, key: str) -> Path:
-    """The same with ``~`` expanded. Raises ``ConfigError`` where there is no such user."""
+    """Expand ``~``. Raises ``ConfigError`` if there is no such user."""
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -161,5 +161,5 @@ def _at_home(path: Path, key: str) -> Path:
 
 
 def _is_path(text: str) -> bool:
-    """Whether this is written as a path, and cannot be a hub id."""
+    """Return whether a value is written as a path, and cannot be a hub id."""
     return text.startswith((".", "/", "~")) or text.endswith(".gguf")

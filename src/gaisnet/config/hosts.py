@@ -1,4 +1,4 @@
-"""Hosts as a configuration names them: checked where they are read, and written with a port as links need them."""
+"""Hosts in a configuration: checked where they are read, and formatted with a port for links."""
 
 import re
 from ipaddress import IPv6Address, ip_address
@@ -11,22 +11,22 @@ _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 
 
 def address(host: str, port: int) -> str:
-    """``host:port``, an IPv6 address in brackets."""
+    """Return ``host:port``, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if is_ipv6(host) else f"{host}:{port}"
 
 
 def every_address(host: str, port: int) -> str:
-    """Where to listen so that ``host`` is reached, whichever of this machine's addresses it is."""
+    """Return the address to listen on so that ``host`` is reached at any of this machine's addresses."""
     return f"[::]:{port}" if is_ipv6(host) else f"0.0.0.0:{port}"
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether a checked host is an IPv6 address."""
+    """Return whether a checked host is an IPv6 address."""
     return ":" in host
 
 
 def _checked(text: str) -> str:
-    """The host without brackets. Raises ``ValueError`` with what was found and what to write."""
+    """Return the host without brackets. Raises ``ValueError`` with what was found and what to write."""
     if "://" in text:
         inner = text.split("://", 1)[1].split("/", 1)[0] or "cloud.example.org"
         name = inner if inner.endswith("]") else inner.rsplit(":", 1)[0]

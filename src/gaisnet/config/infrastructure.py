@@ -1,4 +1,4 @@
-"""Settings of links, faults, services and the HTTP endpoint: how a network runs, not what it learns."""
+"""Settings of links, faults, services and the HTTP endpoint: how a network runs, not how it trains."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[A-Za-z0-9.\[\
 
 
 class WireSettings(Settings):
-    """How tensors are written on a link: int8 and int4 with scales (``gaisnet.row_quant``), others as plain casts."""
+    """Code of tensors on a link: int8 and int4 with scales (``gaisnet.row_quant``), others as plain casts."""
 
     smashed: TensorCode = Field("int4", description="Activations of examples, device -> edge -> cloud.")
     session: TensorCode = Field(
@@ -50,12 +50,12 @@ class WireSettings(Settings):
     )
 
     def rounding(self, setting: str) -> Literal["nearest", "stochastic"]:
-        """How what is written as ``setting`` says is rounded, if it is."""
+        """Return how tensors of ``setting`` are rounded, if they are."""
         return self.gradient_rounding if setting == "gradient" else "nearest"
 
 
 class FaultSettings(Settings):
-    """How long a party is waited for, and without which parties a round or a cycle goes on."""
+    """Timeouts, and the parties that a round or a cycle needs."""
 
     step_deadline_s: float = Field(60.0, gt=0.0, description="A device that answers a training step later is left out.")
     round_deadline_s: float = Field(
@@ -85,7 +85,7 @@ class FaultSettings(Settings):
 
 
 class ServiceSettings(Settings):
-    """How much a body serves at once, and what learning gets beside it."""
+    """Capacity of a body's service, and the share of training beside it."""
 
     max_cache_mib: int = Field(
         1024, ge=1, description="Of keys and values of all sessions; above it a session is refused."
@@ -120,17 +120,17 @@ class ServiceSettings(Settings):
     )
 
     def share_of_one(self, num_peers: int) -> float:
-        """Share of a site's sessions, and of their memory, that one of its peers may hold."""
+        """Return the share of a site's sessions, and of their memory, that one of its peers may use."""
         return self.max_share_per_peer if num_peers > 1 else 1.0
 
     @property
     def max_sessions_per_peer(self) -> int:
-        """Sessions that one of several peers may have."""
+        """Return the number of sessions of one of several peers."""
         return max(1, int(self.max_share_per_peer * self.max_sessions))
 
 
 class RoutingSettings(Settings):
-    """When a domain model's answer is escalated to the foundation model."""
+    """Escalation of a domain model's answer to the foundation model."""
 
     escalate: Literal["never", "auto", "always"] = Field(
         "auto", description="A device's policy: 'auto' escalates where the DM is not sure, 'always' at the first token."
@@ -154,7 +154,7 @@ class RoutingSettings(Settings):
 
 
 class FrontSettings(Settings):
-    """The HTTP endpoint: how much callers may ask for at once, how long they may take, and whose web pages may ask."""
+    """The HTTP endpoint: limits on requests and times, and allowed web pages."""
 
     max_body_bytes: int = Field(2**20, ge=2**10, description="A larger request is refused with 413.")
     max_prompt_tokens: int = Field(4096, ge=1, description="A longer prompt is refused with 400.")
@@ -187,7 +187,7 @@ class FrontSettings(Settings):
 
 
 class CloudSettings(Settings):
-    """Where the cloud's site is reached; read by ``gaisnet deploy`` only."""
+    """Addresses of the cloud's site; used by ``gaisnet deploy`` only."""
 
     host: Host = Field("localhost", description="DNS name or IPv4 address by which edges reach it.")
     nvflare_port: int = Field(0, ge=0, le=65535, description="TCP port of NVFlare's server; 0 takes a free one.")

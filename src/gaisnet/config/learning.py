@@ -1,4 +1,4 @@
-"""What learns, and how: groups of settings of a run's configuration. ``config`` has the whole of it."""
+"""Settings of training: models, adapters, relay, fine-tuning, gate and evaluation."""
 
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -11,7 +11,7 @@ _SAME = 0.01  # how far a part of a pass may be from one of equal parts, counted
 
 
 CONTEXT_LIMIT = 1024
-"""Tokens of an example, unless ``model.context`` says otherwise: the cost of attention grows with their square."""
+"""Default limit of ``model.context``: the cost of attention grows with the square of tokens."""
 
 
 class Settings(BaseModel):
@@ -22,7 +22,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_bool_for_number(cls, value: Any, about: ValidationInfo) -> Any:
-        """Pydantic would take true for 1, and YAML reads yes and on as true."""
+        """Refuse a bool for a number: pydantic would take true for 1, and YAML reads yes and on as true."""
         if isinstance(value, bool) and about.field_name is not None:
             kind = cls.model_fields[about.field_name].annotation
             if {int, float}.intersection((kind, *get_args(kind))) and bool not in (kind, *get_args(kind)):
@@ -60,7 +60,7 @@ class ModelSettings(Settings):
 
 
 class DomainSettings(Settings):
-    """The recipe that makes every domain model (DM) out of the FM."""
+    """The recipe that makes every domain model (DM) from the FM."""
 
     precision: Precision = Field("int8", description="Of the frozen middle layers, between the cuts and the adapters.")
     keep_layers: int | tuple[int, ...] | None = Field(
@@ -71,7 +71,7 @@ class DomainSettings(Settings):
 
 
 class AdapterSettings(Settings):
-    """Domain adapters on the late layers: LoRA (Hu et al., arXiv 2106.09685), deep prompts, or all of their weights."""
+    """Domain adapters on the late layers: LoRA (Hu et al., arXiv 2106.09685), deep prompts, or full weights."""
 
     kind: Literal["lora", "prompts", "full"] = Field(
         "lora",
@@ -97,7 +97,7 @@ class AdapterSettings(Settings):
 class RelaySettings(Settings):
     """Data-free knowledge relay, the down flow: low-rank weights in the DM's middle, fitted to the FM on its text.
 
-    How text is written here is how it is written for the merged adapter, too, relay or not.
+    Text for the merged adapter is generated with the same settings, even without relays.
     """
 
     enabled: bool = Field(True, description="Without it the DM stays as its recipe made it.")
@@ -118,17 +118,17 @@ class RelaySettings(Settings):
 
     @property
     def num_shaped(self) -> int:
-        """Sequences that are written for a domain in a cycle."""
+        """Sequences that are generated for a domain in a cycle."""
         return round(self.sequences * self.template_share)
 
     @property
     def num_free(self) -> int:
-        """Sequences that are written once, for all domains."""
+        """Sequences that are generated once, for all domains."""
         return self.sequences - self.num_shaped
 
 
 class FineTuneSettings(Settings):
-    """Hybrid federated split learning (HFSL), the up flow's learning."""
+    """Hybrid federated split learning (HFSL), the training of the up flow."""
 
     edge_rounds: int = Field(1, ge=1, description="Averaging rounds at an edge per cycle.")
     local_epochs: int | float = Field(
@@ -188,21 +188,21 @@ class FineTuneSettings(Settings):
 
     @property
     def passes_in_round(self) -> int:
-        """That begin in one."""
+        """Passes that begin in one round."""
         return max(1, round(self.local_epochs))
 
     @property
     def rounds_in_pass(self) -> int:
-        """Rounds that a pass takes: 1 where a round has whole ones."""
+        """Rounds of one pass: 1 if a round has whole ones."""
         return max(1, round(1 / self.local_epochs))
 
     def in_cycle(self, cycle: int) -> Self:
-        """The same with the learning rate of a cycle, counted from 0."""
+        """Return the settings with the learning rate of a cycle, counted from 0."""
         return self.model_copy(update={"learning_rate": self.learning_rate * self.cycle_decay**cycle})
 
 
 class MergeSettings(Settings):
-    """How the one merged adapter is made of the domains'; see ``gaisnet.learning.merging``."""
+    """Merging of the domains' adapters into one; see ``gaisnet.learning.merging``."""
 
     method: MergeMethod | tuple[MergeMethod, ...] = Field(
         "regression",
@@ -224,12 +224,12 @@ class MergeSettings(Settings):
 
     @property
     def ways(self) -> tuple[MergeMethod, ...]:
-        """The methods that are tried."""
+        """The methods to try."""
         return (self.method,) if isinstance(self.method, str) else self.method
 
 
 class LastMileSettings(Settings):
-    """The merged adapter learns on the FM itself, from activations that devices let travel so far (activations_to).
+    """Training of the merged adapter on the FM itself, on activations that devices allow at the cloud (activations_to).
 
     Batches, clipping and the pull toward the FM's own output are those of ``fine_tune``.
     """
@@ -244,7 +244,7 @@ class LastMileSettings(Settings):
 
 
 class AbsorbSettings(Settings):
-    """The cloud's gate over what comes up: by perplexity where the FM writes, and by what devices report."""
+    """The cloud's gate: by perplexity for a decoder, and by devices' scores."""
 
     max_retention_increase: float = Field(
         0.15, ge=0.0, description="An adapter may not raise the FM's perplexity on public text by more."
@@ -277,7 +277,7 @@ class AbsorbSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """What is measured after every cycle."""
+    """Measurements after every cycle."""
 
     everywhere: bool = Field(
         False,

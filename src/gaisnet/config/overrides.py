@@ -1,4 +1,4 @@
-"""Settings as plain values with ``--set key=value`` on top of them, and what is said of values that do not fit."""
+"""Overrides (``--set key=value``) of settings as plain values, and messages about invalid values."""
 
 import copy
 import reprlib
@@ -18,7 +18,10 @@ _LONGEST = 200  # characters of somebody's input in a message
 
 
 def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``raw`` with each ``a.b=value`` put in; values are read as YAML, list items by their index."""
+    """Return a copy of ``raw`` with each ``a.b=value`` applied.
+
+    Values are parsed as YAML, list items by their index.
+    """
     merged = copy.deepcopy(raw)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -36,7 +39,7 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def keys_of(overrides: Sequence[str]) -> list[str]:
-    """The dotted key of each, list items by their plain index."""
+    """Return the dotted key of each override, list items by their plain index."""
     return [
         ".".join(
             part.lstrip("0") or "0" if part.isdecimal() else part for part in override.partition("=")[0].split(".")
@@ -46,12 +49,12 @@ def keys_of(overrides: Sequence[str]) -> list[str]:
 
 
 def is_set_by(overrides: Sequence[str], key: str) -> bool:
-    """Whether one of them gives ``key`` its value, by itself or with a group that it is in."""
+    """Return whether an override sets ``key``, by itself or with its group."""
     return any(f"{key}.".startswith(f"{given}.") for given in keys_of(overrides))
 
 
 def spelled_at(location: Sequence[str | int], text: str, overrides: Sequence[str]) -> str | None:
-    """A scalar of settings as somebody wrote it, in an override or in the text of the file; None if it is neither."""
+    """Return a scalar as it was written, in an override or in the file's text; None if it is in neither."""
     for override in reversed(overrides):
         key, _, value = override.partition("=")
         parts = key.split(".")
@@ -61,7 +64,7 @@ def spelled_at(location: Sequence[str | int], text: str, overrides: Sequence[str
 
 
 def shortened(text: str) -> str:
-    """Its beginning, for a message."""
+    """Return the beginning of a text, for a message."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
@@ -90,15 +93,15 @@ def _put(target: Any, parts: list[str], value: Any, override: str) -> None:
 
 
 def most_telling(error: ValidationError) -> ErrorDetails:
-    """The most telling of the faults that pydantic found in settings.
+    """Return the most telling of the errors that pydantic found.
 
-    A misspelt key explains the missing one beside it, and of a union's members the one that got furthest was meant.
+    A misspelt key explains the missing one beside it; of a union's members, the one that got furthest was meant.
     """
     return min(error.errors(), key=lambda each: (each["type"] != "extra_forbidden", -len(each["loc"])))
 
 
 def found_in(error: ErrorDetails, spelled: str | None = None) -> str:
-    """Say why a value is wrong, and show it, shortened; ``spelled``: as it was written, if that is known."""
+    """Explain why a value is wrong, and show it, shortened; ``spelled``: as it was written, if that is known."""
     message, value = error["msg"].removeprefix("Value error, "), error["input"]
     if error["type"] in ("missing", "value_error"):  # here the input is all that stands around it
         return message
@@ -111,7 +114,7 @@ def found_in(error: ErrorDetails, spelled: str | None = None) -> str:
 
 
 def what_to_do(error: ErrorDetails, spelled: str | None = None) -> str:
-    """Advice on what ``found_in`` says."""
+    """Return advice for an error of ``found_in``."""
     if error["input"] is None and error["type"] in _GROUPS:
         return "write settings below it, indented, or remove the key"
     if error["type"] == "tuple_type" and isinstance(error["input"], str):
@@ -135,7 +138,7 @@ def _is_unquoted(error: ErrorDetails) -> bool:
 
 
 def _kind(value: Any) -> str:
-    """A value that is not text, in words for who wrote it."""
+    """Describe a value that is not text, for the author of the file."""
     if isinstance(value, bool):
         return f"{value}".lower()
     if isinstance(value, int | float):

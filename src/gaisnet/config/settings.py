@@ -40,7 +40,7 @@ RESERVED_SITES = frozenset(
 
 
 class DataSettings(Settings):
-    """How a built-in data set is drawn and spread over an edge's devices."""
+    """Draw of a built-in data set, and its distribution over an edge's devices."""
 
     train_examples: int = Field(420, ge=1, description="Training examples per domain, all devices together.")
     test_examples: int = Field(210, ge=1, description="Held-out examples per domain, all devices together.")
@@ -94,12 +94,12 @@ class EdgeSettings(Settings):
 
     @property
     def adapter(self) -> str:
-        """The domain whose adapter acts here."""
+        """The domain whose adapter is active here."""
         return self.follows or self.domain
 
     @property
     def travelling(self) -> tuple[str, ...]:
-        """Names of devices whose activations of training examples may come to the cloud."""
+        """Names of devices that allow activations of training examples at the cloud."""
         return tuple(device.name for device in self.devices if device.activations_to == "cloud")
 
     @model_validator(mode="after")
@@ -131,7 +131,7 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 
 class DealtShare(Settings):
-    """A device's part of a built-in data set, by numbers: it is drawn as for the whole network."""
+    """A device's part of a built-in data set, by numbers, drawn as for the whole network."""
 
     num_devices: int = Field(ge=1, description="Devices of the edge.")
     device: int = Field(ge=0, description="Place of this one among them.")
@@ -140,7 +140,7 @@ class DealtShare(Settings):
 
 
 class Elsewhere(Settings):
-    """Facts about sites that a site's configuration leaves out; see ``deployment.own_part``."""
+    """Facts about other sites that a site's configuration leaves out; see ``deployment.site_config``."""
 
     first_cut: int = Field(ge=0, description="head_layers of the network's shallowest device.")
     last_cut: int = Field(ge=0, description="The same of its deepest one.")
@@ -246,34 +246,34 @@ class Config(Settings):
         return self
 
     def learning_edges(self) -> list[EdgeSettings]:
-        """Those whose devices have examples to learn from."""
+        """Return the edges whose devices have training examples."""
         return [edge for edge in self.edges if edge.follows is None]
 
     @property
     def num_learning(self) -> int:
-        """Domains of the network that learn."""
+        """Number of the network's domains that train."""
         return self.elsewhere.num_learning if self.elsewhere else len(self.learning_edges())
 
     def deals(self, edge: EdgeSettings) -> bool:
-        """Whether an edge's devices are dealt examples of a built-in domain; otherwise all have data of their own."""
+        """Return whether an edge's devices are dealt built-in examples; otherwise all have data of their own."""
         own_data = self.elsewhere.own_data if self.elsewhere else ()
         return edge.name not in own_data and all(device.data is None for device in edge.devices)
 
     @property
     def cuts(self) -> tuple[int, int]:
-        """Layers of the network's shallowest device head and of its deepest."""
+        """Layers of the network's shallowest and deepest device heads."""
         if self.elsewhere:
             return self.elsewhere.first_cut, self.elsewhere.last_cut
         layers = [device.head_layers for _, device in self.each_device()]
         return min(layers), max(layers)
 
     def each_device(self) -> Iterator[tuple[EdgeSettings, DeviceSettings]]:
-        """Every device with its edge, in the order of the file."""
+        """Yield every device with its edge, in the order of the file."""
         for edge in self.edges:
             for device in edge.devices:
                 yield edge, device
 
     def seed_for(self, *purpose: object) -> int:
-        """A seed in [0, 2**63) of its own for every purpose, the same at every site and in every process."""
+        """Return a seed in [0, 2**63) for a purpose, the same at every site and in every process."""
         text = "/".join(map(str, (self.seed, *purpose)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,7 +1,7 @@
-"""YAML as plain values: no key twice, nothing that grows without end, and each scalar as somebody wrote it.
+"""YAML as plain values: unique keys, limited size, and each scalar as it was written.
 
-YAML reads an unquoted ``no`` as false, ``1_000`` as a number and ``2024-01-31`` as a date. Where text is wanted, the
-spelling is needed to say so.
+YAML reads an unquoted ``no`` as false, ``1_000`` as a number and ``2024-01-31`` as a date. Where text is expected, the
+original spelling is needed for the message.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 DEEPEST = 64
-"""Levels of lists and mappings inside each other."""
+"""Deepest nesting of lists and mappings."""
 
 MOST_VALUES = 200_000
-"""Values of a text once its aliases are written out: they can stand for exponentially many."""
+"""Most values of a text after its aliases are expanded, which can be exponentially many."""
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, with limits; a key that is given twice is an error, for the first value would be lost."""
+    """PyYAML's safe loader with limits; a duplicate key is an error, since its first value would be lost."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -65,7 +65,10 @@ _TOO_DEEP = f"values nest deeper than {DEEPEST} levels"
 
 
 def _measure(node: yaml.Node, measured: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """Values in a node with its aliases written out, and their depth. Raises ``ComposerError`` beyond the limits."""
+    """Count values in a node after its aliases are expanded, and their depth.
+
+    Raises ``ComposerError`` beyond the limits.
+    """
     known = measured.get(id(node), (0, 0))
     if known is None:
         raise ComposerError(None, None, "an alias stands inside what it stands for", node.start_mark)
@@ -91,14 +94,14 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 
 
 def load_yaml(text: str) -> Any:
-    """Plain values. Raises ``yaml.YAMLError``, also where a key is given twice or the limits are passed."""
+    """Parse YAML as plain values. Raises ``yaml.YAMLError``, also for duplicate keys and beyond the limits."""
     return yaml.load(text, Loader=_StrictLoader)
 
 
 def spelling(text: str, location: Sequence[str | int]) -> str | None:
-    """A scalar as it is written in a text that ``load_yaml`` takes; None where none stands at ``location``.
+    """Return a scalar as it is written in a valid text; None if there is none at ``location``.
 
-    Names in ``location`` that are no key where they stand are left out: pydantic puts in those of a union's members.
+    Names in ``location`` that are not keys are skipped: pydantic inserts those of a union's members.
     """
     node: yaml.Node | None = yaml.compose(text, Loader=_StrictLoader)
     for part in location:
@@ -110,7 +113,7 @@ def spelling(text: str, location: Sequence[str | int]) -> str | None:
 
 
 def problem(error: yaml.YAMLError) -> str:
-    """A complaint of the loader's, with its line, in one line of text."""
+    """Return a loader's error, with its line, in one line of text."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return " ".join(str(error).split())
     mark = error.problem_mark or error.context_mark
@@ -119,7 +122,7 @@ def problem(error: yaml.YAMLError) -> str:
 
 
 def way_out(error: yaml.YAMLError) -> str:
-    """Advice on it."""
+    """Return advice for a loader's error."""
     said = str(error)
     if isinstance(error, ConstructorError):
         return "quote it if it is text, or correct it"

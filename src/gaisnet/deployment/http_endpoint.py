@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenEndpoint:
-    """How callers are admitted and answered.
+    """Admission of callers, and routing of their requests.
 
     Attributes:
         address: Address to listen on.

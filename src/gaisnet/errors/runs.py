@@ -10,7 +10,7 @@ class GaisnetError(Exception):
 
     @classmethod
     def quoted(cls, text: str) -> Self:
-        """What another site raised, from what it said."""
+        """Rebuild an error that another site raised, from its text."""
         error = cls.__new__(cls)
         Exception.__init__(error, text)
         return error

@@ -38,7 +38,7 @@ class SessionClosed(ServingError):
 
 
 class SessionRefused(ServingError):
-    """What a session asks for cannot be meant."""
+    """The request is invalid for this session."""
 
     def __init__(self, asked: str, found: str, do: str) -> None:
         super().__init__(f"{asked}: {found}; {do}")

@@ -21,7 +21,7 @@ from gaisnet.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """How to run a layer in two halves, which modules get adapters, and where layers are.
+    """A family of models: a layer in two halves, the modules that get adapters, and the path to layers.
 
     Attributes:
         attend: The layer's first half, up to where rows are independent: takes the layer, hidden states [B, T, D] and

@@ -183,7 +183,7 @@ class Endpoint:
         self.warn(found)
 
     def next_frame(self, connection: Connection, patient: bool) -> bytes | None:
-        """What to send next; None where there is nothing. Raises ``EOFError`` at the end of the connection.
+        """Return the next frame to send; None if there is none. Raises ``EOFError`` at the end of the connection.
 
         Args:
             connection: The one that sends.

@@ -16,7 +16,7 @@ _COLDEST = 1e-5
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and when to stop."""
+    """Choice of tokens, and the end of an answer."""
 
     max_tokens: int = 128
     temperature: float = 0.0  # 0, or almost 0, takes the most likely token

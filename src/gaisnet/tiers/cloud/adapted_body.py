@@ -1,4 +1,4 @@
-"""The foundation model's body as the cloud runs it: adapters are plugged in, of which one at a time acts.
+"""The foundation model's body in the cloud, with adapters of which one at a time is active.
 
 Shape legend: B sequences, T positions, D hidden size.
 """
@@ -23,12 +23,12 @@ MERGED = "merged"
 
 
 class AdaptedBody(TrainableBody):
-    """The FM's body, whose weights stay as they are.
+    """The FM's body; its weights do not change.
 
     Args:
-        body: The FM's.
-        layout: Whose layers are whose.
-        compute_lock: Held while the body runs or its adapters are switched, for others may serve it.
+        body: The FM's body.
+        layout: Layers of each party.
+        compute_lock: Held while the body runs or adapters are switched, since it may be served, too.
     """
 
     def __init__(self, body: Body, layout: Layout, compute_lock: ComputeLock) -> None:
@@ -38,15 +38,15 @@ class AdaptedBody(TrainableBody):
     # -- adapters ------------------------------------------------------------------------------------------------------
 
     def add(self, name: str, spec: AdapterSpec, seed: int) -> None:
-        """A new adapter: a LoRA does nothing yet, prompts and classifiers are random."""
+        """Add an adapter: a LoRA does nothing yet, prompts and classifiers are random."""
         with self._compute_lock.learning():
             add_adapter(self._body, name, spec, seed)
 
     @contextmanager
     def active_adapter(self, name: str | None) -> Iterator[None]:
-        """Inside, this adapter acts and no other; nobody else uses the model meanwhile, except to serve.
+        """Activate one adapter inside the context; only services use the model meanwhile.
 
-        Raises ``UnexpectedMessage`` while an adapter learns: it would no longer act.
+        Raises ``UnexpectedMessage`` while an adapter is trained: it would be deactivated.
         """
         with self._compute_lock.learning():
             if self._is_learning:
@@ -61,7 +61,7 @@ class AdaptedBody(TrainableBody):
     # -- running it ----------------------------------------------------------------------------------------------------
 
     def prefix(self, smashed: SmashedData) -> Activations:
-        """Finish the frozen layers from where a device stopped. Raises ``WireFormatError`` if that cannot be."""
+        """Finish the frozen layers after a device's head. Raises ``WireFormatError`` if the data do not fit."""
         first_cut, first = self._layout.first_cut, self._layout.first_adapted
         width, found = self._body.config.hidden_size, smashed.hidden_ND.shape[1]
         if not self._causal and not bool((smashed.num_labels_E == 1).all()):
@@ -74,20 +74,20 @@ class AdaptedBody(TrainableBody):
         return self.run_prefix(Activations.from_smashed(smashed, self.device, self.dtype))
 
     def output_rows(self, inputs: Activations, adapter: str | None) -> Tensor:
-        """What goes to the owner of examples, of all in order, without gradients."""
+        """Return the rows for the owner of examples, in order, without gradients."""
         with self.active_adapter(adapter):
             return self.compute_output_rows(inputs)
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def hold_to(self, inputs: Ragged) -> None:
-        """From now on what learns is pulled toward what the suffix makes of this without adapters."""
+        """Pull training toward the suffix's output on these inputs without adapters."""
         with self.active_adapter(None):
             self._anchor = inputs, inputs.map_batches(self.run_suffix, PREFIX_BATCH)
 
     @contextmanager
     def _training(self) -> Iterator[list[nn.Parameter]]:
-        """Inside, the merged adapter acts, too."""
+        """Also activate the merged adapter inside the context."""
         with self._compute_lock.learning():
             activate(self._body, (self._trained_adapter,))
             self._is_learning = True

@@ -1,4 +1,4 @@
-"""The foundation model (FM) in parts, where it is a decoder: what it writes, and what is made of it.
+"""A decoder as foundation model (FM), in parts: text generation, hidden states, perplexity.
 
 Shape legend: B sequences, T positions, D hidden size, V vocabulary.
 """
@@ -31,12 +31,12 @@ _CHOICE_SEQUENCES, _CALIBRATION_SEQUENCES = 8, 16
 
 
 class DecoderParts(AdaptedBody):
-    """A decoder in parts. Its weights stay as they are.
+    """A decoder in parts; its weights do not change.
 
     Args:
         foundation: Model and tokenizer.
-        layout: Whose layers are whose.
-        compute_lock: Held while the model runs or its adapters are switched, for others may serve it.
+        layout: Layers of each party.
+        compute_lock: Held while the model runs or adapters are switched, since it may be served, too.
     """
 
     def __init__(self, foundation: Foundation, layout: Layout, compute_lock: ComputeLock) -> None:
@@ -47,7 +47,7 @@ class DecoderParts(AdaptedBody):
 
     @property
     def body(self) -> Body:
-        """To serve it."""
+        """The body, for its service."""
         return self._body
 
     @property
@@ -58,14 +58,14 @@ class DecoderParts(AdaptedBody):
     # -- what is made of it, before it has adapters --------------------------------------------------------------------
 
     def free_text(self) -> Tensor:
-        """Token ids [B, T] of text that it writes when nobody asks for anything: for a DM, its anchor and its relay."""
+        """Generate unconditional text, token ids [B, T], for the recipe, the anchor and relays."""
         config = self._layout.config
         num = max(_CALIBRATION_SEQUENCES, config.fine_tune.anchor_sequences, config.relay.num_free)
         ids = self.write(TaskTemplate(None, ()), num, config.relay, config.seed_for("free text"), None)
         return torch.tensor(ids, device=self.device)
 
     def make_domain_body(self, text_BT: Tensor) -> tuple[Recipe, Body]:
-        """The DM's body: the recipe filled in, int8 calibrated, both on the first sequences of ``text_BT`` (int64)."""
+        """Make the DM's body: fill in the recipe and calibrate int8 on the first sequences of ``text_BT`` (int64)."""
         layout = self._layout
         hidden_BTD = self.at_middle(text_BT[:_CALIBRATION_SEQUENCES])
         recipe = choose_recipe(layout.config.domain, layout.middle, self._body, hidden_BTD[:_CHOICE_SEQUENCES])
@@ -73,12 +73,12 @@ class DecoderParts(AdaptedBody):
         return recipe, make_domain_body(decoder, first, stop, recipe, layout.middle, hidden_BTD)
 
     def release(self, recipe: Recipe, domain_body: Body) -> ModelRelease:
-        """What an edge and its devices need, once; the tensors are the FM's and the DM's own, not copies."""
+        """Release everything that an edge and its devices need; tensors are the FM's and the DM's own, not copies."""
         layout = self._layout
         return release_model(self._foundation.decoder, domain_body, recipe.int8, layout.last_cut, layout.tail_start)
 
     def num_parameters(self) -> tuple[int, int]:
-        """Parameters of the FM, and of the largest split device's parts."""
+        """Count the parameters of the FM, and of the largest split device's parts."""
         layout, layers = self._layout, self._foundation.decoder.layers
         devices = [device for _, device in layout.config.each_device() if device.mode == "split"]
         deepest = max((device.head_layers for device in devices), default=0)
@@ -91,12 +91,12 @@ class DecoderParts(AdaptedBody):
     def write(
         self, shape: TaskTemplate, num: int, settings: RelaySettings, seed: int, adapter: str | None
     ) -> list[list[int]]:
-        """Token ids of texts that it writes, as ``relay.downward.generate_text`` says."""
+        """Generate texts as token ids, see ``learning.relay.generate_text``."""
         with self.active_adapter(adapter):
             return generate_text(self._foundation.model, self._foundation.tokenizer, shape, num, settings, seed)
 
     def windows(self, text: str, num: int, num_tokens: int) -> Tensor:
-        """The beginning of a text as token ids [num, num_tokens]. Raises ``DataError`` where it is too short."""
+        """Return the beginning of a text as token ids [num, num_tokens]. Raises ``DataError`` if it is too short."""
         windows = window_ids(self._foundation.tokenizer, text, num, num_tokens)
         if len(windows) < num:
             found = f"it fills {len(windows)} windows of {num_tokens} tokens but {num} are wanted"
@@ -104,16 +104,16 @@ class DecoderParts(AdaptedBody):
         return torch.tensor(windows, device=self.device)
 
     def at_middle(self, ids_BT: Tensor) -> Tensor:
-        """Hidden states [B, T, D] that enter the middle."""
+        """Return the middle's input [B, T, D]."""
         with torch.no_grad(), self._compute_lock.learning():
             return self._body.run(self._head(ids_BT), self._layout.first_cut, self._layout.middle.start)
 
     def between(self, hidden: Ragged, start: int, stop: int) -> Ragged:
-        """What the layers [start, stop) make of hidden states, without gradients."""
+        """Run the layers [start, stop) on hidden states, without gradients."""
         return hidden.map_batches(lambda hidden_BTD: self._run(hidden_BTD, start, stop), PREFIX_BATCH)
 
     def at_suffix(self, sequences: Sequence[Sequence[int]]) -> Ragged:
-        """Hidden states that enter the suffix, where adapters begin, in texts of token ids."""
+        """Return the suffix's input, at the first adapted layer, for texts of token ids."""
         start, first = self._layout.first_cut, self._layout.first_adapted
 
         def run(ids_BT1: Tensor) -> Tensor:
@@ -123,9 +123,9 @@ class DecoderParts(AdaptedBody):
         return token_rows(sequences, self.device).map_batches(run, PREFIX_BATCH)
 
     def merged(self, entering: Mapping[str, Ragged], free: Ragged) -> AdapterTensors:
-        """The adapters of ``entering`` as one, by regression: see ``relay.merging``.
+        """Merge the adapters of ``entering`` by regression, see ``learning.merging``.
 
-        The model is taken for a layer at a time, so that others may serve it in between.
+        The model is locked for a layer at a time, so that it can be served in between.
         """
         adapters = {name: self.copy_adapter(name) for name in entering}
         some, layers = next(iter(adapters)), [i for i in self._body.indices if i >= self._layout.first_adapted]
@@ -137,19 +137,19 @@ class DecoderParts(AdaptedBody):
         return by_regression(adapters, entering, free, layers, trace, self._layout.config.absorb.merge)
 
     def perplexity(self, ids_BT: Tensor, entering: Ragged, adapter: str | None) -> float:
-        """On text, with an adapter or as it is; ``entering`` is what ``at_suffix`` gave for it."""
+        """Return the perplexity of text, with an adapter or without; ``entering`` is its ``at_suffix``."""
         with self.active_adapter(adapter), torch.no_grad():
             outputs = entering.map_batches(self.run_suffix, PREFIX_BATCH)
             hidden_BTD = self._tail.stack.run(outputs.rows_ND.view(*ids_BT.shape, -1))
             return perplexity(hidden_BTD, self._tail_logits, ids_BT)
 
     def divergence(self, entering: Ragged, other: Ragged, adapter: str) -> float:
-        """Mean over positions of KL(p || q) of the next token, in nats.
+        """Return the mean over positions of KL(p || q) of the next token, in nats.
 
         Args:
-            entering: Hidden states that enter the suffix in the FM: p is what it makes of them.
-            other: What enters there in another model that goes on as this one, for q.
-            adapter: Acts on both.
+            entering: The suffix's input in the FM, for p.
+            other: The same in another model with the same suffix, for q.
+            adapter: Active in both.
         """
         with self.active_adapter(adapter), torch.no_grad():
             chances = zip(self._log_chances(entering), self._log_chances(other), strict=True)
@@ -157,7 +157,7 @@ class DecoderParts(AdaptedBody):
         return total / max(len(entering.rows_ND), 1)
 
     def _log_chances(self, entering: Ragged) -> Iterator[Tensor]:
-        """Of the next token at some positions at a time, float32 [R, V]."""
+        """Yield next-token log probabilities of some positions at a time, float32 [R, V]."""
         outputs = entering.map_batches(
             lambda hidden_BTD: self._tail.stack.run(self.run_suffix(hidden_BTD)), PREFIX_BATCH
         )
