@@ -113,9 +113,9 @@ class Network:
         order, cloud = Install(self.run, self.cloud.model_digest), self.cloud
         for domain, held in self._ask(dict.fromkeys(domains, order), Installed).items():
             if held.relay != cloud.version("relay", domain):
-                self._ask({domain: cloud.release("relay", domain)}, Done)
+                self._ask({domain: cloud.adapter_release("relay", domain)}, Done)
             if held.domain != cloud.version("domain", domain):
-                release = cloud.release("domain", domain)
+                release = cloud.adapter_release("domain", domain)
                 self._ask({domain: release}, Done)
                 self._at_edges[domain] = release.tensors
 
@@ -200,7 +200,7 @@ class Network:
 
     def _guest(self, domain: str) -> EvaluateGuest:
         """Return a domain's DM with its present adapter, even one that the gate has rejected."""
-        whole = self.cloud.release("domain", domain).tensors
+        whole = self.cloud.adapter_release("domain", domain).tensors
         return EvaluateGuest(self.cloud.relay(domain), self._at_edges.get(domain, whole))
 
     def lengths(self) -> dict[str, dict[str, Lengths]]:

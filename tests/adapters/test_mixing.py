@@ -47,10 +47,10 @@ def held(served: ServedAdapters, body: Body) -> tuple[list[str], int]:
 def test_every_row_has_its_own() -> None:
     body, one, two, relay = new_body(), adapter(DOMAIN, 1), adapter(DOMAIN, 2), adapter(RELAY, 3)
     served = ServedAdapters(body)
-    served.put("one", 0, DOMAIN, one)
-    served.put("two", 0, DOMAIN, two)
-    served.put("relay", 0, RELAY, relay)
-    stacks = [served.take(["one"]), served.take(["relay", "two"]), served.take([])]
+    served.install("one", 0, DOMAIN, one)
+    served.install("two", 0, DOMAIN, two)
+    served.install("relay", 0, RELAY, relay)
+    stacks = [served.acquire(["one"]), served.acquire(["relay", "two"]), served.acquire([])]
     with served.for_rows(stacks):
         found = body(ROWS)
     expected = [
@@ -71,14 +71,14 @@ def test_what_learns_on_the_same_body_is_not_disturbed() -> None:
     activate(body, ["domain"])
     before, tensors = body(ROWS), take_out(body, "domain")
     served = ServedAdapters(body)
-    served.put("domain", 3, DOMAIN, adapter(DOMAIN, 1))
-    with served.for_rows([served.take([])] * 3):
+    served.install("domain", 3, DOMAIN, adapter(DOMAIN, 1))
+    with served.for_rows([served.acquire([])] * 3):
         assert_close(body(ROWS), new_body()(ROWS))
     assert active_adapters(body) == ["domain"]
     torch.testing.assert_close(body(ROWS), before)
     torch.testing.assert_close(take_out(body, "domain"), tensors)
     activate(body, [])
-    with served.for_rows([served.take(["domain"])] * 3):
+    with served.for_rows([served.acquire(["domain"])] * 3):
         acting = body(ROWS)
     assert (acting - body(ROWS)).abs().max() > 0.1
     assert active_adapters(body) == []
@@ -91,7 +91,7 @@ def test_what_learns_goes_on_learning_through_a_swap() -> None:
     learning = {id(p) for p in trainable(body, "domain")}
     served = ServedAdapters(body)
     for version in range(2):
-        served.put("domain", version, DOMAIN, adapter(DOMAIN, version))
+        served.install("domain", version, DOMAIN, adapter(DOMAIN, version))
     assert {id(p) for p in body.parameters() if p.requires_grad} == learning
     body(ROWS).sum().backward()
     assert active_adapters(body) == ["domain"]
@@ -100,10 +100,10 @@ def test_what_learns_goes_on_learning_through_a_swap() -> None:
 def test_a_version_stays_as_long_as_somebody_uses_it() -> None:
     body, old, new = new_body(), adapter(DOMAIN, 1), adapter(DOMAIN, 2)
     served = ServedAdapters(body)
-    served.put("domain", 0, DOMAIN, old)
-    began = served.take(["domain"])
-    served.put("domain", 1, DOMAIN, new)
-    later = served.take(["domain"])
+    served.install("domain", 0, DOMAIN, old)
+    began = served.acquire(["domain"])
+    served.install("domain", 1, DOMAIN, new)
+    later = served.acquire(["domain"])
     with served.for_rows([began, later, later]):
         found = body(ROWS)
     expected = [alone(0, d=(DOMAIN, old)), alone(1, d=(DOMAIN, new)), alone(2, d=(DOMAIN, new))]
@@ -120,18 +120,18 @@ def test_many_swaps_leave_nothing_behind() -> None:
     served = ServedAdapters(body)
     size = num_modules(body)
     for version in range(5):
-        served.put("domain", version, DOMAIN, adapter(DOMAIN, version))
+        served.install("domain", version, DOMAIN, adapter(DOMAIN, version))
         assert held(served, body) == ([f"domain@{version}"], size)
-        served.give_back(served.take(["domain"]))
+        served.give_back(served.acquire(["domain"]))
     assert sum(len(module._forward_hooks) for module in body.modules()) == 3 * len(DOMAIN.layers)
 
 
 def test_the_same_version_again_changes_nothing() -> None:
     body = new_body()
     served = ServedAdapters(body)
-    served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
-    served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
-    assert (served.take(["domain"]), served.versions) == (("domain@0",), ["domain@0"])
+    served.install("domain", 0, DOMAIN, adapter(DOMAIN, 1))
+    served.install("domain", 0, DOMAIN, adapter(DOMAIN, 1))
+    assert (served.acquire(["domain"]), served.versions) == (("domain@0",), ["domain@0"])
 
 
 def test_a_version_that_was_learned_again_does_not_change_what_is_in_use() -> None:
@@ -140,8 +140,8 @@ def test_a_version_that_was_learned_again_does_not_change_what_is_in_use() -> No
     served = ServedAdapters(body)
     versions = []
     for seed in (1, 2, 1):
-        served.put("domain", 3, DOMAIN, adapter(DOMAIN, seed))
-        versions.append(served.take(["domain"]))
+        served.install("domain", 3, DOMAIN, adapter(DOMAIN, seed))
+        versions.append(served.acquire(["domain"]))
     assert versions == [("domain@3",), ("domain@3+",), ("domain@3",)]
     with served.for_rows(versions):
         found = body(ROWS)
@@ -155,27 +155,27 @@ def test_a_version_that_was_learned_again_does_not_change_what_is_in_use() -> No
 def test_an_adapter_that_does_not_fit_is_refused_and_the_old_one_served() -> None:
     body = new_body()
     served = ServedAdapters(body)
-    served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
+    served.install("domain", 0, DOMAIN, adapter(DOMAIN, 1))
     fitting, nowhere = adapter(DOMAIN, 2), replace(DOMAIN, layers=(17,))
     infinite = {key: tensor / 0 for key, tensor in fitting.items()}
     shorter = {key: tensor[:1] for key, tensor in fitting.items()}
     for spec, tensors in ((DOMAIN, {}), (DOMAIN, infinite), (DOMAIN, shorter), (RELAY, fitting), (nowhere, {})):
         with pytest.raises(AdapterMismatch):
-            served.put("domain", 1, spec, tensors)
+            served.install("domain", 1, spec, tensors)
         assert served.versions == ["domain@0"]
-    assert served.take(["domain"]) == ("domain@0",)
+    assert served.acquire(["domain"]) == ("domain@0",)
 
 
 def test_a_body_that_learns_later_serves_what_it_served() -> None:
     """Modules that peft wraps afterwards still have their served adapters, and only those."""
     body, tensors = new_body(), adapter(DOMAIN, 1)
     served = ServedAdapters(body)
-    served.put("domain", 0, DOMAIN, tensors)
+    served.install("domain", 0, DOMAIN, tensors)
     add_adapter(body, "learns", DOMAIN, seed=0)
     put_in(body, "learns", adapter(DOMAIN, 2))
     activate(body, ["learns"])
-    served.put("domain", 1, DOMAIN, tensors)
-    with served.for_rows([served.take(["domain"]), served.take([]), served.take(["domain"])]):
+    served.install("domain", 1, DOMAIN, tensors)
+    with served.for_rows([served.acquire(["domain"]), served.acquire([]), served.acquire(["domain"])]):
         found = body(ROWS)
     expected = [alone(0, d=(DOMAIN, tensors)), alone(1), alone(2, d=(DOMAIN, tensors))]
     assert_close(found, torch.cat(expected))
@@ -186,24 +186,24 @@ def test_a_body_that_learns_later_serves_what_it_served() -> None:
 def test_what_is_served_is_a_copy() -> None:
     body, tensors = new_body(), adapter(DOMAIN, 1)
     served = ServedAdapters(body)
-    served.put("domain", 0, DOMAIN, tensors)
+    served.install("domain", 0, DOMAIN, tensors)
     expected = alone(0, d=(DOMAIN, adapter(DOMAIN, 1)))
     for tensor in tensors.values():
         tensor.zero_()
-    with served.for_rows([served.take(["domain"])] * 3):
+    with served.for_rows([served.acquire(["domain"])] * 3):
         assert_close(body(ROWS)[:1], expected)
 
 
 def test_an_unknown_adapter_is_refused_by_name() -> None:
     served = ServedAdapters(new_body())
-    served.put("domain", 0, DOMAIN, adapter(DOMAIN, 1))
+    served.install("domain", 0, DOMAIN, adapter(DOMAIN, 1))
     with pytest.raises(UnknownAdapter, match="'domian'.*served are: domain"):
-        served.take(["domian"])
+        served.acquire(["domian"])
 
 
 def test_two_adapters_on_one_module_are_refused() -> None:
     served = ServedAdapters(new_body())
-    served.put("one", 0, DOMAIN, adapter(DOMAIN, 1))
-    served.put("two", 0, DOMAIN, adapter(DOMAIN, 2))
+    served.install("one", 0, DOMAIN, adapter(DOMAIN, 1))
+    served.install("two", 0, DOMAIN, adapter(DOMAIN, 2))
     with pytest.raises(AdapterMismatch, match="beside 'one@0'"):
-        served.take(["one", "two"])
+        served.acquire(["one", "two"])

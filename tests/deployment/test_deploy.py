@@ -237,7 +237,7 @@ def test_the_state_of_a_device_is_what_its_edge_sees_now(kits: Mapping[str, Path
         "north",
         names,
         lambda _asker, frame: frame,
-        status=lambda: {**watched.state(), "links": links_status(listener.states())},
+        status=lambda: {**watched.describe(), "links": links_status(listener.states())},
     )
     own = certificates(kits["north-a"], "device")
     device = Dialer(site.edge_address, own, "north-a", "north", lambda _asker, frame: frame)

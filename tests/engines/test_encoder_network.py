@@ -370,7 +370,7 @@ def test_an_edge_that_restarts_goes_on_from_its_shelf(tmp_path: Path) -> None:
 
     first = edge()
     assert first.handle(Install("run", cloud.model_digest)) == Installed(0, -1)
-    first.handle(cloud.release("domain", "shapes"))
+    first.handle(cloud.adapter_release("domain", "shapes"))
     update, report = first.handle(FineTune(0)), first.handle(Evaluate("domain", None))
     again = edge()
     assert again.handle(Install("run", cloud.model_digest)) == Installed(0, 1)

@@ -193,7 +193,7 @@ class World:
         """An end that answers, after some messages."""
 
         def take(message: Message) -> object:
-            depot: Depot = Depots(IN_CHUNKS).of(OWNER)
+            depot: Depot = Depots(IN_CHUNKS).depot_for(OWNER)
             for each in (*before, message):
                 answer = depot.answer(IN_CHUNKS.encode(each), lambda _: self.long)
             return answer
@@ -228,7 +228,7 @@ class World:
 
     def _cases(self) -> Iterator[Case]:
         cloud, edge, device, local = self.tiers.cloud, self.edge, self.device(OWNER), self.device("north-c")
-        domain = cloud.release("domain", DOMAIN)
+        domain = cloud.adapter_release("domain", DOMAIN)
         rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
         session = cast(SessionOpened, self.session(OpenSession(1, 5, (), 8))).session
         tensors = domain.tensors

@@ -566,7 +566,7 @@ def test_a_newcomer_starts_with_what_its_domain_has_learned_and_a_relay_of_its_o
     run = with_a_newcomer()
     cloud, last = run.network.cloud, run.scores[-1]
     assert all(updates.keys() == {"shapes", "tastes"} for updates in run.updates)
-    assert cloud.release("domain", "forms") == cloud.release("domain", "shapes")
+    assert cloud.adapter_release("domain", "forms") == cloud.adapter_release("domain", "shapes")
     assert run.relays[-1].keys() == {"shapes", "tastes", "forms"}
     relays = [cloud.relay(name) for name in ("forms", "shapes")]
     assert any(not torch.equal(relays[0][key], relays[1][key]) for key in relays[0])

@@ -128,12 +128,12 @@ def test_an_answer_that_is_handed_over_goes_on_as_the_fms(learned: ServedNetwork
     parts, ids = learned.parts("north-a"), prompt(9)
     session = learned.open_escalating(Target("edge", (), "shapes"), parts.first, parts.stop, 40)
     head, tail = HeadSession(parts), TailSession(parts, session)
-    tail.run(head.run(ids), want=0)
+    tail.compute_logits(head.smash(ids), want=0)
     logits_V = parts.tail.logits(session.escalate(("tastes",), 1))[0]
     found: list[int] = []
     while len(found) < NUM_TOKENS:
         found.append(int(logits_V.argmax()))
-        logits_V = tail.run(head.run(found[-1:]))[0]
+        logits_V = tail.compute_logits(head.smash(found[-1:]))[0]
     session.close()
     assert found == likeliest(whole(learned, "tastes"), ids, found)
 

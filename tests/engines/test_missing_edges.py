@@ -128,10 +128,10 @@ def test_a_poisoned_adapter_never_comes_into_what_the_cloud_keeps() -> None:
     run, _ = run_with(LIES["adapter"])
     network = run.network
     network.install()
-    before = network.cloud.release("domain", TASTES)
+    before = network.cloud.adapter_release("domain", TASTES)
     network.fine_tune()
     network.absorb()
-    after = network.cloud.release("domain", TASTES)
+    after = network.cloud.adapter_release("domain", TASTES)
     assert after.version == before.version == 0
     assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before.tensors.items())
     assert all(float(tensor.abs().max()) < 10.0 for tensor in network.state()[1].values())

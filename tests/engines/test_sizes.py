@@ -77,7 +77,7 @@ def test_a_model_of_8_billion_parameters_crosses_in_frames_that_fit(limit: int, 
     assert size == pytest.approx(4 * 8_030_261_248, abs=2**16) and size <= config.wire.max_transfer_bytes
     assert num_frames(size, codec) == num_chunks
     assert codec.chunk_bytes < largest
-    header = len(codec.encode(Chunk.of("f" * 64, num_chunks, "f" * 64, bytearray(8)))) - 8
+    header = len(codec.encode(Chunk.from_bytes("f" * 64, num_chunks, "f" * 64, bytearray(8)))) - 8
     assert codec.chunk_bytes + header <= largest
     outer = codec.pack(restrict(release, (0, 1))).size_bytes
     assert 2**32 < outer <= config.wire.max_transfer_bytes  # a device's embeddings and vocabulary head: two limits

@@ -32,7 +32,7 @@ def whole(matrix: RoundedMatrix) -> Tensor:
 @pytest.mark.parametrize(("precision", "most"), [("int8", 1 / 254), ("int4", (1 + 1 / 255) / 14)])
 def test_numbers_are_within_the_bound_of_rounding(precision: FewBits, most: float) -> None:
     exact = weight()
-    error = (whole(RoundedMatrix.of(exact, precision)) - exact).abs()
+    error = (whole(RoundedMatrix.quantize(exact, precision)) - exact).abs()
     assert bool((error <= most * exact.abs().amax(dim=1, keepdim=True) + 1e-6).all())
     assert float(error.max()) > 0
 
@@ -40,14 +40,14 @@ def test_numbers_are_within_the_bound_of_rounding(precision: FewBits, most: floa
 @pytest.mark.parametrize(("precision", "share"), [("int8", 0.255), ("int4", 0.135)])
 def test_a_matrix_takes_a_quarter_or_an_eighth_of_float32(precision: FewBits, share: float) -> None:
     exact = weight(200, 576)
-    assert sum(t.nbytes for t in RoundedMatrix.of(exact, precision).buffers()) < share * exact.nbytes
+    assert sum(t.nbytes for t in RoundedMatrix.quantize(exact, precision).buffers()) < share * exact.nbytes
 
 
 @BOTH
 @pytest.mark.parametrize("block", [1, 7 * WIDTH, 10**6])
 def test_blocks_are_the_rows_in_order(monkeypatch: pytest.MonkeyPatch, precision: FewBits, block: int) -> None:
     monkeypatch.setattr(few_bits, "_BLOCK_NUMBERS", block)
-    matrix = RoundedMatrix.of(weight(), precision)
+    matrix = RoundedMatrix.quantize(weight(), precision)
     found = [(which, rows.clone()) for which, rows in matrix.blocks()]
     torch.testing.assert_close(torch.cat([rows for _, rows in found]) * matrix.scale, whole(matrix))
     assert [i for which, _ in found for i in range(which.start, which.stop)] == list(range(ROWS))
@@ -62,7 +62,7 @@ def test_a_product_and_its_gradient_are_those_of_the_widened_matrix(
 ) -> None:
     monkeypatch.setattr(few_bits, "_BLOCK_NUMBERS", block)
     added = torch.randn(ROWS) if bias else None
-    layer = RoundedLinear(RoundedMatrix.of(weight(), precision), added)
+    layer = RoundedLinear(RoundedMatrix.quantize(weight(), precision), added)
     rows, grad = torch.randn(2, 5, WIDTH, requires_grad=True), torch.randn(2, 5, ROWS)
     found = layer(rows)
     found.backward(grad)
@@ -73,7 +73,7 @@ def test_a_product_and_its_gradient_are_those_of_the_widened_matrix(
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_stay_what_they_are(precision: FewBits, dtype: torch.dtype) -> None:
-    matrix = RoundedMatrix.of(weight().to(dtype), precision)
+    matrix = RoundedMatrix.quantize(weight().to(dtype), precision)
     rows = torch.randn(3, WIDTH, dtype=dtype, generator=torch.Generator().manual_seed(3))
     found = RoundedLinear(matrix)(rows)
     assert found.dtype == dtype
@@ -85,7 +85,7 @@ def test_other_dtypes_stay_what_they_are(precision: FewBits, dtype: torch.dtype)
 
 @BOTH
 def test_an_embedding_looks_rows_up(precision: FewBits) -> None:
-    matrix = RoundedMatrix.of(weight(), precision)
+    matrix = RoundedMatrix.quantize(weight(), precision)
     ids = torch.tensor([[3, 0, 49], [3, 3, 1]])
     embedding = RoundedEmbedding(matrix, torch.float32)
     assert torch.equal(embedding(ids), whole(matrix)[ids])
@@ -95,7 +95,7 @@ def test_an_embedding_looks_rows_up(precision: FewBits) -> None:
 @BOTH
 def test_a_state_goes_into_an_empty_twin_without_a_copy(precision: FewBits) -> None:
     linear = nn.Linear(WIDTH, ROWS)
-    full, empty = RoundedLinear(RoundedMatrix.of(linear.weight, precision), linear.bias), nn.Sequential(linear)
+    full, empty = RoundedLinear(RoundedMatrix.quantize(linear.weight, precision), linear.bias), nn.Sequential(linear)
     to_empty_few_bits(empty, precision)
     assert all(t.is_meta for t in empty_linear(linear, precision).weight.buffers())
     state = full.state_dict()

@@ -170,13 +170,13 @@ def tiny_bodies(
         edges[name] = BodyService(body, range(1, NUM_LAYERS), settings)
         if tail_layers:
             continue
-        edges[name].put_adapter(
+        edges[name].install_adapter(
             "relay", 0, RELAY_KEPT, {k: t for k, t in adapter_tensors(RELAY, 7).items() if ".2." not in k}
         )
         for service, known in ((edges[name], "domain"), (cloud, name)):
-            service.put_adapter(known, 0, DOMAIN, adapter_tensors(DOMAIN, 20 + seed))
+            service.install_adapter(known, 0, DOMAIN, adapter_tensors(DOMAIN, 20 + seed))
     if not tail_layers:
-        cloud.put_adapter("merged", 0, DOMAIN, adapter_tensors(DOMAIN, 30))
+        cloud.install_adapter("merged", 0, DOMAIN, adapter_tensors(DOMAIN, 30))
     return parts, LocalBodies(edges, cloud)
 
 

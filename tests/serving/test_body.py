@@ -142,7 +142,7 @@ def test_rows_that_failed_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Any) -> Any:
         raise MemoryError("too much")
 
-    monkeypatch.setattr(service._layers, "run", fail)
+    monkeypatch.setattr(service._layers, "run_sessions", fail)
     service.step()
     with pytest.raises(MemoryError):
         failing.result(timeout=0)
@@ -239,14 +239,14 @@ def test_closed_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None
     service, _ = new_service()
     name, other = opened(service), opened(service)
     waiting, undisturbed = service.extend(name, rows(5)), service.extend(other, rows(5))
-    run = service._layers.run
+    run = service._layers.run_sessions
 
     def close_and_run(shares: Any) -> Any:
         service.close(name)
         assert service.used_bytes == 2 * BLOCK * POSITION_BYTES  # it is still in use
         return run(shares)
 
-    monkeypatch.setattr(service._layers, "run", close_and_run)
+    monkeypatch.setattr(service._layers, "run_sessions", close_and_run)
     service.step()
     assert service.used_bytes == BLOCK * POSITION_BYTES
     assert undisturbed.done()
@@ -258,14 +258,14 @@ def test_a_session_that_breaks_the_batch_fails_alone(monkeypatch: pytest.MonkeyP
     service, body = new_service()
     bad, good = opened(service), opened(service)
     failing, behind, answer = service.extend(bad, rows(5)), service.extend(bad, rows(1)), service.extend(good, rows(4))
-    run, culprit = service._layers.run, service._sessions[bad].cache
+    run, culprit = service._layers.run_sessions, service._sessions[bad].cache
 
     def fail(shares: Any) -> Any:
         if any(share.cache is culprit for share in shares):
             raise MemoryError("too much")
         return run(shares)
 
-    monkeypatch.setattr(service._layers, "run", fail)
+    monkeypatch.setattr(service._layers, "run_sessions", fail)
     service.step()
     same(answer, body(rows(4)[None])[0])
     for future in (failing, behind):
@@ -278,10 +278,10 @@ def test_a_swap_between_two_tokens() -> None:
     """Sessions under way end on the version they began with; those that begin later have the new one."""
     parts, service = served(lively_model(), CutLayers(1))
     old, new, sampling = adapter(DOMAIN, 1), adapter(DOMAIN, 2), Sampling(max_tokens=16)
-    service.put_adapter("law", 0, DOMAIN, old)
+    service.install_adapter("law", 0, DOMAIN, old)
     began = write(parts, session(parts, service, ("law",)), prompt(7), sampling)
     found_old = [next(began) for _ in range(5)]
-    service.put_adapter("law", 1, DOMAIN, new)
+    service.install_adapter("law", 1, DOMAIN, new)
     later = write(parts, session(parts, service, ("law",)), prompt(7), sampling)
     found_new = []
     for _ in range(11):  # side by side
@@ -319,7 +319,7 @@ def test_many_threads_share_batches() -> None:
     parts, service = served(lively_model(), CutLayers(1), ServiceSettings(chunk=4, step_rows=16))
     adapters = {f"a{i}": adapter(DOMAIN, i) for i in range(3)}
     for name, tensors in adapters.items():
-        service.put_adapter(name, 0, DOMAIN, tensors)
+        service.install_adapter(name, 0, DOMAIN, tensors)
     jobs = {i: (f"a{i % 3}", prompt(5 + 3 * i, i)) for i in range(6)}
     found: dict[int, list[int]] = {}
 
@@ -382,7 +382,7 @@ def test_a_body_serves_while_it_learns() -> None:
     add_adapter(body, "law", DOMAIN, seed=0)
     activate(body, ["law"])
     optimizer = torch.optim.SGD(trainable(body, "law"), lr=1e-4)
-    service.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
+    service.install_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
     before = take_out(body, "law")
     found = []
     for token in write(parts, session(parts, service, ("law",)), prompt(7), Sampling(max_tokens=12)):
@@ -390,7 +390,7 @@ def test_a_body_serves_while_it_learns() -> None:
         with service.compute_lock.learning():
             body.run(rows(5)[None], 1).square().mean().backward()
             optimizer.step()
-        service.put_adapter("law", len(found), DOMAIN, take_out(body, "law"))
+        service.install_adapter("law", len(found), DOMAIN, take_out(body, "law"))
     law = {"law": (DOMAIN, adapter(DOMAIN, 1))}
     assert found == generated(with_adapters(lively_model(), **law), prompt(7), 12)
     assert any((before[name] != tensor).any() for name, tensor in take_out(body, "law").items())
@@ -401,13 +401,13 @@ def lingering(monkeypatch: pytest.MonkeyPatch, steps: float, **settings: int) ->
     """A service that waits for so many times a step's time, and the number of sessions in each of its steps."""
     monkeypatch.setattr(body_module, "_LINGER", steps)
     service, _ = new_service(**settings)
-    run, sizes = service._layers.run, []
+    run, sizes = service._layers.run_sessions, []
 
     def counted(shares: Any) -> Any:
         sizes.append(len(shares))
         return run(shares)
 
-    service._layers.run = counted  # type: ignore[method-assign]
+    service._layers.run_sessions = counted  # type: ignore[method-assign]
     return service, sizes
 
 

@@ -68,24 +68,24 @@ def test_a_long_answer_of_an_int8_model_with_adapters() -> None:
     model, parts, service = served_domain(lively_model(), tuple(range(NUM_LAYERS)))
     domain, relay = adapter(DOMAIN, 1), adapter(RELAY, 2)
     whole = with_adapters(model, domain=(DOMAIN, domain), relay=(RELAY, relay))
-    service.put_adapter("domain", 0, DOMAIN, domain)
-    service.put_adapter("relay", 0, RELAY, relay)
+    service.install_adapter("domain", 0, DOMAIN, domain)
+    service.install_adapter("relay", 0, RELAY, relay)
     ids = prompt(40)
     head, tail = HeadSession(parts), TailSession(parts, session(parts, service, ("relay", "domain")))
-    found = tail.run(head.run(ids), want=40)
+    found = tail.compute_logits(head.smash(ids), want=40)
     cache = {CACHE: DynamicCache(config=whole.config)}
     with torch.no_grad():
         torch.testing.assert_close(found, whole(torch.tensor([ids]), **cache).logits[0], rtol=0, atol=0)
         for token in prompt(60, seed=1):
             expected = whole(torch.tensor([[token]]), **cache).logits[0]
-            torch.testing.assert_close(tail.run(head.run([token])), expected, rtol=0, atol=0)
+            torch.testing.assert_close(tail.compute_logits(head.smash([token])), expected, rtol=0, atol=0)
 
 
 def test_adapters() -> None:
     domain, relay = adapter(DOMAIN, 1), adapter(RELAY, 2)
     parts, service = served(lively_model(), CutLayers(1))
-    service.put_adapter("domain", 0, DOMAIN, domain)
-    service.put_adapter("relay", 0, RELAY, relay)
+    service.install_adapter("domain", 0, DOMAIN, domain)
+    service.install_adapter("relay", 0, RELAY, relay)
     whole = with_adapters(lively_model(), domain=(DOMAIN, domain), relay=(RELAY, relay))
     expected = generated(whole, prompt(7), TOKENS)
     assert list(write(parts, session(parts, service, ("relay", "domain")), prompt(7), GREEDY)) == expected

@@ -85,7 +85,7 @@ class Place:
 def place() -> Iterator[Place]:
     _, _, small = served_domain(lively_model(), (0, 1, 3, 4, 5))
     parts, large = served(lively_model(), CutLayers(1))
-    large.put_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
+    large.install_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
     with small.serving(), large.serving():
         yield Place(parts, small, large)
 
@@ -101,18 +101,18 @@ def test_the_fm_goes_on_as_if_it_had_had_the_session_from_the_beginning(
     """The device gives nothing twice, and goes on, back and on without knowing who answers."""
     session, head = place.session(), HeadSession(place.parts)
     tail, ids = TailSession(place.parts, session), prompt(7)
-    tail.run(head.run(ids[:4]), want=0)
-    tail.run(head.run(ids[4:]), want=1)
-    tail.run(head.run([11, 12]), want=1)
+    tail.compute_logits(head.smash(ids[:4]), want=0)
+    tail.compute_logits(head.smash(ids[4:]), want=1)
+    tail.compute_logits(head.smash([11, 12]), want=1)
     tail.crop(7)  # what was gone back behind is not escalated
     head.crop(7)
     logits_V = place.parts.tail.logits(session.escalate(adapters, 1))[0]
     found: list[int] = []
     while len(found) < 12:
         found.append(int(logits_V.argmax()))
-        logits_V = tail.run(head.run(found[-1:]), want=1)[0]
+        logits_V = tail.compute_logits(head.smash(found[-1:]), want=1)[0]
         if len(found) == 6:  # a draft that is refused
-            tail.run(head.run([1, 2, 3]), want=1)
+            tail.compute_logits(head.smash([1, 2, 3]), want=1)
             length = len(ids) + len(found)
             tail.crop(length)
             head.crop(length)
@@ -128,7 +128,7 @@ def test_a_session_of_the_fm_from_the_beginning(place: Place) -> None:
     assert session.versions == ("law@0",)
     whole = with_adapters(lively_model(), law=(DOMAIN, adapter(DOMAIN, 1)))
     head, tail = HeadSession(place.parts), TailSession(place.parts, session)
-    logits_V = tail.run(head.run(prompt(7)))[0]
+    logits_V = tail.compute_logits(head.smash(prompt(7)))[0]
     assert int(logits_V.argmax()) == generated(whole, prompt(7), 1)[0]
     assert place.held[:2] == (0, 0)
     session.close()

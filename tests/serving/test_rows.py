@@ -39,7 +39,7 @@ def in_turns(layers: SessionLayers, ranges: list[tuple[int, int]], turns: list[d
             SessionShare(sequences()[i][caches[i].length : caches[i].length + num], caches[i], *ranges[i])
             for i, num in compute_lock.items()
         ]
-        for i, rows_TD in zip(compute_lock, layers.run(shares), strict=True):
+        for i, rows_TD in zip(compute_lock, layers.run_sessions(shares), strict=True):
             outputs[i].append(rows_TD)
     return [torch.cat(rows) for rows in outputs]
 
@@ -104,7 +104,7 @@ def test_a_dropped_layer_is_passed_over() -> None:
 
 def test_a_part_without_layers_gives_back_its_rows() -> None:
     head = cut_decoder(Decoder(lively_model()), CutLayers(0))[0]
-    found = SessionLayers(head.stack).run([SessionShare(sequences()[0], SessionCache(), 0, 0)])
+    found = SessionLayers(head.stack).run_sessions([SessionShare(sequences()[0], SessionCache(), 0, 0)])
     torch.testing.assert_close(found[0], sequences()[0])
 
 
@@ -124,9 +124,9 @@ def test_the_layers_learn_and_attend_as_before() -> None:
 
 def test_a_forward_that_fails_leaves_the_caches_as_they_were() -> None:
     layers, cache = SessionLayers(body_of()), SessionCache()
-    layers.run([SessionShare(sequences()[0][:4], cache, 0, NUM_LAYERS)])
+    layers.run_sessions([SessionShare(sequences()[0][:4], cache, 0, NUM_LAYERS)])
     with pytest.raises(RuntimeError):
-        layers.run([SessionShare(sequences()[0][:2, :7], cache, 0, NUM_LAYERS)])
+        layers.run_sessions([SessionShare(sequences()[0][:2, :7], cache, 0, NUM_LAYERS)])
     assert cache.length == 4
-    rows_TD = layers.run([SessionShare(sequences()[0][4:], cache, 0, NUM_LAYERS)])[0]
+    rows_TD = layers.run_sessions([SessionShare(sequences()[0][4:], cache, 0, NUM_LAYERS)])[0]
     torch.testing.assert_close(rows_TD, body_of()(sequences()[0][None])[0, 4:], atol=2e-4, rtol=1e-3)

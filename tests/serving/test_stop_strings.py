@@ -23,7 +23,7 @@ def test_the_text_ends_where_it_should_however_it_is_cut(pieces: list[str], stop
     search, expected = StopStrings(stops), plainly("".join(pieces), stops)
     given = ""
     for piece in pieces:
-        given += search.take(piece)
+        given += search.feed(piece)
         assert expected.startswith(given)  # nothing has to be taken back
         if search.found:
             break
@@ -33,13 +33,13 @@ def test_the_text_ends_where_it_should_however_it_is_cut(pieces: list[str], stop
 
 def test_what_cannot_become_a_stop_string_is_given_at_once() -> None:
     search = StopStrings(["aab"])
-    assert [search.take(c) for c in "aaaac"] == ["", "", "a", "a", "aac"]
+    assert [search.feed(c) for c in "aaaac"] == ["", "", "a", "a", "aac"]
 
 
 def test_long_stop_strings_take_linear_time() -> None:
     begun = time.process_time()
     search = StopStrings(["ab" * 100_000 + "c"] * 4)
     for piece in ["ab" * 50] * 2_000:
-        search.take(piece)
+        search.feed(piece)
     assert not search.found
     assert time.process_time() - begun < 30  # hours, where each token costs a search through them

@@ -641,7 +641,7 @@ def test_a_disk_that_is_full_stops_a_round_and_not_the_edge(tmp_path: Path, monk
         raise OutputNotWritable(tmp_path, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderStore, "put", full)
+        patch.setattr(FolderStore, "save", full)
         with pytest.raises(OutputNotWritable):
             world.fine_tune()
     assert_equal(world.fine_tune(), undisturbed(edge_rounds=2))

@@ -132,7 +132,7 @@ def test_a_model_that_could_not_be_kept_is_installed_by_the_next_order(
         raise OutputNotWritable(tmp_path, "no space left on device")
 
     with monkeypatch.context() as disk:
-        disk.setattr(store, "put", full)
+        disk.setattr(store, "save", full)
         with pytest.raises(OutputNotWritable):
             one.handle(order)
     assert one.handle(order) == Installed(0, -1)

@@ -72,7 +72,10 @@ def test_shared_parts_change_no_result() -> None:
     settings = config()
     cloud = network(settings).cloud
     release = cloud.model_release
-    kit: list[Message] = [cloud.anchor_release, *(cloud.release(role, "shapes") for role in ("relay", "domain"))]
+    kit: list[Message] = [
+        cloud.anchor_release,
+        *(cloud.adapter_release(role, "shapes") for role in ("relay", "domain")),
+    ]
     alone = equipped(settings, None, release, kit)
     together = equipped(settings, SharedWeights(settings, ComputeLock()), release, kit)
     for one in settings.edges[0].devices:

@@ -83,7 +83,7 @@ class Visitor:
     def __call__(self) -> None:
         number, self._number = self._number, self._number + 1
         if number % 5 == 0:
-            self.service.put_adapter("law", number, DOMAIN, adapter(DOMAIN, number % 3))
+            self.service.install_adapter("law", number, DOMAIN, adapter(DOMAIN, number % 3))
             self._version = number % 3
             self._name = self.service.open(FIRST, NUM_LAYERS, ["law"])
         answer = self.service.extend(self._name, rows(2, number))
@@ -107,7 +107,7 @@ def test_neither_learning_nor_answers_notice_each_other(cohort: Cohort) -> None:
     quiet = new_model(cohort, ComputeLock())
     service = BodyService(quiet.body, quiet.layers, ServiceSettings())
     for first in range(0, 100, 5):
-        service.put_adapter("law", first, DOMAIN, adapter(DOMAIN, first % 3))
+        service.install_adapter("law", first, DOMAIN, adapter(DOMAIN, first % 3))
         name = service.open(FIRST, NUM_LAYERS, ["law"])
         for number in range(first, first + 5):
             answer = service.extend(name, rows(2, number))

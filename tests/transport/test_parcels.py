@@ -372,7 +372,7 @@ def test_chunks_that_fit_their_digests_but_not_the_parcel_are_refused_and_forgot
 
 
 @pytest.mark.parametrize(
-    "stray", [ChunkRequest("0f" * 32, 0), ParcelSent("0f" * 32), Chunk.of("0f" * 32, 0, "", bytearray(3))]
+    "stray", [ChunkRequest("0f" * 32, 0), ParcelSent("0f" * 32), Chunk.from_bytes("0f" * 32, 0, "", bytearray(3))]
 )
 def test_a_stray_piece_of_a_parcel_is_refused(stray: Message) -> None:
     with pytest.raises(ParcelUnknown, match="parcel 0f0f0f0f0f0f: it is not here"):
@@ -405,7 +405,7 @@ def test_an_asker_holds_so_many_parcels_at_most() -> None:
     offers = [Parcel("BodyOutput", f"{number:064x}", 2**20, CHUNK) for number in range(40)]
     for offer in offers:
         assert CODEC.decode(answer("asker", CODEC.encode(offer))) == Wanted(0)  # type: ignore[arg-type]
-    chunk = Chunk.of(offers[0].digest, 0, "", bytearray(CHUNK))
+    chunk = Chunk.from_bytes(offers[0].digest, 0, "", bytearray(CHUNK))
     with pytest.raises(ParcelUnknown):
         answer("asker", CODEC.encode(chunk))
     with pytest.raises(ChunkDamaged):  # of the last one
@@ -416,9 +416,11 @@ def test_an_asker_may_be_given_less_to_ask_with_than_others() -> None:
     depots = Depots(CODEC, {"device": 2**18}.get)
     for size, asker in ((2**18, "device"), (2**20, "edge")):
         offer = CODEC.encode(Parcel("ExtendSession", f"{size:064x}", size, CHUNK))
-        assert CODEC.decode(depots.of(asker).answer(offer, Site().handle)) == Wanted(0)  # type: ignore[arg-type]
+        assert CODEC.decode(depots.depot_for(asker).answer(offer, Site().handle)) == Wanted(0)  # type: ignore[arg-type]
     with pytest.raises(ParcelRefused, match="from 'device': it is announced with 262145 bytes, the limit is 262144"):
-        depots.of("device").answer(CODEC.encode(Parcel("ExtendSession", "0f" * 32, 2**18 + 1, CHUNK)), Site().handle)
+        depots.depot_for("device").answer(
+            CODEC.encode(Parcel("ExtendSession", "0f" * 32, 2**18 + 1, CHUNK)), Site().handle
+        )
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
@@ -468,6 +470,6 @@ def test_numbers_that_change_meanwhile_cross_as_they_were() -> None:
 def test_a_frame_of_a_chunk_fits_whatever_its_number() -> None:
     for limit in (2**16, 2**20, 2**26, 2**31):
         codec = Codec(WireSettings(max_message_bytes=limit))
-        chunk = Chunk.of("f" * 64, 2**40, "f" * 64, bytearray(min(codec.chunk_bytes, 2**20)))
+        chunk = Chunk.from_bytes("f" * 64, 2**40, "f" * 64, bytearray(min(codec.chunk_bytes, 2**20)))
         assert len(codec.encode(chunk)) - len(chunk.data) <= codec.frame_bytes - codec.chunk_bytes
         assert codec.frame_bytes <= min(limit, 2**26)

@@ -11,7 +11,7 @@ def test_a_thread_that_claims_the_turn_keeps_others_from_it_until_it_gives_it_ba
     worker, done = Worker("answers"), threading.Event()
     assert worker.claim()
     assert not worker.claim()
-    worker.put(done.set)
+    worker.submit(done.set)
     assert not done.is_set()
     worker.release()
     assert done.wait(DEADLINE_S)
@@ -31,8 +31,8 @@ def test_nobody_overtakes_what_waits() -> None:
         seen.append(2)
         done.set()
 
-    worker.put(first)
-    worker.put(second)
+    worker.submit(first)
+    worker.submit(second)
     assert begun.wait(DEADLINE_S) and not worker.claim()
     go_on.set()
     assert done.wait(DEADLINE_S) and seen == [1, 2]
@@ -42,12 +42,12 @@ def test_nobody_overtakes_what_waits() -> None:
 def test_askers_take_turns() -> None:
     worker, go_on, done = Worker("answers"), threading.Event(), threading.Event()
     seen: list[str] = []
-    worker.put(lambda: go_on.wait(DEADLINE_S))
+    worker.submit(lambda: go_on.wait(DEADLINE_S))
     for number in range(4):
-        worker.put(lambda number=number: seen.append(f"greedy {number}"), "greedy")  # type: ignore[misc]
+        worker.submit(lambda number=number: seen.append(f"greedy {number}"), "greedy")  # type: ignore[misc]
     for name in ("clinic", "ward"):
-        worker.put(lambda name=name: seen.append(name), name)  # type: ignore[misc]
-    worker.put(done.set, "greedy")  # after all others
+        worker.submit(lambda name=name: seen.append(name), name)  # type: ignore[misc]
+    worker.submit(done.set, "greedy")  # after all others
     go_on.set()
     assert done.wait(DEADLINE_S)
     worker.close(DEADLINE_S)
@@ -57,7 +57,7 @@ def test_askers_take_turns() -> None:
 def test_nothing_begins_after_the_end() -> None:
     worker, done = Worker("answers"), threading.Event()
     assert worker.claim()
-    worker.put(done.set)
+    worker.submit(done.set)
     worker.close(DEADLINE_S)  # by the thread whose turn it is: it does not wait for itself
     worker.release()
     assert not worker.claim()

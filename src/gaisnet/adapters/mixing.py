@@ -74,7 +74,7 @@ class ServedAdapters:
         self._learning: set[nn.Module] = set()  # modules that peft has wrapped
         self._batch = _Batch()
 
-    def put(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
+    def install(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """Serve a version of an adapter to sessions that begin from now on; an older one goes with its last user.
 
         Raises ``AdapterMismatch``, and then changes nothing.
@@ -90,7 +90,7 @@ class ServedAdapters:
         if old is not None:
             self._drop_unused(old)
 
-    def take(self, names: Sequence[str]) -> Stack:
+    def acquire(self, names: Sequence[str]) -> Stack:
         """Return the current versions of these adapters, held until ``give_back``.
 
         Raises ``UnknownAdapter``, or ``AdapterMismatch`` if two of them sit on the same module.

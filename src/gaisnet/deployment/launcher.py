@@ -154,7 +154,7 @@ class Launcher:
 
     def _watch(self) -> None:
         for process in self._running:
-            process.start()
+            process.launch()
         self._started.set()
         next_look = 0.0
         while not self._stopping.wait(_TICK_S):
@@ -194,7 +194,7 @@ class _Process:
         life = self._life
         return ProcessState(self._stage, life.pid if life else None, self._starts, self._exit_code)
 
-    def start(self) -> None:
+    def launch(self) -> None:
         plan = self.plan
         environment = {**os.environ, **plan.environment, processes.MARK: self._mark}
         command = [sys.executable, "-S", "-E", processes.__file__, "exec", str(os.getpid()), *plan.command]
@@ -213,7 +213,7 @@ class _Process:
     def tick(self) -> None:
         """Notice a death; start again when it is time."""
         if self._stage == "waiting" and time.monotonic() >= self._next_start:
-            self.start()
+            self.launch()
         elif self._stage == "running" and self._life is not None and self._life.poll() is not None:
             self._exit_code, self._life = self._life.returncode, None
             self._bury()

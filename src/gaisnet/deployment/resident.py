@@ -83,7 +83,7 @@ class Watched:
         """Set the present cycle: ``finished`` and one more, of ``cycles``."""
         self._cycle = finished, cycles
 
-    def state(self) -> dict[str, JsonValue]:
+    def describe(self) -> dict[str, JsonValue]:
         """Return the last report, and the site's notice."""
         told: dict[str, JsonValue] = {**self._last, "notice": self.notice}
         if self._cycle is None:
@@ -122,7 +122,7 @@ class _Answers:
         """Answer a frame, now or later. Raises ``UnexpectedMessage`` where ``asker`` may not send it."""
         if not self._takes(asker):
             raise UnexpectedMessage("this site", f"request from '{asker}'")
-        return self._depots.of(asker).answer(frame, lambda message: self._handle(asker, message))
+        return self._depots.depot_for(asker).answer(frame, lambda message: self._handle(asker, message))
 
     def _handle(self, asker: str, message: Message) -> Message | Future[Message]:
         if not self._about(asker, message):
@@ -192,7 +192,7 @@ def _cloud_network(
         [*names, *(ORDERS + name for name in names)],
         answers,
         _limits(config),
-        lambda: {**watched.state(), "job": keeper.state(), "links": links_status(listener.states())},
+        lambda: {**watched.describe(), "job": keeper.describe(), "links": links_status(listener.states())},
     )
     opened.callback(listener.close)
     share = config.service.share_of_one(len(names))
@@ -232,7 +232,7 @@ def run_edge(folder: Path) -> NoReturn:
             [*names, site.name],
             answers,
             limits,
-            lambda: {**watched.state(), "links": links_status({**listener.states(), CLOUD: to_cloud.state()})},
+            lambda: {**watched.describe(), "links": links_status({**listener.states(), CLOUD: to_cloud.state()})},
             aside=names,  # answers do not wait for an order, which takes a whole round
             limits_aside=_limits_of_device(config),
         )

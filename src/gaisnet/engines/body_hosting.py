@@ -61,7 +61,7 @@ class BodyPublisher:
         """See ``Publisher``."""
         service = self._service
         if service is not None:
-            service.put_adapter(name, version, spec, tensors)
+            service.install_adapter(name, version, spec, tensors)
 
     def close(self) -> None:
         """End all sessions, and the thread."""

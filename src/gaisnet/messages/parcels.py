@@ -60,7 +60,7 @@ class Chunk(Message):
     data_B: Tensor  # uint8
 
     @classmethod
-    def of(cls, digest: str, index: int, sha256: str, data: bytearray) -> "Chunk":
+    def from_bytes(cls, digest: str, index: int, sha256: str, data: bytearray) -> "Chunk":
         """Make a chunk of these bytes."""
         return cls(digest, index, sha256, torch.frombuffer(data, dtype=torch.uint8))
 

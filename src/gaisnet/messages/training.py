@@ -116,7 +116,7 @@ class LengthsOfDevices(Message):
     counts: tuple[tuple[StrictInt, StrictInt, StrictInt], ...]
 
     @classmethod
-    def of(cls, lengths: Mapping[str, Lengths]) -> "LengthsOfDevices":
+    def from_devices(cls, lengths: Mapping[str, Lengths]) -> "LengthsOfDevices":
         """Collect the lengths of devices by name."""
         return cls(tuple(lengths), tuple((n.num_examples, n.num_truncated, n.longest) for n in lengths.values()))
 
@@ -279,7 +279,7 @@ class LabelRequest(Message):
     rows_ND: Tensor = wire("body_output", short_whole=True)
 
     @classmethod
-    def of(cls, owner: str, output: BodyOutput) -> "LabelRequest":
+    def from_output(cls, owner: str, output: BodyOutput) -> "LabelRequest":
         """Make a request for one owner's share of a step."""
         return cls(owner, output.step, output.num_labels_total, output.examples_E, output.rows_ND)
 

@@ -98,7 +98,7 @@ def rounded(release: ModelRelease, layers: Iterable[int], precision: DevicePreci
     tensors: dict[str, Tensor] = {}
     for name, tensor in release.tensors.items():
         if tensor.ndim == 2 and name.startswith(held):
-            tensors.update(_named(RoundedMatrix.of(tensor, precision), f"{name}."))
+            tensors.update(_named(RoundedMatrix.quantize(tensor, precision), f"{name}."))
         else:
             tensors[name] = tensor
     return replace(release, precision=precision, tensors=tensors)

@@ -311,7 +311,7 @@ class GrowingText:
         self._given = len(decoded(tokenizer, self._ids))  # characters of theirs that were emitted
         self._certain = len(self._ids)  # tokens up to the last place where all was certain
 
-    def add(self, token: int) -> str:
+    def add_token(self, token: int) -> str:
         """Add the next token; return the text that has become certain."""
         spelling = self._tokenizer.convert_ids_to_tokens(token)
         if token in self._silent or not isinstance(spelling, str):

@@ -48,7 +48,7 @@ class RoundedMatrix(nn.Module):
         self.register_buffer("scale", torch.empty(num_rows, 1))
 
     @classmethod
-    def of(cls, weight: Tensor, precision: FewBits) -> Self:
+    def quantize(cls, weight: Tensor, precision: FewBits) -> Self:
         """Quantize ``weight`` [R, D] of any floating dtype."""
         matrix = cls(precision, *weight.shape)
         if precision == "int8":

@@ -66,7 +66,7 @@ class ServedRun:
         self._thread.start()
         return end
 
-    def stop(self) -> None:
+    def stop_training(self) -> None:
         """Stop training, in the middle of a cycle if need be; finished cycles stay."""
         self._stopping.set()
         if self._thread is not None:
@@ -137,7 +137,7 @@ def _loaded(config: Config, folder: RunFolder, progress: Progress) -> Iterator[S
         yield served[0]
     finally:
         for one in served:
-            one.stop()
+            one.stop_training()
         for _, bodies in made:
             bodies.close()
 

@@ -125,7 +125,7 @@ class Arriving:
         """Number of the first missing chunk, or of all chunks if none is missing."""
         return len(self._place.digests)
 
-    def add(self, chunk: Chunk) -> None:
+    def add_chunk(self, chunk: Chunk) -> None:
         """Add the next chunk. Raises ``ChunkDamaged``, ``WireFormatError`` or ``OutputNotWritable``."""
         offer, data = self.offer, chunk.data
         due = min(offer.chunk_bytes, offer.size_bytes - self.next * offer.chunk_bytes)

@@ -132,4 +132,4 @@ class CodedLink:
 def coded(handler: Handler, codec: Codec) -> Callable[[str, bytes], bytes | Future[bytes]]:
     """Wrap a tier so that it answers frames. Its errors pass through."""
     depots = Depots(codec)
-    return lambda asker, frame: depots.of(asker).answer(frame, handler.handle)
+    return lambda asker, frame: depots.depot_for(asker).answer(frame, handler.handle)

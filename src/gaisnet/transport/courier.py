@@ -52,7 +52,7 @@ class Courier:
         """Pull a parcel; return its message. Raises ``LinkError``."""
         arriving = self._arrivals.begin(offer)
         while arriving.next < offer.num_chunks:
-            self._until_whole(lambda: arriving.add(self._chunk(offer, arriving.next)))
+            self._until_whole(lambda: arriving.add_chunk(self._chunk(offer, arriving.next)))
         message = arriving.unwrap(self._codec)
         try:
             self._ask(ParcelTaken(offer.digest))
@@ -109,7 +109,7 @@ class Depot:
             case Parcel():
                 return self._codec.encode(Wanted(self._take_in(message)))
             case Chunk():
-                self._find(self._in, message.digest).add(message)
+                self._find(self._in, message.digest).add_chunk(message)
                 return self._codec.encode(Done())
             case ParcelSent():
                 return self._reply(handle(self._unwrap(message.digest)))
@@ -181,7 +181,7 @@ class Depots:
         self._depots: dict[str, Depot] = {}
         self._lock = threading.Lock()
 
-    def of(self, asker: str) -> Depot:
+    def depot_for(self, asker: str) -> Depot:
         """Return the depot of ``asker``."""
         with self._lock:
             if asker not in self._depots:

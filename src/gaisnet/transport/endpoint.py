@@ -253,7 +253,7 @@ class Endpoint:
         if isinstance(event, Asked):
             with self._lock:
                 self._queued += 1
-            self._worker.put(lambda: self._run_queued(event.job), self.other)
+            self._worker.submit(lambda: self._run_queued(event.job), self.other)
         elif isinstance(event, Answered):
             answer = self._futures.pop(event.step, None)
             if answer is not None and answer.set_running_or_notify_cancel():

@@ -37,7 +37,7 @@ class Outgoing:
             raise UnexpectedMessage(f"a parcel of {len(self._digests)} chunks", f"request for chunk {index}")
         start = index * self.offer.chunk_bytes
         data = self._packed.cut(start, min(start + self.offer.chunk_bytes, self.offer.size_bytes))
-        return Chunk.of(self.offer.digest, index, self._digests[index].hex(), data)
+        return Chunk.from_bytes(self.offer.digest, index, self._digests[index].hex(), data)
 
 
 class Wrapper:

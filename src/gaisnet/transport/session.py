@@ -80,7 +80,7 @@ class _Incoming:
         self._received = BytesIO()
         self.size = 0
 
-    def add(self, frame: Frame) -> bytes | None:
+    def add_part(self, frame: Frame) -> bytes | None:
         """Add the next part; return the payload when it is complete."""
         first = self._first
         if (frame.kind, frame.step, frame.total_bytes) != (first.kind, first.step, first.total_bytes):
@@ -336,7 +336,7 @@ class Session:
             if isinstance(frame.payload, bytes) and frame.part == 0 and len(frame.payload) == frame.total_bytes:
                 return frame.payload
             talk.incoming = _Incoming(frame)
-        payload = talk.incoming.add(frame)
+        payload = talk.incoming.add_part(frame)
         if payload is not None:
             talk.incoming = None
         return payload

@@ -26,7 +26,7 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
-    def put(self, task: Callable[[], object], asker: str = "") -> None:
+    def submit(self, task: Callable[[], object], asker: str = "") -> None:
         """Run a task in a thread of its own, when it is ``asker``'s turn and its earlier tasks are done."""
         with self._lock:
             self._waiting.setdefault(asker, deque()).append(task)

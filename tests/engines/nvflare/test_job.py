@@ -149,13 +149,13 @@ def admin_kit(folder: Path, port: int) -> Path:
 def test_a_server_that_is_away(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     keeper = JobKeeper(admin_kit(tmp_path, port), ["edge1"])
-    assert keeper.state() == "not started"
+    assert keeper.describe() == "not started"
     keeper.start()
-    assert until(lambda: keeper.state() == f"NVFlare's server cannot be reached at localhost:{port}", 5)
+    assert until(lambda: keeper.describe() == f"NVFlare's server cannot be reached at localhost:{port}", 5)
     began = time.monotonic()
     keeper.close()
     assert time.monotonic() - began < 3
-    assert keeper.state() == "closed"
+    assert keeper.describe() == "closed"
 
 
 def test_close_without_start(tmp_path: Path) -> None:

@@ -78,16 +78,16 @@ def test_requests_of_the_cloud_reach_the_edges_and_a_thief_of_its_kit_runs_nothi
         assert (caught.value.peer_name, caught.value.kind) == (ORDERS + "edge1", "ConfigError")
         assert caught.value.text == "cycles: is 0; use 1 or more"
 
-        assert until(lambda: keeper.state().endswith("is running"), 10)
-        job = keeper.state().split()[1]
+        assert until(lambda: keeper.describe().endswith("is running"), 10)
+        job = keeper.describe().split()[1]
         _rob(sites, tmp_path, job)
-        assert keeper.state() == f"job {job} is running"
+        assert keeper.describe() == f"job {job} is running"
         assert links["edge1"].send(b"still here").result(30) == b"ereh llits"
 
         began = time.monotonic()
         keeper.close()
         assert time.monotonic() - began < 15
-        assert keeper.state() == "closed"
+        assert keeper.describe() == "closed"
         assert until(lambda: not any(sites.connected().values()), 10)
     assert {state.stage for state in sites.launcher.states().values()} == {"stopped"}
     assert {state.starts for state in sites.launcher.states().values()} == {1}
@@ -156,13 +156,13 @@ def test_a_request_is_answered_although_the_client_was_killed(tmp_path: Path) ->
     with running(tmp_path, {"edge1": slow, "edge2": answer}) as sites, sites.keeper() as keeper:
         outstanding = sites.link("edge1").send(b"slow")
         assert asked.wait(START_S)
-        job = keeper.state()
+        job = keeper.describe()
         os.kill(sites.pid("edge1"), signal.SIGKILL)
         assert until(lambda: sites.launcher.states()["edge1"].starts == 2, 10)
         assert sites.link("edge2").send(b"ab").result(30) == b"ba"
         go_on.set()
         assert outstanding.result(60) == b"slow"
-        assert until(lambda: keeper.state() == job, 10)
+        assert until(lambda: keeper.describe() == job, 10)
         assert sites.link("edge1").send(b"again").result(30) == b"again"
 
 
@@ -179,15 +179,15 @@ def test_the_job_is_submitted_again_after_the_server_was_killed(tmp_path: Path) 
     with running(tmp_path, {"edge1": slow, "edge2": answer}) as sites, sites.keeper() as keeper:
         outstanding = sites.link("edge1").send(b"slow")
         assert asked.wait(START_S)
-        job = keeper.state()
+        job = keeper.describe()
         os.kill(sites.pid("server"), signal.SIGKILL)
         go_on.set()
         with pytest.raises(LinkLost):
             outstanding.result(90)
         assert ask_again(sites.link("edge1"), b"again", 30) == b"again"
         assert ask_again(sites.link("edge2"), b"ab", 30) == b"ba"
-        assert until(lambda: keeper.state().endswith("is running"), 10)
-        assert keeper.state() != job
+        assert until(lambda: keeper.describe().endswith("is running"), 10)
+        assert keeper.describe() != job
 
 
 @pytest.mark.slow
@@ -195,13 +195,13 @@ def test_the_job_is_submitted_again_after_the_server_was_killed(tmp_path: Path) 
 def test_the_job_is_submitted_again_after_a_job_process_was_killed(tmp_path: Path) -> None:
     with running(tmp_path, {edge: answer for edge in EDGES}) as sites, sites.keeper() as keeper:
         assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
-        assert until(lambda: keeper.state().endswith("is running"), 10)
-        job = keeper.state()
+        assert until(lambda: keeper.describe().endswith("is running"), 10)
+        job = keeper.describe()
         children = [pid for pid in os.listdir("/proc") if pid.isdigit() and parent_of(pid) == sites.pid("edge1")]
         for child in children:
             os.kill(int(child), signal.SIGKILL)
         assert children
-        assert until(lambda: keeper.state().endswith("is running") and keeper.state() != job, 90)
+        assert until(lambda: keeper.describe().endswith("is running") and keeper.describe() != job, 90)
         for edge in EDGES:
             assert ask_again(sites.link(edge), b"ab", 30) == b"ba"
 
@@ -220,7 +220,7 @@ def test_a_job_of_an_earlier_life_of_the_cloud_is_aborted(tmp_path: Path) -> Non
         with sites.keeper() as second:
             assert until(lambda: sites.life("edge1") != first_life, START_S)
             assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
-            assert until(lambda: second.state().endswith("is running"), START_S)
+            assert until(lambda: second.describe().endswith("is running"), START_S)
             # Only one job dials the cloud: a second one would take the link from it again and again.
             lives = set()
             for _ in range(20):
@@ -235,11 +235,11 @@ def test_a_site_that_was_away_when_the_job_began_gets_another_job(tmp_path: Path
     with running(tmp_path, {edge: answer for edge in EDGES}, start=["server", "edge1"]) as sites:
         with sites.keeper(("edge1",)) as keeper:
             assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
-            assert until(lambda: keeper.state().endswith("is running"), 10)
-            job = keeper.state()
+            assert until(lambda: keeper.describe().endswith("is running"), 10)
+            job = keeper.describe()
             late = Launcher(plans(sites.kits)[2:])
             with late:
-                assert until(lambda: keeper.state().endswith("is running") and keeper.state() != job, 60)
+                assert until(lambda: keeper.describe().endswith("is running") and keeper.describe() != job, 60)
                 assert ask_again(sites.link("edge1"), b"ab", START_S) == b"ba"
 
 

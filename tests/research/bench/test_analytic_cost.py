@@ -43,7 +43,7 @@ def test_bytes_as_the_ledger_counts_them(smashed: str) -> None:
     network.fine_tune()
     after = network.traffic()["device_edge"]
     num_samples = 3 * 48
-    paper = cost(foundation.model.config, run, Work.of(tokens, run.fine_tune.batch_size))
+    paper = cost(foundation.model.config, run, Work.from_examples(tokens, run.fine_tune.batch_size))
     assert (after.bytes_down - before.bytes_down) / num_samples == pytest.approx(paper.bytes_down, rel=0.03)
     assert (after.bytes_up - before.bytes_up) / num_samples == pytest.approx(paper.bytes_up, rel=0.03)
 
@@ -69,7 +69,7 @@ def test_weights_as_they_are_held(tied: bool) -> None:
     assert paper.device_weights_bytes == sum(size for name, size in sizes.items() if name.startswith(head))
     body = tuple(f"layers.{index}." for index in range(1, NUM_LAYERS))  # it begins at the shallowest cut
     assert paper.edge_weights_bytes == sum(size for name, size in sizes.items() if name.startswith(body))
-    adapter = network.cloud.release("domain", "shapes").tensors
+    adapter = network.cloud.adapter_release("domain", "shapes").tensors
     assert paper.adapter_bytes == sum(tensor.nbytes for tensor in adapter.values())
 
 
@@ -99,10 +99,10 @@ def test_operations_as_torch_counts_them() -> None:
 
 def test_how_many_devices_a_batch_is_of() -> None:
     one, two = Tokens((1, 2, 3), (3, 4)), Tokens((1, 2, 3, 4, 5), (5,))
-    assert Work.of({"a": [one, two]}, 2) == Work(positions=4, labels=1.5, frames=0.5, devices=0.5)
-    halves = Work.of({"a": [one, two], "b": [two, one]}, 2)
+    assert Work.from_examples({"a": [one, two]}, 2) == Work(positions=4, labels=1.5, frames=0.5, devices=0.5)
+    halves = Work.from_examples({"a": [one, two], "b": [two, one]}, 2)
     assert halves.frames == pytest.approx(1.5 / 2)  # two draws are of one device as often as of both
-    assert Work.of({"a": [one]}, 16).frames == 1
+    assert Work.from_examples({"a": [one]}, 16).frames == 1
 
 
 def test_larger_models_cost_more() -> None:

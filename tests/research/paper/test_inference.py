@@ -18,7 +18,7 @@ from tests.tiny import NUM_LAYERS, tiny_encoder, tiny_inputs
 def tiny_cut(num_layers: int) -> Cut:
     model = tiny_encoder("vit")
     assert isinstance(model, ViTForImageClassification)
-    return Cut.of(model, num_layers, tiny_inputs("vit", 1), repeats=2)
+    return Cut.after(model, num_layers, tiny_inputs("vit", 1), repeats=2)
 
 
 def test_latency_by_hand() -> None:

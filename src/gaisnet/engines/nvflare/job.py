@@ -51,7 +51,7 @@ class JobKeeper:
         """Begin; returns at once."""
         self._thread.start()
 
-    def state(self) -> str:
+    def describe(self) -> str:
         """Return what is known now, in words."""
         return self._state
 

@@ -65,7 +65,7 @@ class Work:
     devices: float = 0.0  # devices per example
 
     @classmethod
-    def of(cls, examples: Mapping[str, Sequence[Tokens]], batch_size: int) -> "Work":
+    def from_examples(cls, examples: Mapping[str, Sequence[Tokens]], batch_size: int) -> "Work":
         """Describe the examples of an edge's devices, by device."""
         every = [tokens for mine in examples.values() for tokens in mine]
         batch = min(batch_size, len(every))
@@ -85,7 +85,7 @@ def cost(model: PretrainedConfig, config: Config, work: Work) -> Cost:
 
     Raises ``CutError``.
     """
-    shape = Shape.of(model)
+    shape = Shape.from_config(model)
     layout = Layout(config, shape.num_layers)
     tune, head, first = config.fine_tune, layout.last_cut, layout.first_adapted
     there_and_back = 2 * (shape.num_layers - first)

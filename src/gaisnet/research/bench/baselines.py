@@ -161,13 +161,13 @@ def _task(config: Config, data: DomainData, learning_rate: float | None = None) 
     if learning_rate is not None:
         tune = config.fine_tune.model_copy(update={"learning_rate": learning_rate})
         config = config.model_copy(update={"fine_tune": tune})
-    return Task.of(config, data)
+    return Task.load(config, data)
 
 
 def _asked(config: Config, data: DomainData, num_shots: int, seed: int) -> float:
     """Return test prompts as all contenders see them, and the shots before them, within the context."""
     foundation = load_foundation(config.model, plain=True)
-    task = Task.of(config, data)
+    task = Task.load(config, data)
     shots = random.Random(seed).sample(task.pooled, min(num_shots, len(task.pooled)))
     opening, gap = opening_ids(foundation.tokenizer), continuing_ids(foundation.tokenizer, "\n\n")
     shown = [token for shot in shots for token in (*shot.input_ids[len(opening) :], *gap)]

@@ -128,7 +128,7 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
     """
     check_contest(config)
     ((domain, data),) = load_domains(config).items()
-    task = Task.of(config, data)
+    task = Task.load(config, data)
     shape = TaskTemplate(data.template, data.labels)
     contenders: dict[str, Contender] = {
         "centralised_all": Centralised("centralised_all", late=False),
@@ -158,8 +158,8 @@ def measure_learning(config: Config, rounds: int = 5, progress: Progress = silen
         num_examples=len(task.pooled),
         contenders=Contenders(**figures),
         unsplit_domain_model=Reference(
-            samples_per_s=Spread.of([result.samples_per_s for result in unsplit]),
-            accuracy=Spread.of([result.accuracy for result in unsplit]),
+            samples_per_s=Spread.summarize([result.samples_per_s for result in unsplit]),
+            accuracy=Spread.summarize([result.accuracy for result in unsplit]),
         ),
         ratios=_ratios(kept),
         differences=_differences(kept, unsplit),
@@ -195,16 +195,16 @@ def _turned(contenders: Mapping[str, Contender], by: int) -> Iterable[tuple[str,
 
 def _figures(kept: _Kept, best: _Kept, flops: float) -> Figures:
     def spread(value: Callable[[Result], float]) -> Spread:
-        return Spread.of([value(result) for result in kept.results])
+        return Spread.summarize([value(result) for result in kept.results])
 
     pairs = zip(kept.results, best.results, strict=True)
     seconds = [found for mine, its in pairs if (found := mine.seconds_to(its.accuracy)) is not None]
     return Figures(
         samples_per_s=spread(lambda r: r.samples_per_s),
-        seconds_to_accuracy=Spread.of(seconds) if seconds else None,
+        seconds_to_accuracy=Spread.summarize(seconds) if seconds else None,
         bytes_per_sample=spread(lambda r: r.bytes_per_sample),
-        device_peak_bytes=Spread.of(kept.peaks),
-        device_flops_per_sample=Spread.of([flops] * len(kept.results)),
+        device_peak_bytes=Spread.summarize(kept.peaks),
+        device_flops_per_sample=Spread.summarize([flops] * len(kept.results)),
         accuracy=spread(lambda r: r.accuracy),
     )
 
@@ -214,21 +214,21 @@ def _ratios(kept: Mapping[str, _Kept]) -> Ratios:
 
     def of(value: Callable[[Result], float], other: str) -> Spread:
         pairs = zip(own.results, kept[other].results, strict=True)
-        return Spread.of([value(mine) / value(its) for mine, its in pairs])
+        return Spread.summarize([value(mine) / value(its) for mine, its in pairs])
 
     peaks: Sequence[tuple[int, int]] = list(zip(own.peaks, kept["federated"].peaks, strict=True))
     return Ratios(
         speed_vs_centralised_all=of(lambda r: r.samples_per_s, "centralised_all"),
         speed_vs_centralised_late=of(lambda r: r.samples_per_s, "centralised_late"),
         bytes_vs_split_plain=of(lambda r: r.bytes_per_sample, "split_plain"),
-        device_memory_vs_federated=Spread.of([mine / its for mine, its in peaks]),
+        device_memory_vs_federated=Spread.summarize([mine / its for mine, its in peaks]),
     )
 
 
 def _differences(kept: Mapping[str, _Kept], unsplit: Sequence[Result]) -> Differences:
     def to(others: Sequence[Result]) -> Spread:
         pairs = zip(kept["gaisnet"].results, others, strict=True)
-        return Spread.of([mine.accuracy - its.accuracy for mine, its in pairs])
+        return Spread.summarize([mine.accuracy - its.accuracy for mine, its in pairs])
 
     return Differences(
         accuracy_minus_unsplit_domain_model=to(unsplit),

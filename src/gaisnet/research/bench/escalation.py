@@ -49,7 +49,7 @@ def auto_figures(halves: Sequence[tuple[Sequence[Trial], Sequence[Trial]]], sett
         threshold = calibrate(known, settings, DEFAULT_MEASURE).threshold
         for name, value in _on(judged, threshold).items():
             found[name].append(value)
-    return AutoFigures(**{name: Spread.of(values) if values else None for name, values in found.items()})
+    return AutoFigures(**{name: Spread.summarize(values) if values else None for name, values in found.items()})
 
 
 def _on(trials: Sequence[Trial], threshold: float) -> Mapping[str, float]:

@@ -55,14 +55,14 @@ def beside_learning(writers: Writers, target: Target, network: Learning, rounds:
 
     learn()  # the first round fills caches
     with ThreadPoolExecutor(1, thread_name_prefix="learning") as pool:
-        for _ in rounds.of("tuning", 0, ratios):
+        for _ in rounds.each_round("tuning", 0, ratios):
             idle_s.append(p95(_after(effort.seconds)))
             alone_s = pool.submit(learn).result()
             together = pool.submit(learn)
             tuning_s.append(p95(together.done))
             ratios.append(tuning_s[-1] / idle_s[-1])
             kept.append(alone_s / together.result())
-    return InterferenceFigures(*map(Spread.of, (idle_s, tuning_s, ratios, kept)))
+    return InterferenceFigures(*map(Spread.summarize, (idle_s, tuning_s, ratios, kept)))
 
 
 def _after(seconds: float) -> Callable[[], bool]:

@@ -35,7 +35,7 @@ class Rounds:
     effort: Effort
     progress: Progress
 
-    def of(self, stage: str, num_prompts: int, found: Sequence[float]) -> Iterator[list[Prompt]]:
+    def each_round(self, stage: str, num_prompts: int, found: Sequence[float]) -> Iterator[list[Prompt]]:
         """Yield the prompts of every round. ``found`` grows by one in each."""
         for number, prompts in enumerate(islice(batches(self.prompts, num_prompts), self.effort.rounds)):
             self._tell(stage, number, found)

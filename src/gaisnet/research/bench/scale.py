@@ -166,9 +166,9 @@ def _figures(size: int, samples: Sequence[Sample]) -> SizeFigures:
     return SizeFigures(
         devices=size,
         edges=num_edges(size),
-        device_round_s=Spread.of([one.device_round_s for one in samples]),
-        device_round_vs_reference=Spread.of([one.device_round_s / one.reference_s for one in samples]),
-        equip_s=Spread.of([one.equip_s for one in samples]),
-        idle_bytes=Spread.of([one.idle_bytes for one in samples]),
-        kept_bytes=Spread.of([one.kept_bytes for one in samples]),
+        device_round_s=Spread.summarize([one.device_round_s for one in samples]),
+        device_round_vs_reference=Spread.summarize([one.device_round_s / one.reference_s for one in samples]),
+        equip_s=Spread.summarize([one.equip_s for one in samples]),
+        idle_bytes=Spread.summarize([one.idle_bytes for one in samples]),
+        kept_bytes=Spread.summarize([one.kept_bytes for one in samples]),
     )

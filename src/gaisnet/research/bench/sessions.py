@@ -46,13 +46,13 @@ def single(writers: Writers, target: Target, unsplit: Unsplit, rounds: Rounds, s
     ratios: list[float] = []
     writers.one_by_one(target, rounds.prompts[:1], num_tokens)  # loads whatever is loaded only once
     unsplit.write(rounds.prompts[:1], num_tokens)
-    for prompts in rounds.of(stage, rounds.effort.prompts, ratios):
+    for prompts in rounds.each_round(stage, rounds.effort.prompts, ratios):
         split, whole = writers.one_by_one(target, prompts, num_tokens), unsplit.write(prompts, num_tokens)
         same += num_same(split.answers, whole.answers)
         split_s.append(split.tokens_per_s)
         whole_s.append(whole.tokens_per_s)
         ratios.append(split.tokens_per_s / whole.tokens_per_s)
-    return Single(Spread.of(split_s), Spread.of(whole_s), Spread.of(ratios), same)
+    return Single(Spread.summarize(split_s), Spread.summarize(whole_s), Spread.summarize(ratios), same)
 
 
 def batch(writers: Writers, target: Target, rounds: Rounds, stage: str) -> Batch:
@@ -61,25 +61,25 @@ def batch(writers: Writers, target: Target, rounds: Rounds, stage: str) -> Batch
     speeds: list[float] = []
     ratios: list[float] = []
     with_prompts: list[float] = []
-    for prompts in rounds.of(stage, effort.at_once, ratios):
+    for prompts in rounds.each_round(stage, effort.at_once, ratios):
         one = writers.one_by_one(target, prompts[:1], effort.tokens)
         many = writers.at_once(target, prompts, effort.tokens)
         speeds.append(many.writing_tokens_per_s)
         ratios.append(many.writing_tokens_per_s / one.writing_tokens_per_s)
         with_prompts.append(many.tokens_per_s / one.tokens_per_s)
-    return Batch(Spread.of(speeds), Spread.of(ratios), Spread.of(with_prompts))
+    return Batch(Spread.summarize(speeds), Spread.summarize(ratios), Spread.summarize(with_prompts))
 
 
 def speculation(writers: Writers, drafter: Target, checker: Target, rounds: Rounds) -> Speculated:
     """Time answers with and without drafts."""
     calls: list[float] = []
     same, num_tokens = 0, rounds.effort.tokens
-    for prompts in rounds.of("speculation", rounds.effort.prompts, calls):
+    for prompts in rounds.each_round("speculation", rounds.effort.prompts, calls):
         length, tally = DraftLength(), Tally()
         answers = [tuple(_drafted(writers, drafter, checker, p, num_tokens, length, tally)) for p in prompts]
         same += num_same(answers, writers.one_by_one(checker, prompts, num_tokens).answers)
         calls.append(tally.num_tokens / tally.num_checks)
-    return Speculated(Spread.of(calls), same)
+    return Speculated(Spread.summarize(calls), same)
 
 
 def _drafted(

@@ -18,7 +18,7 @@ class Spread(BaseModel):
     rounds: int = Field(ge=1, description="How many there were.")
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Self:
+    def summarize(cls, values: Sequence[float]) -> Self:
         """Summarise values. Raises ``ValueError`` for none."""
         if not values:
             raise ValueError("there is no spread of no values")

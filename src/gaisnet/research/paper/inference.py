@@ -43,7 +43,7 @@ def _measure(condition: Condition, seed: int, setup: Setup) -> Measured:
         model = _model(name, setup)
         config: Any = model.config
         pixels = torch.randn(1, config.num_channels, config.image_size, config.image_size)
-    cut = Cut.of(model, num if is_split else 0, pixels, _REPEATS[name])
+    cut = Cut.after(model, num if is_split else 0, pixels, _REPEATS[name])
     head_s, body_s, classifier_s = cut.compute()
     if not is_split:
         head_s, body_s, classifier_s = head_s + body_s + classifier_s, 0.0, 0.0

@@ -78,7 +78,7 @@ class Cut:
     repeats: int
 
     @classmethod
-    def of(cls, model: ViTForImageClassification, num_layers: int, pixels: Tensor, repeats: int) -> "Cut":
+    def after(cls, model: ViTForImageClassification, num_layers: int, pixels: Tensor, repeats: int) -> "Cut":
         """Cut after ``num_layers`` layers; both parts are frozen, as on devices and edges. Raises ``CutError``."""
         encoder = Encoder(model.requires_grad_(False).eval())
         head, body = cut_encoder(encoder, CutLayers(num_layers))

@@ -93,7 +93,7 @@ class BodyService:
             QuotaReached: The peer's quota is used up.
             ContextFull: The model takes fewer positions.
             CutError: Layers that the body does not have.
-            UnknownAdapter, AdapterMismatch: See ``ServedAdapters.take``.
+            UnknownAdapter, AdapterMismatch: See ``ServedAdapters.acquire``.
         """
         self._check_range(first, stop)
         self._check_context(num_positions)
@@ -106,7 +106,7 @@ class BodyService:
             reserved = in_blocks(num_positions)
             self._hold(reserved * position_bytes, quota)
             try:
-                stack = self._adapters.take(adapters)
+                stack = self._adapters.acquire(adapters)
             except Exception:
                 self._let_go(reserved * position_bytes, quota.peer)
                 raise
@@ -200,11 +200,11 @@ class BodyService:
         for rows in waiting:
             rows.settle(SessionClosed(name))
 
-    def put_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
+    def install_adapter(self, name: str, version: int, spec: LoraSpec, tensors: Mapping[str, Tensor]) -> None:
         """Serve a version of an adapter to sessions that open from now on. Raises ``AdapterMismatch``."""
         with self.compute_lock.serving(), self._state:
             self._settle()
-            self._adapters.put(name, version, spec, tensors)
+            self._adapters.install(name, version, spec, tensors)
 
     # -- the work ----------------------------------------------------------------------------------------------------
 
@@ -296,7 +296,7 @@ class BodyService:
     def _run(self, pieces: Sequence[PlannedRows]) -> Sequence[Tensor | Exception]:
         """Run a batch; if it fails, run each session alone, so that only the culprit fails."""
         try:
-            return self._layers.run([piece.share() for piece in pieces])
+            return self._layers.run_sessions([piece.share() for piece in pieces])
         except Exception as error:
             if len(pieces) == 1:
                 return [error]

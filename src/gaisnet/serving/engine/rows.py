@@ -125,7 +125,7 @@ class SessionLayers:
         return self._layers.indices
 
     @torch.no_grad()
-    def run(self, shares: Sequence[SessionShare]) -> list[Tensor]:
+    def run_sessions(self, shares: Sequence[SessionShare]) -> list[Tensor]:
         """Return output rows [T, D] of every session, whose caches then hold the new positions.
 
         After an error the caches are unchanged.

@@ -65,7 +65,7 @@ class Course:
     @property
     def now(self) -> Place:
         """The body that writes now."""
-        return self.body if self.trace is None else self.trace.body
+        return self.body if self.trace is None else self.trace.current_body
 
     @property
     def escalated_at(self) -> int | None:

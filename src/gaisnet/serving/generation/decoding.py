@@ -106,7 +106,7 @@ class DeviceParts:
 
     def _begin_all(self, every: Sequence[SessionShare]) -> Sequence[Tensor]:
         with self._computing():
-            return self.head_layers.run(every)
+            return self.head_layers.run_sessions(every)
 
     @torch.no_grad()
     def _finish_all(self, every: Sequence[_Finish]) -> Sequence[Tensor]:
@@ -117,7 +117,9 @@ class DeviceParts:
         outputs = [one.output_TD for one in every]
         if layers := self.tail_layers.indices:  # they must see every position
             first, stop = layers[0], layers[-1] + 1
-            outputs = self.tail_layers.run([SessionShare(one.output_TD, one.cache, first, stop) for one in every])
+            outputs = self.tail_layers.run_sessions(
+                [SessionShare(one.output_TD, one.cache, first, stop) for one in every]
+            )
         wanted = [output_TD[len(output_TD) - one.want :] for one, output_TD in zip(every, outputs, strict=True)]
         logits_NV = self.tail.logits(torch.cat(wanted))
         return list(logits_NV.split([one.want for one in every]))
@@ -130,7 +132,7 @@ class HeadSession:
         self._parts = parts
         self._cache = SessionCache()
 
-    def run(self, ids: Sequence[int]) -> Tensor:
+    def smash(self, ids: Sequence[int]) -> Tensor:
         """Return smashed rows [T, D] of the next tokens."""
         return self._parts.smash(ids, self._cache)
 
@@ -151,7 +153,7 @@ class TailSession:
             self._ask, self._deadline_s = body.send, body.deadline_s
         self._cache = SessionCache()
 
-    def run(self, rows_TD: Tensor, want: int = 1) -> Tensor:
+    def compute_logits(self, rows_TD: Tensor, want: int = 1) -> Tensor:
         """Return logits [W, V] at the last ``want`` of the new positions."""
         needed = len(rows_TD) if self._parts.tail_layers.indices else want
         return self._parts.logits(self._ask(rows_TD, needed), want, self._cache, self._deadline_s)
@@ -165,9 +167,9 @@ class TailSession:
 def prefill(head: HeadSession, tails: Sequence[TailSession], ids: Sequence[int]) -> None:
     """Run a prompt through all sessions, a chunk at a time; the head runs once for all."""
     for first in range(0, len(ids), PREFILL_CHUNK):
-        rows_TD = head.run(ids[first : first + PREFILL_CHUNK])
+        rows_TD = head.smash(ids[first : first + PREFILL_CHUNK])
         for tail in tails:
-            tail.run(rows_TD, want=0)
+            tail.compute_logits(rows_TD, want=0)
 
 
 def read(head: HeadSession, tail: TailSession, prompt: Sequence[int]) -> Sequence[int]:
@@ -200,7 +202,7 @@ def write(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling
         head, tail, sampler = HeadSession(parts), TailSession(parts, body), Sampler(sampling)
         ids = read(head, tail, prompt)
         for _ in range(sampling.max_tokens):
-            token = sampler.draw(sampler.probabilities(tail.run(head.run(ids))[0]))
+            token = sampler.draw(sampler.probabilities(tail.compute_logits(head.smash(ids))[0]))
             yield token
             if token in sampling.stop_ids:
                 return

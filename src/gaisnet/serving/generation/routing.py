@@ -78,7 +78,7 @@ class Trace:
     refusal: str | None = None  # why the DM went on although it was unsure
 
     @property
-    def body(self) -> Place:
+    def current_body(self) -> Place:
         """The place at which the answer is written now."""
         return "edge" if self.escalated_at is None else "cloud"
 
@@ -124,9 +124,9 @@ def write_routed(
         head, tail, sampler = HeadSession(parts), _RoutedTail(parts, body), Sampler(sampling)
         ids = read(head, tail, prompt)
         for _ in range(sampling.max_tokens):
-            logits_V = _routed(tail, tail.run(head.run(ids))[0], routing, trace)
+            logits_V = _routed(tail, tail.compute_logits(head.smash(ids))[0], routing, trace)
             token = sampler.draw(sampler.probabilities(logits_V))
-            trace.bodies.append(trace.body)
+            trace.bodies.append(trace.current_body)
             yield token
             if token in sampling.stop_ids:
                 return

@@ -105,19 +105,19 @@ class _Pair:
         """Draft at most ``num`` tokens after ``token``; return them, their probabilities, and all smashed rows."""
         drafted: list[int] = []
         probabilities: list[Tensor] = []
-        rows = [self._head.run([token])]
+        rows = [self._head.smash([token])]
         while len(drafted) < num and token not in stop_ids:
-            logits_V = self._drafter.run(torch.cat([*self._ahead, rows[-1]]))[0]
+            logits_V = self._drafter.compute_logits(torch.cat([*self._ahead, rows[-1]]))[0]
             self._ahead = []
             probabilities.append(self._sampler.probabilities(logits_V))
             token = self._sampler.draw(probabilities[-1])
             drafted.append(token)
-            rows.append(self._head.run([token]))
+            rows.append(self._head.smash([token]))
         return drafted, probabilities, rows
 
     def check(self, drafted: list[int], drafts: list[Tensor], rows: list[Tensor]) -> list[int]:
         """Verify a draft; afterwards all parts stand after the accepted tokens."""
-        logits_KV = self._checker.run(torch.cat(rows), want=len(rows))
+        logits_KV = self._checker.compute_logits(torch.cat(rows), want=len(rows))
         checks_KV = torch.stack([self._sampler.probabilities(logits_V) for logits_V in logits_KV])
         drafts_KV = torch.stack(drafts) if drafts else checks_KV[:0]
         tokens = judge(drafted, drafts_KV, checks_KV, self._sampler)

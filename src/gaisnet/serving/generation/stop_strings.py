@@ -20,7 +20,7 @@ class StopStrings:
         self.found = False
         """Whether the text has ended."""
 
-    def take(self, piece: str) -> str:
+    def feed(self, piece: str) -> str:
         """Add a piece; return the text that has become certain, possibly empty."""
         self._held += piece
         start = len(self._held) - len(piece)
@@ -37,7 +37,7 @@ class StopStrings:
             return None
         ahead = copy.copy(self)
         ahead._searches = [copy.copy(search) for search in self._searches]
-        text = ahead.take(piece)
+        text = ahead.feed(piece)
         return text if ahead.found else None
 
     def rest(self) -> str:

@@ -24,13 +24,13 @@ def text_of(
     growing, stops = GrowingText(tokenizer, continues), StopStrings(stop)
     try:
         for token in tokens:
-            yield from _some(stops.take(growing.add(token)))
+            yield from _some(stops.feed(growing.add_token(token)))
             if stops.found:
                 return
             if (end := stops.before_stop_in(growing.rest()) if stop else None) is not None:
                 yield from _some(end)  # later tokens could change this text, but none will come
                 return
-        yield from _some(stops.take(growing.rest()) + stops.rest())
+        yield from _some(stops.feed(growing.rest()) + stops.rest())
     finally:
         close = getattr(tokens, "close", None)
         if close is not None:

@@ -151,7 +151,7 @@ class Cloud:
             self.versions["relay"][domain] = cycle + 1
         return result
 
-    def release(self, role: Role, domain: str) -> AdapterRelease:
+    def adapter_release(self, role: Role, domain: str) -> AdapterRelease:
         """Return a domain's current relay, or its domain adapter at full strength, as last accepted."""
         tensors = self._model.relays[domain] if role == "relay" else self._whole[self._adapter_of[domain]]
         return AdapterRelease(role, self.version(role, domain), tensors)

@@ -51,7 +51,7 @@ def build_decoder_model(
     free_text_BT = parts.free_text()
     recipe, domain_body = parts.make_domain_body(free_text_BT)
     # All of these are taken before adapters stand between the layers and their weights.
-    model_release = parts.release(recipe, domain_body)
+    model_release = parts.build_release(recipe, domain_body)
     free_text = free_text_BT.tolist()
     hidden = parts.at_suffix(free_text[: config.fine_tune.anchor_sequences])
     anchor_release = AnchorRelease(torch.tensor(hidden.lengths, dtype=torch.int32), hidden.rows_ND)

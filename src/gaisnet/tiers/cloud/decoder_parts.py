@@ -61,7 +61,7 @@ class DecoderParts(AdaptedBody):
         """Generate unconditional text, token ids [B, T], for the recipe, the anchor and relays."""
         config = self._layout.config
         num = max(_CALIBRATION_SEQUENCES, config.fine_tune.anchor_sequences, config.relay.num_free)
-        ids = self.write(TaskTemplate(None, ()), num, config.relay, config.seed_for("free text"), None)
+        ids = self.generate(TaskTemplate(None, ()), num, config.relay, config.seed_for("free text"), None)
         return torch.tensor(ids, device=self.device)
 
     def make_domain_body(self, text_BT: Tensor) -> tuple[Recipe, Body]:
@@ -72,7 +72,7 @@ class DecoderParts(AdaptedBody):
         decoder, first, stop = self._foundation.decoder, layout.first_cut, layout.tail_start
         return recipe, make_domain_body(decoder, first, stop, recipe, layout.middle, hidden_BTD)
 
-    def release(self, recipe: Recipe, domain_body: Body) -> ModelRelease:
+    def build_release(self, recipe: Recipe, domain_body: Body) -> ModelRelease:
         """Release everything that an edge and its devices need; tensors are the FM's and the DM's own, not copies."""
         layout = self._layout
         return release_model(self._foundation.decoder, domain_body, recipe.int8, layout.last_cut, layout.tail_start)
@@ -88,7 +88,7 @@ class DecoderParts(AdaptedBody):
 
     # -- running it ----------------------------------------------------------------------------------------------------
 
-    def write(
+    def generate(
         self, shape: TaskTemplate, num: int, settings: RelaySettings, seed: int, adapter: str | None
     ) -> list[list[int]]:
         """Generate texts as token ids, see ``learning.relay.generate_text``."""

@@ -115,7 +115,7 @@ class EdgeClient:
 
     def request_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
         """See ``DeviceClient``."""
-        requests = {owner: LabelRequest.of(owner, output) for owner, output in outputs.items()}
+        requests = {owner: LabelRequest.from_output(owner, output) for owner, output in outputs.items()}
         sent = {owner: self.links[self._owners[owner]].send(request) for owner, request in requests.items()}
         until = time.monotonic() + self._faults.edge_deadline_s  # for all: an edge may have many owners
 

@@ -66,7 +66,7 @@ class RelayTrainer:
         generated for domains whose adapters are merged by regression.
         """
         if domain in self.relays or domain in self._merged_on_text:
-            self._text.write(domain, cycle)
+            self._text.extend(domain, cycle)
         if domain not in self.relays:
             return None
         adapter = self._adapter_of[domain]

@@ -38,11 +38,11 @@ class SyntheticText:
     def all_of(self, domain: str) -> Sequences:
         """Return a domain's text; generate some if there is none."""
         if not self.of[domain]:
-            self.write(domain, 0)
+            self.extend(domain, 0)
         return self.of[domain]
 
-    def write(self, domain: str, cycle: int) -> None:
+    def extend(self, domain: str, cycle: int) -> None:
         """Generate more text, at least a sequence, with the domain's present adapter."""
         seed, relay = self._config.seed_for("text", domain, cycle), self._config.relay
         shape, adapter = self._shapes[domain], self._adapters[domain]
-        self.of[domain] += self._model.write(shape, max(1, relay.num_shaped), relay, seed, adapter)
+        self.of[domain] += self._model.generate(shape, max(1, relay.num_shaped), relay, seed, adapter)

@@ -280,7 +280,9 @@ class Edge:
         failed |= {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, GaisnetError)}
         for name, reason in failed.items():
             _log.warning("edge '%s' does not know how long the examples of %s are: %s", self.name, name, reason)
-        return LengthsOfDevices.of({name: each for name, each in outcomes.items() if isinstance(each, Lengths)})
+        return LengthsOfDevices.from_devices(
+            {name: each for name, each in outcomes.items() if isinstance(each, Lengths)}
+        )
 
     def _ensure_activations(self, names: Sequence[str], split: Split) -> dict[str, GaisnetError]:
         """Fetch missing activations. Return the errors of devices that failed."""

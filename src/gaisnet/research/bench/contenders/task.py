@@ -42,7 +42,7 @@ class Task:
     test: Sequence[Tokens]
 
     @classmethod
-    def of(cls, config: Config, data: DomainData) -> "Task":
+    def load(cls, config: Config, data: DomainData) -> "Task":
         """Load the examples of a domain's devices. Raises ``DataError``."""
         tokenizer, context = load_tokenizer(config.model), with_context(config).model.most_tokens
         train = {name: tokenize(mine.train, tokenizer, context, name) for name, mine in data.devices.items()}
