@@ -18,7 +18,7 @@ from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.serving.generation.calibration import FILE_NAME, CalibrationExample
 from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain
 from gaisnet.serving.http.address import ADDRESS_NAME, announced
-from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.http.callers import ApiKeys
 from gaisnet.serving.http.server import Server
 from tests.serving.fronts import Front, chat_tokenizer, front, tiny_bodies, until
 from tests.serving.models import prompt

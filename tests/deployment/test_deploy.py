@@ -47,7 +47,7 @@ from gaisnet.runs.run import run_experiment
 from gaisnet.runs.summary import Summary
 from gaisnet.serving.generation.calibration import read_calibrations
 from gaisnet.serving.http.address import ADDRESS_NAME
-from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.http.callers import ApiKeys
 from gaisnet.transport.grpc.dialer import Dialer
 from gaisnet.transport.grpc.listener import Listener
 from tests.tiny import tiny_edge, write_tiny_bert_run, write_tiny_run, write_tiny_vit_run

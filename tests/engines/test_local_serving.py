@@ -18,10 +18,10 @@ from gaisnet.engines.local_serving import ServedNetwork, build_served_network
 from gaisnet.errors import SessionRefused, UnknownAdapter
 from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.foundation import Foundation
-from gaisnet.serving.generation.bodies import Place, Target
 from gaisnet.serving.generation.decoding import HeadSession, TailSession, write
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Place, Target
 from gaisnet.serving.generation.speculation import write_speculatively
+from gaisnet.serving.generation.text import Sampling
 from gaisnet.transport.ledger import Traffic
 from tests.serving.models import generated, lively_model, prompt, with_adapters
 from tests.tiny import round_weights, tiny_config, tiny_data, tiny_edge, tiny_tokenizer

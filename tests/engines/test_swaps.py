@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from gaisnet.compute_lock import PartitionedCores
 from gaisnet.engines.body_hosting import BodyPublisher
 from gaisnet.engines.local_serving import ServedNetwork
-from gaisnet.serving.generation.bodies import Place, Target
 from gaisnet.serving.generation.decoding import Tokens, write
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Place, Target
+from gaisnet.serving.generation.text import Sampling
 from tests.engines.test_local_serving import Versions, built, cycle, served_config, target
 from tests.serving.models import prompt
 from tests.tiny import tiny_edge

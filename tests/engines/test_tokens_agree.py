@@ -16,8 +16,7 @@ from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import CutLayers
 from gaisnet.models.tokenization import ending_ids, prompt_ids
 from gaisnet.serving.generation.decoding import write
-from gaisnet.serving.generation.sampling import Sampling
-from gaisnet.serving.generation.text import text_of
+from gaisnet.serving.generation.text import Sampling, text_of
 from tests.serving.models import lively_model, served, session
 from tests.tiny import tiny_raw_config
 from tests.tiny_tokenizers import KINDS, tokenizer_of

@@ -13,9 +13,9 @@ from gaisnet.errors import ConfigError, ServiceFull
 from gaisnet.runs.answering_device import open_device
 from gaisnet.runs.run import run_experiment
 from gaisnet.runs.table import closing_captions
-from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.calibration import read_calibrations
-from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.generation.routing import Target
+from gaisnet.serving.http.callers import ApiKeys
 from tests.runs.test_served_run import without
 from tests.serving.fronts import until
 from tests.tiny import tiny_edge, tiny_newcomer, write_tiny_run

@@ -13,9 +13,9 @@ from gaisnet.config.file import load_config
 from gaisnet.errors import ConfigError, DataError, NothingToResume, OutputInUse
 from gaisnet.runs.run import resume_experiment, run_experiment
 from gaisnet.runs.served_run import ServedRun, serve_run
-from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.decoding import write
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Target
+from gaisnet.serving.generation.text import Sampling
 from tests.tiny import tiny_edge, write_tiny_run
 
 pytestmark = pytest.mark.integration

@@ -18,11 +18,10 @@ from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.sessions import BodySession, LocalSession
 from gaisnet.serving.generation.answering import Answering, Domain
-from gaisnet.serving.generation.bodies import EscalatingSession, Target
 from gaisnet.serving.generation.decoding import DeviceParts
-from gaisnet.serving.generation.routing import Routing
+from gaisnet.serving.generation.routing import EscalatingSession, Routing, Target
 from gaisnet.serving.http.api import make_app
-from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.http.callers import ApiKeys
 from gaisnet.serving.http.server import Server
 from tests.serving.models import DOMAIN, RELAY, adapter, domain_body, lively_model, served
 from tests.tiny import NUM_LAYERS, tiny_tokenizer

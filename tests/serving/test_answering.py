@@ -6,10 +6,9 @@ import pytest
 
 from gaisnet.errors import ContextFull, LinkLost, SessionRefused, UnknownAdapter, UnknownModel
 from gaisnet.serving.generation.answering import Answer, Answering, Domain, GenerationRequest
-from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.decoding import write
-from gaisnet.serving.generation.routing import Routing
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Routing, Target
+from gaisnet.serving.generation.text import Sampling
 from tests.serving.fronts import LocalBodies, chat_tokenizer, shared_bodies
 from tests.serving.models import prompt
 

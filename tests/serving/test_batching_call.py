@@ -14,7 +14,7 @@ from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.generation import decoding
 from gaisnet.serving.generation.batching_call import BatchingCall
 from gaisnet.serving.generation.decoding import DeviceParts, write
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.text import Sampling
 from tests.serving.models import generated, lively_model, prompt, served, session
 
 pytestmark = pytest.mark.numeric

@@ -25,9 +25,9 @@ from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from gaisnet.serving.engine import body as body_module
 from gaisnet.serving.engine.body import BodyService
-from gaisnet.serving.engine.cache import BLOCK
+from gaisnet.serving.engine.rows import BLOCK
 from gaisnet.serving.generation.decoding import write
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.text import Sampling
 from tests.serving.models import DOMAIN, adapter, generated, lively_model, prompt, served, session, with_adapters
 from tests.tiny import NUM_LAYERS
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from gaisnet.serving.engine.cache import BLOCK, SessionCache, bytes_per_position, in_blocks
+from gaisnet.serving.engine.rows import BLOCK, SessionCache, bytes_per_position, in_blocks
 
 
 def some(num_positions: int, seed: int) -> Tensor:

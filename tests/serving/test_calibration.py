@@ -8,7 +8,6 @@ import pytest
 
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import CheckpointError
-from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.calibration import (
     FILE_NAME,
     Calibration,
@@ -20,8 +19,8 @@ from gaisnet.serving.generation.calibration import (
     write_calibrations,
 )
 from gaisnet.serving.generation.decoding import write
-from gaisnet.serving.generation.routing import top_probability
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Target, top_probability
+from gaisnet.serving.generation.text import Sampling
 from tests.serving.fronts import shared_bodies
 from tests.serving.models import prompt
 

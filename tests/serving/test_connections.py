@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from gaisnet.config import FrontSettings
-from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.http.callers import ApiKeys
 from gaisnet.serving.http.server import Server
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"

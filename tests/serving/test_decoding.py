@@ -9,7 +9,7 @@ from gaisnet.models.families import LLAMA_SHAPED
 from gaisnet.models.parts import CACHE, CutLayers
 from gaisnet.serving.generation import decoding
 from gaisnet.serving.generation.decoding import HeadSession, TailSession, write
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.text import Sampling
 from tests.serving.models import (
     DOMAIN,
     RELAY,

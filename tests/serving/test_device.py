@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from gaisnet.config import RoutingSettings
-from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.calibration import CalibrationExample, read_calibrations
 from gaisnet.serving.generation.decoding import write
 from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain, calibrated, uncalibrated
-from gaisnet.serving.generation.routing import DEFAULT_MEASURE
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import DEFAULT_MEASURE, Target
+from gaisnet.serving.generation.text import Sampling
 from tests.serving.fronts import LocalBodies, chat_tokenizer, shared_bodies
 from tests.serving.models import prompt
 

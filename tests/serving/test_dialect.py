@@ -12,9 +12,16 @@ from openai.types.chat import completion_create_params as chats
 
 from gaisnet.config import FrontSettings
 from gaisnet.errors import SessionRefused
-from gaisnet.serving.generation.sampling import Sampler
-from gaisnet.serving.http.dialect import LONGEST_STOP, ChatRequest, CompletionRequest, Request, read_request
-from gaisnet.serving.http.fields import NEUTRAL, BadRequest
+from gaisnet.serving.generation.text import Sampler
+from gaisnet.serving.http.dialect import (
+    LONGEST_STOP,
+    NEUTRAL,
+    BadRequest,
+    ChatRequest,
+    CompletionRequest,
+    Request,
+    read_request,
+)
 from tests.serving.fronts import chat_tokenizer
 from tests.serving.test_sampling import LOGITS
 

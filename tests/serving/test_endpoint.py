@@ -31,8 +31,8 @@ from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.endpoint import RemoteSession, SessionEndpoint
 from gaisnet.serving.generation.decoding import DeviceParts, write
-from gaisnet.serving.generation.sampling import Sampling
 from gaisnet.serving.generation.speculation import write_speculatively
+from gaisnet.serving.generation.text import Sampling
 from gaisnet.transport.codec import Codec
 from tests.serving.models import generated, lively_model, prompt, served, served_domain
 from tests.tiny import NUM_LAYERS

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gaisnet.errors import ConfigError
-from gaisnet.serving.http.keys import ENVIRONMENT, ApiKeys, check_bind, first_key, is_loopback, read_keys
+from gaisnet.serving.http.callers import ENVIRONMENT, ApiKeys, check_bind, first_key, is_loopback, read_keys
 from gaisnet.serving.http.server import Server
 
 KEY = "sk-0123456789abcdef"

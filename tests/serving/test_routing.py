@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from gaisnet.errors import SessionRefused
-from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.decoding import DeviceParts, write
 from gaisnet.serving.generation.routing import (
     MEASURES,
     Routing,
+    Target,
     Trace,
     margin,
     negative_entropy,
     top_probability,
     write_routed,
 )
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.text import Sampling
 from tests.serving.fronts import LocalBodies, shared_bodies
 from tests.serving.models import prompt
 

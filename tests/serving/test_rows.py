@@ -9,8 +9,7 @@ from torch import Tensor
 from gaisnet.models.families import LLAMA_SHAPED, Decoder
 from gaisnet.models.parts import Body, CutLayers, Layers, cut_decoder
 from gaisnet.serving.engine import rows
-from gaisnet.serving.engine.cache import SessionCache
-from gaisnet.serving.engine.rows import SessionLayers, SessionShare
+from gaisnet.serving.engine.rows import SessionCache, SessionLayers, SessionShare
 from tests.serving.models import lively_model
 from tests.tiny import NUM_LAYERS
 

@@ -5,7 +5,7 @@ import torch
 from transformers import TopPLogitsWarper
 
 from gaisnet.errors import SessionRefused
-from gaisnet.serving.generation.sampling import Sampler, Sampling
+from gaisnet.serving.generation.text import Sampler, Sampling
 
 LOGITS = torch.tensor([0.5, 0.2, 0.25, 0.05]).log()
 

@@ -10,8 +10,8 @@ from gaisnet.models.families import LLAMA_SHAPED
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.generation.decoding import DeviceParts, write
-from gaisnet.serving.generation.sampling import Sampler, Sampling
 from gaisnet.serving.generation.speculation import DraftLength, Tally, judge, write_speculatively
+from gaisnet.serving.generation.text import Sampler, Sampling
 from tests.serving.models import generated, lively_model, prompt, served, served_domain, session
 from tests.tiny import NUM_LAYERS
 

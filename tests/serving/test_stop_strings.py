@@ -5,7 +5,7 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gaisnet.serving.generation.stop_strings import StopStrings
+from gaisnet.serving.generation.text import StopStrings
 
 
 def plainly(text: str, stops: list[str]) -> str:

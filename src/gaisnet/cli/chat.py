@@ -50,7 +50,7 @@ def chat(
     Diagnosis: Acute myocarditis, unspecified\nChapter:
     """
     with told_errors():
-        from gaisnet.serving.http.keys import first_key
+        from gaisnet.serving.http.callers import first_key
 
         options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
         if speculate:
@@ -79,7 +79,7 @@ def _address(place: str, overrides: Sequence[str]) -> Iterator[tuple[str, bool]]
         yield url, True
         return
     quiet_libraries()
-    from gaisnet.serving.http.keys import ApiKeys
+    from gaisnet.serving.http.callers import ApiKeys
 
     with opened(run, None, RoutingSettings(), False, ApiKeys(), ("127.0.0.1", 0), overrides) as (_, server):
         with server.in_thread() as here:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 from gaisnet.errors import ServerRefused
-from gaisnet.serving.http.keys import is_loopback
+from gaisnet.serving.http.callers import is_loopback
 
 _TIMEOUT_S = 600.0  # a long prompt on a small machine
 _LONGEST = 2**20  # bytes of a line of an answer, or of all of one that does not stream

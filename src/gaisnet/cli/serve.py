@@ -29,7 +29,7 @@ from gaisnet.terminal import log_to_stderr
 if TYPE_CHECKING:
     from gaisnet.serving.generation.answering import Answering
     from gaisnet.serving.generation.device import AnsweringDevice
-    from gaisnet.serving.http.keys import ApiKeys
+    from gaisnet.serving.http.callers import ApiKeys
     from gaisnet.serving.http.server import Server
 
 
@@ -92,7 +92,7 @@ def serve(
         quiet_libraries()
         log_to_stderr(logging.WARNING, "%(levelname)s %(name)s: %(message)s")
         end_on_signals()
-        from gaisnet.serving.http.keys import check_bind, read_keys
+        from gaisnet.serving.http.callers import check_bind, read_keys
 
         keys = read_keys(api_keys)
         check_bind(host, keys)  # before the models are loaded

@@ -71,7 +71,7 @@ def device(
         if serve is None:
             run_device(kit)
         from gaisnet.deployment.http_endpoint import OpenEndpoint
-        from gaisnet.serving.http.keys import check_bind, read_keys
+        from gaisnet.serving.http.callers import check_bind, read_keys
 
         keys = read_keys(api_keys)
         check_bind(host, keys)

@@ -14,13 +14,13 @@ from gaisnet.engines.body_hosting import LinkedBodies
 from gaisnet.errors import GaisnetError, OutputNotWritable, UnexpectedMessage
 from gaisnet.runs.answering_device import held_out_of
 from gaisnet.serving.generation.answering import Answering
-from gaisnet.serving.generation.bodies import Target
 from gaisnet.serving.generation.calibration import read_calibrations, write_calibrations
 from gaisnet.serving.generation.decoding import DeviceParts
 from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain
+from gaisnet.serving.generation.routing import Target
 from gaisnet.serving.http.address import announced
 from gaisnet.serving.http.api import make_app
-from gaisnet.serving.http.keys import ApiKeys
+from gaisnet.serving.http.callers import ApiKeys
 from gaisnet.serving.http.server import Server, listen
 from gaisnet.tiers.device.device import Device
 from gaisnet.transport.base import Link

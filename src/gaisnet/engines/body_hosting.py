@@ -17,7 +17,7 @@ from gaisnet.messages import CloseSession, CropSession, EscalateSession, ExtendS
 from gaisnet.models.parts import Body
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.endpoint import RemoteSession
-from gaisnet.serving.generation.bodies import Place, Target
+from gaisnet.serving.generation.routing import Place, Target
 from gaisnet.transport.base import Handler, Link
 
 _WHOSE: dict[Place, Whose] = {"edge": "domain", "cloud": "foundation"}

@@ -23,8 +23,8 @@ from gaisnet.progress import Progress, silent
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.endpoint import SessionEndpoint
 from gaisnet.serving.engine.escalation import EdgeSessions
-from gaisnet.serving.generation.bodies import Place
 from gaisnet.serving.generation.decoding import DeviceParts
+from gaisnet.serving.generation.routing import Place
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.local import LocalLink

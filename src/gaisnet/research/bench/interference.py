@@ -10,7 +10,7 @@ from typing import Protocol
 from gaisnet.research.bench.rounds import Rounds
 from gaisnet.research.bench.spread import Spread
 from gaisnet.research.bench.writing import Writers
-from gaisnet.serving.generation.bodies import Target
+from gaisnet.serving.generation.routing import Target
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from gaisnet.research.bench.spread import Spread
 from gaisnet.research.bench.writing import Writers, in_one_piece
 from gaisnet.runs.answering_device import device_of
 from gaisnet.runs.served_run import ServedRun, serve_run
-from gaisnet.serving.generation.bodies import Place, Target
+from gaisnet.serving.generation.routing import Place, Target
 
 FILE_NAME = "serving.json"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from gaisnet.research.bench.rounds import Rounds
 from gaisnet.research.bench.spread import Spread
 from gaisnet.research.bench.writing import Prompt, Unsplit, Writers, num_same
-from gaisnet.serving.generation.bodies import Target
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Target
 from gaisnet.serving.generation.speculation import DraftLength, Tally, write_speculatively
+from gaisnet.serving.generation.text import Sampling
 
 
 @dataclass(frozen=True)

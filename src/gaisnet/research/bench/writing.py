@@ -17,10 +17,10 @@ from gaisnet.compute_lock import ComputeLock
 from gaisnet.models.foundation import load_foundation
 from gaisnet.models.parts import Body
 from gaisnet.runs.served_run import ServedRun
-from gaisnet.serving.generation.bodies import Bodies, Place, Target
 from gaisnet.serving.generation.decoding import DeviceParts, Tokens, write
 from gaisnet.serving.generation.device import AnsweringDevice
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Bodies, Place, Target
+from gaisnet.serving.generation.text import Sampling
 
 Prompt = tuple[int, ...]
 

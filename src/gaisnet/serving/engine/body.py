@@ -22,10 +22,8 @@ from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import ServiceSettings
 from gaisnet.errors import ContextFull, CutError, ServiceFull, SessionClosed, SessionRefused, WireFormatError
 from gaisnet.models.parts import Body
-from gaisnet.serving.engine.cache import bytes_per_position, in_blocks
-from gaisnet.serving.engine.plan import PlannedRows, ServedSession, Waiting, plan
-from gaisnet.serving.engine.quota import NO_QUOTA, Quota
-from gaisnet.serving.engine.rows import SessionLayers
+from gaisnet.serving.engine.plan import NO_QUOTA, PlannedRows, Quota, ServedSession, Waiting, plan
+from gaisnet.serving.engine.rows import SessionLayers, bytes_per_position, in_blocks
 
 _MIB = 2**20
 _ROW_DTYPE = torch.float32  # dtype of kept rows

@@ -38,7 +38,7 @@ from gaisnet.messages import (
     Whose,
 )
 from gaisnet.serving.engine.body import BodyService
-from gaisnet.serving.engine.quota import Quota
+from gaisnet.serving.engine.plan import Quota
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")

@@ -26,7 +26,7 @@ from gaisnet.messages import (
 )
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.endpoint import SessionEndpoint
-from gaisnet.serving.engine.quota import Quota
+from gaisnet.serving.engine.plan import Quota
 
 M = TypeVar("M", bound=Message)
 _FM = "the foundation model"

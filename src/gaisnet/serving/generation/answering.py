@@ -19,12 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from gaisnet.errors import GaisnetError, SessionRefused, UnknownModel
 from gaisnet.models.tokenization import ending_ids
 from gaisnet.serving.engine.sessions import BodySession
-from gaisnet.serving.generation.bodies import Bodies, Place, Target
 from gaisnet.serving.generation.decoding import DeviceParts, Tokens, check_prompt, write
-from gaisnet.serving.generation.routing import Routing, Trace, write_routed
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Bodies, Place, Routing, Target, Trace, write_routed
 from gaisnet.serving.generation.speculation import DraftLength, Tally, write_speculatively
-from gaisnet.serving.generation.text import text_of
+from gaisnet.serving.generation.text import Sampling, text_of
 
 AUTO, FOUNDATION, MERGED = "auto", "foundation", "merged"
 

@@ -16,10 +16,9 @@ from gaisnet.checkpoint import write_text
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import CheckpointError
 from gaisnet.models.tokenization import ends_of
-from gaisnet.serving.generation.bodies import Bodies, Target
 from gaisnet.serving.generation.decoding import DeviceParts, write
-from gaisnet.serving.generation.routing import Routing, Trace, write_routed
-from gaisnet.serving.generation.sampling import Sampling
+from gaisnet.serving.generation.routing import Bodies, Routing, Target, Trace, write_routed
+from gaisnet.serving.generation.text import Sampling
 
 FILE_NAME = "calibration.json"
 

@@ -14,11 +14,10 @@ from torch import Tensor
 from gaisnet.compute_lock import ComputeLock
 from gaisnet.errors import ContextFull, LinkTimeout, SessionRefused
 from gaisnet.models.parts import Head, Tail
-from gaisnet.serving.engine.cache import SessionCache
-from gaisnet.serving.engine.rows import SessionLayers, SessionShare
+from gaisnet.serving.engine.rows import SessionCache, SessionLayers, SessionShare
 from gaisnet.serving.engine.sessions import BodySession, SendingSession
 from gaisnet.serving.generation.batching_call import BatchingCall
-from gaisnet.serving.generation.sampling import Sampler, Sampling
+from gaisnet.serving.generation.text import Sampler, Sampling
 
 PREFILL_CHUNK = 64
 _MOST_ROWS = 256  # of all answers together, in one run of a part

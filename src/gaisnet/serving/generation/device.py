@@ -12,7 +12,6 @@ from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.errors import ConfigError
 from gaisnet.progress import Progress, silent
 from gaisnet.serving.generation.answering import MERGED, Answering, Domain
-from gaisnet.serving.generation.bodies import Bodies, Target
 from gaisnet.serving.generation.calibration import (
     Calibration,
     CalibrationExample,
@@ -23,7 +22,7 @@ from gaisnet.serving.generation.calibration import (
     write_calibrations,
 )
 from gaisnet.serving.generation.decoding import DeviceParts
-from gaisnet.serving.generation.routing import DEFAULT_MEASURE, Routing
+from gaisnet.serving.generation.routing import DEFAULT_MEASURE, Bodies, Routing, Target
 
 _AT_ONCE = 8  # test examples at once; they share the bodies' steps
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gaisnet.serving.engine.sessions import BodySession
 from gaisnet.serving.generation.decoding import DeviceParts, HeadSession, TailSession, Tokens, check_prompt, prefill
-from gaisnet.serving.generation.sampling import Sampler, Sampling
+from gaisnet.serving.generation.text import Sampler, Sampling
 
 _FORGET = 0.9
 _PRIOR = 0.7  # assumed acceptance before any was seen

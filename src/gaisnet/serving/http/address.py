@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gaisnet.errors import ServerRefused
-from gaisnet.serving.http.keys import is_loopback
+from gaisnet.serving.http.callers import is_loopback
 
 ADDRESS_NAME = "serving.url"
 """File in a run's or device kit's folder: the URL in its first line, the process in its second."""

@@ -22,14 +22,11 @@ from gaisnet.config import FrontSettings
 from gaisnet.errors import GaisnetError
 from gaisnet.serving.generation.answering import Answering, GenerationRequest
 from gaisnet.serving.http import dialect
-from gaisnet.serving.http.callers import Callers
-from gaisnet.serving.http.choices import Choices
+from gaisnet.serving.http.callers import ApiKeys, Callers
 from gaisnet.serving.http.dialect import ChatRequest, CompletionRequest, read_request
-from gaisnet.serving.http.envelope import Envelope
-from gaisnet.serving.http.keys import ApiKeys
 from gaisnet.serving.http.metrics import CONTENT_TYPE, Metrics
 from gaisnet.serving.http.refusals import GONE, INVALID, ClientGone, Refusal, noted, refusal_of, too_many
-from gaisnet.serving.http.streaming import StreamedAnswer
+from gaisnet.serving.http.responses import Choices, Envelope, StreamedAnswer
 
 T = TypeVar("T")
 _READERS = 2  # threads that read bodies and do nothing else

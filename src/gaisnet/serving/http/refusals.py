@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from gaisnet.errors import ContextFull, GaisnetError, ServiceFull, SessionRefused, UnknownModel
-from gaisnet.serving.http.fields import BadRequest
+from gaisnet.serving.http.dialect import BadRequest
 
 INVALID = "invalid_request_error"
 GONE = 499  # in metrics: the client left

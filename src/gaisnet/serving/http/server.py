@@ -10,8 +10,8 @@ from starlette.types import ASGIApp
 
 from gaisnet.config import FrontSettings
 from gaisnet.errors import ConfigError
+from gaisnet.serving.http.callers import ApiKeys, check_bind
 from gaisnet.serving.http.connections import Listener, connection_of
-from gaisnet.serving.http.keys import ApiKeys, check_bind
 
 _GRACE_S = 5
 
