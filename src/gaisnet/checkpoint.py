@@ -19,9 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gaisnet.errors import CheckpointError, GaisnetError, OutputNotWritable
+from gaisnet.errors import CheckpointError, CheckpointVersion, GaisnetError, OutputNotWritable
 
+CHECKPOINT_VERSION = "1"
+"""Format of checkpoints; raised with every change that an older release would misread."""
 _STATE = "state"
+_VERSION = "version"
 
 
 class CheckpointStore(Protocol):
@@ -53,7 +56,7 @@ class FolderStore:
         path = self._path(name)
         with writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
-        metadata = {_STATE: json.dumps(state, allow_nan=False)}
+        metadata = {_VERSION: CHECKPOINT_VERSION, _STATE: json.dumps(state, allow_nan=False)}
         own = _apart(tensors)
         with replacing(path) as temporary:
             safetensors.torch.save_file(own, temporary, metadata)
@@ -65,9 +68,13 @@ class FolderStore:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                state = json.loads(file.metadata()[_STATE])
+                metadata = file.metadata()
+                version = metadata.get(_VERSION, "0")  # the first releases wrote none
+                if version != CHECKPOINT_VERSION:
+                    raise CheckpointVersion(path, version, CHECKPOINT_VERSION)
+                state = json.loads(metadata[_STATE])
                 return state, {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(path, str(error)) from error
 
     def clear_arrivals(self) -> None:

@@ -413,14 +413,18 @@ def test_a_header_longer_than_the_frame_is_refused_before_it_is_read(size: int) 
     [
         *(b"", b"no json", b"[1]", b"null", b"3", b'"text"', b"{}", b'{"__metadata__": 3}', b'{"__metadata__": {}}'),
         *(b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000),
-        *(b'{"__metadata__": {"message": "Done"}}', b'{"__metadata__": {"message": "Done", "fields": 3}}'),
         *(
-            b'{"__metadata__": {"message": "Done", "fields": "[]"}}',
-            b'{"__metadata__": {"message": "Done", "fields": "{"}}',
+            b'{"__metadata__": {"version": "1", "message": "Done"}}',
+            b'{"__metadata__": {"version": "1", "message": "Done", "fields": 3}}',
         ),
-        b'{"__metadata__": {"message": "Done", "fields": "{}", "more": 3}}',
-        b'{"__metadata__": {"message": "Done", "fields": "{}"}, "__metadata__": {}}',
-        b'{"__metadata__": {"message": "Done", "fields": "{}"}, "__metadata__": {"message": "Done", "fields": "{}"}}',
+        *(
+            b'{"__metadata__": {"version": "1", "message": "Done", "fields": "[]"}}',
+            b'{"__metadata__": {"version": "1", "message": "Done", "fields": "{"}}',
+        ),
+        b'{"__metadata__": {"version": "1", "message": "Done", "fields": "{}", "more": 3}}',
+        b'{"__metadata__": {"version": "1", "message": "Done", "fields": "{}"}, "__metadata__": {}}',
+        b'{"__metadata__": {"version": "1", "message": "Done", "fields": "{}"}, '
+        b'"__metadata__": {"version": "1", "message": "Done", "fields": "{}"}}',
     ],
     ids=lambda header: header[:40].decode("latin1"),
 )
@@ -430,11 +434,13 @@ def test_a_header_that_is_none_is_refused(header: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["Donne", "", "Message", "object", "\ud800", None, 3, [], {}, ["Done"]])
 def test_an_unknown_message_is_refused(name: object) -> None:
-    refused(framed({"__metadata__": {"message": name, "fields": "{}"}}))
+    refused(framed({"__metadata__": {"version": "1", "message": name, "fields": "{}"}}))
 
 
 def test_an_unknown_message_is_named() -> None:
-    refused(framed({"__metadata__": {"message": "Attack", "fields": "{}"}}), "an unknown message 'Attack'")
+    refused(
+        framed({"__metadata__": {"version": "1", "message": "Attack", "fields": "{}"}}), "an unknown message 'Attack'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -480,6 +486,7 @@ def test_a_tensor_cannot_come_as_a_plain_field(numbers_in_json: object) -> None:
         framed(
             {
                 "__metadata__": {
+                    "version": "1",
                     "message": "BodyOutputGrad",
                     "fields": json.dumps({"step": 0, "loss_sum": 0.0, "grad_ND": numbers_in_json}),
                 }
@@ -491,7 +498,10 @@ def test_a_tensor_cannot_come_as_a_plain_field(numbers_in_json: object) -> None:
 
 def test_a_missing_tensor_is_refused() -> None:
     refused(
-        framed({"__metadata__": {"message": "BodyOutputGrad", "fields": '{"step": 0, "loss_sum": 0.0}'}}), "grad_ND"
+        framed(
+            {"__metadata__": {"version": "1", "message": "BodyOutputGrad", "fields": '{"step": 0, "loss_sum": 0.0}'}}
+        ),
+        "grad_ND",
     )
 
 

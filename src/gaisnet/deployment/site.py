@@ -17,7 +17,7 @@ from gaisnet.config import Config, DeviceSettings, EdgeSettings
 from gaisnet.config.hosts import address
 from gaisnet.config.learning import Settings
 from gaisnet.config.yaml_text import load_yaml
-from gaisnet.errors import KitInUse, KitUnreadable, LockTaken
+from gaisnet.errors import KitInUse, KitUnreadable, KitVersion, LockTaken
 from gaisnet.locks import locked
 from gaisnet.transport.grpc.channel import Certificates
 
@@ -31,9 +31,14 @@ CLOUD: Final = "cloud"
 Role = Literal["cloud", "edge", "device"]
 
 
+KIT_VERSION: Literal[1] = 1
+"""Format of kits; raised with every change that an older release would misread."""
+
+
 class Site(Settings):
     """Contents of ``site.yaml``."""
 
+    version: Literal[1] = Field(KIT_VERSION, description="Format of the kit.")
     role: Role = Field(description="What the site is.")
     name: str = Field(description="As in its certificate.")
     config: Config = Field(description="The run's; hosts and ports are those of the network as it was prepared.")
@@ -70,7 +75,11 @@ def write_site(folder: Path, site: Site) -> None:
 def read_site(folder: Path, role: Role | None = None) -> Site:
     """Read a kit. Raises ``KitUnreadable``, also for the kit of another role."""
     try:
-        site = Site.model_validate(load_yaml((folder / SITE_FILE).read_text(encoding="utf-8")))
+        raw = load_yaml((folder / SITE_FILE).read_text(encoding="utf-8"))
+        found = raw.get("version", 0) if isinstance(raw, dict) else KIT_VERSION  # the first releases wrote none
+        if found != KIT_VERSION:
+            raise KitVersion(folder, str(found)[:20], str(KIT_VERSION))
+        site = Site.model_validate(raw)
     except FileNotFoundError as error:
         raise KitUnreadable(folder, f"it has no {SITE_FILE}") from error
     except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:

@@ -8,6 +8,7 @@ from gaisnet.errors.deployment import (
     DeploymentError,
     KitInUse,
     KitUnreadable,
+    KitVersion,
     ProcessesLeft,
     ProcessFailed,
     ProvisionFailed,
@@ -28,6 +29,7 @@ from gaisnet.errors.links import (
     TooFewEdges,
     UnexpectedMessage,
     WireFormatError,
+    WireVersion,
 )
 from gaisnet.errors.runs import (
     ActivationsNotKept,
@@ -35,6 +37,7 @@ from gaisnet.errors.runs import (
     AdapterMismatch,
     CacheNotWritable,
     CheckpointError,
+    CheckpointVersion,
     ConfigError,
     CutError,
     DataError,
@@ -74,6 +77,7 @@ __all__ = [
     "CacheNotWritable",
     "CertificateInvalid",
     "CheckpointError",
+    "CheckpointVersion",
     "ChunkDamaged",
     "ConfigError",
     "ContextFull",
@@ -83,6 +87,7 @@ __all__ = [
     "GaisnetError",
     "KitInUse",
     "KitUnreadable",
+    "KitVersion",
     "LinkError",
     "LinkLost",
     "LinkTimeout",
@@ -119,4 +124,5 @@ __all__ = [
     "UnknownKey",
     "UnknownModel",
     "WireFormatError",
+    "WireVersion",
 ]

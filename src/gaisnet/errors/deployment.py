@@ -28,6 +28,18 @@ class KitUnreadable(DeploymentError):
         super().__init__(f"site kit '{folder}': {found}; copy the kit again, or make new ones with 'deploy prepare'")
 
 
+class KitVersion(KitUnreadable):
+    """A kit was made in another format."""
+
+    def __init__(self, folder: Path, found: str, supported: str) -> None:
+        DeploymentError.__init__(
+            self,
+            f"site kit '{folder}' is in format {found}, and this release reads format {supported}; make new kits "
+            "with 'gaisnet deploy prepare' of this release for every site, or install the release that made it "
+            "(docs/compatibility.md)",
+        )
+
+
 class CertificateInvalid(DeploymentError):
     """A site's certificate, or its authority's, is not valid at this moment: no other site would let it in."""
 

@@ -41,6 +41,17 @@ class WireFormatError(LinkError):
         super().__init__(f"a frame from the link cannot be read: {found}; the frame is dropped")
 
 
+class WireVersion(WireFormatError):
+    """A message in another version of the wire protocol: nothing of it is used."""
+
+    def __init__(self, found: str, supported: str) -> None:
+        LinkError.__init__(
+            self,
+            f"a message is in version {found} of the wire protocol, and this site speaks version {supported}; install "
+            "the same release of GaisNet at all sites, the cloud first (docs/compatibility.md)",
+        )
+
+
 class OutOfBounds(WireFormatError):
     """A value that a party cannot mean: nothing of its message is used, and the party is left out."""
 

@@ -127,6 +127,17 @@ class CheckpointError(GaisnetError):
         super().__init__(f"checkpoint '{path}' cannot be read: {found}; remove it to start again without it")
 
 
+class CheckpointVersion(CheckpointError):
+    """A checkpoint or a summary was written in another format."""
+
+    def __init__(self, path: Path, found: str, supported: str) -> None:
+        GaisnetError.__init__(
+            self,
+            f"'{path}' is in format {found}, and this release reads format {supported}; finish the run with the "
+            "release that began it, or start a new one (docs/compatibility.md)",
+        )
+
+
 class ModelError(GaisnetError):
     """A foundation model cannot be found, read, or is of a family that GaisNet cannot cut."""
 

@@ -18,7 +18,7 @@ from gaisnet.config.overrides import keys_of, with_overrides
 from gaisnet.data.devices import DomainData, load_domains, load_public_inputs, majority_share, public_text
 from gaisnet.engines.local import build_network
 from gaisnet.engines.sizes import check_sizes
-from gaisnet.errors import CheckpointError, ConfigError, NothingToResume
+from gaisnet.errors import CheckpointError, CheckpointVersion, ConfigError, NothingToResume
 from gaisnet.learning.relay import Distillation, TaskTemplate
 from gaisnet.messages import AdapterUpdate, EvaluationReport
 from gaisnet.models.foundation import Foundation, load_foundation, with_context
@@ -134,7 +134,11 @@ def read_summary(out: Path) -> Summary:
     if not path.is_file():
         raise NothingToResume(out)
     try:
-        return Summary.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        found = re.search(rb'"schema": *"gaisnet.summary/([0-9]{1,9})"', content)
+        if found is not None and found[1] != b"1":
+            raise CheckpointVersion(path, found[1].decode(), "1")
+        return Summary.model_validate_json(content)
     except (OSError, ValidationError) as error:
         raise CheckpointError(path, str(error)) from error
 

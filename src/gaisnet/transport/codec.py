@@ -1,7 +1,8 @@
 """Messages to bytes and back.
 
 A frame is a safetensors file in memory: eight bytes of header length, a JSON header that names each tensor's dtype,
-shape and place, and the raw numbers. The message's name and its plain fields stand in the header's metadata. Nothing is
+shape and place, and the raw numbers. The version, the message's name and its plain fields
+are in the header's metadata. Nothing is
 pickled; every size is checked against the frame before a tensor is made.
 
 Floating tensors are written as the settings under ``wire`` say. Error bounds, per number x of a row with largest
@@ -22,11 +23,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gaisnet.config import TensorCode, WireSettings
-from gaisnet.errors import WireFormatError
+from gaisnet.errors import WireFormatError, WireVersion
 from gaisnet.messages import Message
 from gaisnet.row_quant import GROUP, dither, from_int4, from_int8, num_bytes, num_groups, to_int4, to_int8
 from gaisnet.transport.packed import Packed, read_tensors
 
+WIRE_VERSION = "1"
+"""Version of messages on a link; raised with every change that an older release would misread."""
 _SCALE = "#scale"
 _GROUPS = "#groups"
 _WIDTH = "#width"
@@ -84,7 +87,7 @@ class Codec:
             else:
                 plain[declared.name] = value
         # A loss of NaN must cross, so that the receiver can name the step; Python's JSON reads what it writes.
-        metadata = {"message": type(message).__name__, "fields": json.dumps(plain)}
+        metadata = {"version": WIRE_VERSION, "message": type(message).__name__, "fields": json.dumps(plain)}
         return Packed(tensors, metadata)
 
     def decode(self, frame: bytes) -> Message:
@@ -136,8 +139,11 @@ def _read_header(frame: bytes | mmap.mmap, limit: int) -> tuple[str, dict[str, A
         raise WireFormatError(f"a header of {header_bytes} bytes in a frame of {size}")
     try:
         metadata = json.loads(frame[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes])["__metadata__"]
+        version = metadata.get("version", "0")  # the first releases wrote none
+        if version != WIRE_VERSION:
+            raise WireVersion(str(version)[:20], WIRE_VERSION)
         name, values = metadata["message"], json.loads(metadata["fields"], parse_int=_whole)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WireFormatError(f"no message header ({error!r})") from error
     if not isinstance(name, str) or name not in _TYPES or not isinstance(values, dict):
         raise WireFormatError(f"an unknown message {name!r}")
