@@ -5,7 +5,7 @@ session, W wanted output rows, D hidden size. All tensors are on the CPU. ``wire
 ``wire`` for the code of a floating tensor.
 """
 
-from gaisnet.messages.message import LASTING, MOST, Done, Message, Role, Scored, Split, Whose, wire
+from gaisnet.messages.message import LASTING, MOST, Done, Message, Role, Scored, Split, Whose, expect, wire
 from gaisnet.messages.parcels import Chunk, ChunkRequest, Parcel, ParcelSent, ParcelTaken, Wanted
 from gaisnet.messages.sessions import (
     CloseSession,
@@ -91,5 +91,6 @@ __all__ = [
     "TrafficRequest",
     "Wanted",
     "Whose",
+    "expect",
     "wire",
 ]

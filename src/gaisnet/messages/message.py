@@ -1,9 +1,11 @@
 """The root of all messages, and types of their fields."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict
+
+from gaisnet.errors import UnexpectedMessage
 
 Split = Literal["train", "validate", "test"]
 """Sets of a device's examples: training, validation (for the gate), test (for scores)."""
@@ -47,3 +49,13 @@ part."""
 @dataclass(frozen=True)
 class Done(Message):
     """Executed, without a result."""
+
+
+M = TypeVar("M", bound=Message)
+
+
+def expect(reply: Message, kind: type[M], asker: str, of: str = "") -> M:
+    """Return ``reply`` if it is of the kind that ``asker`` waits for, ``of`` whom. Raises ``UnexpectedMessage``."""
+    if not isinstance(reply, kind):
+        raise UnexpectedMessage(f"{asker}, waiting for a {kind.__name__}{of},", type(reply).__name__)
+    return reply

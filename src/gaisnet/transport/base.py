@@ -5,8 +5,8 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol, TypeVar
 
-from gaisnet.errors import LinkTimeout, UnexpectedMessage
-from gaisnet.messages import Message
+from gaisnet.errors import LinkTimeout
+from gaisnet.messages import Message, expect
 
 M = TypeVar("M", bound=Message)
 _LOOK_S = 0.2
@@ -28,13 +28,6 @@ class Handler(Protocol):
 
     def handle(self, message: Message) -> Message | Future[Message]:
         """Answer ``message``, at once or by a future. Raises ``UnexpectedMessage``."""
-
-
-def expect(reply: Message, kind: type[M], asker: str) -> M:
-    """Return ``reply`` if it is of the kind that ``asker`` waits for. Raises ``UnexpectedMessage``."""
-    if not isinstance(reply, kind):
-        raise UnexpectedMessage(f"{asker}, waiting for a {kind.__name__},", type(reply).__name__)
-    return reply
 
 
 def wait_for(

@@ -36,6 +36,7 @@ from gaisnet.messages import (
     SessionOpened,
     SessionRows,
     Whose,
+    expect,
 )
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.plan import Quota
@@ -210,7 +211,7 @@ class RemoteSession:
             answer = as_future(self._ask(message))
         except Exception as error:
             answer = failed(error)
-        return map_result(map_error(answer, _as_raised_there), lambda reply: _expected(reply, kind))
+        return map_result(map_error(answer, _as_raised_there), lambda reply: expect(reply, kind, "a session"))
 
     def _wait(self, answer: Future[T], what: str) -> T:
         try:
@@ -225,12 +226,6 @@ def _as_raised_there(error: Exception) -> Exception:
     if isinstance(error, PeerError) and error.kind in _REFUSALS:
         return _REFUSALS[error.kind].quoted(error.text)
     return error
-
-
-def _expected(answer: Message, kind: type[M]) -> M:
-    if not isinstance(answer, kind):
-        raise UnexpectedMessage(f"a session, waiting for a {kind.__name__},", type(answer).__name__)
-    return answer
 
 
 def _fitting(rows: SessionRows, shape: tuple[int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from gaisnet.errors import BodyUnreachable, SessionClosed, SessionRefused, UnexpectedMessage
+from gaisnet.errors import BodyUnreachable, SessionClosed, SessionRefused
 from gaisnet.futures import failed, flat_map, map_result
 from gaisnet.messages import (
     CloseSession,
@@ -23,6 +23,7 @@ from gaisnet.messages import (
     OpenSession,
     SessionOpened,
     SessionRows,
+    expect,
 )
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.endpoint import SessionEndpoint
@@ -189,6 +190,4 @@ def _on_its_way(name: str) -> SessionRefused:
 
 
 def _expect(kind: type[M], answer: Message) -> M:
-    if not isinstance(answer, kind):
-        raise UnexpectedMessage(f"an edge, waiting for a {kind.__name__} of the cloud,", type(answer).__name__)
-    return answer
+    return expect(answer, kind, "an edge", " of the cloud")
