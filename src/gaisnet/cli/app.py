@@ -1,7 +1,5 @@
 """The command ``gaisnet`` and its subcommands."""
 
-import os
-
 import typer
 
 from gaisnet.cli.baselines import baselines
@@ -14,14 +12,9 @@ from gaisnet.cli.paper import paper
 from gaisnet.cli.serve import serve
 from gaisnet.cli.sites import cloud, device, edge
 from gaisnet.config.file import load_config
+from gaisnet.openmp import set_wait_policy
 
-# How long OpenMP's threads spin before they sleep. Within a layer the next product comes in microseconds, and to be
-# woken takes longer than a small product; but on a machine that is shared, threads that spin for milliseconds, as they
-# would, slow down all others (docs/decisions/0009). Read when torch is first imported: it is imported late.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # without it, as soon as two threads compute, theirs hardly spin at all
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")  # LLVM's and Intel's OpenMP would spin without end
+set_wait_policy()  # before torch is imported, which commands do when they run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 

@@ -2,9 +2,10 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,9 +35,15 @@ class DomainData:
     devices: dict[str, DeviceData[Any]]
 
 
-def load_domains(config: Config) -> dict[str, DomainData]:
-    """Load the data of all edges, by domain. Raises ``DataError``."""
-    return {edge.domain: _load_edge(edge, config) for edge in config.edges}
+IN_MEMORY = "memory:"
+"""Begins the data "folder" of a device whose examples were given as Python objects."""
+Given = Mapping[str, DeviceData[Any]]
+"""Examples that were given as Python objects, by device."""
+
+
+def load_domains(config: Config, given: Given = MappingProxyType({})) -> dict[str, DomainData]:
+    """Load the data of all edges, by domain; examples in memory are ``given``. Raises ``DataError``."""
+    return {edge.domain: _load_edge(edge, config, given) for edge in config.edges}
 
 
 @dataclass(frozen=True)
@@ -97,20 +104,20 @@ def load_device(config: Config, name: str) -> DeviceData[Any]:
     return _read_device(device.data, name, edge).with_validation_split(config.absorb.validation_share, name)
 
 
-def _load_edge(edge: EdgeSettings, config: Config) -> DomainData:
-    found, share = _load_edge_unsplit(edge, config), config.absorb.validation_share
+def _load_edge(edge: EdgeSettings, config: Config, given: Given = MappingProxyType({})) -> DomainData:
+    found, share = _load_edge_unsplit(edge, config, given), config.absorb.validation_share
     return replace(
         found, devices={name: mine.with_validation_split(share, name) for name, mine in found.devices.items()}
     )
 
 
-def _load_edge_unsplit(edge: EdgeSettings, config: Config) -> DomainData:
+def _load_edge_unsplit(edge: EdgeSettings, config: Config, given: Given) -> DomainData:
     """Load an edge's examples before validation sets are split off."""
     folders = {device.name: device.data for device in edge.devices if device.data is not None}
     without = [device.name for device in edge.devices if device.name not in folders]
     followed = _followed(edge, config)
     if not without:
-        devices = {name: _read_device(folder, name, edge) for name, folder in folders.items()}
+        devices = {name: _read_device(folder, name, edge, given) for name, folder in folders.items()}
         return DomainData(edge.template or followed.template, edge.labels or followed.labels, devices)
     asked = f"domain '{edge.domain}' of edge '{edge.name}'"
     if folders:
@@ -227,7 +234,13 @@ def partition_by_label(
     return parts
 
 
-def _read_device(folder: Path, name: str, edge: EdgeSettings) -> DeviceData[Any]:
+def _read_device(folder: Path, name: str, edge: EdgeSettings, given: Given = MappingProxyType({})) -> DeviceData[Any]:
+    if name in given:
+        return given[name]
+    if str(folder).startswith(IN_MEMORY):
+        found = "were given as Python objects, which a run does not keep"
+        do = "give them again, with gaisnet.resume(out, data={...}), or name a folder with --set edges.N.devices.N.data"
+        raise DataError(f"examples of device '{name}'", found, do)
     train: tuple[Example | Labelled, ...] = () if edge.follows else read_examples(folder / "train.jsonl", name)
     return DeviceData(train, read_examples(folder / "test.jsonl", name))
 

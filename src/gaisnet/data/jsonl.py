@@ -9,7 +9,7 @@ these are refused.
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,33 @@ def read_examples(path: Path, owner: str) -> tuple[Example | Labelled, ...]:
     return tuple(_example(line, where, path.parent) for where, line in lines)
 
 
+def examples_from_rows(rows: Iterable[Any], owner: str, split: str) -> tuple[Example | Labelled, ...]:
+    """Return a device's examples from rows in memory, with the checks of files.
+
+    Args:
+        rows: Mappings with the keys of a JSONL line, such as those of a Hugging Face dataset, or pairs of prompt and
+            completion. Images are paths below the current directory.
+        owner: Name of the device.
+        split: Name of the set, for errors.
+
+    Raises:
+        DataError: No rows, or a mistake in one; the row is named.
+    """
+    asked = f"{split} examples of device '{owner}'"
+    found = []
+    for number, row in enumerate(rows):
+        where = f"{asked}, row {number}"
+        if isinstance(row, tuple) and len(row) == 2:
+            row = dict(zip(_EXAMPLES["prompt"], row, strict=True))
+        if not isinstance(row, Mapping):
+            do = "give a mapping with the keys of a JSONL line, or a pair of prompt and completion"
+            raise DataError(where, f"is a {type(row).__name__}", do)
+        found.append(_example_of(_checked(dict(row), where, _EXAMPLES), where, Path.cwd()))
+    if not found:
+        raise DataError(asked, "there are none", "give at least one")
+    return tuple(found)
+
+
 def read_inputs(path: Path) -> tuple[Input, ...]:
     """Read texts or images without labels, at least one. Raises ``DataError``."""
     asked = f"public inputs '{path}'"
@@ -67,7 +94,10 @@ def _lines(path: Path, asked: str, do: str) -> list[tuple[str, str]]:
 
 
 def _example(line: str, where: str, folder: Path) -> Example | Labelled:
-    raw = _fields(line, where, _EXAMPLES)
+    return _example_of(_fields(line, where, _EXAMPLES), where, folder)
+
+
+def _example_of(raw: dict[str, str], where: str, folder: Path) -> Example | Labelled:
     if "prompt" in raw:
         return Example(raw["prompt"], raw["completion"])
     return Labelled(_input_of(raw, where, folder), raw["label"])
@@ -78,16 +108,20 @@ def _input_of(raw: dict[str, str], where: str, folder: Path) -> Input:
 
 
 def _fields(line: str, where: str, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Parse a line into keys and text values. The first known key decides the kind of the line."""
-    kind = next(iter(kinds.values()))
-    do = _how_to_write(kind)
+    """Parse a line into keys and text values."""
+    do = _how_to_write(next(iter(kinds.values())))
     try:
         raw = loads(line)
     except ValueError as error:
         raise DataError(where, f"is not valid JSON ({error})", do) from error
     if not isinstance(raw, dict):
         raise DataError(where, f"is a {type(raw).__name__}, not an object", do)
-    kind = next((names for key, names in kinds.items() if key in raw), kind)
+    return _checked(raw, where, kinds)
+
+
+def _checked(raw: dict[str, Any], where: str, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return keys and text values of an example. The first known key decides its kind."""
+    kind = next((names for key, names in kinds.items() if key in raw), next(iter(kinds.values())))
     missing, unknown = set(kind) - raw.keys(), raw.keys() - set(kind)
     if missing:
         raise DataError(where, f"lacks {_quoted(missing)}", _how_to_write(kind))
@@ -114,7 +148,7 @@ def _check_text(key: str, value: Any, where: str) -> None:
 
 def _shortened(value: Any) -> str:
     """Format a JSON value, shortened."""
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,8 +166,8 @@ def carry_out(
 ) -> Summary:
     """Run the remaining cycles of a folder's run on the network that ``build`` makes. Raises ``GaisnetError``."""
     run = Run(config, folder, progress, build, majorities)
-    while len(run.summary.cycles) <= config.cycles:
-        run.cycle()
+    for _ in run.cycles():
+        pass
     return run.summary
 
 
@@ -213,6 +213,12 @@ class Run:
                 update={"config": config.model_dump(mode="json")}
             )
         self._write()
+
+    def cycles(self) -> Iterator[Cycle]:
+        """Carry out the cycles that the run lacks; yield the record of each when it is written."""
+        while len(self.summary.cycles) <= self._config.cycles:
+            self.cycle()
+            yield self.summary.cycles[-1]
 
     def cycle(self) -> None:
         """Release, fine-tune, absorb; then measure and write."""
