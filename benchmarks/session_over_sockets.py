@@ -24,8 +24,8 @@ from gaisnet.runs.answering_device import device_of
 from gaisnet.runs.served_run import ServedRun, serve_run
 from gaisnet.serving.engine.endpoint import SessionEndpoint
 from gaisnet.serving.engine.escalation import EdgeSessions
-from gaisnet.serving.generation.routing import Place, Target
 from gaisnet.serving.generation.device import AnsweringDevice
+from gaisnet.serving.generation.routing import Place, Target
 from gaisnet.transport.base import Handler
 from gaisnet.transport.codec import Codec
 from gaisnet.transport.coded import CodedLink, coded

@@ -93,6 +93,7 @@ class Network:
 
     @cycle.setter
     def cycle(self, cycle: int) -> None:
+        """Continue in this cycle."""
         self.edges.cycle = cycle
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -175,7 +176,7 @@ class Network:
         """Score every DM on its own domain."""
         return self._ask(dict.fromkeys(self.edges.domains, Evaluate("domain", None)), EvaluationReport)
 
-    def evaluate_everywhere(self, scores: Scores) -> CrossDomainScores:
+    def evaluate_across_domains(self, scores: Scores) -> CrossDomainScores:
         """Score every model on every domain that trains; ``scores`` are a part of that.
 
         Adapters travel for it, examples do not.
@@ -186,12 +187,15 @@ class Network:
             as_own = {on: scores.domain[on] for on in learning if on in scores.domain}
             foundation = dict.fromkeys([*learning, NO_ADAPTER], self._alone)
             return CrossDomainScores(dict.fromkeys(learning, as_own), {**foundation, MERGED: scores.merged})
-        domain, foundation = {d: _of(scores.domain, d) for d in learning}, {}
-        for whose in learning:
-            others = [on for on in learning if on != whose]
-            domain[whose] |= self._ask(dict.fromkeys(others, self._guest(whose)), EvaluationReport)
-            asked = dict.fromkeys(others, Evaluate("foundation", whose))
-            foundation[whose] = {**_of(scores.foundation, whose), **self._ask(asked, EvaluationReport)}
+        domain, foundation = {d: _own_report(scores.domain, d) for d in learning}, {}
+        for trained_on in learning:
+            others = [on for on in learning if on != trained_on]
+            domain[trained_on] |= self._ask(dict.fromkeys(others, self._guest(trained_on)), EvaluationReport)
+            asked = dict.fromkeys(others, Evaluate("foundation", trained_on))
+            foundation[trained_on] = {
+                **_own_report(scores.foundation, trained_on),
+                **self._ask(asked, EvaluationReport),
+            }
         foundation[MERGED] = scores.merged
         lacking = [on for on in learning if on not in self._alone]  # neither the FM nor the test sets change
         self._alone |= self._ask(dict.fromkeys(lacking, Evaluate("foundation", None)), EvaluationReport)
@@ -224,6 +228,6 @@ class Network:
         return self.edges.ask(messages, kind)
 
 
-def _of(reports: Mapping[str, EvaluationReport], domain: str) -> dict[str, EvaluationReport]:
+def _own_report(reports: Mapping[str, EvaluationReport], domain: str) -> dict[str, EvaluationReport]:
     """Return a domain's own report, if there is one."""
     return {domain: reports[domain]} if domain in reports else {}

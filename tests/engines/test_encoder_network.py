@@ -215,7 +215,7 @@ def test_scores_through_the_split_are_those_of_the_unsplit_model_with_the_saved_
 
 
 def drift_by_hand(run: Run, domain: str) -> float:
-    """Of the last layer's [CLS] rows behind norm or pooler, without our parts."""
+    """Return the last layer's [CLS] rows behind norm or pooler, computed without our parts."""
     _, tensors = run.network.cloud.adapter(domain)
     family = ENCODERS[run.family]
     seen: list[Tensor] = []
@@ -289,7 +289,7 @@ def test_an_adapter_that_devices_do_worse_with_is_taken_out(kind: str, public: b
     asked: list[dict[str, str]] = []
 
     class Say:
-        """What devices say: of one domain that all were right before, and none is any more."""
+        """Return devices' scores: in one domain all examples were right before, and none is afterwards."""
 
         def collect_reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
             asked.append(dict(adapters))

@@ -1,4 +1,4 @@
-"""What devices say of adapters, and the merged adapter that learns on the foundation model itself."""
+"""Devices' scores of adapters, and training of the merged adapter on the foundation model itself."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -113,7 +113,7 @@ def naive_losses(model: PeftModel, example: Example) -> list[torch.Tensor]:
 
 
 def updates_of(tiers: Tiers, seed: int = 7) -> dict[str, AdapterUpdate]:
-    """What might come up: adapters that do something."""
+    """Return updates with adapters that have an effect."""
     generator = torch.Generator().manual_seed(seed)
     return {
         domain: AdapterUpdate(
@@ -243,7 +243,7 @@ def test_an_edge_cannot_name_whom_it_sent_nothing_of() -> None:
 
 def test_it_is_pulled_toward_the_foundation_models_own_output() -> None:
     def moved(weight: float) -> float:
-        """How far the merged adapter moves the suffix's output on the text that the FM wrote."""
+        """Return the shift of the suffix's output by the merged adapter, on text that the FM generated."""
         tune = {"local_epochs": 1, "batch_size": 4, "anchor_weight": weight, "anchor_every": 1, "max_grad_norm": 1e9}
         absorb = {"last_mile": {"epochs": 8, "learning_rate": 0.02}}
         tiers, _ = merged_with(config_of(absorb=absorb, fine_tune=tune))
@@ -327,7 +327,7 @@ def test_an_adapter_that_devices_do_worse_with_is_refused_and_what_was_there_sta
 
     verdicts = tiers.cloud.absorb(updates, 0, Reports(tiers, of))
     assert [(v.adapter, v.accepted) for v in verdicts] == [("shapes", False), ("tastes", True), (MERGED, True)]
-    said = "devices say 1 right of 10 of what they hold back, 9 with the one before"
+    said = "devices say 1 right of 10 of their validation examples, 9 with the one before"
     assert str(verdicts[0]) == f"refused 'shapes': {said}"
     assert same(tiers.cloud.adapter("shapes")[1], before)
     assert tiers.cloud.version("domain", "shapes") == 0 and tiers.cloud.version("domain", "tastes") == 1
@@ -365,7 +365,7 @@ def test_what_different_devices_say_decides_nothing() -> None:
     rights = iter((9, 9, 1, 1, 3, 3, 8, 8))
     verdicts = tiers.cloud.absorb(updates_of(tiers), 0, Coming(tiers, lambda domain, plugged: (next(rights), 1.0)))
     assert all(verdict.accepted for verdict in verdicts)
-    assert "1 right of 12 of what they hold back, 9 of 11 with the one before, but of other examples" in str(
+    assert "1 right of 12 of their validation examples, 9 of 11 with the one before, but of other examples" in str(
         verdicts[0]
     )
     whole, _ = merged_with(config_of(absorb={"merge": {"method": "sum"}}))
@@ -508,7 +508,7 @@ def test_devices_report_on_what_they_hold_back_and_no_example_travels() -> None:
         assert sorted(held.train + held.validate, key=repr) == sorted(mine.train, key=repr)
     asked = [m for m in frames.of(Evaluate) if m.split == "validate"]
     assert [m.adapter for m in asked] == ["shapes", "tastes"] * 2 + [MERGED] * 4
-    assert all(f"of {2 * 3} of what they hold back" in str(verdict) for verdict in verdicts[:2])
+    assert all(f"of {2 * 3} of their validation examples" in str(verdict) for verdict in verdicts[:2])
     up = {type(m) for kind, way, m in frames.messages() if (kind, way) == ("edge_cloud", "up")}
     assert up <= {SmashedData, EvaluationReport, BodyRequest, Done, Installed, ModelRequest, AnchorRequest}
     rows = [m for kind, _, m in frames.messages() if kind == "edge_cloud" and isinstance(m, SmashedData)]

@@ -122,7 +122,7 @@ def alone(edge: str = "north", **changes: Any) -> Config:
 
 
 def alone_perplexity(run: Run) -> float:
-    """Of the FM without an adapter."""
+    """Return the perplexity of the FM without an adapter."""
     gate = run.network.cloud._model.gate
     assert isinstance(gate, PerplexityGate)
     return gate.perplexity_before
@@ -240,11 +240,11 @@ def test_the_merged_adapter_is_fitted_to_each_domain_on_its_own_text(finished: R
     sums = side_by_side(list(parts.values()), weight)
     whole = side_by_side(list(parts.values()))
     assert all(torch.equal(t, whole[key]) for key, t in merged.items() if ".lora_B." in key)  # they stay
-    texts = {domain: cloud._model.relay_trainer._text.of[domain] for domain in parts}
+    texts = {domain: cloud._model.relay_trainer._text.by_domain[domain] for domain in parts}
     assert texts["shapes"] != texts["tastes"]
 
     def apart(found: AdapterTensors) -> float:
-        """How far what the first adapted module makes of a domain's text is from what the domain's own makes of it."""
+        """Return the distance between the first adapted module's output for a domain's text and the domain's own."""
         a, b = (f"layers.4.self_attn.q_proj.lora_{x}.weight" for x in "AB")
         total = 0.0
         for domain, part in parts.items():
@@ -575,7 +575,7 @@ def test_a_newcomer_starts_with_what_its_domain_has_learned_and_a_relay_of_its_o
     assert last.domain["forms"].loss_sum < run.scores[0].domain["forms"].loss_sum
     spec, _ = cloud.adapter(MERGED)
     assert isinstance(spec, LoraSpec) and spec.rank == 2 * 2  # only those that learn are in it
-    assert run.network.evaluate_everywhere(last).domain.keys() == {"shapes", "tastes"}
+    assert run.network.evaluate_across_domains(last).domain.keys() == {"shapes", "tastes"}
 
 
 def test_at_a_newcomer_only_its_domain_model_is_scored() -> None:
@@ -625,7 +625,7 @@ def same_examples() -> Run:
 
 def test_every_model_is_scored_on_every_domain(same_examples: Run) -> None:
     scores = same_examples.scores[-1]
-    matrix = same_examples.network.evaluate_everywhere(scores)
+    matrix = same_examples.network.evaluate_across_domains(scores)
     domains = {"shapes", "tastes"}
     assert matrix.domain.keys() == domains
     assert matrix.foundation.keys() == {*domains, MERGED, NO_ADAPTER}
@@ -642,10 +642,10 @@ def test_before_anything_has_learned_nobody_need_be_asked_again() -> None:
     run = Run(quick())
     run.network.install()
     scores, asked = run.network.evaluate(), len(run.ledger.frames)
-    matrix = run.network.evaluate_everywhere(scores)
+    matrix = run.network.evaluate_across_domains(scores)
     assert len(run.ledger.frames) == asked
     run.network.cycle = 1
-    assert run.network.evaluate_everywhere(scores) == matrix
+    assert run.network.evaluate_across_domains(scores) == matrix
     assert len(run.ledger.frames) > asked
 
 
@@ -660,7 +660,7 @@ def test_also_a_model_whose_adapter_was_refused_is_scored_as_it_is() -> None:
     data |= {name.replace("north", "south"): mine for name, mine in data.items() if name.startswith("north")}
     run = Run(config, data, foundation_that_knows(PUBLIC_TEXT)).go()
     assert not any(verdict.accepted for verdict in run.verdicts[0][:2])
-    matrix = run.network.evaluate_everywhere(run.scores[-1])
+    matrix = run.network.evaluate_across_domains(run.scores[-1])
     assert matrix.domain["shapes"]["tastes"] == run.scores[-1].domain["shapes"] != run.scores[0].domain["shapes"]
 
 
@@ -699,7 +699,7 @@ def pieces(text: str) -> list[str]:
 
 
 def encodings(text: str) -> list[bytes]:
-    """How a private text could stand in a frame."""
+    """Return the forms in which a private text could appear in a frame."""
     ids = tiny_tokenizer().encode(text)
     numbers = torch.tensor(ids)
     kinds = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.float32, torch.float16, torch.bfloat16)

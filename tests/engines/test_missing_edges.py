@@ -191,12 +191,12 @@ def test_every_model_is_scored_on_the_domains_that_are_there() -> None:
     run, _ = run_with(fails(Evaluate))
     network = run.network
     network.install()
-    everywhere = network.evaluate_everywhere(network.evaluate())
+    everywhere = network.evaluate_across_domains(network.evaluate())
     assert everywhere.domain[SHAPES].keys() == {SHAPES} and everywhere.domain[TASTES].keys() == {SHAPES}
     network.release()
     network.fine_tune()
     network.absorb()
-    everywhere = network.evaluate_everywhere(network.evaluate())
+    everywhere = network.evaluate_across_domains(network.evaluate())
     assert everywhere.foundation[TASTES].keys() <= {SHAPES}
     assert everywhere.foundation[MERGED].keys() == {SHAPES}
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gaisnet.learning.gate import Verdict, fell, perplexity, refused, standing, strongest, verdict_on_perplexity
+from gaisnet.learning.gate import (
+    Verdict,
+    accuracy_fell,
+    mean_scores,
+    perplexity,
+    reject,
+    strongest_accepted,
+    verdict_on_perplexity,
+)
 from gaisnet.messages import EvaluationReport
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import CutLayers, cut_decoder
@@ -50,7 +58,7 @@ def test_nothing_passes_where_the_model_was_broken_before() -> None:
 
 
 def judge_of(cost: float, tried: list[float]) -> Callable[[float], Verdict]:
-    """Of an adapter that raises a perplexity of 10 by ``cost`` times its share."""
+    """Return a judge of an adapter that raises a perplexity of 10 by ``cost`` times its share."""
 
     def judge(share: float) -> Verdict:
         tried.append(share)
@@ -64,7 +72,7 @@ def judge_of(cost: float, tried: list[float]) -> Callable[[float], Verdict]:
 )
 def test_an_adapter_over_the_limit_goes_in_as_strong_as_it_may(cost: float, share: float) -> None:
     tried: list[float] = []
-    verdict = strongest(judge_of(cost, tried), least=0.5)
+    verdict = strongest_accepted(judge_of(cost, tried), least=0.5)
     assert verdict.accepted and verdict.share == pytest.approx(share, abs=1e-9)
     assert verdict.perplexity == pytest.approx(10.0 + cost * share)
     assert len(tried) == (1 if share == 1.0 else 5)
@@ -73,7 +81,7 @@ def test_an_adapter_over_the_limit_goes_in_as_strong_as_it_may(cost: float, shar
 @pytest.mark.parametrize(("cost", "least", "num_tried"), [(3.1, 0.5, 2), (1.6, 1.0, 1), (math.nan, 0.5, 2)])
 def test_one_that_would_be_too_weak_is_refused_as_it_is(cost: float, least: float, num_tried: int) -> None:
     tried: list[float] = []
-    verdict = strongest(judge_of(cost, tried), least)
+    verdict = strongest_accepted(judge_of(cost, tried), least)
     assert not verdict.accepted and verdict.share == 1.0
     assert len(tried) == num_tried
 
@@ -148,18 +156,18 @@ def report(right: int, of: int, loss: float = 1.0) -> EvaluationReport:
 def test_a_fall_is_more_than_is_allowed_and_than_chance_explains(
     before: int, after: int, of: int, most: float, worse: bool
 ) -> None:
-    assert fell(report(before, of), report(after, of), most) is worse
+    assert accuracy_fell(report(before, of), report(after, of), most) is worse
 
 
 def test_nothing_falls_on_other_examples() -> None:
-    assert not fell(report(9, 10), report(0, 11), 0.0)
-    assert not fell(report(9, 10), EvaluationReport(10, 0, 12, 1.0), 0.0)
+    assert not accuracy_fell(report(9, 10), report(0, 11), 0.0)
+    assert not accuracy_fell(report(9, 10), EvaluationReport(10, 0, 12, 1.0), 0.0)
 
 
 def test_standing_is_the_mean_over_domains_whatever_their_sizes_then_the_loss() -> None:
-    assert standing([report(1, 2), report(0, 100)])[0] == pytest.approx(0.25)
-    assert standing([report(1, 2, loss=0.5)]) > standing([report(1, 2, loss=0.6)])
-    assert standing([report(2, 2, loss=9.0)]) > standing([report(1, 2, loss=0.1)])
+    assert mean_scores([report(1, 2), report(0, 100)])[0] == pytest.approx(0.25)
+    assert mean_scores([report(1, 2, loss=0.5)]) > mean_scores([report(1, 2, loss=0.6)])
+    assert mean_scores([report(2, 2, loss=9.0)]) > mean_scores([report(1, 2, loss=0.1)])
 
 
 def test_a_verdict_says_how_an_adapter_came_to_be_and_what_was_reported() -> None:
@@ -167,4 +175,4 @@ def test_a_verdict_says_how_an_adapter_came_to_be_and_what_was_reported() -> Non
     told = replace(verdict, origin=" after a last mile of 3 steps", device_feedback="devices say 71.0% right")
     found = "perplexity on public text 10.00, limit 11.50"
     assert str(told) == f"accepted 'merged' after a last mile of 3 steps: {found}; devices say 71.0% right"
-    assert str(refused("merged", "nobody is there")) == "refused 'merged': nobody is there"
+    assert str(reject("merged", "nobody is there")) == "refused 'merged': nobody is there"

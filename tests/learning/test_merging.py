@@ -8,8 +8,8 @@ from gaisnet.adapters.arithmetic import side_by_side
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec, activate, add_adapter
 from gaisnet.config.learning import MergeSettings
-from gaisnet.learning.merging import by_regression, filtered
-from gaisnet.learning.regression import moments, traced
+from gaisnet.learning.merging import filter_factors, merge_by_regression
+from gaisnet.learning.regression import second_moments, trace_layer
 from gaisnet.models.parts import Body
 from gaisnet.models.ragged import Ragged
 from tests.adapters.bodies import SPEC, TARGETS, body_with, product
@@ -27,12 +27,15 @@ def test_nothing_is_nearer_to_what_each_adapter_does_where_it_belongs() -> None:
     factors = [rows(2, 6, seed) for seed in (0, 1, 2)]
     outer = [rows(5, 2, seed) for seed in (3, 4, 5)]
     texts, free = [rows(num, 6, num).double() for num in (4, 9, 30)], rows(20, 6, 99).double()
-    seen = [moments(x) for x in texts]
-    total = sum(seen, 0.4 * moments(free))
+    seen = [second_moments(x) for x in texts]
+    total = sum(seen, 0.4 * second_moments(free))
     ridge = 0.05 * float(total.diagonal().mean())
     own = [(b @ a).double() for a, b in zip(factors, outer, strict=True)]
     together = sum(own, torch.zeros(5, 6).double())
-    found = [b @ a for a, b in zip(filtered(factors, seen, moments(free), settings).split(2), outer, strict=True)]
+    found = [
+        b @ a
+        for a, b in zip(filter_factors(factors, seen, second_moments(free), settings).split(2), outer, strict=True)
+    ]
 
     def loss(merged: Tensor) -> Tensor:
         apart = [((x @ (merged - w).T).square().sum() / len(x)) for x, w in zip(texts, own, strict=True)]
@@ -54,7 +57,7 @@ def test_domains_that_never_see_the_same_keep_what_they_have_and_free_text_is_le
     basis = torch.linalg.qr(rows(9, 9, 0)).Q
     texts = [rows(20, 3, seed) @ basis[3 * seed : 3 * seed + 3] for seed in range(3)]
     factors, outer = [rows(2, 9, 5), rows(2, 9, 6)], [rows(4, 2, 7), rows(4, 2, 8)]
-    found = filtered(factors, [moments(x) for x in texts[:2]], moments(texts[2]), settings).split(2)
+    found = filter_factors(factors, [second_moments(x) for x in texts[:2]], second_moments(texts[2]), settings).split(2)
     merged = sum((b @ a for a, b in zip(found, outer, strict=True)), torch.zeros(4, 9))
     for x, a, b in zip(texts[:2], factors, outer, strict=True):
         torch.testing.assert_close(x @ merged.T, x @ (b @ a).T, atol=1e-3, rtol=1e-3)
@@ -66,7 +69,7 @@ def test_where_no_text_speaks_it_is_the_weighted_sum() -> None:
     basis = torch.linalg.qr(rows(9, 9, 0)).Q
     texts = [rows(20, 3, seed) @ basis[:3] for seed in range(3)]  # six directions are never seen
     factors = [rows(2, 9, 5), rows(2, 9, 6)]
-    found = filtered(factors, [moments(x) for x in texts[:2]], moments(texts[2]), settings).split(2)
+    found = filter_factors(factors, [second_moments(x) for x in texts[:2]], second_moments(texts[2]), settings).split(2)
     for new, old in zip(found, factors, strict=True):
         torch.testing.assert_close(new @ basis[3:].T, 0.7 * old @ basis[3:].T, atol=1e-5, rtol=1e-4)
         assert (new @ basis[:3].T - 0.7 * old @ basis[:3].T).abs().max() > 0.05
@@ -84,9 +87,9 @@ def merged_by_the_way(body: Body, settings: MergeSettings) -> AdapterTensors:
 
     def trace(name: str | None, layer: int, hidden: Ragged) -> tuple[dict[str, Ragged], Ragged]:
         activate(body, () if name is None else (name,))
-        return traced(body, "a", layer, hidden)
+        return trace_layer(body, "a", layer, hidden)
 
-    return by_regression({n: take_out(body, n) for n in entering}, entering, free, SPEC.layers, trace, settings)
+    return merge_by_regression({n: take_out(body, n) for n in entering}, entering, free, SPEC.layers, trace, settings)
 
 
 def merged_by_hand(body: Body, settings: MergeSettings) -> AdapterTensors:
@@ -143,7 +146,7 @@ def test_it_acts_like_each_adapter_where_that_belongs_nearer_than_a_sum() -> Non
     add_adapter(body, "merged", LoraSpec(2 * SPEC.rank, 2 * SPEC.alpha, TARGETS, SPEC.layers), seed=9)
 
     def distance(merged: AdapterTensors) -> float:
-        """Of what leaves the first adapted layer, from what each adapter makes of its text."""
+        """Return the error of the first adapted layer's output, against each adapter's on its own text."""
         put_in(body, "merged", merged)
         total = 0.0
         for name, text in entering.items():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gaisnet.adapters.tuning import activate
-from gaisnet.learning.regression import fit_low_rank, moments, solved, traced
+from gaisnet.learning.regression import fit_low_rank, second_moments, solve_ridge, trace_layer
 from gaisnet.models.ragged import Ragged
 from tests.adapters.bodies import TARGETS, body_with
 
@@ -65,13 +65,13 @@ def test_a_rank_above_the_width_adds_nothing() -> None:
 
 def test_a_system_that_cholesky_cannot_solve_is_solved() -> None:
     indefinite = torch.diag(torch.tensor([1.0, -2.0, 3.0]))
-    assert torch.allclose(solved(indefinite, 0.0, torch.eye(3)), torch.diag(torch.tensor([1.0, -0.5, 1 / 3])))
+    assert torch.allclose(solve_ridge(indefinite, 0.0, torch.eye(3)), torch.diag(torch.tensor([1.0, -0.5, 1 / 3])))
 
 
 def test_moments_are_the_mean_outer_product() -> None:
     x = rows(7, 4, 8)
-    assert torch.allclose(moments(x), torch.stack([torch.outer(r, r) for r in x]).mean(dim=0), atol=1e-6)
-    assert not moments(x[:0]).any()  # of no rows
+    assert torch.allclose(second_moments(x), torch.stack([torch.outer(r, r) for r in x]).mean(dim=0), atol=1e-6)
+    assert not second_moments(x[:0]).any()  # of no rows
 
 
 @pytest.mark.parametrize("acts", [True, False])
@@ -80,7 +80,7 @@ def test_traced_is_what_the_modules_of_a_layer_see_sequence_by_sequence(acts: bo
     activate(body, ("a",) if acts else ())
     lengths = (5, 2, 9)
     states = Ragged(rows(sum(lengths), 32, 9), lengths)
-    inputs, leaving = traced(body, "a", 4, states)
+    inputs, leaving = trace_layer(body, "a", 4, states)
     assert [path.rsplit(".", 1)[-1] for path in inputs] == list(TARGETS)
     seen: dict[str, list[Tensor]] = {path: [] for path in inputs}
 
@@ -98,11 +98,11 @@ def test_traced_is_what_the_modules_of_a_layer_see_sequence_by_sequence(acts: bo
 
 
 def test_what_another_thread_makes_enter_is_not_traced() -> None:
-    """Whoever serves the same layers meanwhile has rows of its own."""
+    """A service that runs the same layers meanwhile sees its own rows only."""
     body = body_with("a")
     activate(body, ())
     states, lengths = rows(12, 32, 1), (5, 7)
-    expected, _ = traced(body, "a", 4, Ragged(states, lengths))
+    expected, _ = trace_layer(body, "a", 4, Ragged(states, lengths))
     served: list[int] = []
 
     def serve(*_: object) -> None:
@@ -113,6 +113,6 @@ def test_what_another_thread_makes_enter_is_not_traced() -> None:
             thread.join()
 
     body.layers["4"].get_submodule("self_attn.o_proj").register_forward_pre_hook(serve)
-    found, _ = traced(body, "a", 4, Ragged(states, lengths))
+    found, _ = trace_layer(body, "a", 4, Ragged(states, lengths))
     assert served
     assert all(torch.equal(found[path].rows_ND, expected[path].rows_ND) for path in expected)

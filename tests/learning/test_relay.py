@@ -17,12 +17,12 @@ from gaisnet.errors import NotFinite
 from gaisnet.learning.regression import fit_low_rank
 from gaisnet.learning.relay import (
     RELAY,
-    Lesson,
     TaskTemplate,
+    TextStates,
+    fit_relay,
     generate_text,
-    leaving,
     relative_error,
-    repair,
+    run_middle,
 )
 from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
@@ -169,7 +169,7 @@ def test_a_low_temperature_repeats_itself() -> None:
 START, STOP, LOST = 1, 4, 2
 
 
-class Teaching:
+class RelayFixture:
     """A foundation model, a domain model's body that lost a layer and has a relay, and text as the former sees it."""
 
     def __init__(self, num: int = 64, layers: tuple[int, ...] = (1, 3)) -> None:
@@ -182,19 +182,19 @@ class Teaching:
         states = {START: ids.map_batches(lambda i: head(i[..., 0]), 8)}
         for start, stop in pairwise((1, 3, 4)):
             states[stop] = states[start].map_batches(partial(self.body.run, start=start, stop=stop), 8)
-        self.learned, self.held_out = Lesson(states).halves()
+        self.fitted, self.test = TextStates(states).split()
         self.spec = LoraSpec(8, 16, ("down_proj",), layers)
         add_adapter(self.smaller, RELAY, self.spec, seed=0)
         activate(self.smaller, (RELAY,))
 
     def repaired(self, penalty: float = 0.1) -> AdapterTensors:
-        return repair(self.smaller, self.spec, self.learned, penalty, silent)
+        return fit_relay(self.smaller, self.spec, self.fitted, penalty, silent)
 
     @torch.no_grad()
-    def error(self, lesson: Lesson) -> float:
+    def error(self, text: TextStates) -> float:
         """One sequence after the other, one position after the other: |hidden - target| / |target|."""
         errors: list[float] = []
-        pairs = zip(lesson.states[START].sequences(), lesson.states[STOP].sequences(), strict=True)
+        pairs = zip(text.states[START].sequences(), text.states[STOP].sequences(), strict=True)
         for inputs_TD, targets_TD in pairs:
             found_TD = self.smaller.run(inputs_TD[None], START, STOP)[0]
             for found_D, target_D in list(zip(found_TD, targets_TD, strict=True))[1:]:
@@ -203,37 +203,35 @@ class Teaching:
 
 
 def test_a_lost_layer_is_repaired_on_text_that_was_held_out() -> None:
-    teaching = Teaching()
-    before = teaching.error(teaching.held_out)
-    assert relative_error(leaving(teaching.smaller, teaching.held_out), teaching.held_out) == pytest.approx(
-        before, rel=1e-4
-    )
-    teaching.repaired()
-    after = relative_error(leaving(teaching.smaller, teaching.held_out), teaching.held_out)
-    assert after == pytest.approx(teaching.error(teaching.held_out), rel=1e-4)
+    fixture = RelayFixture()
+    before = fixture.error(fixture.test)
+    assert relative_error(run_middle(fixture.smaller, fixture.test), fixture.test) == pytest.approx(before, rel=1e-4)
+    fixture.repaired()
+    after = relative_error(run_middle(fixture.smaller, fixture.test), fixture.test)
+    assert after == pytest.approx(fixture.error(fixture.test), rel=1e-4)
     assert after < 0.9 * before
 
 
 def test_each_layer_mends_what_those_before_left() -> None:
-    both, first = Teaching(), Teaching(layers=(1,))
+    both, first = RelayFixture(), RelayFixture(layers=(1,))
     both.repaired()
     first.repaired()
-    assert relative_error(leaving(both.smaller, both.learned), both.learned) < relative_error(
-        leaving(first.smaller, first.learned), first.learned
+    assert relative_error(run_middle(both.smaller, both.fitted), both.fitted) < relative_error(
+        run_middle(first.smaller, first.fitted), first.fitted
     )
 
 
 def test_a_layer_s_relay_is_fitted_to_what_enters_the_next() -> None:
-    """As it reads: run the layer, look at what is missing behind it, relative to what should be there."""
-    teaching = Teaching(layers=(1,))
-    relay = teaching.repaired()
+    """Run a layer naively: its missing output, relative to the target, is what the relay fits."""
+    fixture = RelayFixture(layers=(1,))
+    relay = fixture.repaired()
     entering: list[Tensor] = []
-    module = teaching.smaller.get_submodule("layers.1.mlp.down_proj")
+    module = fixture.smaller.get_submodule("layers.1.mlp.down_proj")
     module.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0][0]))
-    put_in(teaching.smaller, RELAY, {key: torch.zeros_like(t) for key, t in relay.items()})
+    put_in(fixture.smaller, RELAY, {key: torch.zeros_like(t) for key, t in relay.items()})
     with torch.no_grad():
-        found = [teaching.smaller.run(h[None], 1, 2)[0] for h in teaching.learned.states[1].sequences()]
-    target = teaching.learned.states[3].rows_ND
+        found = [fixture.smaller.run(h[None], 1, 2)[0] for h in fixture.fitted.states[1].sequences()]
+    target = fixture.fitted.states[3].rows_ND
     size = target.norm(dim=1, keepdim=True)
     a, b = fit_low_rank(torch.cat(entering) / size, (target - torch.cat(found)) / size, 8, 0.1)
     product = relay["layers.1.mlp.down_proj.lora_B.weight"] @ relay["layers.1.mlp.down_proj.lora_A.weight"]
@@ -241,34 +239,34 @@ def test_a_layer_s_relay_is_fitted_to_what_enters_the_next() -> None:
 
 
 def test_only_the_relay_changes() -> None:
-    teaching = Teaching()
-    parts = {"smaller": teaching.smaller, "body": teaching.body, "tail": teaching.tail}
+    fixture = RelayFixture()
+    parts = {"smaller": fixture.smaller, "body": fixture.body, "tail": fixture.tail}
     before = {f"{part}.{name}": t.clone() for part, module in parts.items() for name, t in module.state_dict().items()}
-    states = {layer: states.rows_ND.clone() for layer, states in teaching.learned.states.items()}
-    relay = teaching.repaired()
+    states = {layer: states.rows_ND.clone() for layer, states in fixture.fitted.states.items()}
+    relay = fixture.repaired()
     after = {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     # The relay sits beside layers that the foundation model has, too: there it appears under the body's names.
     assert changed == {name for name in after if "lora_" in name}
     assert len([name for name in changed if name.startswith("smaller")]) == 2 * 2
-    assert all(torch.equal(teaching.learned.states[layer].rows_ND, rows) for layer, rows in states.items())
-    assert all(torch.equal(relay[key], tensor) for key, tensor in take_out(teaching.smaller, RELAY).items())
+    assert all(torch.equal(fixture.fitted.states[layer].rows_ND, rows) for layer, rows in states.items())
+    assert all(torch.equal(relay[key], tensor) for key, tensor in take_out(fixture.smaller, RELAY).items())
 
 
 def test_nothing_is_lost_where_nothing_was_missing() -> None:
-    teaching = Teaching()
-    run, inputs = teaching.smaller.run, teaching.learned.states[1]
+    fixture = RelayFixture()
+    run, inputs = fixture.smaller.run, fixture.fitted.states[1]
     ends = {stop: inputs.map_batches(partial(run, start=1, stop=stop), 8) for stop in (3, 4)}
-    teaching.learned = Lesson({1: inputs, **ends})
-    teaching.repaired()
-    assert relative_error(leaving(teaching.smaller, teaching.learned), teaching.learned) < 1e-3
+    fixture.fitted = TextStates({1: inputs, **ends})
+    fixture.repaired()
+    assert relative_error(run_middle(fixture.smaller, fixture.fitted), fixture.fitted) < 1e-3
 
 
 def test_what_a_relay_was_before_does_not_matter() -> None:
-    teaching = Teaching()
-    first = teaching.repaired()
-    put_in(teaching.smaller, RELAY, {key: torch.ones_like(tensor) for key, tensor in first.items()})
-    again = teaching.repaired()
+    fixture = RelayFixture()
+    first = fixture.repaired()
+    put_in(fixture.smaller, RELAY, {key: torch.ones_like(tensor) for key, tensor in first.items()})
+    again = fixture.repaired()
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
@@ -278,30 +276,30 @@ def test_every_layer_is_told() -> None:
     def note(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
         told.append((stage, done, total, figures["relay_loss"]))
 
-    teaching = Teaching()
-    repair(teaching.smaller, teaching.spec, teaching.learned, 0.1, note)
+    fixture = RelayFixture()
+    fit_relay(fixture.smaller, fixture.spec, fixture.fitted, 0.1, note)
     assert [(stage, done, total) for stage, done, total, _ in told] == [("relay", 1, 2), ("relay", 2, 2)]
     assert all(0.0 < loss < 1.0 for *_, loss in told)
 
 
 def test_broken_activations_name_the_layer() -> None:
-    teaching = Teaching()
-    teaching.learned.states[3].rows_ND.fill_(float("nan"))
+    fixture = RelayFixture()
+    fixture.fitted.states[3].rows_ND.fill_(float("nan"))
     with pytest.raises(NotFinite, match=r"the relay's error at layer 1 is nan.*is on disk"):
-        teaching.repaired()
+        fixture.repaired()
 
 
 def test_a_sequence_of_one_token_breaks_nothing() -> None:
-    teaching = Teaching()
-    one = {layer: Ragged(states.rows_ND[:1], (1,)) for layer, states in teaching.learned.states.items()}
-    before = relative_error(leaving(teaching.smaller, teaching.held_out), teaching.held_out)
-    teaching.learned = teaching.learned.and_also(Lesson(one))
-    teaching.repaired()
-    assert relative_error(leaving(teaching.smaller, teaching.held_out), teaching.held_out) < before
+    fixture = RelayFixture()
+    one = {layer: Ragged(states.rows_ND[:1], (1,)) for layer, states in fixture.fitted.states.items()}
+    before = relative_error(run_middle(fixture.smaller, fixture.test), fixture.test)
+    fixture.fitted = fixture.fitted.concatenate(TextStates(one))
+    fixture.repaired()
+    assert relative_error(run_middle(fixture.smaller, fixture.test), fixture.test) < before
 
 
 def test_every_eighth_sequence_is_held_out() -> None:
     states = Ragged(torch.arange(20.0)[:, None], (1,) * 20)
-    learned, held_out = Lesson({0: states, 1: states}).halves()
-    assert held_out.states[0].rows_ND[:, 0].tolist() == [0, 8, 16]
-    assert len(learned) == 17 and learned.states[1].rows_ND[:, 0].tolist() == [i for i in range(20) if i % 8]
+    fitted, test = TextStates({0: states, 1: states}).split()
+    assert test.states[0].rows_ND[:, 0].tolist() == [0, 8, 16]
+    assert len(fitted) == 17 and fitted.states[1].rows_ND[:, 0].tolist() == [i for i in range(20) if i % 8]

@@ -208,7 +208,7 @@ class MergeSettings(Settings):
         "regression",
         description="'sum', 'ties' and 'dare' look at the adapters' weights alone; 'regression' takes the sum and fits "
         "it to what each domain's own does on text that the FM writes for the domain. Of a list, devices say which "
-        "does best on what they hold back (absorb.validation_share).",
+        "does best on their validation sets (absorb.validation_share).",
     )
     free_text: float = Field(
         0.3, ge=0.0, description="regression: weight of text that belongs to no domain, on which it should do nothing."

@@ -23,7 +23,7 @@ def fedavg(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTensors:
         AdapterMismatch: Adapters of different shape, or with a number that is not finite.
         ValueError: No update, or no example among all of them.
     """
-    total, reference = _checked(updates), updates[0][0]
+    total, reference = _count_examples(updates), updates[0][0]
     return {key: _mean([(adapter[key], n / total) for adapter, n in updates]) for key in reference}
 
 
@@ -33,7 +33,7 @@ def average_products(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTe
     Other tensors, such as a classifier's, are averaged directly. A single adapter is returned unchanged.
     Arguments and errors as for ``fedavg``.
     """
-    total, mean = _checked(updates), fedavg(updates)
+    total, mean = _count_examples(updates), fedavg(updates)
     ranks = [len(tensor) for key, tensor in mean.items() if ".lora_A." in key]
     if len(updates) == 1 or not ranks:
         return mean
@@ -41,8 +41,8 @@ def average_products(updates: Sequence[tuple[AdapterTensors, int]]) -> AdapterTe
     return mean | compressed(side_by_side([weakened(adapter, share) for adapter, share in factors]), ranks[0])
 
 
-def _checked(updates: Sequence[tuple[AdapterTensors, int]]) -> int:
-    """Return the number of examples of all."""
+def _count_examples(updates: Sequence[tuple[AdapterTensors, int]]) -> int:
+    """Check that updates agree in shape; return their number of examples."""
     total = sum(num_examples for _, num_examples in updates)
     if total < 1:
         raise ValueError("fedavg needs at least one update with at least one example")

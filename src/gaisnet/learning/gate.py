@@ -38,12 +38,12 @@ class Verdict:
         return f"{word} '{self.adapter}'{self.origin}{weaker}: {'; '.join(reasons)}"
 
 
-def refused(adapter: str, why: str) -> Verdict:
+def reject(adapter: str, why: str) -> Verdict:
     """Return a rejection for a reason other than perplexity."""
     return Verdict(False, adapter, math.nan, math.nan, why)
 
 
-def comparable(one: EvaluationReport, other: EvaluationReport) -> bool:
+def same_examples(one: EvaluationReport, other: EvaluationReport) -> bool:
     """Return whether two reports cover the same examples, judging by their counts.
 
     A device may have been away for one.
@@ -51,19 +51,19 @@ def comparable(one: EvaluationReport, other: EvaluationReport) -> bool:
     return (one.num_examples, one.num_tokens) == (other.num_examples, other.num_tokens)
 
 
-def fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool:
+def accuracy_fell(before: EvaluationReport, after: EvaluationReport, most: float) -> bool:
     """Return whether accuracy fell by more than ``most`` plus two standard errors; False for different examples.
 
     The errors are those of two independent counts; on the same examples the true ones are smaller.
     """
-    if not comparable(before, after):
+    if not same_examples(before, after):
         return False
     shares = [report.num_correct / report.num_examples for report in (before, after)]
     errors = sum(share * (1.0 - share) for share in shares) / before.num_examples
     return shares[0] - shares[1] > most + 2.0 * math.sqrt(errors)
 
 
-def standing(reports: Collection[EvaluationReport]) -> tuple[float, float]:
+def mean_scores(reports: Collection[EvaluationReport]) -> tuple[float, float]:
     """Rank an adapter over several domains, larger is better: mean accuracy, then the negative loss.
 
     Zeros without reports.
@@ -85,7 +85,7 @@ def verdict_on_perplexity(
     return Verdict(perplexity <= limit, adapter, perplexity, limit, share=share)
 
 
-def strongest(judge: Callable[[float], Verdict], least: float) -> Verdict:
+def strongest_accepted(judge: Callable[[float], Verdict], least: float) -> Verdict:
     """Return the verdict on the largest accepted share of an adapter's strength; a rejection if it is below ``least``.
 
     Cost grows with strength, so a bisection finds the share, to within a sixteenth for a half.

@@ -20,15 +20,15 @@ from torch import Tensor
 from gaisnet.adapters.arithmetic import side_by_side
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config.learning import MergeSettings
-from gaisnet.learning.regression import moments, solved
+from gaisnet.learning.regression import second_moments, solve_ridge
 from gaisnet.models.ragged import Ragged
 
 Trace = Callable[[str | None, int, Ragged], tuple[dict[str, Ragged], Ragged]]
-"""Runs a layer with an adapter, or none, on its inputs: see ``learning.regression.traced``."""
+"""Runs a layer with an adapter, or none, on its inputs: see ``learning.regression.trace_layer``."""
 
 
 @torch.no_grad()
-def by_regression(
+def merge_by_regression(
     adapters: Mapping[str, AdapterTensors],
     entering: Mapping[str, Ragged],
     free: Ragged,
@@ -55,12 +55,14 @@ def by_regression(
         for path, rows in seen_free.items():
             key = f"layers.{layer}.{path}.lora_A.weight"
             factors = [adapter[key] for adapter in adapters.values()]
-            of_domains = [moments(seen[name].pop(path).later()) for name in adapters]
-            merged[key] = filtered(factors, of_domains, moments(rows.later()), settings)
+            of_domains = [second_moments(seen[name].pop(path).later()) for name in adapters]
+            merged[key] = filter_factors(factors, of_domains, second_moments(rows.later()), settings)
     return merged
 
 
-def filtered(factors: Sequence[Tensor], seen: Sequence[Tensor], free_II: Tensor, settings: MergeSettings) -> Tensor:
+def filter_factors(
+    factors: Sequence[Tensor], seen: Sequence[Tensor], free_II: Tensor, settings: MergeSettings
+) -> Tensor:
     """Filter each A [R, I], and stack the results.
 
     ``seen`` are second moments [I, I] in the text of each one's domain, ``free_II`` those in free text.
@@ -68,4 +70,4 @@ def filtered(factors: Sequence[Tensor], seen: Sequence[Tensor], free_II: Tensor,
     total_II = sum(seen, settings.free_text * free_II)
     ridge = settings.ridge * float(total_II.diagonal().mean())
     kept = [a.float() @ g_II + settings.weight * ridge * a.float() for a, g_II in zip(factors, seen, strict=True)]
-    return solved(total_II, ridge, torch.cat(kept).T).T.contiguous()
+    return solve_ridge(total_II, ridge, torch.cat(kept).T).T.contiguous()

@@ -23,9 +23,9 @@ def fit_low_rank(x_NI: Tensor, y_ND: Tensor, rank: int, penalty: float) -> tuple
     x_NI, y_ND = x_NI.float(), y_ND.float()
     ridge = penalty * float(x_NI.square().sum()) / x_NI.shape[1]
     if len(x_NI) < x_NI.shape[1]:  # both give the same weights; the smaller system is solved
-        full_ID = x_NI.T @ solved(x_NI @ x_NI.T, ridge, y_ND)
+        full_ID = x_NI.T @ solve_ridge(x_NI @ x_NI.T, ridge, y_ND)
     else:
-        full_ID = solved(x_NI.T @ x_NI, ridge, x_NI.T @ y_ND)
+        full_ID = solve_ridge(x_NI.T @ x_NI, ridge, x_NI.T @ y_ND)
     _, directions_DD = torch.linalg.eigh(y_ND.T @ x_NI @ full_ID)  # in order of explained variance
     b_DR = directions_DD[:, -rank:]
     a_RI = (full_ID @ b_DR).T
@@ -33,20 +33,20 @@ def fit_low_rank(x_NI: Tensor, y_ND: Tensor, rank: int, penalty: float) -> tuple
     return F.pad(a_RI, (0, 0, 0, lacking)).contiguous(), F.pad(b_DR, (0, lacking)).contiguous()
 
 
-def solved(gram_KK: Tensor, ridge: float, right_KD: Tensor) -> Tensor:
+def solve_ridge(gram_KK: Tensor, ridge: float, right_KD: Tensor) -> Tensor:
     """Solve (gram + ridge) @ solution = right, also where rounding or NaN defeats Cholesky."""
     system_KK = gram_KK + ridge * torch.eye(len(gram_KK), device=gram_KK.device)
     factor_KK, failed = torch.linalg.cholesky_ex(system_KK)
     return torch.linalg.solve(system_KK, right_KD) if failed else torch.cholesky_solve(right_KD, factor_KK)
 
 
-def moments(rows_NI: Tensor) -> Tensor:
+def second_moments(rows_NI: Tensor) -> Tensor:
     """Return the mean outer product [I, I] of the rows, in float32."""
     rows_NI = rows_NI.float()
     return rows_NI.T @ rows_NI / max(len(rows_NI), 1)
 
 
-def traced(body: Layers, adapter: str, layer: int, hidden: Ragged) -> tuple[dict[str, Ragged], Ragged]:
+def trace_layer(body: Layers, adapter: str, layer: int, hidden: Ragged) -> tuple[dict[str, Ragged], Ragged]:
     """Run a layer; return the inputs of each module that has ``adapter``, by the module's path, and the layer's output.
 
     The adapter need not be active. Without gradients.

@@ -23,7 +23,7 @@ from gaisnet.adapters.state import AdapterTensors, put_in, take_out
 from gaisnet.adapters.tuning import LoraSpec
 from gaisnet.config.learning import RelaySettings
 from gaisnet.errors import NotFinite
-from gaisnet.learning.regression import fit_low_rank, traced
+from gaisnet.learning.regression import fit_low_rank, trace_layer
 from gaisnet.models.parts import Layers
 from gaisnet.models.ragged import Ragged, join
 from gaisnet.models.tokenization import decoded, pair_ids, prompt_ids, start_ids
@@ -32,7 +32,7 @@ from gaisnet.progress import Progress
 RELAY = "relay"
 _GENERATION_BATCH = 128
 _BATCH = 32
-_HOLD_OUT = 8
+_TEST_EVERY = 8
 _TEXT = "{text}"
 
 
@@ -68,7 +68,7 @@ class Distillation:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TextStates:
     """Generated text as the FM sees it: inputs of layers of the middle, and the middle's output."""
 
     states: Mapping[int, Ragged]  # by the number of the FM layer that they enter
@@ -82,18 +82,18 @@ class Lesson:
         """Return the number of sequences."""
         return len(self.states[self.middle[0]])
 
-    def some(self, indices: Sequence[int]) -> "Lesson":
-        """Return some of the sequences."""
-        return Lesson({layer: states.some(indices) for layer, states in self.states.items()})
+    def select(self, indices: Sequence[int]) -> "TextStates":
+        """Return the sequences with these indices."""
+        return TextStates({layer: states.some(indices) for layer, states in self.states.items()})
 
-    def and_also(self, other: "Lesson") -> "Lesson":
-        """Concatenate with another lesson."""
-        return Lesson({layer: join([states, other.states[layer]]) for layer, states in self.states.items()})
+    def concatenate(self, other: "TextStates") -> "TextStates":
+        """Append the sequences of another text."""
+        return TextStates({layer: join([states, other.states[layer]]) for layer, states in self.states.items()})
 
-    def halves(self) -> "tuple[Lesson, Lesson]":
+    def split(self) -> "tuple[TextStates, TextStates]":
         """Split into text to fit to, and every eighth sequence to test the result on."""
         every = range(len(self))
-        return self.some([i for i in every if i % _HOLD_OUT]), self.some(every[::_HOLD_OUT])
+        return self.select([i for i in every if i % _TEST_EVERY]), self.select(every[::_TEST_EVERY])
 
 
 def generate_text(
@@ -193,7 +193,7 @@ def _sample(
 
 
 @torch.no_grad()
-def repair(body: Layers, spec: LoraSpec, lesson: Lesson, penalty: float, progress: Progress) -> AdapterTensors:
+def fit_relay(body: Layers, spec: LoraSpec, text: TextStates, penalty: float, progress: Progress) -> AdapterTensors:
     """Fit a relay, layer after layer: each layer's output should match the input of the FM's next layer.
 
     A layer sees the outputs of the repaired layers before it, so each corrects what the others left. Rows are weighted
@@ -202,7 +202,7 @@ def repair(body: Layers, spec: LoraSpec, lesson: Lesson, penalty: float, progres
     Args:
         body: The DM's, whose adapter ``RELAY`` is active. It is overwritten.
         spec: Shape of the relay, on one linear module per layer whose output is added to the layer's output.
-        lesson: With the states behind every layer of ``spec``.
+        text: With the states behind every layer of ``spec``.
         penalty: On the weights, as in ``fit_low_rank``.
         progress: Told after every layer.
 
@@ -211,16 +211,16 @@ def repair(body: Layers, spec: LoraSpec, lesson: Lesson, penalty: float, progres
     """
     relay = {key: torch.zeros_like(tensor) for key, tensor in take_out(body, RELAY).items()}
     put_in(body, RELAY, relay)
-    first, end = lesson.middle
+    first, end = text.middle
     kept = [index for index in body.indices if first <= index < end]
-    hidden, scale = lesson.states[first], spec.alpha / spec.rank
+    hidden, scale = text.states[first], spec.alpha / spec.rank
     for layer, stop in pairwise([*kept, end]):
         if layer not in spec.layers:
             hidden = hidden.map_batches(partial(body.run, start=layer, stop=layer + 1), _BATCH)
             continue
-        inputs, hidden = traced(body, RELAY, layer, hidden)
+        inputs, hidden = trace_layer(body, RELAY, layer, hidden)
         (entering,) = inputs.values()
-        x_NI, target_ND = entering.rows_ND.float(), lesson.states[stop].rows_ND.float()
+        x_NI, target_ND = entering.rows_ND.float(), text.states[stop].rows_ND.float()
         size_N1 = target_ND.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         missing_ND = (target_ND - hidden.rows_ND) / size_N1
         a_RI, b_DR = fit_low_rank(x_NI / size_N1, missing_ND, spec.rank, penalty)
@@ -241,14 +241,14 @@ def _named(relay: AdapterTensors, layer: int, a_RI: Tensor, b_DR: Tensor) -> Ada
     return {key: a_RI if ".lora_A." in key else b_DR for key in mine}
 
 
-def leaving(body: Layers, lesson: Lesson) -> Ragged:
+def run_middle(body: Layers, text: TextStates) -> Ragged:
     """Return ``body``'s output at the end of the middle for the text, without gradients."""
-    first, end = lesson.middle
-    return lesson.states[first].map_batches(lambda hidden_BTD: body.run(hidden_BTD, first, end), _BATCH)
+    first, end = text.middle
+    return text.states[first].map_batches(lambda hidden_BTD: body.run(hidden_BTD, first, end), _BATCH)
 
 
-def relative_error(found: Ragged, lesson: Lesson) -> float:
+def relative_error(found: Ragged, text: TextStates) -> float:
     """Return the mean of |hidden - target| / |target| at the end of the middle, without first positions."""
-    target_ND = lesson.states[lesson.middle[1]].later()
+    target_ND = text.states[text.middle[1]].later()
     errors_N = (found.later() - target_ND).norm(dim=-1) / target_ND.norm(dim=-1)
     return float(errors_N.sum()) / max(len(errors_N), 1)

@@ -295,7 +295,7 @@ class Run:
         scores = self._network.evaluate()
         if not self._config.evaluate.everywhere:
             return scores, None
-        found = self._network.evaluate_everywhere(scores)
+        found = self._network.evaluate_across_domains(scores)
         return scores, Matrix(
             foundation={whose: _scores(on) for whose, on in found.foundation.items()},
             domain={whose: _scores(on) for whose, on in found.domain.items()},

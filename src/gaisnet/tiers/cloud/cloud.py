@@ -13,7 +13,7 @@ from gaisnet.checkpoint import digest_of, under
 from gaisnet.config import Config, EdgeSettings
 from gaisnet.data.examples import Input
 from gaisnet.errors import AdapterError, OutOfBounds, StaleAdapter, UnexpectedMessage
-from gaisnet.learning.gate import Verdict, refused
+from gaisnet.learning.gate import Verdict, reject
 from gaisnet.learning.relay import Distillation, TaskTemplate
 from gaisnet.messages import (
     MOST,
@@ -193,15 +193,15 @@ class Cloud:
 
     def _try_updates(self, updates: Mapping[str, AdapterUpdate], devices: DeviceClient) -> list[Verdict]:
         misfits = {domain: self._misfit(domain, update) for domain, update in updates.items()}
-        unfit = {domain: refused(domain, why) for domain, why in misfits.items() if why}
-        fitting = {domain: update.tensors for domain, update in updates.items() if domain not in unfit}
+        rejected = {domain: reject(domain, why) for domain, why in misfits.items() if why}
+        fitting = {domain: update.tensors for domain, update in updates.items() if domain not in rejected}
         found = {verdict.adapter: verdict for verdict in self._acceptance.try_adapters(fitting, devices)}
         for domain, verdict in found.items():
             if verdict.accepted:
                 self.versions["domain"][domain] = updates[domain].version
                 self._whole[domain] = updates[domain].tensors
                 self._publish(domain)
-        return [(unfit | found)[domain] for domain in updates]
+        return [(rejected | found)[domain] for domain in updates]
 
     def _misfit(self, domain: str, update: AdapterUpdate) -> str:
         """Return why an update cannot be tried; empty if it can."""
@@ -238,12 +238,12 @@ class Cloud:
             for name, adapter in members.items()
             for key, tensor in adapter.items()
         }
-        return {"versions": self.versions, **self._model.state()}, tensors
+        return {"versions": self.versions, **self._model.state_dict()}, tensors
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restore the values of ``state``. Raises ``AdapterMismatch`` for another configuration."""
         self.versions = state["versions"]
-        self._model.restore(state)
+        self._model.load_state_dict(state)
         for name in self.adapters:
             self._model.body.set_adapter(name, under(f"adapter/{name}/", tensors))
         for domain in self._whole:

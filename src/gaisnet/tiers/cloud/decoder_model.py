@@ -8,7 +8,7 @@ import torch
 from gaisnet.adapters.arithmetic import side_by_side, weakened
 from gaisnet.adapters.state import AdapterTensors
 from gaisnet.config.learning import AbsorbSettings
-from gaisnet.learning.gate import Verdict, strongest, verdict_on_perplexity
+from gaisnet.learning.gate import Verdict, strongest_accepted, verdict_on_perplexity
 from gaisnet.learning.relay import TaskTemplate
 from gaisnet.messages import AnchorRelease
 from gaisnet.models.foundation import Foundation
@@ -106,7 +106,7 @@ class PerplexityGate:
             found, limit = self._perplexity(name), settings.max_retention_increase
             return verdict_on_perplexity(name, found, self.perplexity_before, limit, share)
 
-        verdict = strongest(judge, settings.least_share)
+        verdict = strongest_accepted(judge, settings.least_share)
         self._parts.set_adapter(name, weakened(tensors, verdict.share) if verdict.accepted else before)
         if verdict.accepted:
             self.retention[name] = verdict.perplexity
@@ -115,10 +115,10 @@ class PerplexityGate:
     def _perplexity(self, adapter: str | None) -> float:
         return self._parts.perplexity(self._ids_BT, self._entering, adapter)
 
-    def state(self) -> dict[str, Any]:
-        """Return plain values for ``restore``."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values for ``load_state_dict``."""
         return {"retention": self.retention, "perplexity_before": self.perplexity_before}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the values of ``state``."""
         self.retention, self.perplexity_before = state["retention"], state["perplexity_before"]

@@ -13,8 +13,8 @@ from gaisnet.compute_lock import ComputeLock
 from gaisnet.config.learning import RelaySettings
 from gaisnet.errors import DataError
 from gaisnet.learning.gate import CHUNK_ROWS, perplexity
-from gaisnet.learning.merging import by_regression
-from gaisnet.learning.regression import traced
+from gaisnet.learning.merging import merge_by_regression
+from gaisnet.learning.regression import trace_layer
 from gaisnet.learning.relay import TaskTemplate, generate_text
 from gaisnet.messages import ModelRelease
 from gaisnet.models.foundation import Foundation
@@ -122,7 +122,7 @@ class DecoderParts(AdaptedBody):
 
         return token_rows(sequences, self.device).map_batches(run, PREFIX_BATCH)
 
-    def merged(self, entering: Mapping[str, Ragged], free: Ragged) -> AdapterTensors:
+    def merge_by_regression(self, entering: Mapping[str, Ragged], free: Ragged) -> AdapterTensors:
         """Merge the adapters of ``entering`` by regression, see ``learning.merging``.
 
         The model is locked for a layer at a time, so that it can be served in between.
@@ -132,9 +132,9 @@ class DecoderParts(AdaptedBody):
 
         def trace(name: str | None, layer: int, states: Ragged) -> tuple[dict[str, Ragged], Ragged]:
             with self.active_adapter(name):
-                return traced(self._body, some, layer, states)
+                return trace_layer(self._body, some, layer, states)
 
-        return by_regression(adapters, entering, free, layers, trace, self._layout.config.absorb.merge)
+        return merge_by_regression(adapters, entering, free, layers, trace, self._layout.config.absorb.merge)
 
     def perplexity(self, ids_BT: Tensor, entering: Ragged, adapter: str | None) -> float:
         """Return the perplexity of text, with an adapter or without; ``entering`` is its ``at_suffix``."""

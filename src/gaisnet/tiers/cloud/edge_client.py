@@ -103,18 +103,18 @@ class EdgeClient:
     # -- devices, through their edges: see ``DeviceClient`` ------------------------------------------------------------
 
     def collect_reports(self, adapters: Mapping[str, str]) -> dict[str, EvaluationReport]:
-        """See ``DeviceClient``."""
+        """Score the FM with adapters in place on devices' validation sets, by domain."""
         asked = {domain: Evaluate("foundation", adapter, "validate") for domain, adapter in adapters.items()}
         return self.ask(asked, EvaluationReport)
 
     def request_activations(self) -> tuple[str, ...]:
-        """See ``DeviceClient``."""
+        """Let devices send activations of training examples; return whose are at the cloud now."""
         shared = self.ask(dict.fromkeys(self._training, ShareRequest()), Shared)
         self._owners = {owner: domain for domain, reply in shared.items() for owner in reply.owners}
         return tuple(self._owners)
 
     def request_gradients(self, outputs: Mapping[str, BodyOutput]) -> dict[str, Outcome]:
-        """See ``DeviceClient``."""
+        """Ask owners for the gradients of their rows, by name; an error stands for a missing reply."""
         requests = {owner: LabelRequest.from_output(owner, output) for owner, output in outputs.items()}
         sent = {owner: self.links[self._owners[owner]].send(request) for owner, request in requests.items()}
         until = time.monotonic() + self._faults.edge_deadline_s  # for all: an edge may have many owners

@@ -138,11 +138,11 @@ class DriftGate:
         moved_ND = self._features(public, adapter) - self._alone_ND
         return float((moved_ND.norm(dim=-1) / self._alone_ND.norm(dim=-1)).mean())
 
-    def state(self) -> dict[str, Any]:
-        """Return plain values for ``restore``."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values for ``load_state_dict``."""
         return {"retention": self.retention}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the values of ``state``."""
         self.retention = state["retention"]
 

@@ -35,8 +35,8 @@ class Merger:
     def _merge_by(self, method: MergeMethod) -> AdapterTensors:
         settings, parts = self._config.absorb.merge, self._parts
         if method == "regression":
-            entering = {domain: parts.at_suffix(self._text.all_of(domain)) for domain in self._domains}
-            return parts.merged(entering, parts.at_suffix(self._text.free))
+            entering = {domain: parts.at_suffix(self._text.get_or_generate(domain)) for domain in self._domains}
+            return parts.merge_by_regression(entering, parts.at_suffix(self._text.free))
         adapters = [parts.copy_adapter(domain) for domain in self._domains]
         if method == "sum":
             return side_by_side(adapters, settings.weight)

@@ -39,10 +39,10 @@ class Gate(Protocol):
     def try_adapter(self, name: str, tensors: AdapterTensors) -> Verdict:
         """Plug an adapter in if the gate accepts it; otherwise the previous one stays."""
 
-    def state(self) -> dict[str, Any]:
-        """Return plain values for ``restore``."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values for ``load_state_dict``."""
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the values of ``state``."""
 
 
@@ -75,12 +75,12 @@ class CloudModel:
         """Relays by domain; empty if models have none."""
         return self.relay_trainer.relays if self.relay_trainer is not None else {}
 
-    def state(self) -> dict[str, Any]:
-        """Return plain values that a run has changed, for ``restore``."""
-        return self.gate.state() | (self.relay_trainer.state() if self.relay_trainer is not None else {})
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values that a run has changed, for ``load_state_dict``."""
+        return self.gate.state_dict() | (self.relay_trainer.state_dict() if self.relay_trainer is not None else {})
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the values of ``state``; adapters and relays are restored by the caller."""
-        self.gate.restore(state)
+        self.gate.load_state_dict(state)
         if self.relay_trainer is not None:
-            self.relay_trainer.restore(state)
+            self.relay_trainer.load_state_dict(state)

@@ -14,8 +14,8 @@ class SyntheticText:
 
     Args:
         free: Unconditional text.
-        shapes: Public description of each domain's task, by domain.
-        adapters: The active adapter while the FM generates for a domain, by domain.
+        templates: Public description of each domain's task, by domain.
+        adapters: Adapter that is active while the FM generates for a domain, by domain.
         model: The FM.
         layout: Settings and seeds.
     """
@@ -23,26 +23,26 @@ class SyntheticText:
     def __init__(
         self,
         free: Sequence[Sequence[int]],
-        shapes: Mapping[str, TaskTemplate],
+        templates: Mapping[str, TaskTemplate],
         adapters: Mapping[str, str],
         model: DecoderParts,
         layout: Layout,
     ) -> None:
         self.free = free
-        self.of: dict[str, Sequences] = {domain: [] for domain in shapes}  # of all cycles so far
-        self._shapes = shapes
+        self.by_domain: dict[str, Sequences] = {domain: [] for domain in templates}  # of all cycles so far
+        self._templates = templates
         self._adapters = adapters
         self._model = model
         self._config = layout.config
 
-    def all_of(self, domain: str) -> Sequences:
+    def get_or_generate(self, domain: str) -> Sequences:
         """Return a domain's text; generate some if there is none."""
-        if not self.of[domain]:
-            self.extend(domain, 0)
-        return self.of[domain]
+        if not self.by_domain[domain]:
+            self.generate_more(domain, 0)
+        return self.by_domain[domain]
 
-    def extend(self, domain: str, cycle: int) -> None:
+    def generate_more(self, domain: str, cycle: int) -> None:
         """Generate more text, at least a sequence, with the domain's present adapter."""
         seed, relay = self._config.seed_for("text", domain, cycle), self._config.relay
-        shape, adapter = self._shapes[domain], self._adapters[domain]
-        self.of[domain] += self._model.generate(shape, max(1, relay.num_shaped), relay, seed, adapter)
+        template, adapter = self._templates[domain], self._adapters[domain]
+        self.by_domain[domain] += self._model.generate(template, max(1, relay.num_shaped), relay, seed, adapter)
