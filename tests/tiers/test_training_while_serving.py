@@ -97,7 +97,7 @@ def test_neither_learning_nor_answers_notice_each_other(cohort: Cohort) -> None:
     alone_learned, alone_adapter = learn(cohort, new_model(cohort, ComputeLock()))
     compute_lock = Busy()
     domain = new_model(cohort, compute_lock)
-    visitor = Visitor(BodyService(domain.body, domain.layers, ServiceSettings(), compute_lock))
+    visitor = Visitor(BodyService(domain.own_body, domain.layers, ServiceSettings(), compute_lock))
     compute_lock.do = visitor
     learned, tensors = learn(cohort, domain)
     compute_lock.do = lambda: None
@@ -105,7 +105,7 @@ def test_neither_learning_nor_answers_notice_each_other(cohort: Cohort) -> None:
     assert all(torch.equal(tensor, alone_adapter[key]) for key, tensor in tensors.items())
     assert compute_lock.num_pauses > 200
     quiet = new_model(cohort, ComputeLock())
-    service = BodyService(quiet.body, quiet.layers, ServiceSettings())
+    service = BodyService(quiet.own_body, quiet.layers, ServiceSettings())
     for first in range(0, 100, 5):
         service.install_adapter("law", first, DOMAIN, adapter(DOMAIN, first % 3))
         name = service.open(FIRST, NUM_LAYERS, ["law"])

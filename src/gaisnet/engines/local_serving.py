@@ -96,7 +96,7 @@ class ServedNetwork(LinkedBodies):
         """Return the service of a body. Raises ``SessionRefused`` before there is a model."""
         return self._publisher(place, domain).service
 
-    def body(self, place: Place, domain: str) -> Body:
+    def served_body(self, place: Place, domain: str) -> Body:
         """Return the served body; training may change it. Raises ``SessionRefused`` before there is a model."""
         return self.service(place, domain).body
 

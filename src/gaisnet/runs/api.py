@@ -90,7 +90,7 @@ class FinishedRun:
 
         Args:
             device: The device that writes; None for the first split one.
-            escalate: For the model ``auto``: never ask the foundation model, where the domain model is unsure, or always.
+            escalate: For the model ``auto``: ask the foundation model never, where the domain model is unsure, always.
             threshold: Confidence below which it is unsure; None to calibrate it on test examples.
             overrides: ``key=value``, to name moved models or data.
             progress: Told while confidence is calibrated, which takes minutes, but only once.

@@ -20,7 +20,7 @@ from gaisnet.engines.local import build_network
 from gaisnet.engines.sizes import check_sizes
 from gaisnet.errors import CheckpointError, CheckpointVersion, ConfigError, NothingToResume
 from gaisnet.learning.relay import Distillation, TaskTemplate
-from gaisnet.messages import AdapterUpdate, EvaluationReport
+from gaisnet.messages import EvaluationReport
 from gaisnet.models.foundation import Foundation, load_foundation, with_context
 from gaisnet.models.pretrained import longest_example
 from gaisnet.network import Network, Scores
@@ -229,7 +229,8 @@ class Run:
         losses = {domain: {"loss": u.loss, "num_examples": u.num_examples} for domain, u in updates.items()}
         self._folder.log({"event": "fine_tune", "cycle": len(self.summary.cycles), "domains": losses})
         said = [*_relays_kept(relays), *map(str, verdicts)]
-        entry = self._measure(len(self.summary.cycles), said, relays, _faults(updates), self.summary.cycles[-1])
+        faults = [f"{domain}: {fault}" for domain, update in updates.items() for fault in update.faults]
+        entry = self._measure(len(self.summary.cycles), said, relays, faults, self.summary.cycles[-1])
         self.summary = self.summary.model_copy(update={"cycles": [*self.summary.cycles, entry]}).with_gaps()
         self._write()
 
@@ -376,10 +377,6 @@ def _relay_loss(result: Distillation) -> RelayLoss:
         kl_before=result.kl_before,
         kl_after=result.kl_after,
     )
-
-
-def _faults(updates: Mapping[str, AdapterUpdate]) -> list[str]:
-    return [f"{domain}: {fault}" for domain, update in updates.items() for fault in update.faults]
 
 
 def _relays_kept(relays: Mapping[str, Distillation]) -> list[str]:

@@ -85,7 +85,7 @@ def cost(model: PretrainedConfig, config: Config, work: Work) -> Cost:
 
     Raises ``CutError``.
     """
-    shape = Shape.from_config(model)
+    shape = Shape.from_model_config(model)
     layout = Layout(config, shape.num_layers)
     tune, head, first = config.fine_tune, layout.last_cut, layout.first_adapted
     there_and_back = 2 * (shape.num_layers - first)

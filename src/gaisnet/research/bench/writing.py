@@ -172,7 +172,7 @@ def in_one_piece(served: ServedRun, device: AnsweringDevice, place: Place) -> Un
     unsplit = Unsplit(model, served.bodies.compute_lock)
     if place == "cloud":
         return unsplit
-    return unsplit.with_body(served.bodies.body("edge", device.domain), device.parts.first)
+    return unsplit.with_body(served.bodies.served_body("edge", device.domain), device.parts.first)
 
 
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[list[Prompt]]:

@@ -115,7 +115,7 @@ class _Pair:
             rows.append(self._head.smash([token]))
         return drafted, probabilities, rows
 
-    def check(self, drafted: list[int], drafts: list[Tensor], rows: list[Tensor]) -> list[int]:
+    def verify(self, drafted: list[int], drafts: list[Tensor], rows: list[Tensor]) -> list[int]:
         """Verify a draft; afterwards all parts stand after the accepted tokens."""
         logits_KV = self._checker.compute_logits(torch.cat(rows), want=len(rows))
         checks_KV = torch.stack([self._sampler.probabilities(logits_V) for logits_V in logits_KV])
@@ -173,7 +173,7 @@ def write_speculatively(
 
 def _round(pair: _Pair, token: int, num: int, stop_ids: frozenset[int], length: DraftLength, tally: Tally) -> list[int]:
     drafted, probabilities, rows = pair.draft(token, num, stop_ids)
-    tokens = pair.check(drafted, probabilities, rows)
+    tokens = pair.verify(drafted, probabilities, rows)
     if drafted:
         length.saw(len(drafted), len(tokens) - 1)
     tally.num_checks += 1

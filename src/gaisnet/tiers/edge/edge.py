@@ -185,7 +185,7 @@ class Edge:
         """Publish a new model and its adapters, if it generates text."""
         domain = self._domain()
         if domain.generates_text:
-            self._publisher.publish_body(domain.body, domain.layers)
+            self._publisher.publish_body(domain.own_body, domain.layers)
         for role in domain.served_adapters():
             self._publish_adapter(role, domain.versions[role])
 

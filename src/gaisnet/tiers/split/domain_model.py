@@ -50,7 +50,7 @@ class DomainModel(TrainableBody):
         pause_within(body.layers.values(), self._compute_lock.pause)
 
     @property
-    def body(self) -> Body:
+    def own_body(self) -> Body:
         """Return the body, to serve it."""
         return self._body
 

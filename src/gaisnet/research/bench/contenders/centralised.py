@@ -84,7 +84,9 @@ class Centralised:
 
     def device_flops(self, task: Task) -> float:
         """Return the operations of the machine that pools the examples; there is no device."""
-        return of_whole_model(Shape.from_config(task.foundation_config()), first_layer(task, self._late), task.pooled)
+        return of_whole_model(
+            Shape.from_model_config(task.foundation_config()), first_layer(task, self._late), task.pooled
+        )
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:
         """Return the peak memory of that machine."""

@@ -29,7 +29,7 @@ class Federated:
 
     def device_flops(self, task: Task) -> float:
         """Return a device's operations: it has the whole model."""
-        return of_whole_model(Shape.from_config(task.foundation_config()), 0, task.pooled)
+        return of_whole_model(Shape.from_model_config(task.foundation_config()), 0, task.pooled)
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:
         """Return the peak memory of a single device, without averaging."""

@@ -23,7 +23,7 @@ class Shape:
     num_layers: int
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig) -> "Shape":
+    def from_model_config(cls, config: PretrainedConfig) -> "Shape":
         """Read the shape from a model's configuration."""
         width, heads = int(config.hidden_size), int(config.num_attention_heads)
         head = int(getattr(config, "head_dim", None) or width // heads)

@@ -42,7 +42,7 @@ class GaisNet:
 
     def device_flops(self, task: Task) -> float:
         """Return operations per sample of a device with the longest head; the head runs once for all epochs."""
-        shape = Shape.from_config(task.foundation_config())
+        shape = Shape.from_model_config(task.foundation_config())
         return of_split_device(shape, _longest(task)[1].head_layers, task.pooled, task.epochs, cached=True)
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:

@@ -37,7 +37,7 @@ class PlainSplit:
 
     def device_flops(self, task: Task) -> float:
         """Return operations per sample of a device with the longest head."""
-        shape = Shape.from_config(task.foundation_config())
+        shape = Shape.from_model_config(task.foundation_config())
         return of_split_device(shape, _head_layers(task), task.pooled, task.epochs, cached=False)
 
     def device_peak_bytes(self, task: Task, seed: int) -> int:
