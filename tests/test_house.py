@@ -22,7 +22,7 @@ LONGEST_FUNCTION = 60
 LONGEST_MODULE = 400
 MOST_DEFINITIONS = 4
 PROTOCOLS = {
-    *("close", "forward", "backward", "state", "restore", "handle"),  # of closable things, torch, kept state, handlers
+    *("close", "forward", "backward", "state_dict", "load_state_dict", "handle"),  # of contextlib, torch, handlers
     *("send", "peer", "crop", "extend", "put_body"),  # of links and sessions
     *("device_flops", "device_peak_bytes", "run"),  # of contenders
 }
