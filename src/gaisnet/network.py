@@ -96,9 +96,9 @@ class Network:
         """Continue in this cycle."""
         self.edges.cycle = cycle
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def checkpoint_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return everything that a run needs to resume from here, for ``restore``."""
-        state, tensors = self.cloud.state()
+        state, tensors = self.cloud.checkpoint_state()
         return {"run": self.run, "cycle": self.cycle, "cloud": state}, tensors
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -491,7 +491,7 @@ def test_a_network_that_goes_on_gives_its_domain_models_their_adapters_whole() -
     stopped = run(strict).go()
     assert stopped.verdicts[0][0].share < 1.0
     goes_on = run(strict)
-    goes_on.network.restore(*stopped.network.state())
+    goes_on.network.restore(*stopped.network.checkpoint_state())
     goes_on.network.install()
     assert goes_on.network.evaluate() == stopped.scores[-1]
     assert stopped.scores[-1].domain == free.scores[-1].domain

@@ -134,7 +134,7 @@ def test_a_poisoned_adapter_never_comes_into_what_the_cloud_keeps() -> None:
     after = network.cloud.adapter_release("domain", TASTES)
     assert after.version == before.version == 0
     assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before.tensors.items())
-    assert all(float(tensor.abs().max()) < 10.0 for tensor in network.state()[1].values())
+    assert all(float(tensor.abs().max()) < 10.0 for tensor in network.checkpoint_state()[1].values())
 
 
 def test_with_fewer_edges_than_wanted_the_cycle_fails_and_says_so() -> None:

@@ -336,7 +336,7 @@ class Run:
             write_text(folder / CARD_NAME, card)
         self._folder.write_summary(self.summary)
         self._folder.write_report(self.summary)
-        network, tensors = self._network.state()
+        network, tensors = self._network.checkpoint_state()
         state = {
             "network": network,
             "steps": self._steps,

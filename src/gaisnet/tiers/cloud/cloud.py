@@ -228,7 +228,7 @@ class Cloud:
 
     # -- after a restart -----------------------------------------------------------------------------------------------
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def checkpoint_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return everything that a run has changed, for ``restore``; the rest follows from the configuration."""
         adapters = {name: self._model.body.copy_adapter(name) for name in self.adapters}
         groups = {"adapter": adapters, "whole": self._whole, "relay": self._model.relays}
