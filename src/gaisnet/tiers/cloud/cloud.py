@@ -238,12 +238,12 @@ class Cloud:
             for name, adapter in members.items()
             for key, tensor in adapter.items()
         }
-        return {"versions": self.versions, **self._model.state_dict()}, tensors
+        return {"versions": self.versions, **self._model.parts_state()}, tensors
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Restore the values of ``state``. Raises ``AdapterMismatch`` for another configuration."""
         self.versions = state["versions"]
-        self._model.load_state_dict(state)
+        self._model.restore_parts(state)
         for name in self.adapters:
             self._model.body.set_adapter(name, under(f"adapter/{name}/", tensors))
         for domain in self._whole:

@@ -75,11 +75,11 @@ class CloudModel:
         """Relays by domain; empty if models have none."""
         return self.relay_trainer.relays if self.relay_trainer is not None else {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values that a run has changed, for ``load_state_dict``."""
+    def parts_state(self) -> dict[str, Any]:
+        """Return plain values that a run has changed, for ``restore_parts``."""
         return self.gate.state_dict() | (self.relay_trainer.state_dict() if self.relay_trainer is not None else {})
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def restore_parts(self, state: Mapping[str, Any]) -> None:
         """Restore the values of ``state``; adapters and relays are restored by the caller."""
         self.gate.load_state_dict(state)
         if self.relay_trainer is not None:
