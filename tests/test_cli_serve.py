@@ -17,11 +17,11 @@ from gaisnet.cli.app import app
 from gaisnet.config import FrontSettings, RoutingSettings
 from gaisnet.serving.generation.calibration import FILE_NAME, CalibrationExample
 from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain
-from gaisnet.serving.http.address import ADDRESS_NAME, announced
+from gaisnet.serving.http.address import ADDRESS_NAME, publish_address
 from gaisnet.serving.http.callers import ApiKeys
 from gaisnet.serving.http.server import Server
-from tests.serving.fronts import Front, chat_tokenizer, front, tiny_bodies, until
 from tests.serving.models import prompt
+from tests.serving.servers import RunningServer, chat_tokenizer, running_server, tiny_bodies, until
 
 
 def gaisnet(*arguments: object, said: str = "") -> Result:
@@ -52,8 +52,8 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[Front]:
-    with front(threshold=0.0) as at:
+def up() -> Iterator[RunningServer]:
+    with running_server(threshold=0.0) as at:
         yield at
 
 
@@ -105,7 +105,7 @@ def test_serve_calibrates_once_and_says_where_it_is(tmp_path: Path, monkeypatch:
     assert (tmp_path / FILE_NAME).read_text(encoding="utf-8") == kept
 
 
-def test_a_conversation(up: Front) -> None:
+def test_a_conversation(up: RunningServer) -> None:
     said = "hello\n/models\n/model foundation\nhello\n/model nobody\n/what\n/new\n/quit\n"
     result = gaisnet("chat", up.url, "--max-tokens", 6, said=said)
     text = words(result.output)
@@ -117,7 +117,7 @@ def test_a_conversation(up: Front) -> None:
     assert "/quit ends it" in text
 
 
-def test_plain_lines_are_prompts(up: Front) -> None:
+def test_plain_lines_are_prompts(up: RunningServer) -> None:
     result = gaisnet("chat", f"{up.url}/v1", "--model", "tastes", "--plain", "--max-tokens", 4, said="sweet\\n:\n")
     asked: dict[str, Any] = {"model": "tastes", "prompt": "sweet\n:", "max_tokens": 4, "temperature": 0}
     expected = httpx.post(f"{up.url}/v1/completions", json=asked).json()["choices"][0]["text"]
@@ -131,13 +131,13 @@ def test_a_run_that_nobody_serves_is_opened_here(tmp_path: Path) -> None:
     assert "drafted tokens taken in" in words(result.output)
 
 
-def test_a_run_that_is_served_is_asked_there(tmp_path: Path, up: Front) -> None:
-    with announced(tmp_path, up.url):
+def test_a_run_that_is_served_is_asked_there(tmp_path: Path, up: RunningServer) -> None:
+    with publish_address(tmp_path, up.url):
         result = gaisnet("chat", tmp_path, "--model", "merged", "--max-tokens", 4, said="hello\n")
     assert "by the foundation model" in words(result.output)
 
 
-def test_what_cannot_be_talked_to(up: Front) -> None:
+def test_what_cannot_be_talked_to(up: RunningServer) -> None:
     nobody = gaisnet("chat", "http://127.0.0.1:9", said="hello\n")
     assert nobody.exit_code == 1
     assert "it cannot be reached" in words(nobody.output)
@@ -145,7 +145,7 @@ def test_what_cannot_be_talked_to(up: Front) -> None:
     assert "it has no model 'nobody', but auto, foundation" in words(unknown.output)
 
 
-def test_an_answer_that_breaks_off_is_told_and_the_talk_goes_on(up: Front) -> None:
+def test_an_answer_that_breaks_off_is_told_and_the_talk_goes_on(up: RunningServer) -> None:
     up.bodies.trouble = "lost", 3
     result = gaisnet("chat", up.url, "--max-tokens", 6, said="hello\n/models\n")
     up.bodies.trouble = None
@@ -197,7 +197,7 @@ def test_a_key_goes_to_an_address_that_the_user_names_and_never_to_one_of_a_file
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there, and nobody in between is to see it
     keys = tmp_path / "keys"
     keys.write_text("sk-of-the-tests-0123456789\n", encoding="utf-8")
-    with announced(tmp_path, url):
+    with publish_address(tmp_path, url):
         result = gaisnet("chat", tmp_path, "--api-keys", keys, said="hello\n")
     assert f"No API key is sent there; to send it: gaisnet chat {url}" in words(result.output)
     assert {key for _, key in seen} == {None}
@@ -219,7 +219,7 @@ def test_a_run_s_own_limits_hold_where_it_is_served(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_names_a_foreign_address_is_not_believed(tmp_path: Path) -> None:
-    with announced(tmp_path, "http://192.0.2.1:8000"):
+    with publish_address(tmp_path, "http://192.0.2.1:8000"):
         result = gaisnet("chat", tmp_path, said="hello\n")
     assert result.exit_code == 1
     assert "is no address of this machine" in words(result.output)

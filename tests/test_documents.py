@@ -17,7 +17,7 @@ import yaml
 
 from gaisnet.cli.app import app
 from gaisnet.config.file import parse_config
-from tests.serving.fronts import front
+from tests.serving.servers import running_server
 from tests.tiny import write_tiny_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +97,7 @@ def test_a_unit_that_is_shown_is_one(block: Block) -> None:
 def test_python_that_is_shown_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_tiny_run(tmp_path / "tiny").rename(tmp_path / "tiny" / "my.yaml")
-    with front(threshold=0.0) as at:
+    with running_server(threshold=0.0) as at:
         text = block.text.replace("http://127.0.0.1:8000", at.url).replace('"my.yaml"', '"tiny/my.yaml"')
         exec(compile(text, f"{block.page.name}:{block.line}", "exec"), {"__name__": "__main__"})
 

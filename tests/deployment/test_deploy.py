@@ -22,7 +22,7 @@ import yaml
 from gaisnet.cli.serve import opened
 from gaisnet.config import Config, RoutingSettings
 from gaisnet.config.file import load_config
-from gaisnet.deployment.http_endpoint import OpenEndpoint
+from gaisnet.deployment.http_endpoint import EndpointSettings
 from gaisnet.deployment.kits import prepare
 from gaisnet.deployment.launcher import Launcher
 from gaisnet.deployment.one_machine import kits_in, run_kits, run_network, sites_of
@@ -216,7 +216,7 @@ def test_only_clouds_stay_and_only_devices_serve(kits: Mapping[str, Path]) -> No
 
 def test_a_port_that_is_taken_is_told(kits: Mapping[str, Path]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        door = OpenEndpoint(taken.getsockname(), ApiKeys(), RoutingSettings())
+        door = EndpointSettings(taken.getsockname(), ApiKeys(), RoutingSettings())
         with pytest.raises(ConfigError, match="listening on '127.0.0.1'"):
             run_device(kits["north-a"], door)
 

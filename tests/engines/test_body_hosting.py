@@ -55,23 +55,23 @@ class Tier:
 
 
 class Peer:
-    """Has a front of its own."""
+    """Has a router of its own."""
 
     def __init__(
         self, publisher: BodyPublisher, tier: Tier | None = None, name: str = "clinic", share: float = 1.0
     ) -> None:
         self.life = "first"
-        self.front = PeerRouter(
+        self.router = PeerRouter(
             tier, publisher, lambda service: SessionEndpoint(service, name, share), name, lambda: self.life
         )
 
     def open(self, asked: OpenSession = OPEN) -> str:
-        opened = self.front.handle(asked)
+        opened = self.router.handle(asked)
         assert isinstance(opened, SessionOpened)
         return opened.session
 
     def extend(self, name: str) -> Message:
-        answer = self.front.handle(ExtendSession(name, 0, 1, torch.zeros(2, 32)))
+        answer = self.router.handle(ExtendSession(name, 0, 1, torch.zeros(2, 32)))
         assert not isinstance(answer, Message)
         return answer.result(timeout=60)
 
@@ -80,10 +80,10 @@ def test_sessions_go_to_the_service_and_all_else_to_the_tier(publisher: BodyPubl
     tier = Tier()
     peer = Peer(publisher, tier)
     assert isinstance(peer.extend(peer.open()), SessionRows)
-    assert peer.front.handle(SmashRequest("test")) == Done()
+    assert peer.router.handle(SmashRequest("test")) == Done()
     assert tier.taken == [SmashRequest("test")]
     with pytest.raises(UnexpectedMessage, match="'clinic' does not take a SmashRequest"):
-        Peer(publisher).front.handle(SmashRequest("test"))
+        Peer(publisher).router.handle(SmashRequest("test"))
 
 
 def test_a_peer_cannot_reach_the_sessions_of_another(publisher: BodyPublisher) -> None:
@@ -105,10 +105,10 @@ def test_a_peer_that_restarted_has_no_sessions(publisher: BodyPublisher) -> None
 def test_what_a_restarted_peer_left_goes_before_it_asks_again(publisher: BodyPublisher) -> None:
     peer = Peer(publisher)
     peer.open()
-    peer.front.look(60.0)
+    peer.router.end_stale_sessions(60.0)
     assert publisher.service.num_sessions == 1
     peer.life = "second"
-    peer.front.look(60.0)
+    peer.router.end_stale_sessions(60.0)
     assert publisher.service.num_sessions == 0
 
 
@@ -120,7 +120,7 @@ def test_a_peer_that_stays_away_loses_its_sessions(publisher: BodyPublisher, mon
     for away_s, num_left in ((50.0, 1), (0.0, 1), (50.0, 1), (11.0, 0)):
         peer.life = "" if away_s else "first"  # it comes back once
         clock.sleep(away_s)
-        peer.front.look(60.0)
+        peer.router.end_stale_sessions(60.0)
         assert publisher.service.num_sessions == num_left
     peer.life = "first"
     with pytest.raises(SessionClosed):
@@ -131,7 +131,7 @@ def test_a_drop_of_the_link_ends_nothing(publisher: BodyPublisher) -> None:
     peer = Peer(publisher)
     name = peer.open()
     peer.life = ""
-    peer.front.look(60.0)
+    peer.router.end_stale_sessions(60.0)
     peer.life = "first"
     assert isinstance(peer.extend(name), SessionRows)
 
@@ -162,8 +162,8 @@ def test_before_there_is_a_body_nobody_is_served() -> None:
 def test_the_end_of_a_front_ends_its_sessions(publisher: BodyPublisher) -> None:
     peer = Peer(publisher)
     peer.open()
-    peer.front.close()
-    peer.front.close()
+    peer.router.close()
+    peer.router.close()
     assert publisher.service.num_sessions == 0
 
 
@@ -182,7 +182,7 @@ def test_one_peer_cannot_have_all_sessions() -> None:
             greedy.open()
         assert isinstance(ward.extend(ward.open()), SessionRows)
         greedy.life = "second"
-        greedy.front.look(60.0)
+        greedy.router.end_stale_sessions(60.0)
         assert [greedy.open() for _ in range(2)]  # what it left counts no more
 
 
@@ -197,20 +197,20 @@ def test_one_peer_cannot_have_all_memory() -> None:
             with pytest.raises(QuotaReached, match="memory for a session of 'clinic': it holds .* one peer may hold"):
                 greedy.open(wanted)
         assert isinstance(ward.extend(ward.open(wanted)), SessionRows)
-        greedy.front.handle(CloseSession(first))
+        greedy.router.handle(CloseSession(first))
         assert isinstance(greedy.extend(greedy.open(wanted)), SessionRows)
 
 
 def test_a_peer_that_has_gone_leaves_no_session_that_was_being_opened(publisher: BodyPublisher) -> None:
     endpoint = SessionEndpoint(publisher.service, "clinic")
-    take = publisher.service.open
+    take = publisher.service.open_session
 
     def leave_meanwhile(*args: Any, **more: Any) -> str:
         name = take(*args, **more)
         endpoint.close()
         return name
 
-    publisher.service.open = leave_meanwhile  # type: ignore[method-assign]
+    publisher.service.open_session = leave_meanwhile  # type: ignore[method-assign]
     with pytest.raises(SessionClosed):
         endpoint.handle(OPEN)
     assert publisher.service.num_sessions == 0

@@ -18,9 +18,9 @@ from gaisnet.engines.local_serving import ServedNetwork, build_served_network
 from gaisnet.errors import SessionRefused, UnknownAdapter
 from gaisnet.learning.relay import TaskTemplate
 from gaisnet.models.foundation import Foundation
-from gaisnet.serving.generation.decoding import HeadSession, TailSession, write
+from gaisnet.serving.generation.decoding import CachedHead, CachedTail, generate
 from gaisnet.serving.generation.routing import Place, Target
-from gaisnet.serving.generation.speculation import write_speculatively
+from gaisnet.serving.generation.speculation import generate_speculatively
 from gaisnet.serving.generation.text import Sampling
 from gaisnet.transport.ledger import Traffic
 from tests.serving.models import generated, lively_model, prompt, with_adapters
@@ -77,8 +77,8 @@ def target(body: Place, domain: str) -> Target:
 def answer(served: ServedNetwork, to: Target, ids: list[int]) -> tuple[tuple[str, ...], list[int]]:
     """The versions that acted, and the tokens."""
     parts = served.parts(served.device(to.domain))
-    session = served.open(to, parts.first, parts.stop, len(ids) + NUM_TOKENS)
-    return session.versions, list(write(parts, session, ids, SAMPLING))
+    session = served.open_session(to, parts.first, parts.stop, len(ids) + NUM_TOKENS)
+    return session.versions, list(generate(parts, session, ids, SAMPLING))
 
 
 def whole(served: ServedNetwork, name: str) -> PreTrainedModel:
@@ -121,13 +121,13 @@ def test_the_merged_adapter_is_served_and_an_unknown_one_refused(learned: Served
     with pytest.raises(SessionRefused, match="the run has north-a"):
         learned.parts("nobody")
     with pytest.raises(SessionRefused, match="edges for shapes, tastes"):
-        learned.open(Target("edge", (), "sounds"), 1, 2, 0)
+        learned.open_session(Target("edge", (), "sounds"), 1, 2, 0)
 
 
 def test_an_answer_that_is_handed_over_goes_on_as_the_fms(learned: ServedNetwork) -> None:
     parts, ids = learned.parts("north-a"), prompt(9)
-    session = learned.open_escalating(Target("edge", (), "shapes"), parts.first, parts.stop, 40)
-    head, tail = HeadSession(parts), TailSession(parts, session)
+    session = learned.open_escalating_session(Target("edge", (), "shapes"), parts.first, parts.stop, 40)
+    head, tail = CachedHead(parts), CachedTail(parts, session)
     tail.compute_logits(head.smash(ids), want=0)
     logits_V = parts.tail.logits(session.escalate(("tastes",), 1))[0]
     found: list[int] = []
@@ -140,8 +140,10 @@ def test_an_answer_that_is_handed_over_goes_on_as_the_fms(learned: ServedNetwork
 
 def test_both_bodies_at_once(learned: ServedNetwork) -> None:
     parts, ids = learned.parts("north-a"), prompt(9)
-    drafter, checker = (learned.open(target(body, "shapes"), parts.first, parts.stop, 40) for body in ("edge", "cloud"))
-    found = list(write_speculatively(parts, drafter, checker, ids, SAMPLING))
+    drafter, checker = (
+        learned.open_session(target(body, "shapes"), parts.first, parts.stop, 40) for body in ("edge", "cloud")
+    )
+    found = list(generate_speculatively(parts, drafter, checker, ids, SAMPLING))
     assert found == generated(whole(learned, "shapes"), ids, NUM_TOKENS)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gaisnet.compute_lock import PartitionedCores
 from gaisnet.engines.body_hosting import BodyPublisher
 from gaisnet.engines.local_serving import ServedNetwork
-from gaisnet.serving.generation.decoding import Tokens, write
+from gaisnet.serving.generation.decoding import Tokens, generate
 from gaisnet.serving.generation.routing import Place, Target
 from gaisnet.serving.generation.text import Sampling
 from tests.engines.test_local_serving import Versions, built, cycle, served_config, target
@@ -49,9 +49,9 @@ class Asked:
 
 def begin(served: ServedNetwork, body: Place, ids: list[int]) -> Asked:
     to, parts = target(body, "shapes"), served.parts("north-a")
-    session = served.open(to, parts.first, parts.stop, len(ids) + NUM_TOKENS)
+    session = served.open_session(to, parts.first, parts.stop, len(ids) + NUM_TOKENS)
     (version,) = session.versions
-    return Asked(to, ids, version, write(parts, session, ids, Sampling(max_tokens=NUM_TOKENS)), [])
+    return Asked(to, ids, version, generate(parts, session, ids, Sampling(max_tokens=NUM_TOKENS)), [])
 
 
 class Askers:

@@ -15,7 +15,7 @@ from gaisnet.messages import EvaluationReport
 from gaisnet.models.foundation import Foundation
 from gaisnet.models.parts import CutLayers
 from gaisnet.models.tokenization import ending_ids, prompt_ids
-from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.decoding import generate
 from gaisnet.serving.generation.text import Sampling, text_of
 from tests.serving.models import lively_model, served, session
 from tests.tiny import tiny_raw_config
@@ -93,6 +93,6 @@ def test_served_text_is_what_transformers_generates(kind: str, bos: bool) -> Non
         generated = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=2, eos_token_id=ENDS)
         expected = generated[0, ids.shape[1] :].tolist()
         sampling = Sampling(max_tokens=24, stop_ids=ends)
-        written = list(write(parts, session(parts, service), prompt_ids(tokenizer, prompt), sampling))
+        written = list(generate(parts, session(parts, service), prompt_ids(tokenizer, prompt), sampling))
         assert written == expected
         assert "".join(text_of(written, tokenizer)) == tokenizer.decode(expected, skip_special_tokens=True)

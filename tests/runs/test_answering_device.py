@@ -17,7 +17,7 @@ from gaisnet.serving.generation.calibration import read_calibrations
 from gaisnet.serving.generation.routing import Target
 from gaisnet.serving.http.callers import ApiKeys
 from tests.runs.test_served_run import without
-from tests.serving.fronts import until
+from tests.serving.servers import until
 from tests.tiny import tiny_edge, tiny_newcomer, write_tiny_run
 
 pytestmark = pytest.mark.integration
@@ -124,9 +124,9 @@ def test_a_threshold_is_kept_where_the_examples_are_gone_and_none_is_made_up(
 def test_the_service_of_a_run_may_be_changed_and_nothing_else(finished: Path) -> None:
     with open_device(finished, None, ["service.max_sessions=1"]) as device:
         asked = Target("edge", ("domain",), "shapes"), device.parts.first, device.parts.stop, 20
-        first = device.bodies.open(*asked)
+        first = device.bodies.open_session(*asked)
         with pytest.raises(ServiceFull, match="1 are open"):
-            device.bodies.open(*asked)
+            device.bodies.open_session(*asked)
         first.close()
     with pytest.raises(ConfigError, match="seed"), open_device(finished, None, ["seed=1"]):
         pass

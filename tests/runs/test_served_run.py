@@ -13,7 +13,7 @@ from gaisnet.config.file import load_config
 from gaisnet.errors import ConfigError, DataError, NothingToResume, OutputInUse
 from gaisnet.runs.run import resume_experiment, run_experiment
 from gaisnet.runs.served_run import ServedRun, serve_run
-from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.decoding import generate
 from gaisnet.serving.generation.routing import Target
 from gaisnet.serving.generation.text import Sampling
 from tests.tiny import tiny_edge, write_tiny_run
@@ -37,8 +37,8 @@ def copy_of(finished: Path, folder: Path) -> Path:
 
 def answer(served: ServedRun, target: Target) -> list[int]:
     parts = served.bodies.parts("north-a")
-    session = served.bodies.open(target, parts.first, parts.stop, 20)
-    return list(write(parts, session, served.foundation.tokenizer.encode("Is it so?"), Sampling(max_tokens=6)))
+    session = served.bodies.open_session(target, parts.first, parts.stop, 20)
+    return list(generate(parts, session, served.foundation.tokenizer.encode("Is it so?"), Sampling(max_tokens=6)))
 
 
 def cycles(out: Path) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def test_it_serves_what_the_run_has_learned(finished: Path, tmp_path: Path) -> N
         assert served.bodies.adapters("edge", "shapes") == ["domain", "relay"]
         parts = served.bodies.parts("north-a")
         for target, versions in ((EDGE, ("relay@1", "domain@1")), (CLOUD, ("shapes@1",))):
-            session = served.bodies.open(target, parts.first, parts.stop, 20)
+            session = served.bodies.open_session(target, parts.first, parts.stop, 20)
             assert session.versions == versions
             session.close()
             assert len(answer(served, target)) == 6
@@ -85,7 +85,7 @@ def test_it_goes_on_with_the_run_while_it_serves(finished: Path, tmp_path: Path)
         end.result()
         assert served.num_cycles == 2
         parts = served.bodies.parts("north-a")
-        assert served.bodies.open(EDGE, parts.first, parts.stop, 20).versions[1] == "domain@2"
+        assert served.bodies.open_session(EDGE, parts.first, parts.stop, 20).versions[1] == "domain@2"
     resume_experiment(alone, ["cycles=2"])
     assert [c["domain"] for c in cycles(out)] == [c["domain"] for c in cycles(alone)]
     assert cycles(out) == cycles(alone)

@@ -1,9 +1,12 @@
 """Tiny models cut and served, and the same models in one piece."""
 
 import copy
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from gaisnet.adapters.state import AdapterTensors, put_in, take_out
@@ -13,7 +16,6 @@ from gaisnet.models.families import Decoder
 from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from gaisnet.models.recipe import Middle, Recipe, make_domain_body
 from gaisnet.serving.engine.body import BodyService
-from gaisnet.serving.engine.sessions import LocalSession
 from gaisnet.serving.generation.decoding import DeviceParts
 from tests.tiny import NUM_LAYERS, VOCAB, tiny_model
 
@@ -51,6 +53,44 @@ def served_domain(
     head, _, tail = cut_decoder(Decoder(model), CutLayers(1))
     service = BodyService(domain_body(model, 1, kept), range(1, NUM_LAYERS), ServiceSettings())
     return whole, DeviceParts(head, tail), service
+
+
+class LocalSession:
+    """A session of a service in this process.
+
+    Args:
+        service: The service.
+        first: FM layer that takes the rows.
+        stop: FM layer to stop before.
+        adapters: Adapters to activate.
+        num_positions: Positions to reserve memory for.
+    """
+
+    def __init__(
+        self, service: BodyService, first: int, stop: int, adapters: Sequence[str] = (), num_positions: int = 0
+    ) -> None:
+        self.deadline_s = None
+        self._service = service
+        self._name = service.open_session(first, stop, adapters, num_positions)
+
+    def send(self, rows_TD: Tensor, want: int) -> "Future[Tensor]":
+        """Run new positions; if no thread runs steps, the caller does."""
+        answer = self._service.extend_session(self._name, rows_TD, want)
+        while not self._service.in_thread and not answer.done():
+            self._service.step()
+        return answer
+
+    def extend(self, rows_TD: Tensor, want: int) -> Tensor:
+        """Run new positions."""
+        return self.send(rows_TD, want).result()
+
+    def crop(self, length: int) -> None:
+        """Drop positions from ``length`` on."""
+        self._service.crop_session(self._name, length)
+
+    def close(self) -> None:
+        """Close the session."""
+        self._service.close_session(self._name)
 
 
 def session(parts: DeviceParts, service: BodyService, adapters: tuple[str, ...] = ()) -> LocalSession:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gaisnet.errors import ServerRefused
-from gaisnet.serving.http.address import ADDRESS_NAME, announced, found
+from gaisnet.serving.http.address import ADDRESS_NAME, publish_address, read_address
 
 URL = "http://127.0.0.1:8000"
 SERVES = textwrap.dedent(
@@ -19,12 +19,12 @@ SERVES = textwrap.dedent(
     import signal, sys, time
     from pathlib import Path
     from gaisnet.cli.serve import end_on_signals
-    from gaisnet.serving.http.address import announced
+    from gaisnet.serving.http.address import publish_address
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started with
     signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
     end_on_signals()
     try:
-        with announced(Path(sys.argv[1]), "http://127.0.0.1:8000"):
+        with publish_address(Path(sys.argv[1]), "http://127.0.0.1:8000"):
             sys.stdout.write("up\\n")
             sys.stdout.flush()
             if len(sys.argv) > 2 and "nohup" not in sys.argv:
@@ -37,15 +37,15 @@ SERVES = textwrap.dedent(
 
 
 def test_it_is_there_as_long_as_something_is_served(tmp_path: Path) -> None:
-    assert found(tmp_path) is None
-    with announced(tmp_path, URL):
-        assert found(tmp_path) == URL
+    assert read_address(tmp_path) is None
+    with publish_address(tmp_path, URL):
+        assert read_address(tmp_path) == URL
         assert (tmp_path / ADDRESS_NAME).read_text(encoding="utf-8").splitlines()[0] == URL
     assert not (tmp_path / ADDRESS_NAME).exists()
 
 
 def test_another_server_s_file_is_not_taken_away(tmp_path: Path) -> None:
-    with announced(tmp_path, URL):
+    with publish_address(tmp_path, URL):
         (tmp_path / ADDRESS_NAME).write_text("http://127.0.0.1:9000\nelsewhere 1 2\n", encoding="utf-8")
     assert (tmp_path / ADDRESS_NAME).exists()
 
@@ -54,8 +54,8 @@ def test_another_server_s_file_is_not_taken_away(tmp_path: Path) -> None:
     ("served", "told"), [("http://0.0.0.0:80", "http://127.0.0.1:80"), ("http://[::]:80", "http://[::1]:80")]
 )
 def test_a_server_of_all_addresses_is_found_at_this_machine_s_own(tmp_path: Path, served: str, told: str) -> None:
-    with announced(tmp_path, served):
-        assert found(tmp_path) == told
+    with publish_address(tmp_path, served):
+        assert read_address(tmp_path) == told
 
 
 @pytest.mark.parametrize(
@@ -75,18 +75,18 @@ def test_a_server_of_all_addresses_is_found_at_this_machine_s_own(tmp_path: Path
     ],
 )
 def test_an_address_that_is_not_this_machine_s_own_is_refused(tmp_path: Path, url: str) -> None:
-    with announced(tmp_path, URL):
+    with publish_address(tmp_path, URL):
         owner = (tmp_path / ADDRESS_NAME).read_text(encoding="utf-8").splitlines()[1]
     (tmp_path / ADDRESS_NAME).write_text(f"{url}\n{owner}\n", encoding="utf-8")
     with pytest.raises(ServerRefused, match="no address of this machine"):
-        found(tmp_path)
+        read_address(tmp_path)
 
 
 @pytest.mark.parametrize("owner", ["", "x", "{host} {process} 1", "another-host {process} 1", "a b c d"])
 def test_a_file_that_no_living_process_left_is_not_followed(tmp_path: Path, owner: str) -> None:
     owner = owner.format(host=socket.gethostname(), process=os.getpid())
     (tmp_path / ADDRESS_NAME).write_text(f"{URL}\n{owner}\n", encoding="utf-8")
-    assert found(tmp_path) is None
+    assert read_address(tmp_path) is None
 
 
 @pytest.mark.parametrize("ends", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL", "an exception"])
@@ -97,10 +97,10 @@ def test_it_ends_with_its_process_however_that_ends(tmp_path: Path, ends: str) -
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         if not fails:
-            assert found(tmp_path) == URL
+            assert read_address(tmp_path) == URL
             process.send_signal(getattr(signal, ends))
         process.wait(60)
-    assert found(tmp_path) is None
+    assert read_address(tmp_path) is None
     assert (tmp_path / ADDRESS_NAME).exists() == (ends == "SIGKILL")
 
 
@@ -110,7 +110,7 @@ def test_under_nohup_it_outlives_its_terminal(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGHUP)
-        assert found(tmp_path) == URL
+        assert read_address(tmp_path) == URL
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
     assert not (tmp_path / ADDRESS_NAME).exists()

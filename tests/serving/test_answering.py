@@ -6,11 +6,11 @@ import pytest
 
 from gaisnet.errors import ContextFull, LinkLost, SessionRefused, UnknownAdapter, UnknownModel
 from gaisnet.serving.generation.answering import Answer, Answering, Domain, GenerationRequest
-from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.decoding import generate
 from gaisnet.serving.generation.routing import Routing, Target
 from gaisnet.serving.generation.text import Sampling
-from tests.serving.fronts import LocalBodies, chat_tokenizer, shared_bodies
 from tests.serving.models import prompt
+from tests.serving.servers import LocalBodies, chat_tokenizer, shared_bodies
 
 TOKENS = 12
 IDS = tuple(prompt(7))
@@ -34,8 +34,8 @@ def ask(model: str, **changes: Any) -> GenerationRequest:
 
 def text_by(answering: Answering, bodies: LocalBodies, target: Target) -> str:
     """What a body writes by itself."""
-    session = bodies.open(target, answering._parts.first, answering._parts.stop, 0)
-    ids = list(write(answering._parts, session, IDS, Sampling(max_tokens=TOKENS)))
+    session = bodies.open_session(target, answering._parts.first, answering._parts.stop, 0)
+    ids = list(generate(answering._parts, session, IDS, Sampling(max_tokens=TOKENS)))
     return str(answering.tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -88,8 +88,8 @@ def test_tokens_are_counted_as_they_come() -> None:
 
 def test_how_it_ends() -> None:
     answering, bodies = tiny_answering()
-    session = bodies.open(DM, 1, 6, 0)
-    ids = list(write(answering._parts, session, IDS, Sampling(max_tokens=TOKENS)))
+    session = bodies.open_session(DM, 1, 6, 0)
+    ids = list(generate(answering._parts, session, IDS, Sampling(max_tokens=TOKENS)))
     stops = Sampling(max_tokens=TOKENS, stop_ids=frozenset(ids[5:6]))
     _, answer = finished(answering, ask("auto", sampling=stops))
     assert (answer.course.finish_reason, answer.course.num_tokens) == ("stop", ids.index(ids[5]) + 1)

@@ -1,4 +1,4 @@
-"""The front door, asked by OpenAI's own client over loopback."""
+"""The HTTP API, asked by OpenAI's own client over loopback."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from gaisnet.config import FrontSettings, ServiceSettings
-from tests.serving.fronts import Front, front, until
+from tests.serving.servers import RunningServer, running_server, until
 from tests.tiny import tiny_tokenizer
 
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
@@ -20,7 +20,7 @@ HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], **G
 KEY = "sk-of-the-tests-0123456789"
 
 
-def client(at: Front, key: str = "none") -> openai.OpenAI:
+def client(at: RunningServer, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{at.url}/v1", api_key=key, max_retries=0, timeout=280)
 
 
@@ -29,20 +29,20 @@ def ours(response: Any) -> dict[str, Any]:
     return said
 
 
-def post(at: Front, path: str = "completions", **sent: Any) -> httpx.Response:
+def post(at: RunningServer, path: str = "completions", **sent: Any) -> httpx.Response:
     return httpx.post(f"{at.url}/v1/{path}", timeout=280, **sent)
 
 
-def metric(at: Front, line: str) -> float:
+def metric(at: RunningServer, line: str) -> float:
     """A sample out of /metrics; 0 where it is not there."""
     text = httpx.get(f"{at.url}/metrics").text
     return next((float(found.split()[-1]) for found in text.splitlines() if found.startswith(line + " ")), 0.0)
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[Front]:
+def up() -> Iterator[RunningServer]:
     """A server for all tests that leave it as it was."""
-    with front(threshold=0.0) as at:
+    with running_server(threshold=0.0) as at:
         yield at
 
 
@@ -51,7 +51,7 @@ def mended(request: pytest.FixtureRequest) -> Iterator[None]:
     """Nothing that a test broke stays broken, and no session is left."""
     yield
     if "up" in request.fixturenames:
-        at: Front = request.getfixturevalue("up")
+        at: RunningServer = request.getfixturevalue("up")
         at.bodies.trouble, at.bodies.cloud_away = None, False
         at.bodies.wait_until_free()
 
@@ -59,7 +59,7 @@ def mended(request: pytest.FixtureRequest) -> Iterator[None]:
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def test_models(up: Front) -> None:
+def test_models(up: RunningServer) -> None:
     asked = client(up)
     names = ["auto", "foundation", "merged", "shapes", "tastes"]
     assert [model.id for model in asked.models.list()] == names
@@ -69,7 +69,7 @@ def test_models(up: Front) -> None:
 
 
 @pytest.mark.parametrize("model", ["auto", "foundation", "merged", "shapes", "tastes"])
-def test_a_chat_streaming_or_not(up: Front, model: str) -> None:
+def test_a_chat_streaming_or_not(up: RunningServer, model: str) -> None:
     whole = client(up).chat.completions.create(model=model, **HELLO)
     choice = whole.choices[0]
     assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
@@ -87,7 +87,7 @@ def test_a_chat_streaming_or_not(up: Front, model: str) -> None:
     assert ours(whole)["body"] == ("cloud" if model in ("foundation", "merged") else "edge")
 
 
-def test_a_completion_streaming_or_not(up: Front) -> None:
+def test_a_completion_streaming_or_not(up: RunningServer) -> None:
     whole = client(up).completions.create(model="tastes", prompt="sweet", **GREEDY)
     chunks = list(client(up).completions.create(model="tastes", prompt="sweet", stream=True, **GREEDY))
     assert "".join(c.choices[0].text for c in chunks) == whole.choices[0].text != ""
@@ -103,7 +103,7 @@ def test_a_completion_streaming_or_not(up: Front) -> None:
     assert short.usage.completion_tokens == 16
 
 
-def test_prompts_of_one_request_have_a_choice_each(up: Front) -> None:
+def test_prompts_of_one_request_have_a_choice_each(up: RunningServer) -> None:
     prompts = ["sweet", "sour", "salt"]
     alone = [client(up).completions.create(model="tastes", prompt=p, **GREEDY) for p in prompts]
     whole = client(up).completions.create(model="tastes", prompt=prompts, **GREEDY)
@@ -126,7 +126,7 @@ def test_prompts_of_one_request_have_a_choice_each(up: Front) -> None:
 
 
 def test_prompts_of_one_request_wait_for_room_and_fail_together() -> None:
-    with front(settings=FrontSettings(max_answers=2, max_prompts=5)) as at:
+    with running_server(settings=FrontSettings(max_answers=2, max_prompts=5)) as at:
         whole = client(at).completions.create(model="tastes", prompt=["a", "b", "c", "d", "e"], **GREEDY)
         assert [choice.index for choice in whole.choices] == [0, 1, 2, 3, 4]
         assert all(choice.text for choice in whole.choices)
@@ -135,7 +135,7 @@ def test_prompts_of_one_request_wait_for_room_and_fail_together() -> None:
         at.bodies.wait_until_free()
 
 
-def test_a_second_turn_of_a_chat(up: Front) -> None:
+def test_a_second_turn_of_a_chat(up: RunningServer) -> None:
     first = client(up).chat.completions.create(model="shapes", **HELLO).choices[0].message
     turns: Any = [*HELLO["messages"], first.model_dump(), *HELLO["messages"]]
     plain: Any = [*HELLO["messages"], {"role": "assistant", "content": first.content}, *HELLO["messages"]]
@@ -147,13 +147,13 @@ def test_a_second_turn_of_a_chat(up: Front) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/auto"])
-def test_head_says_what_get_would(up: Front, path: str) -> None:
+def test_head_says_what_get_would(up: RunningServer, path: str) -> None:
     head, whole = httpx.head(up.url + path), httpx.get(up.url + path)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-type"] == whole.headers["content-type"]
 
 
-def test_stop_strings_and_seeds(up: Front) -> None:
+def test_stop_strings_and_seeds(up: RunningServer) -> None:
     ask = client(up).completions.create
     text = ask(model="shapes", prompt="round", **GREEDY).choices[0].text
     for stop in (text[3:5], ["never there", text[3:5]]):
@@ -164,7 +164,7 @@ def test_stop_strings_and_seeds(up: Front) -> None:
     assert len({ask(model="shapes", prompt="round", max_tokens=12).choices[0].text for _ in range(3)}) > 1
 
 
-def test_parts_of_a_message_are_one_text(up: Front) -> None:
+def test_parts_of_a_message_are_one_text(up: RunningServer) -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     messages: Any = [{"role": "user", "content": parts}]
     apart = client(up).chat.completions.create(model="shapes", **{**HELLO, "messages": messages})
@@ -173,7 +173,7 @@ def test_parts_of_a_message_are_one_text(up: Front) -> None:
     )
 
 
-def test_our_own_fields(up: Front) -> None:
+def test_our_own_fields(up: RunningServer) -> None:
     ask = client(up).chat.completions.create
     other = ask(model="auto", extra_body={"domain": "tastes"}, **HELLO)
     assert other.choices[0].message.content == ask(model="tastes", **HELLO).choices[0].message.content
@@ -185,7 +185,7 @@ def test_our_own_fields(up: Front) -> None:
 
 
 def test_an_escalated_answer_says_where() -> None:
-    with front(policy="always") as at:
+    with running_server(policy="always") as at:
         before = metric(at, "gaisnet_escalations_total")
         whole = client(at).chat.completions.create(model="auto", **HELLO)
         assert ours(whole) == {"body": "cloud", "domain": "shapes", "escalated_at": 0}
@@ -198,7 +198,7 @@ def test_an_escalated_answer_says_where() -> None:
         )
 
 
-def test_many_at_once_get_what_each_gets_alone(up: Front) -> None:
+def test_many_at_once_get_what_each_gets_alone(up: RunningServer) -> None:
     prompts = [f"question {i}" for i in range(12)]
 
     def ask(prompt: str) -> str:
@@ -252,21 +252,21 @@ def refused(response: httpx.Response, status: int) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_bad_fields(up: Front, changes: dict[str, Any], param: str | None, said: str) -> None:
+def test_bad_fields(up: RunningServer, changes: dict[str, Any], param: str | None, said: str) -> None:
     error = refused(post(up, json={"model": "auto", "prompt": "a", **changes}), 400)
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert said in error["message"]
 
 
 @pytest.mark.parametrize("field", ["n", "logprobs", "logit_bias", "temperature", "stop", "seed", "suffix", "stream"])
-def test_null_asks_for_nothing(up: Front, field: str) -> None:
+def test_null_asks_for_nothing(up: RunningServer, field: str) -> None:
     assert post(up, json={"model": "auto", "prompt": "a", "max_tokens": 1, field: None}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"nothing", b"\xff\xfe", b'{"model": NaN}', b"[" * 100_000], ids=repr
 )
-def test_what_is_no_json_object(up: Front, content: bytes) -> None:
+def test_what_is_no_json_object(up: RunningServer, content: bytes) -> None:
     assert refused(post(up, content=content), 400)["code"] == "invalid_json"
 
 
@@ -281,7 +281,7 @@ def test_what_is_no_json_object(up: Front, content: bytes) -> None:
         ([{"role": "assistant", "content": "a"}], None, "begin with a user"),
     ],
 )
-def test_bad_messages(up: Front, messages: Any, param: str | None, said: str) -> None:
+def test_bad_messages(up: RunningServer, messages: Any, param: str | None, said: str) -> None:
     error = refused(post(up, "chat/completions", json={"model": "auto", "messages": messages}), 400)
     assert said in error["message"]
     if param is not None:
@@ -289,13 +289,13 @@ def test_bad_messages(up: Front, messages: Any, param: str | None, said: str) ->
 
 
 def test_a_model_without_a_chat_template() -> None:
-    with front(tokenizer=tiny_tokenizer()) as at:
+    with running_server(tokenizer=tiny_tokenizer()) as at:
         with pytest.raises(openai.BadRequestError, match="no chat template; use a completion"):
             client(at).chat.completions.create(model="auto", **HELLO)
         assert client(at).completions.create(model="auto", prompt="a", **GREEDY).choices[0].text
 
 
-def test_unknown_models_and_paths(up: Front) -> None:
+def test_unknown_models_and_paths(up: RunningServer) -> None:
     for sent in ({"model": "gpt-5"}, {"model": "auto", "domain": "smells"}):
         error = refused(post(up, json={"prompt": "a", **sent}), 404)
         assert error["code"] == "model_not_found"
@@ -305,7 +305,7 @@ def test_unknown_models_and_paths(up: Front) -> None:
     refused(httpx.get(f"{up.url}/v1/completions"), 405)
 
 
-def test_a_prompt_over_the_context(up: Front) -> None:
+def test_a_prompt_over_the_context(up: RunningServer) -> None:
     for asked in ({"prompt": "a" * 200}, {"prompt": "a" * 100, "max_tokens": 100}):
         error = refused(post(up, json={"model": "auto", **asked}), 400)
         assert error["code"] == "context_length_exceeded"
@@ -313,7 +313,7 @@ def test_a_prompt_over_the_context(up: Front) -> None:
 
 def test_limits_of_size() -> None:
     settings = FrontSettings(max_body_bytes=1024, max_prompt_tokens=20, max_answer_tokens=10)
-    with front(settings=settings) as at:
+    with running_server(settings=settings) as at:
         assert refused(post(at, json={"model": "auto", "prompt": "a" * 2000}), 413)["code"] == "body_too_large"
         parts = (b"a" * 600 for _ in range(3))  # without a length
         refused(post(at, content=parts), 413)
@@ -325,7 +325,7 @@ def test_limits_of_size() -> None:
 
 
 def test_no_memory_for_a_session() -> None:
-    with front(threshold=0.0, service=ServiceSettings(max_sessions=1)) as at:
+    with running_server(threshold=0.0, service=ServiceSettings(max_sessions=1)) as at:
         at.bodies.trouble = "waits", 6
         with client(at).completions.create(model="auto", prompt="a", stream=True, **GREEDY) as first:
             next(iter(first))
@@ -338,7 +338,7 @@ def test_no_memory_for_a_session() -> None:
 # -- what goes wrong on the way ----------------------------------------------------------------------------------------
 
 
-def test_a_body_that_cannot_be_had(up: Front) -> None:
+def test_a_body_that_cannot_be_had(up: RunningServer) -> None:
     up.bodies.cloud_away = True
     for stream in (False, True):
         response = post(up, json={"model": "foundation", "prompt": "a", "stream": stream})
@@ -347,7 +347,7 @@ def test_a_body_that_cannot_be_had(up: Front) -> None:
         assert "Retry-After" in response.headers
 
 
-def test_a_body_that_drops_between_two_tokens(up: Front) -> None:
+def test_a_body_that_drops_between_two_tokens(up: RunningServer) -> None:
     up.bodies.trouble = "lost", 4
     response = post(up, json={"model": "shapes", "prompt": "hello", **GREEDY})
     assert "10.1.2.3" not in response.text
@@ -362,7 +362,7 @@ def test_a_body_that_drops_between_two_tokens(up: Front) -> None:
 
 
 def test_our_own_mistakes_are_told_to_the_log_only(
-    up: Front, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    up: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("a secret of the inside")
@@ -377,7 +377,7 @@ def test_our_own_mistakes_are_told_to_the_log_only(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_vanishes_frees_its_session_and_disturbs_nobody(up: Front, stream: bool) -> None:
+def test_a_client_that_vanishes_frees_its_session_and_disturbs_nobody(up: RunningServer, stream: bool) -> None:
     def gone() -> float:
         return metric(up, 'gaisnet_requests_total{body="edge",model="auto",status="499"}')
 
@@ -396,7 +396,7 @@ def test_a_client_that_vanishes_frees_its_session_and_disturbs_nobody(up: Front,
     until(lambda: gone() == before + 1)
 
 
-def test_others_go_on_while_one_waits(up: Front) -> None:
+def test_others_go_on_while_one_waits(up: RunningServer) -> None:
     up.bodies.trouble = "waits", 6
     with client(up).completions.create(model="auto", prompt="a", stream=True, **GREEDY) as waiting:
         next(iter(waiting))
@@ -405,7 +405,7 @@ def test_others_go_on_while_one_waits(up: Front) -> None:
 
 
 def test_too_many_at_once() -> None:
-    with front(settings=FrontSettings(max_answers=1)) as at:
+    with running_server(settings=FrontSettings(max_answers=1)) as at:
         at.bodies.trouble = "waits", 6
         with client(at).completions.create(model="auto", prompt="a", stream=True, **GREEDY) as first:
             next(iter(first))
@@ -422,7 +422,7 @@ def test_too_many_at_once() -> None:
 
 
 def test_keys() -> None:
-    with front(keys=("another-key-of-the-tests", KEY)) as at:
+    with running_server(keys=("another-key-of-the-tests", KEY)) as at:
         assert client(at, KEY).completions.create(model="auto", prompt="a", **GREEDY).choices[0].text
         for key in ("wrong", KEY + "x", KEY[:-1], "other"):
             with pytest.raises(openai.AuthenticationError):
@@ -447,7 +447,7 @@ def test_keys() -> None:
     ],
     ids=str,
 )
-def test_web_pages_of_other_origins_are_refused(up: Front, headers: dict[str, str], status: int) -> None:
+def test_web_pages_of_other_origins_are_refused(up: RunningServer, headers: dict[str, str], status: int) -> None:
     sent = json.dumps({"model": "auto", "prompt": "a", "max_tokens": 1})
     response = post(up, content=sent, headers=headers)
     assert response.status_code == status
@@ -460,7 +460,7 @@ def test_web_pages_of_other_origins_are_refused(up: Front, headers: dict[str, st
 
 def test_origins_that_the_settings_name_may_ask() -> None:
     page = "https://chat.example"
-    with front(settings=FrontSettings(cors_origins=(page,))) as at:
+    with running_server(settings=FrontSettings(cors_origins=(page,))) as at:
         before = {"Origin": page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-a"}
         asked = httpx.options(f"{at.url}/v1/completions", headers=before)
         assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, page)
@@ -473,7 +473,7 @@ def test_origins_that_the_settings_name_may_ask() -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "[", "127.0.0.1.evil.example"])
-def test_without_keys_only_names_of_this_machine_are_answered(up: Front, host: str) -> None:
+def test_without_keys_only_names_of_this_machine_are_answered(up: RunningServer, host: str) -> None:
     refused(post(up, json={"model": "auto", "prompt": "a"}, headers={"Host": host}), 403)
 
 
@@ -481,7 +481,7 @@ def test_without_keys_only_names_of_this_machine_are_answered(up: Front, host: s
 
 
 def test_metrics() -> None:
-    with front(threshold=0.0) as at:
+    with running_server(threshold=0.0) as at:
         client(at).completions.create(model="auto", prompt="abc", **GREEDY)
         client(at).completions.create(model="foundation", prompt="abc", extra_body={"speculate": True}, **GREEDY)
         post(at, json={"model": "auto", "prompt": "a", "n": 2})

@@ -13,7 +13,7 @@ from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.generation import decoding
 from gaisnet.serving.generation.batching_call import BatchingCall
-from gaisnet.serving.generation.decoding import DeviceParts, write
+from gaisnet.serving.generation.decoding import DeviceParts, generate
 from gaisnet.serving.generation.text import Sampling
 from tests.serving.models import generated, lively_model, prompt, served, session
 
@@ -129,7 +129,7 @@ class Silent:
 def test_a_body_that_says_nothing_has_a_deadline() -> None:
     parts, _ = served(lively_model(), CutLayers(1))
     with pytest.raises(LinkTimeout, match="waiting for output rows: none for 0.01 s"):
-        list(write(parts, Silent(), prompt(3), Sampling(max_tokens=4)))
+        list(generate(parts, Silent(), prompt(3), Sampling(max_tokens=4)))
 
 
 @pytest.mark.parametrize("cut", [CutLayers(0, 0), CutLayers(2, 1)], ids=str)
@@ -146,7 +146,7 @@ def test_answers_at_once_are_those_of_each_alone(cut: CutLayers, monkeypatch: py
 
 def answer(parts: DeviceParts, service: BodyService, number: int) -> list[int]:
     sampling = Sampling(max_tokens=12)
-    return list(write(parts, session(parts, service), prompt(4 + number, seed=number), sampling))
+    return list(generate(parts, session(parts, service), prompt(4 + number, seed=number), sampling))
 
 
 def counting(parts: DeviceParts) -> list[int]:

@@ -26,7 +26,7 @@ from gaisnet.models.parts import Body, CutLayers, cut_decoder
 from gaisnet.serving.engine import body as body_module
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.rows import BLOCK
-from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.decoding import generate
 from gaisnet.serving.generation.text import Sampling
 from tests.serving.models import DOMAIN, adapter, generated, lively_model, prompt, served, session, with_adapters
 from tests.tiny import NUM_LAYERS
@@ -44,7 +44,7 @@ def new_service(**settings: int) -> tuple[BodyService, Body]:
 
 
 def opened(service: BodyService, num_positions: int = 0) -> str:
-    return service.open(0, NUM_LAYERS, num_positions=num_positions)
+    return service.open_session(0, NUM_LAYERS, num_positions=num_positions)
 
 
 def run_all(service: BodyService) -> list[int]:
@@ -63,7 +63,8 @@ def test_a_step_takes_a_token_of_some_and_a_chunk_of_others() -> None:
     service, body = new_service(chunk=4)
     names = [opened(service) for _ in range(3)]
     answers = [
-        service.extend(name, rows(num, num), want) for name, num, want in zip(names, (1, 10, 6), (1, 3, 0), strict=True)
+        service.extend_session(name, rows(num, num), want)
+        for name, num, want in zip(names, (1, 10, 6), (1, 3, 0), strict=True)
     ]
     assert run_all(service) == [1 + 4 + 4, 4 + 2, 2]
     same(answers[0], body(rows(1, 1)[None])[0])
@@ -73,10 +74,10 @@ def test_a_step_takes_a_token_of_some_and_a_chunk_of_others() -> None:
 
 def test_nobody_starves() -> None:
     service, _ = new_service(chunk=4, step_rows=5)
-    long = service.extend(opened(service), rows(12))
+    long = service.extend_session(opened(service), rows(12))
     short = opened(service)
     for _ in range(3):
-        token = service.extend(short, rows(1))
+        token = service.extend_session(short, rows(1))
         assert service.step() == 5
         assert token.done()
     assert long.done()
@@ -84,7 +85,7 @@ def test_nobody_starves() -> None:
 
 def test_short_ones_go_before_long_ones_that_came_later() -> None:
     service, _ = new_service(chunk=8, step_rows=8)
-    first, long, short = (service.extend(opened(service), rows(n)) for n in (4, 8, 3))
+    first, long, short = (service.extend_session(opened(service), rows(n)) for n in (4, 8, 3))
     service.step()
     assert (first.done(), long.done(), short.done()) == (True, False, True)
 
@@ -92,7 +93,7 @@ def test_short_ones_go_before_long_ones_that_came_later() -> None:
 def test_rows_of_one_session_queue_up() -> None:
     service, body = new_service()
     name = opened(service)
-    first, second = service.extend(name, rows(6)[:4]), service.extend(name, rows(6)[4:])
+    first, second = service.extend_session(name, rows(6)[:4]), service.extend_session(name, rows(6)[4:])
     assert run_all(service) == [4, 2]
     same(first, body(rows(6)[None])[0, :4])
     same(second, body(rows(6)[None])[0, 4:])
@@ -101,42 +102,42 @@ def test_rows_of_one_session_queue_up() -> None:
 def test_cropping_goes_back() -> None:
     service, body = new_service()
     name = opened(service)
-    service.extend(name, rows(6))
+    service.extend_session(name, rows(6))
     with pytest.raises(SessionRefused, match="rows of it wait"):
-        service.crop(name, 2)
+        service.crop_session(name, 2)
     run_all(service)
-    service.crop(name, 3)
-    again = service.extend(name, rows(8, 5))
+    service.crop_session(name, 3)
+    again = service.extend_session(name, rows(8, 5))
     run_all(service)
     same(again, body(torch.cat([rows(6)[:3], rows(8, 5)])[None])[0, 3:])
     with pytest.raises(SessionRefused, match="it has 11"):
-        service.crop(name, 12)
+        service.crop_session(name, 12)
 
 
 def test_rows_that_are_kept_are_those_of_the_session() -> None:
     service, _ = new_service()
-    name, plain = service.open(0, NUM_LAYERS, keep_rows=True), opened(service)
-    assert service.rows(name).shape == (0, 32)
-    service.extend(name, rows(4, 1))
+    name, plain = service.open_session(0, NUM_LAYERS, keep_rows=True), opened(service)
+    assert service.received_rows(name).shape == (0, 32)
+    service.extend_session(name, rows(4, 1))
     with pytest.raises(SessionRefused, match="rows of it wait"):
-        service.rows(name)
+        service.received_rows(name)
     run_all(service)
-    service.extend(name, rows(70, 2))
+    service.extend_session(name, rows(70, 2))
     run_all(service)
-    service.crop(name, 5)
-    service.extend(name, rows(2, 3))
+    service.crop_session(name, 5)
+    service.extend_session(name, rows(2, 3))
     run_all(service)
-    assert torch.equal(service.rows(name), torch.cat([rows(4, 1), rows(70, 2)[:1], rows(2, 3)]))
-    service.crop(name, 0)
-    assert service.rows(name).shape == (0, 32)
+    assert torch.equal(service.received_rows(name), torch.cat([rows(4, 1), rows(70, 2)[:1], rows(2, 3)]))
+    service.crop_session(name, 0)
+    assert service.received_rows(name).shape == (0, 32)
     with pytest.raises(SessionRefused, match="does not keep them"):
-        service.rows(plain)
+        service.received_rows(plain)
 
 
 def test_rows_that_failed_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     service, _ = new_service(chunk=4)
-    name = service.open(0, NUM_LAYERS, keep_rows=True)
-    failing = service.extend(name, rows(10))
+    name = service.open_session(0, NUM_LAYERS, keep_rows=True)
+    failing = service.extend_session(name, rows(10))
     service.step()
 
     def fail(_: Any) -> Any:
@@ -146,8 +147,8 @@ def test_rows_that_failed_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     service.step()
     with pytest.raises(MemoryError):
         failing.result(timeout=0)
-    assert torch.equal(service.rows(name), rows(10)[:4])  # the first chunk is there
-    assert service.place(name) == (0, NUM_LAYERS, BLOCK)
+    assert torch.equal(service.received_rows(name), rows(10)[:4])  # the first chunk is there
+    assert service.session_span(name) == (0, NUM_LAYERS, BLOCK)
 
 
 def test_memory_has_a_limit_and_closing_frees_it() -> None:
@@ -156,24 +157,24 @@ def test_memory_has_a_limit_and_closing_frees_it() -> None:
     first = opened(service, most - BLOCK)
     assert service.used_bytes == (most - BLOCK) * POSITION_BYTES
     second = opened(service)
-    service.extend(second, rows(BLOCK))
+    service.extend_session(second, rows(BLOCK))
     with pytest.raises(ServiceFull, match="are held"):
-        service.extend(second, rows(1))
+        service.extend_session(second, rows(1))
     with pytest.raises(ServiceFull):
         opened(service, 1)
     assert service.used_bytes == most * POSITION_BYTES
     assert run_all(service) == [BLOCK]  # what was there goes on
-    service.close(first)
-    service.extend(second, rows(1))
-    service.close(second)
-    service.close(second)
+    service.close_session(first)
+    service.extend_session(second, rows(1))
+    service.close_session(second)
+    service.close_session(second)
     assert (service.used_bytes, service.num_sessions) == (0, 0)
 
 
 def test_what_is_held_is_what_is_used() -> None:
     service, _ = new_service()
     name = opened(service)
-    service.extend(name, rows(BLOCK + 1))
+    service.extend_session(name, rows(BLOCK + 1))
     run_all(service)
     assert service.used_bytes == service._sessions[name].cache.size_bytes
 
@@ -192,7 +193,7 @@ def test_rows_that_do_not_fit(wrong: Tensor, want: int) -> None:
     service, _ = new_service()
     name = opened(service)
     with pytest.raises(WireFormatError):
-        service.extend(name, wrong, want)
+        service.extend_session(name, wrong, want)
     assert (service.step(), service.used_bytes) == (0, 0)
 
 
@@ -200,26 +201,26 @@ def test_layers_adapters_and_positions_that_the_body_lacks() -> None:
     service, _ = new_service()
     for first, stop in ((-1, 3), (0, NUM_LAYERS + 1), (3, 3)):
         with pytest.raises(CutError, match="layers 0 to 5"):
-            service.open(first, stop)
+            service.open_session(first, stop)
     with pytest.raises(UnknownAdapter):
-        service.open(0, 2, ["law"], num_positions=5)
+        service.open_session(0, 2, ["law"], num_positions=5)
     with pytest.raises(ContextFull, match="the model takes 4096"):
         opened(service, 4097)
     name = opened(service)
     with pytest.raises(ContextFull):
-        service.extend(name, rows(4097))
+        service.extend_session(name, rows(4097))
     assert (service.used_bytes, service.num_sessions) == (0, 1)
 
 
 def test_a_closed_session_answers_nothing() -> None:
     service, _ = new_service(chunk=2)
     name, other = opened(service), opened(service)
-    waiting, undisturbed = service.extend(name, rows(5)), service.extend(other, rows(5))
+    waiting, undisturbed = service.extend_session(name, rows(5)), service.extend_session(other, rows(5))
     service.step()
-    service.close(name)
+    service.close_session(name)
     with pytest.raises(SessionClosed):
         waiting.result(timeout=0)
-    for call in (lambda: service.extend(name, rows(1)), lambda: service.crop(name, 0)):
+    for call in (lambda: service.extend_session(name, rows(1)), lambda: service.crop_session(name, 0)):
         with pytest.raises(SessionClosed):
             call()
     run_all(service)
@@ -229,8 +230,8 @@ def test_a_closed_session_answers_nothing() -> None:
 def test_a_cancelled_answer_disturbs_nobody() -> None:
     service, _ = new_service()
     name = opened(service)
-    assert service.extend(name, rows(5)).cancel()
-    after = service.extend(name, rows(1))
+    assert service.extend_session(name, rows(5)).cancel()
+    after = service.extend_session(name, rows(1))
     run_all(service)
     assert after.done()
 
@@ -238,11 +239,11 @@ def test_a_cancelled_answer_disturbs_nobody() -> None:
 def test_closed_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     service, _ = new_service()
     name, other = opened(service), opened(service)
-    waiting, undisturbed = service.extend(name, rows(5)), service.extend(other, rows(5))
+    waiting, undisturbed = service.extend_session(name, rows(5)), service.extend_session(other, rows(5))
     run = service._layers.run_sessions
 
     def close_and_run(shares: Any) -> Any:
-        service.close(name)
+        service.close_session(name)
         assert service.used_bytes == 2 * BLOCK * POSITION_BYTES  # it is still in use
         return run(shares)
 
@@ -257,7 +258,11 @@ def test_closed_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_session_that_breaks_the_batch_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     service, body = new_service()
     bad, good = opened(service), opened(service)
-    failing, behind, answer = service.extend(bad, rows(5)), service.extend(bad, rows(1)), service.extend(good, rows(4))
+    failing, behind, answer = (
+        service.extend_session(bad, rows(5)),
+        service.extend_session(bad, rows(1)),
+        service.extend_session(good, rows(4)),
+    )
     run, culprit = service._layers.run_sessions, service._sessions[bad].cache
 
     def fail(shares: Any) -> Any:
@@ -279,10 +284,10 @@ def test_a_swap_between_two_tokens() -> None:
     parts, service = served(lively_model(), CutLayers(1))
     old, new, sampling = adapter(DOMAIN, 1), adapter(DOMAIN, 2), Sampling(max_tokens=16)
     service.install_adapter("law", 0, DOMAIN, old)
-    began = write(parts, session(parts, service, ("law",)), prompt(7), sampling)
+    began = generate(parts, session(parts, service, ("law",)), prompt(7), sampling)
     found_old = [next(began) for _ in range(5)]
     service.install_adapter("law", 1, DOMAIN, new)
-    later = write(parts, session(parts, service, ("law",)), prompt(7), sampling)
+    later = generate(parts, session(parts, service, ("law",)), prompt(7), sampling)
     found_new = []
     for _ in range(11):  # side by side
         found_old.append(next(began))
@@ -296,10 +301,10 @@ def test_a_swap_between_two_tokens() -> None:
 def test_the_end_of_the_thread_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     service, _ = new_service()
     with service.serving():
-        first = service.extend(opened(service), rows(3))
+        first = service.extend_session(opened(service), rows(3))
         assert first.result(timeout=30).shape == (3, 32)
         monkeypatch.setattr(service, "step", lambda: 0)
-        waiting = service.extend(opened(service), rows(3))
+        waiting = service.extend_session(opened(service), rows(3))
     with pytest.raises(SessionClosed):
         waiting.result(timeout=0)
     assert (service.num_sessions, service.used_bytes) == (0, 0)
@@ -308,10 +313,10 @@ def test_the_end_of_the_thread_leaves_nobody_waiting(monkeypatch: pytest.MonkeyP
 def test_rows_must_stand_where_the_sender_thinks() -> None:
     service, _ = new_service()
     name = opened(service)
-    service.extend(name, rows(3), position=0)
-    service.extend(name, rows(2), position=3)
+    service.extend_session(name, rows(3), position=0)
+    service.extend_session(name, rows(2), position=3)
     with pytest.raises(SessionRefused, match="position 4.*has 5"):
-        service.extend(name, rows(1), position=4)
+        service.extend_session(name, rows(1), position=4)
 
 
 def test_many_threads_share_batches() -> None:
@@ -325,7 +330,7 @@ def test_many_threads_share_batches() -> None:
 
     def ask(number: int) -> None:
         name, ids = jobs[number]
-        found[number] = list(write(parts, session(parts, service, (name,)), ids, Sampling(max_tokens=10)))
+        found[number] = list(generate(parts, session(parts, service, (name,)), ids, Sampling(max_tokens=10)))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in jobs]
     with service.serving():
@@ -355,12 +360,12 @@ def test_sessions_that_come_go_and_go_back(seed: int) -> None:
         elif action == "extend" and name and name not in waiting:
             new = rows(chance.choice([1, 1, 2, 8]), number)
             past[name] = torch.cat([past[name], new])
-            waiting[name] = service.extend(name, new)
+            waiting[name] = service.extend_session(name, new)
         elif action == "crop" and name and name not in waiting:
             past[name] = past[name][: chance.randint(0, len(past[name]))]
-            service.crop(name, len(past[name]))
+            service.crop_session(name, len(past[name]))
         elif action == "close" and name and chance.random() < 0.5:
-            service.close(name)
+            service.close_session(name)
             del past[name]
             waiting.pop(name, None)
         elif action == "step":
@@ -371,7 +376,7 @@ def test_sessions_that_come_go_and_go_back(seed: int) -> None:
             num_checked += 1
     assert num_checked > 10
     for name in past:
-        service.close(name)
+        service.close_session(name)
     assert (service.num_sessions, service.used_bytes, service.step()) == (0, 0, 0)
 
 
@@ -385,7 +390,7 @@ def test_a_body_serves_while_it_learns() -> None:
     service.install_adapter("law", 0, DOMAIN, adapter(DOMAIN, 1))
     before = take_out(body, "law")
     found = []
-    for token in write(parts, session(parts, service, ("law",)), prompt(7), Sampling(max_tokens=12)):
+    for token in generate(parts, session(parts, service, ("law",)), prompt(7), Sampling(max_tokens=12)):
         found.append(token)
         with service.compute_lock.learning():
             body.run(rows(5)[None], 1).square().mean().backward()
@@ -412,7 +417,7 @@ def lingering(monkeypatch: pytest.MonkeyPatch, steps: float, **settings: int) ->
 
 
 def asked(service: BodyService, *names: str, num: int = 1) -> "list[Future[Tensor]]":
-    return [service.extend(name, rows(num)) for name in names]
+    return [service.extend_session(name, rows(num)) for name in names]
 
 
 def had(answers: "list[Future[Tensor]]") -> None:
@@ -429,7 +434,7 @@ def test_a_step_waits_for_those_of_the_last_one_that_have_not_ended(monkeypatch:
         again = asked(service, one, two)
         had([*again, *asked(service, three)])
         again = asked(service, one, two)
-        service.close(three)
+        service.close_session(three)
         had(again)
     assert sizes == [3, 3, 2]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from gaisnet.serving.engine.rows import BLOCK, SessionCache, bytes_per_position, in_blocks
+from gaisnet.serving.engine.rows import BLOCK, KVCache, bytes_per_position, in_blocks
 
 
 def some(num_positions: int, seed: int) -> Tensor:
@@ -12,7 +12,7 @@ def some(num_positions: int, seed: int) -> Tensor:
 
 
 def test_it_holds_what_was_written_and_grows() -> None:
-    cache, written = SessionCache(), [some(n, n) for n in (3, BLOCK, 1)]
+    cache, written = KVCache(), [some(n, n) for n in (3, BLOCK, 1)]
     for new in written:
         for layer in (4, 7):
             cache.write(layer, new, -new)
@@ -24,7 +24,7 @@ def test_it_holds_what_was_written_and_grows() -> None:
 
 
 def test_what_was_cropped_is_written_over() -> None:
-    cache = SessionCache()
+    cache = KVCache()
     cache.write(0, some(5, 1), some(5, 2))
     cache.advance(5)
     cache.crop(2)

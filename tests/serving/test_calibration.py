@@ -18,11 +18,11 @@ from gaisnet.serving.generation.calibration import (
     read_calibrations,
     write_calibrations,
 )
-from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.decoding import generate
 from gaisnet.serving.generation.routing import Target, top_probability
 from gaisnet.serving.generation.text import Sampling
-from tests.serving.fronts import shared_bodies
 from tests.serving.models import prompt
+from tests.serving.servers import shared_bodies
 
 SETTINGS = RoutingSettings()
 
@@ -110,7 +110,9 @@ def test_trials_of_real_bodies() -> None:
     parts, bodies = shared_bodies()
     dm, fm = Target("edge", ("relay", "domain"), "shapes"), Target("cloud", ("shapes",), "shapes")
     answers = {
-        target: tuple(write(parts, bodies.open(target, parts.first, parts.stop, 0), prompt(7), Sampling(max_tokens=5)))
+        target: tuple(
+            generate(parts, bodies.open_session(target, parts.first, parts.stop, 0), prompt(7), Sampling(max_tokens=5))
+        )
         for target in (dm, fm)
     }
     assert answers[dm] != answers[fm]
@@ -130,8 +132,8 @@ def test_trials_of_real_bodies() -> None:
 def test_an_answer_may_end_with_any_token_that_ends_one(monkeypatch: pytest.MonkeyPatch) -> None:
     parts, bodies = shared_bodies()
     dm = Target("edge", ("relay", "domain"), "shapes")
-    session = bodies.open(dm, parts.first, parts.stop, 0)
-    written = tuple(write(parts, session, prompt(7), Sampling(max_tokens=4)))
+    session = bodies.open_session(dm, parts.first, parts.stop, 0)
+    written = tuple(generate(parts, session, prompt(7), Sampling(max_tokens=4)))
     answer = CalibrationExample(tuple(prompt(7)), (*written[:3], 257))
     assert collect(parts, bodies, dm, ("shapes",), answer, "margin").wrong_at == 3
     monkeypatch.setattr(parts.head.stack.config, "eos_token_id", [257, written[3]])

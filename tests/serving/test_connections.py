@@ -78,7 +78,7 @@ def test_a_head_that_does_not_end_is_not_waited_for(said: bytes) -> None:
 
 @pytest.mark.parametrize("path", [b"/", b"/deaf"], ids=["that is awaited", "that nobody reads"])
 def test_a_body_that_does_not_end_is_not_waited_for(path: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gaisnet.serving.http.connections._GRACE_S", 0.1)
+    monkeypatch.setattr("gaisnet.serving.http.server._GRACE_S", 0.1)
     head = b"POST " + path + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
     with up(body_timeout_s=0.3) as (url, port), connected(port, head + b"{") as connection:
         assert is_ended(connection)
@@ -86,7 +86,7 @@ def test_a_body_that_does_not_end_is_not_waited_for(path: bytes, monkeypatch: py
 
 
 def test_a_body_that_drips_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gaisnet.serving.http.connections._GRACE_S", 0.1)
+    monkeypatch.setattr("gaisnet.serving.http.server._GRACE_S", 0.1)
     head = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
     with up(body_timeout_s=0.3) as (_, port), connected(port, head) as connection:
         with pytest.raises(ConnectionError):

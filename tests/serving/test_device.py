@@ -7,12 +7,12 @@ import pytest
 
 from gaisnet.config import RoutingSettings
 from gaisnet.serving.generation.calibration import CalibrationExample, read_calibrations
-from gaisnet.serving.generation.decoding import write
+from gaisnet.serving.generation.decoding import generate
 from gaisnet.serving.generation.device import AnsweringDevice, ServedDomain, calibrated, uncalibrated
 from gaisnet.serving.generation.routing import DEFAULT_MEASURE, Target
 from gaisnet.serving.generation.text import Sampling
-from tests.serving.fronts import LocalBodies, chat_tokenizer, shared_bodies
 from tests.serving.models import prompt
+from tests.serving.servers import LocalBodies, chat_tokenizer, shared_bodies
 
 MERGED, OWN = ("merged",), ("shapes",)
 
@@ -74,8 +74,8 @@ def test_a_question_of_another_domain_is_what_the_threshold_comes_from() -> None
 
     def answered(target: Target, seed: int) -> CalibrationExample:
         asked = tuple(prompt(7, seed=seed))
-        session = bodies.open(target, parts.first, parts.stop, 0)
-        return CalibrationExample(asked, tuple(write(parts, session, asked, Sampling(max_tokens=1))))
+        session = bodies.open_session(target, parts.first, parts.stop, 0)
+        return CalibrationExample(asked, tuple(generate(parts, session, asked, Sampling(max_tokens=1))))
 
     dm, fm = Target("edge", ("relay", "domain"), "shapes"), Target("cloud", MERGED, "shapes")
     own, others = [answered(dm, 0), answered(fm, 1)], [answered(fm, 100), answered(fm, 101)]

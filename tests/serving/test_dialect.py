@@ -22,7 +22,7 @@ from gaisnet.serving.http.dialect import (
     Request,
     read_request,
 )
-from tests.serving.fronts import chat_tokenizer
+from tests.serving.servers import chat_tokenizer
 from tests.serving.test_sampling import LOGITS
 
 LIMITS = FrontSettings()
@@ -126,7 +126,7 @@ def test_openai_s_roles_and_parts_are_known() -> None:
     ("prompt", "num"), [("a", 1), ([3, 4], 1), (["a", "b", "c"], 3), ([[3, 4], [5]], 2), (["a", [5]], 2)]
 )
 def test_lists_of_prompts(prompt: Any, num: int) -> None:
-    asks = complete(prompt=prompt, seed=3).to_asks(chat_tokenizer(), LIMITS, 100)
+    asks = complete(prompt=prompt, seed=3).to_generation_requests(chat_tokenizer(), LIMITS, 100)
     assert len(asks) == num
     assert {ask.sampling.seed for ask in asks} == {3}
 
@@ -169,7 +169,7 @@ def test_any_number_is_answered_or_refused(field: str, number: str) -> None:
     prompt = '"messages": [{"role": "user", "content": "a"}]' if kind is ChatRequest else '"prompt": "a"'
     body = f'{{"model": "auto", {prompt}, "{field}": {number}}}'.encode()
     try:
-        asks = read_request(kind, body, LIMITS).to_asks(chat_tokenizer(), LIMITS, 100)
+        asks = read_request(kind, body, LIMITS).to_generation_requests(chat_tokenizer(), LIMITS, 100)
     except (BadRequest, SessionRefused):
         return
     sampler = Sampler(asks[0].sampling)
@@ -224,7 +224,7 @@ def test_a_mebibyte_of_anything_is_refused_at_once_and_keeps_nobody(name: str) -
     other.start()
     begun = time.process_time()
     with pytest.raises(BadRequest):
-        read_request(kind, body, LIMITS).to_asks(chat_tokenizer(), LIMITS, 100)
+        read_request(kind, body, LIMITS).to_generation_requests(chat_tokenizer(), LIMITS, 100)
     taken = time.process_time() - begun
     done.set()
     other.join()

@@ -30,8 +30,8 @@ from gaisnet.messages import (
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.endpoint import RemoteSession, SessionEndpoint
-from gaisnet.serving.generation.decoding import DeviceParts, write
-from gaisnet.serving.generation.speculation import write_speculatively
+from gaisnet.serving.generation.decoding import DeviceParts, generate
+from gaisnet.serving.generation.speculation import generate_speculatively
 from gaisnet.serving.generation.text import Sampling
 from gaisnet.transport.codec import Codec
 from tests.serving.models import generated, lively_model, prompt, served, served_domain
@@ -65,7 +65,7 @@ def remote(ask: Ask, parts: DeviceParts, num_positions: int = 0) -> RemoteSessio
 
 def test_an_answer_over_messages(body: Served) -> None:
     parts, service = body
-    found = list(write(parts, remote(over_bytes(service), parts, 40), prompt(7), Sampling(max_tokens=24)))
+    found = list(generate(parts, remote(over_bytes(service), parts, 40), prompt(7), Sampling(max_tokens=24)))
     assert found == generated(lively_model(), prompt(7), 24)
     assert (service.num_sessions, service.used_bytes) == (0, 0)
 
@@ -73,7 +73,7 @@ def test_an_answer_over_messages(body: Served) -> None:
 def test_rounded_rows_still_give_an_answer(body: Served) -> None:
     parts, service = body
     ask = over_bytes(service, WireSettings(session="int8", body_output="int8"))
-    assert len(list(write(parts, remote(ask, parts), prompt(7), Sampling(max_tokens=8)))) == 8
+    assert len(list(generate(parts, remote(ask, parts), prompt(7), Sampling(max_tokens=8)))) == 8
 
 
 def test_rows_can_be_sent_without_waiting(body: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_speculation_over_messages() -> None:
     _, _, small = served_domain(lively_model(), (0, 1, 3, 4, 5))
     with small.serving(), large.serving():
         sessions = remote(over_bytes(small), parts), remote(over_bytes(large), parts)
-        found = list(write_speculatively(parts, *sessions, prompt(7), Sampling(max_tokens=24)))
+        found = list(generate_speculatively(parts, *sessions, prompt(7), Sampling(max_tokens=24)))
     assert found == generated(lively_model(), prompt(7), 24)
 
 

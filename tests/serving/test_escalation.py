@@ -26,7 +26,7 @@ from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.endpoint import RemoteSession, SessionEndpoint
 from gaisnet.serving.engine.escalation import EdgeSessions
-from gaisnet.serving.generation.decoding import DeviceParts, HeadSession, TailSession
+from gaisnet.serving.generation.decoding import CachedHead, CachedTail, DeviceParts
 from gaisnet.transport.codec import Codec
 from tests.serving.models import DOMAIN, adapter, generated, lively_model, prompt, served, served_domain, with_adapters
 
@@ -99,8 +99,8 @@ def test_the_fm_goes_on_as_if_it_had_had_the_session_from_the_beginning(
     place: Place, adapters: tuple[str, ...]
 ) -> None:
     """The device gives nothing twice, and goes on, back and on without knowing who answers."""
-    session, head = place.session(), HeadSession(place.parts)
-    tail, ids = TailSession(place.parts, session), prompt(7)
+    session, head = place.session(), CachedHead(place.parts)
+    tail, ids = CachedTail(place.parts, session), prompt(7)
     tail.compute_logits(head.smash(ids[:4]), want=0)
     tail.compute_logits(head.smash(ids[4:]), want=1)
     tail.compute_logits(head.smash([11, 12]), want=1)
@@ -127,7 +127,7 @@ def test_a_session_of_the_fm_from_the_beginning(place: Place) -> None:
     session = RemoteSession(place.ask, place.parts.first, place.parts.stop, ("law",), 40, body="foundation")
     assert session.versions == ("law@0",)
     whole = with_adapters(lively_model(), law=(DOMAIN, adapter(DOMAIN, 1)))
-    head, tail = HeadSession(place.parts), TailSession(place.parts, session)
+    head, tail = CachedHead(place.parts), CachedTail(place.parts, session)
     logits_V = tail.compute_logits(head.smash(prompt(7)))[0]
     assert int(logits_V.argmax()) == generated(whole, prompt(7), 1)[0]
     assert place.held[:2] == (0, 0)

@@ -6,20 +6,20 @@ import pytest
 import torch
 
 from gaisnet.errors import SessionRefused
-from gaisnet.serving.generation.decoding import DeviceParts, write
+from gaisnet.serving.generation.decoding import DeviceParts, generate
 from gaisnet.serving.generation.routing import (
     MEASURES,
     Routing,
     Target,
     Trace,
+    generate_routed,
     margin,
     negative_entropy,
     top_probability,
-    write_routed,
 )
 from gaisnet.serving.generation.text import Sampling
-from tests.serving.fronts import LocalBodies, shared_bodies
 from tests.serving.models import prompt
+from tests.serving.servers import LocalBodies, shared_bodies
 
 TOKENS = 16
 GREEDY = Sampling(max_tokens=TOKENS)
@@ -31,15 +31,15 @@ def routed(
     parts: DeviceParts, bodies: LocalBodies, routing: Routing, sampling: Sampling = GREEDY, target: Target = DM
 ) -> tuple[list[int], Trace]:
     trace = Trace()
-    session = bodies.open_escalating(target, parts.first, parts.stop, 64)
-    written = list(write_routed(parts, session, prompt(7), sampling, routing, trace))
+    session = bodies.open_escalating_session(target, parts.first, parts.stop, 64)
+    written = list(generate_routed(parts, session, prompt(7), sampling, routing, trace))
     assert bodies.num_sessions == 0
     return written, trace
 
 
 def alone(parts: DeviceParts, bodies: LocalBodies, target: Target, ids: list[int], num: int = TOKENS) -> list[int]:
-    session = bodies.open(target, parts.first, parts.stop, 64)
-    return list(write(parts, session, ids, Sampling(max_tokens=num)))
+    session = bodies.open_session(target, parts.first, parts.stop, 64)
+    return list(generate(parts, session, ids, Sampling(max_tokens=num)))
 
 
 def test_never_and_always() -> None:

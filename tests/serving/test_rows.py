@@ -9,7 +9,7 @@ from torch import Tensor
 from gaisnet.models.families import LLAMA_SHAPED, Decoder
 from gaisnet.models.parts import Body, CutLayers, Layers, cut_decoder
 from gaisnet.serving.engine import rows
-from gaisnet.serving.engine.rows import SessionCache, SessionLayers, SessionShare
+from gaisnet.serving.engine.rows import BatchedLayers, BatchEntry, KVCache
 from tests.serving.models import lively_model
 from tests.tiny import NUM_LAYERS
 
@@ -29,13 +29,13 @@ def body_of(family: str = "llama", window: bool = False) -> Body:
     return cut_decoder(Decoder(lively_model(family, **sliding)), CutLayers(0))[1]
 
 
-def in_turns(layers: SessionLayers, ranges: list[tuple[int, int]], turns: list[dict[int, int]]) -> list[Tensor]:
+def in_turns(layers: BatchedLayers, ranges: list[tuple[int, int]], turns: list[dict[int, int]]) -> list[Tensor]:
     """Outputs of the sequences, of which each turn takes so many rows of some."""
-    caches = [SessionCache() for _ in LENGTHS]
+    caches = [KVCache() for _ in LENGTHS]
     outputs: list[list[Tensor]] = [[] for _ in LENGTHS]
     for compute_lock in turns:
         shares = [
-            SessionShare(sequences()[i][caches[i].length : caches[i].length + num], caches[i], *ranges[i])
+            BatchEntry(sequences()[i][caches[i].length : caches[i].length + num], caches[i], *ranges[i])
             for i, num in compute_lock.items()
         ]
         for i, rows_TD in zip(compute_lock, layers.run_sessions(shares), strict=True):
@@ -49,7 +49,7 @@ TURNS = [{0: 4, 1: 2, 2: 5}, {0: 1, 2: 3}, {0: 1, 2: 1}, {0: 1, 1: 1, 2: 1}, {1:
 
 @pytest.mark.parametrize("family", sorted(LLAMA_SHAPED))
 def test_sessions_do_not_see_each_other(family: str) -> None:
-    found = in_turns(SessionLayers(body_of(family)), [(0, NUM_LAYERS)] * 3, TURNS)
+    found = in_turns(BatchedLayers(body_of(family)), [(0, NUM_LAYERS)] * 3, TURNS)
     for rows_TD, sequence_TD in zip(found, sequences(), strict=True):
         torch.testing.assert_close(rows_TD, body_of(family)(sequence_TD[None])[0], atol=2e-4, rtol=1e-3)
 
@@ -64,7 +64,7 @@ def test_long_pasts_are_attended_to_alone_and_short_ones_together(monkeypatch: p
         return together(spans, *args)
 
     monkeypatch.setattr(rows, "_attend_together", counted)
-    found = in_turns(SessionLayers(body_of()), [(0, NUM_LAYERS)] * 3, TURNS)
+    found = in_turns(BatchedLayers(body_of()), [(0, NUM_LAYERS)] * 3, TURNS)
     for rows_TD, sequence_TD in zip(found, sequences(), strict=True):
         torch.testing.assert_close(rows_TD, body_of()(sequence_TD[None])[0], atol=2e-4, rtol=1e-3)
     assert sizes == [2] * NUM_LAYERS  # the first and the second, when the third has nine
@@ -72,21 +72,21 @@ def test_long_pasts_are_attended_to_alone_and_short_ones_together(monkeypatch: p
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_sliding_windows(family: str) -> None:
-    found = in_turns(SessionLayers(body_of(family, window=True)), [(0, NUM_LAYERS)] * 3, TURNS)
+    found = in_turns(BatchedLayers(body_of(family, window=True)), [(0, NUM_LAYERS)] * 3, TURNS)
     for rows_TD, sequence_TD in zip(found, sequences(), strict=True):
         torch.testing.assert_close(rows_TD, body_of(family, window=True)(sequence_TD[None])[0], atol=2e-4, rtol=1e-3)
 
 
 def test_every_session_has_its_layers() -> None:
     ranges = [(0, 4), (2, 6), (3, 5)]
-    found = in_turns(SessionLayers(body_of()), ranges, TURNS)
+    found = in_turns(BatchedLayers(body_of()), ranges, TURNS)
     for rows_TD, sequence_TD, (first, stop) in zip(found, sequences(), ranges, strict=True):
         expected = body_of().run(sequence_TD[None], first, stop)[0]
         torch.testing.assert_close(rows_TD, expected, atol=2e-4, rtol=1e-3)
 
 
 def test_sessions_whose_layers_do_not_touch() -> None:
-    found = in_turns(SessionLayers(body_of()), [(0, 2), (4, 6), (5, 6)], TURNS)
+    found = in_turns(BatchedLayers(body_of()), [(0, 2), (4, 6), (5, 6)], TURNS)
     torch.testing.assert_close(found[0], body_of().run(sequences()[0][None], 0, 2)[0], atol=2e-4, rtol=1e-3)
     torch.testing.assert_close(found[2], body_of().run(sequences()[2][None], 5)[0], atol=2e-4, rtol=1e-3)
 
@@ -96,20 +96,20 @@ def test_a_dropped_layer_is_passed_over() -> None:
     kept = {i: whole.layers[str(i)] for i in (0, 1, 3, 4, 5)}
     thinner = Layers(whole.config, kept, whole.rotary_emb)
     expected = [thinner.run(sequence_TD[None])[0] for sequence_TD in sequences()]
-    found = in_turns(SessionLayers(thinner), [(0, NUM_LAYERS)] * 3, TURNS)
+    found = in_turns(BatchedLayers(thinner), [(0, NUM_LAYERS)] * 3, TURNS)
     for rows_TD, expected_TD in zip(found, expected, strict=True):
         torch.testing.assert_close(rows_TD, expected_TD, atol=2e-4, rtol=1e-3)
 
 
 def test_a_part_without_layers_gives_back_its_rows() -> None:
     head = cut_decoder(Decoder(lively_model()), CutLayers(0))[0]
-    found = SessionLayers(head.stack).run_sessions([SessionShare(sequences()[0], SessionCache(), 0, 0)])
+    found = BatchedLayers(head.stack).run_sessions([BatchEntry(sequences()[0], KVCache(), 0, 0)])
     torch.testing.assert_close(found[0], sequences()[0])
 
 
 def test_the_layers_learn_and_attend_as_before() -> None:
     body, fresh = body_of(), body_of()
-    SessionLayers(body)
+    BatchedLayers(body)
     outputs = []
     for layers in (body, fresh):
         hidden_BTD = torch.stack([sequences()[0]] * 2).requires_grad_(True)
@@ -122,10 +122,10 @@ def test_the_layers_learn_and_attend_as_before() -> None:
 
 
 def test_a_forward_that_fails_leaves_the_caches_as_they_were() -> None:
-    layers, cache = SessionLayers(body_of()), SessionCache()
-    layers.run_sessions([SessionShare(sequences()[0][:4], cache, 0, NUM_LAYERS)])
+    layers, cache = BatchedLayers(body_of()), KVCache()
+    layers.run_sessions([BatchEntry(sequences()[0][:4], cache, 0, NUM_LAYERS)])
     with pytest.raises(RuntimeError):
-        layers.run_sessions([SessionShare(sequences()[0][:2, :7], cache, 0, NUM_LAYERS)])
+        layers.run_sessions([BatchEntry(sequences()[0][:2, :7], cache, 0, NUM_LAYERS)])
     assert cache.length == 4
-    rows_TD = layers.run_sessions([SessionShare(sequences()[0][4:], cache, 0, NUM_LAYERS)])[0]
+    rows_TD = layers.run_sessions([BatchEntry(sequences()[0][4:], cache, 0, NUM_LAYERS)])[0]
     torch.testing.assert_close(rows_TD, body_of()(sequences()[0][None])[0, 4:], atol=2e-4, rtol=1e-3)

@@ -9,8 +9,8 @@ import torch
 from gaisnet.models.families import LLAMA_SHAPED
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
-from gaisnet.serving.generation.decoding import DeviceParts, write
-from gaisnet.serving.generation.speculation import DraftLength, Tally, judge, write_speculatively
+from gaisnet.serving.generation.decoding import DeviceParts, generate
+from gaisnet.serving.generation.speculation import DraftLength, Tally, generate_speculatively, verify_draft
 from gaisnet.serving.generation.text import Sampler, Sampling
 from tests.serving.models import generated, lively_model, prompt, served, served_domain, session
 from tests.tiny import NUM_LAYERS
@@ -25,7 +25,7 @@ def speculative(
     parts: DeviceParts, small: BodyService, large: BodyService, sampling: Sampling, tally: Tally, longest: int = 4
 ) -> list[int]:
     sessions = session(parts, small), session(parts, large)
-    return list(write_speculatively(parts, *sessions, prompt(7), sampling, DraftLength(longest), tally))
+    return list(generate_speculatively(parts, *sessions, prompt(7), sampling, DraftLength(longest), tally))
 
 
 @pytest.mark.parametrize("kept", [tuple(range(NUM_LAYERS)), (0, 1, 3, 4, 5)], ids=["int8", "int8, one layer fewer"])
@@ -70,7 +70,7 @@ def test_it_accepts_what_the_paper_accepts() -> None:
         expected.num_tokens += accepted + 1
     tally, sessions = Tally(), (session(parts, small), session(parts, large))
     always_three = DraftLength(longest=3, cost=0)
-    found = list(write_speculatively(parts, *sessions, prompt(7), Sampling(max_tokens=TOKENS), always_three, tally))
+    found = list(generate_speculatively(parts, *sessions, prompt(7), Sampling(max_tokens=TOKENS), always_three, tally))
     assert found == ids[7:]
     assert tally == expected
     assert 0 < tally.num_accepted < tally.num_drafted
@@ -110,7 +110,7 @@ def test_the_judge_keeps_the_distribution() -> None:
     sampler = Sampler(Sampling(temperature=1, seed=2))
     firsts, seconds = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
     for _ in range(4000):
-        tokens = judge([sampler.draw(row) for row in drafts_KV], drafts_KV, checks_KV, sampler)
+        tokens = verify_draft([sampler.draw(row) for row in drafts_KV], drafts_KV, checks_KV, sampler)
         firsts[tokens[0],] += 1
         if len(tokens) > 1:
             seconds[tokens[1],] += 1
@@ -145,7 +145,7 @@ def test_sampled_answers_are_distributed_as_the_large_models() -> None:
     for seed in range(250):
         sampling = Sampling(max_tokens=3, temperature=1, seed=seed)
         sessions = session(parts, small), session(parts, large)
-        found[tuple(write_speculatively(parts, *sessions, [2], sampling, DraftLength(2), tally))] += 1
+        found[tuple(generate_speculatively(parts, *sessions, [2], sampling, DraftLength(2), tally))] += 1
     assert same_shares(found, expected) < 2
     assert 0.2 < tally.num_accepted / tally.num_drafted < 0.95
 
@@ -153,16 +153,16 @@ def test_sampled_answers_are_distributed_as_the_large_models() -> None:
 def test_drafts_grow_and_shrink_with_acceptance() -> None:
     length = DraftLength(longest=8, cost=0.1)
     for _ in range(30):
-        length.saw(4, 4)
+        length.record_draft(4, 4)
     assert length.acceptance == pytest.approx(1, abs=0.01)
-    assert length.next() == 8
+    assert length.choose_length() == 8
     for _ in range(60):
-        length.saw(4, 0)
-    assert length.next() == 1
+        length.record_draft(4, 0)
+    assert length.choose_length() == 1
     for _ in range(60):
-        length.saw(4, 2)  # two right, the third wrong: two of three
+        length.record_draft(4, 2)  # two right, the third wrong: two of three
     assert length.acceptance == pytest.approx(2 / 3, abs=0.01)
-    assert length.next() == 4  # by hand: 1.76, 1.85, 1.86 and 1.82 tokens per unit of time for 2, 3, 4 and 5
+    assert length.choose_length() == 4  # by hand: 1.76, 1.85, 1.86 and 1.82 tokens per unit of time for 2, 3, 4 and 5
 
 
 def test_a_seed_decides_what_is_drawn() -> None:
@@ -171,4 +171,4 @@ def test_a_seed_decides_what_is_drawn() -> None:
     sampling = Sampling(max_tokens=TOKENS, temperature=1.2, seed=3)
     first = speculative(parts, small, large, sampling, Tally())
     assert speculative(parts, small, large, sampling, Tally()) == first
-    assert len(list(write(parts, session(parts, large), prompt(7), sampling))) == TOKENS
+    assert len(list(generate(parts, session(parts, large), prompt(7), sampling))) == TOKENS

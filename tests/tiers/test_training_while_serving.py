@@ -85,12 +85,12 @@ class Visitor:
         if number % 5 == 0:
             self.service.install_adapter("law", number, DOMAIN, adapter(DOMAIN, number % 3))
             self._version = number % 3
-            self._name = self.service.open(FIRST, NUM_LAYERS, ["law"])
-        answer = self.service.extend(self._name, rows(2, number))
+            self._name = self.service.open_session(FIRST, NUM_LAYERS, ["law"])
+        answer = self.service.extend_session(self._name, rows(2, number))
         self.service.step()
         self.found.append((self._version, answer.result(timeout=0)))
         if number % 5 == 4:
-            self.service.close(self._name)
+            self.service.close_session(self._name)
 
 
 def test_neither_learning_nor_answers_notice_each_other(cohort: Cohort) -> None:
@@ -108,12 +108,12 @@ def test_neither_learning_nor_answers_notice_each_other(cohort: Cohort) -> None:
     service = BodyService(quiet.own_body, quiet.layers, ServiceSettings())
     for first in range(0, 100, 5):
         service.install_adapter("law", first, DOMAIN, adapter(DOMAIN, first % 3))
-        name = service.open(FIRST, NUM_LAYERS, ["law"])
+        name = service.open_session(FIRST, NUM_LAYERS, ["law"])
         for number in range(first, first + 5):
-            answer = service.extend(name, rows(2, number))
+            answer = service.extend_session(name, rows(2, number))
             service.step()
             torch.testing.assert_close(visitor.found[number][1], answer.result(timeout=0))
-        service.close(name)
+        service.close_session(name)
 
 
 def test_all_of_a_step_can_be_paused_but_asking_for_labels_holds_nothing(cohort: Cohort) -> None:

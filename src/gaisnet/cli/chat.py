@@ -14,7 +14,7 @@ from gaisnet.cli.options import ServiceOverrides
 from gaisnet.cli.serve import opened
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import ServerRefused
-from gaisnet.serving.http.address import found
+from gaisnet.serving.http.address import read_address
 from gaisnet.terminal import safe_line
 
 _COLOURS = {"edge": "green", "cloud": "magenta"}
@@ -75,7 +75,7 @@ def _address(place: str, overrides: Sequence[str]) -> Iterator[tuple[str, bool]]
         yield place, False
         return
     run = Path(place)
-    if (url := found(run)) is not None:
+    if (url := read_address(run)) is not None:
         yield url, True
         return
     quiet_libraries()

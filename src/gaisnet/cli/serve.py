@@ -23,7 +23,7 @@ from gaisnet.cli.options import (
 )
 from gaisnet.config import RoutingSettings
 from gaisnet.progress import Progress, silent
-from gaisnet.serving.http.address import announced
+from gaisnet.serving.http.address import publish_address
 from gaisnet.terminal import log_to_stderr
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def serve(
         with opened(run, device, routing, speculate, keys, (host, port), overrides or ()) as (answering, server):
             console.print(f"Serving {', '.join(answering.models)}", highlight=False)
             console.print(f"at {server.url}/v1; end it with Ctrl-C", highlight=False)
-            with announced(run, server.url):
+            with publish_address(run, server.url):
                 try:
                     server.run()
                 except KeyboardInterrupt:

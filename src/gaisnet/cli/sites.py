@@ -70,7 +70,7 @@ def device(
 
         if serve is None:
             run_device(kit)
-        from gaisnet.deployment.http_endpoint import OpenEndpoint
+        from gaisnet.deployment.http_endpoint import EndpointSettings
         from gaisnet.serving.http.callers import check_bind, read_keys
 
         keys = read_keys(api_keys)
@@ -78,7 +78,7 @@ def device(
         routing = RoutingSettings(
             escalate=escalate, escalate_to=escalate_to, most_escalated=most_escalated, threshold=threshold
         )
-        run_device(kit, OpenEndpoint((host, serve), keys, routing, speculate))
+        run_device(kit, EndpointSettings((host, serve), keys, routing, speculate))
 
 
 @contextmanager

@@ -54,7 +54,7 @@ from gaisnet.transport.ledger import Ledger
 from gaisnet.transport.stream import ByteLink, Limits, LinkState
 
 if TYPE_CHECKING:
-    from gaisnet.deployment.http_endpoint import OpenEndpoint
+    from gaisnet.deployment.http_endpoint import EndpointSettings
 
 _START_S = 600.0  # more than a tier needs to be ready once its links are
 _ENDED_BY_SIGNAL = 128 + signal.SIGTERM
@@ -196,8 +196,8 @@ def _cloud_network(
     )
     opened.callback(listener.close)
     share = config.service.share_of_one(len(names))
-    fronts = {name: _front_of_edge(service, cloud, name, listener.link(name), share) for name in names}
-    answers.become(fronts.__getitem__)
+    routers = {name: _router_of_edge(service, cloud, name, listener.link(name), share) for name in names}
+    answers.become(routers.__getitem__)
     links = {
         edge.domain: CodedLink(listener.link(ORDERS + edge.name), codec, ledger, "edge_cloud", "down", edge.name)
         for edge in config.edges
@@ -207,8 +207,8 @@ def _cloud_network(
     return network
 
 
-def _front_of_edge(service: SiteService, cloud: Cloud, name: str, link: ByteLink, share: float) -> PeerRouter:
-    return service.front(cloud, name, lambda: link.peer, lambda body: SessionEndpoint(body, name, share))
+def _router_of_edge(service: SiteService, cloud: Cloud, name: str, link: ByteLink, share: float) -> PeerRouter:
+    return service.add_router(cloud, name, lambda: link.peer, lambda body: SessionEndpoint(body, name, share))
 
 
 def run_edge(folder: Path) -> NoReturn:
@@ -245,40 +245,40 @@ def run_edge(folder: Path) -> NoReturn:
         # The bytes of answers are not those of a run.
         asked = CodedLink(to_cloud, codec, Ledger(), "edge_cloud", "up", CLOUD)
         quota = config.service.share_of_one(len(names)), config.service.max_sessions_per_peer
-        fronts = {name: _front_of_device(service, asked, name, listener.link(name), quota) for name in names}
-        answers.become(lambda asker: fronts.get(asker, edge))
+        routers = {name: _router_of_device(service, asked, name, listener.link(name), quota) for name in names}
+        answers.become(lambda asker: routers.get(asker, edge))
         _until_ended()
 
 
-def _front_of_device(
+def _router_of_device(
     service: SiteService, cloud: Link, name: str, link: ByteLink, quota: tuple[float, int]
 ) -> PeerRouter:
-    return service.front(None, name, lambda: link.peer, lambda body: EdgeSessions(body, cloud, name, *quota))
+    return service.add_router(None, name, lambda: link.peer, lambda body: EdgeSessions(body, cloud, name, *quota))
 
 
-def run_device(folder: Path, door: "OpenEndpoint | None" = None) -> NoReturn:
+def run_device(folder: Path, endpoint: "EndpointSettings | None" = None) -> NoReturn:
     """Serve a device's kit until the process is ended. Raises ``GaisnetError``.
 
     Args:
         folder: The kit.
-        door: Lets callers on the device ask the network; None for a device that only trains.
+        endpoint: Lets callers on the device ask the network; None for a device that only trains.
     """
     site = read_site(folder, "device")
     with ExitStack() as held:
         if os.access(folder, os.W_OK):  # it keeps nothing, so its kit may lie where nobody writes
             held.enter_context(claimed(folder))
         held.enter_context(recorded(folder))
-        _serve_device(folder, site, door)
+        _serve_device(folder, site, endpoint)
 
 
-def _serve_device(folder: Path, site: Site, door: "OpenEndpoint | None") -> NoReturn:
+def _serve_device(folder: Path, site: Site, endpoint: "EndpointSettings | None") -> NoReturn:
     config, codec, watched = site.config, Codec(site.config.wire), Watched()
     answers = _Answers(codec)
     compute_lock = compute_lock_for(config.service)
     data, learns = load_device(config, site.name), site.edge.follows is None
     tokenizer = None if has_images(data) else read_tokenizer(folder / "tokenizer")
     device = Device(site.device, config, tokenizer, data, watched, compute_lock, trains=learns, labels=site.edge.labels)
-    if door is not None and not device.generates_text:
+    if endpoint is not None and not device.generates_text:
         found = "its examples have labels, and a model that classifies writes no text"
         raise ConfigError(f"answers of device '{site.name}'", found, "start it without --serve")
     answers.become(lambda _: device)
@@ -287,11 +287,11 @@ def _serve_device(folder: Path, site: Site, door: "OpenEndpoint | None") -> NoRe
         own = certificates(folder, "device")
         link = Dialer(site.edge_address, own, site.name, site.edge.name, answers, _limits_of_device(config))
         opened.callback(link.close)
-        if door is not None:
+        if endpoint is not None:
             from gaisnet.deployment.http_endpoint import HttpEndpoint  # it needs packages that only answering needs
 
             to_edge = CodedLink(link, codec, Ledger(), "device_edge", "up", site.edge.name)
-            opened.callback(HttpEndpoint(device, to_edge, site, folder, door, compute_lock).close)
+            opened.callback(HttpEndpoint(device, to_edge, site, folder, endpoint, compute_lock).close)
         _until_ended()
 
 

@@ -81,12 +81,12 @@ class LinkedBodies:
         self._links = links
         self._deadline_s = deadline_s
 
-    def open(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
-        """See ``Bodies.open``."""
+    def open_session(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
+        """See ``Bodies.open_session``."""
         return self._open(target, first, stop, num_positions, may_escalate=False)
 
-    def open_escalating(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
-        """See ``Bodies.open_escalating``."""
+    def open_escalating_session(self, target: Target, first: int, stop: int, num_positions: int) -> RemoteSession:
+        """See ``Bodies.open_escalating_session``."""
         return self._open(target, first, stop, num_positions, may_escalate=True)
 
     def _open(self, target: Target, first: int, stop: int, num_positions: int, may_escalate: bool) -> RemoteSession:
@@ -97,7 +97,7 @@ class LinkedBodies:
         return RemoteSession(self._links[target.domain].send, *asked, deadline_s=self._deadline_s)
 
 
-class Sessions(Protocol):
+class SessionHandler(Protocol):
     """Answers one peer's requests about its sessions."""
 
     def handle(self, message: Message) -> Message | Future[Message]:
@@ -117,14 +117,14 @@ class PeerRouter:
         publisher: The publisher of the tier's body.
         new_sessions: Makes the peer's endpoint on a service.
         peer: Name of the peer, for errors.
-        life: Returns the peer's incarnation; '' while it is away. None for one that is always there.
+        incarnation: Returns the peer's incarnation; '' while it is away. None for one that is always there.
     """
 
     def __init__(
         self,
         tier: Handler | None,
         publisher: BodyPublisher,
-        new_sessions: Callable[[BodyService], Sessions],
+        new_sessions: Callable[[BodyService], SessionHandler],
         peer: str,
         incarnation: Callable[[], str] | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class PeerRouter:
         self._peer = peer
         self._incarnation = incarnation or (lambda: "here")
         self._lock = threading.Lock()
-        self._sessions: Sessions | None = None
+        self._sessions: SessionHandler | None = None
         self._of: tuple[BodyService, str] | None = None  # the service and the peer's incarnation that they belong to
         self._seen = time.monotonic()
 
@@ -146,7 +146,7 @@ class PeerRouter:
             raise UnexpectedMessage(f"the body service for '{self._peer}'", type(message).__name__)
         return self._tier.handle(message)
 
-    def look(self, away_s: float) -> None:
+    def end_stale_sessions(self, away_s: float) -> None:
         """End the sessions of a peer that restarted, or has been away for ``away_s``; to be called now and then."""
         now, incarnation = time.monotonic(), self._incarnation()
         with self._lock:
@@ -160,7 +160,7 @@ class PeerRouter:
         with self._lock:
             self._end()
 
-    def _present(self) -> Sessions:
+    def _present(self) -> SessionHandler:
         service, incarnation = self._publisher.service, self._incarnation()
         with self._lock:
             if incarnation and self._of is not None and self._of != (service, incarnation):

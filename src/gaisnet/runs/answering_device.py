@@ -49,7 +49,7 @@ def device_of(served: ServedRun, name: str | None) -> AnsweringDevice:
     )
 
 
-def held_out_of(examples: Sequence[Tokens]) -> list[CalibrationExample]:
+def calibration_examples(examples: Sequence[Tokens]) -> list[CalibrationExample]:
     """Return prompts and their right answers."""
     return [CalibrationExample(t.input_ids[: len(t.input_ids) - len(t.label_ids) + 1], t.label_ids) for t in examples]
 
@@ -72,7 +72,7 @@ def _domain(served: ServedRun, edge: EdgeSettings) -> ServedDomain:
         example
         for device in edge.devices
         if device.name in served.data
-        for example in held_out_of(
+        for example in calibration_examples(
             tokenize(served.data[device.name].test, tokenizer, context, f"device '{device.name}', test")
         )
     ]

@@ -7,7 +7,7 @@ from gaisnet.research.bench.rounds import Rounds
 from gaisnet.research.bench.spread import Spread
 from gaisnet.research.bench.writing import Prompt, Unsplit, Writers, num_same
 from gaisnet.serving.generation.routing import Target
-from gaisnet.serving.generation.speculation import DraftLength, Tally, write_speculatively
+from gaisnet.serving.generation.speculation import DraftLength, Tally, generate_speculatively
 from gaisnet.serving.generation.text import Sampling
 
 
@@ -93,6 +93,6 @@ def _drafted(
 ) -> Iterator[int]:
     parts, num_positions = writers.parts, len(prompt) + num_tokens
     drafts, checks = (
-        writers.bodies.open(target, parts.first, parts.stop, num_positions) for target in (drafter, checker)
+        writers.bodies.open_session(target, parts.first, parts.stop, num_positions) for target in (drafter, checker)
     )
-    return write_speculatively(parts, drafts, checks, prompt, Sampling(max_tokens=num_tokens), length, tally)
+    return generate_speculatively(parts, drafts, checks, prompt, Sampling(max_tokens=num_tokens), length, tally)

@@ -17,7 +17,7 @@ from gaisnet.compute_lock import ComputeLock
 from gaisnet.models.foundation import load_foundation
 from gaisnet.models.parts import Body
 from gaisnet.runs.served_run import ServedRun
-from gaisnet.serving.generation.decoding import DeviceParts, Tokens, write
+from gaisnet.serving.generation.decoding import DeviceParts, Tokens, generate
 from gaisnet.serving.generation.device import AnsweringDevice
 from gaisnet.serving.generation.routing import Bodies, Place, Target
 from gaisnet.serving.generation.text import Sampling
@@ -122,8 +122,8 @@ class Writers:
             return [gap for gaps in pool.map(go_on, range(at_once)) for gap in gaps]
 
     def _tokens(self, target: Target, prompt: Prompt, num_tokens: int) -> Tokens:
-        session = self.bodies.open(target, self.parts.first, self.parts.stop, len(prompt) + num_tokens)
-        return write(self.parts, session, prompt, Sampling(max_tokens=num_tokens))
+        session = self.bodies.open_session(target, self.parts.first, self.parts.stop, len(prompt) + num_tokens)
+        return generate(self.parts, session, prompt, Sampling(max_tokens=num_tokens))
 
 
 class Unsplit:

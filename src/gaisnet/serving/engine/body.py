@@ -22,8 +22,8 @@ from gaisnet.compute_lock import ComputeLock
 from gaisnet.config import ServiceSettings
 from gaisnet.errors import ContextFull, CutError, ServiceFull, SessionClosed, SessionRefused, WireFormatError
 from gaisnet.models.parts import Body
-from gaisnet.serving.engine.plan import NO_QUOTA, PlannedRows, Quota, ServedSession, Waiting, plan
-from gaisnet.serving.engine.rows import SessionLayers, bytes_per_position, in_blocks
+from gaisnet.serving.engine.rows import BatchedLayers, bytes_per_position, in_blocks
+from gaisnet.serving.engine.scheduler import NO_QUOTA, PendingRows, Quota, ScheduledRows, ServedSession, schedule
 
 _MIB = 2**20
 _ROW_DTYPE = torch.float32  # dtype of kept rows
@@ -49,7 +49,7 @@ class BodyService:
         self._range = layers
         self._config = body.config
         self._adapters = ServedAdapters(body)
-        self._layers = SessionLayers(body, self._adapters)
+        self._layers = BatchedLayers(body, self._adapters)
         self._settings = settings
         weight = next(p for p in body.parameters() if p.is_floating_point())
         self._placement = weight.device, weight.dtype
@@ -67,7 +67,7 @@ class BodyService:
 
     # -- what sessions ask -------------------------------------------------------------------------------------------
 
-    def open(
+    def open_session(
         self,
         first: int,
         stop: int,
@@ -83,7 +83,7 @@ class BodyService:
             stop: FM layer to stop before.
             adapters: Adapters to activate; versions are fixed when the session opens.
             num_positions: Positions to reserve memory for, so that the session is refused now or not at all.
-            keep_rows: Keep received rows, for ``rows``; they count as memory in use.
+            keep_rows: Keep received rows, for ``received_rows``; they count as memory in use.
             quota: The session's peer, and its limits.
 
         Raises:
@@ -114,13 +114,13 @@ class BodyService:
             self._sessions[session.name] = session
             return session.name
 
-    def extend(
+    def extend_session(
         self, name: str, rows_TD: Tensor, want: int | None = None, position: int | None = None
     ) -> "Future[Tensor]":
         """Run new positions after a session's earlier ones.
 
         Args:
-            name: The name from ``open``.
+            name: The name from ``open_session``.
             rows_TD: Input rows of the session's first layer.
             want: Number of last output rows to return [W, D]; None for all.
             position: Expected position of the rows, for a sender that may have lost count; None for the current one.
@@ -145,14 +145,14 @@ class BodyService:
             self._hold(more * session.position_bytes, session.quota)
             session.reserved += more
             self._arrivals += 1
-            waiting = Waiting(rows_TD.detach().to(*self._placement), want, self._arrivals)
+            waiting = PendingRows(rows_TD.detach().to(*self._placement), want, self._arrivals)
             session.queue.append(waiting)
             if session.kept is not None:
                 session.kept.append(rows_TD.detach().to("cpu", _ROW_DTYPE))
             self._state.notify_all()
             return waiting.answer
 
-    def crop(self, name: str, length: int) -> None:
+    def crop_session(self, name: str, length: int) -> None:
         """Drop a session's positions from ``length`` on. Raises ``SessionRefused`` while rows of it wait."""
         with self._state:
             session = self._at_rest(name, "cropping")
@@ -161,7 +161,7 @@ class BodyService:
                 raise SessionRefused(f"cropping session '{name}' to {length}", found, "crop to fewer")
             session.crop(length)
 
-    def rows(self, name: str) -> Tensor:
+    def received_rows(self, name: str) -> Tensor:
         """Return all rows [T, D] that a session received and has not cropped, float32 on the CPU.
 
         Raises ``SessionRefused`` while rows of it wait, or if it does not keep them.
@@ -172,18 +172,18 @@ class BodyService:
                 raise SessionRefused(f"the rows of session '{name}'", "it does not keep them", "open one that does")
             return torch.cat(session.kept) if session.kept else torch.zeros(0, self._width, dtype=_ROW_DTYPE)
 
-    def place(self, name: str) -> tuple[int, int, int]:
+    def session_span(self, name: str) -> tuple[int, int, int]:
         """Return first layer, layer to stop before, and reserved positions. Raises ``SessionClosed``."""
         with self._state:
             session = self._session(name)
             return session.first, session.stop, session.reserved
 
-    def versions(self, name: str) -> Stack:
+    def adapter_versions(self, name: str) -> Stack:
         """Return a session's active adapters, each as ``name@version``. Raises ``SessionClosed``."""
         with self._state:
             return self._session(name).adapters
 
-    def close(self, name: str) -> None:
+    def close_session(self, name: str) -> None:
         """Close a session at once and free its memory; does nothing if it is closed."""
         with self._state:
             session = self._sessions.pop(name, None)
@@ -211,7 +211,7 @@ class BodyService:
         with self.compute_lock.serving():
             with self._state:
                 self._settle()
-                pieces = plan(self._sessions.values(), self._settings)
+                pieces = schedule(self._sessions.values(), self._settings)
                 for piece in pieces:
                     piece.session.running = True
             if not pieces:
@@ -265,7 +265,7 @@ class BodyService:
                 self.step()
         finally:
             for name in list(self._sessions):  # no step will run for them any more
-                self.close(name)
+                self.close_session(name)
 
     def _wait_for_rows(self) -> bool:
         """Wait for rows; return False when there will be no more.
@@ -291,7 +291,7 @@ class BodyService:
         chunk, waiting = self._settings.chunk, (s.queue[0].left for s in self._sessions.values() if s.queue)
         return sum(min(num_rows, chunk) for num_rows in waiting) >= self._settings.step_rows
 
-    def _run(self, pieces: Sequence[PlannedRows]) -> Sequence[Tensor | Exception]:
+    def _run(self, pieces: Sequence[ScheduledRows]) -> Sequence[Tensor | Exception]:
         """Run a batch; if it fails, run each session alone, so that only the culprit fails."""
         try:
             return self._layers.run_sessions([piece.share() for piece in pieces])
@@ -300,7 +300,7 @@ class BodyService:
                 return [error]
             return [outcome for piece in pieces for outcome in self._run([piece])]
 
-    def _deliver(self, piece: PlannedRows, outcome: Tensor | Exception) -> list[Waiting]:
+    def _deliver(self, piece: ScheduledRows, outcome: Tensor | Exception) -> list[PendingRows]:
         """Store outputs; return the requests that they answer or fail."""
         session, waiting = piece.session, piece.waiting
         session.running = False
@@ -312,7 +312,7 @@ class BodyService:
             session.queue.clear()
             session.crop(session.length)  # nor are they kept
             return failed
-        waiting.take(outcome)
+        waiting.add_outputs(outcome)
         if waiting.left:
             return []
         return [session.queue.popleft()]

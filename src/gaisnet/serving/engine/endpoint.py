@@ -39,11 +39,11 @@ from gaisnet.messages import (
     expect,
 )
 from gaisnet.serving.engine.body import BodyService
-from gaisnet.serving.engine.plan import Quota
+from gaisnet.serving.engine.scheduler import Quota
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
-Ask = Callable[[Message], Message | Future[Message]]
+SendRequest = Callable[[Message], Message | Future[Message]]
 """Sends a message; the future gets the reply, or an error from the other end or from the link."""
 
 _REFUSALS: dict[str, type[GaisnetError]] = {
@@ -89,15 +89,15 @@ class SessionEndpoint:
                 return self._open(message)
             case ExtendSession():
                 name = self.own(message.session)
-                answer = self._service.extend(name, message.rows_TD, message.want, message.position)
+                answer = self._service.extend_session(name, message.rows_TD, message.want, message.position)
                 return map_result(answer, lambda rows_WD: SessionRows(rows_WD.float().cpu()))
             case CropSession():
-                self._service.crop(self.own(message.session), message.length)
+                self._service.crop_session(self.own(message.session), message.length)
                 return Done()
             case CloseSession():
                 if message.session in self._own:
                     self._own.discard(message.session)
-                    self._service.close(message.session)
+                    self._service.close_session(message.session)
                 return Done()
         raise UnexpectedMessage(f"the body service for '{self._peer}'", type(message).__name__)
 
@@ -106,7 +106,7 @@ class SessionEndpoint:
         with self._lock:
             self._closed, own, self._own = True, self._own, set()
         for name in own:
-            self._service.close(name)
+            self._service.close_session(name)
 
     def own(self, name: str) -> str:
         """Return the name. Raises ``SessionClosed`` if it is not one of the peer's sessions."""
@@ -116,13 +116,13 @@ class SessionEndpoint:
 
     def _open(self, message: OpenSession) -> SessionOpened:
         asked = message.first, message.stop, message.adapters, message.num_positions
-        name = self._service.open(*asked, keep_rows=message.may_escalate, quota=self._quota)
-        opened = SessionOpened(name, self._service.versions(name))
+        name = self._service.open_session(*asked, keep_rows=message.may_escalate, quota=self._quota)
+        opened = SessionOpened(name, self._service.adapter_versions(name))
         with self._lock:
             if not self._closed:
                 self._own.add(name)
                 return opened
-        self._service.close(name)
+        self._service.close_session(name)
         raise SessionClosed(name)
 
 
@@ -142,7 +142,7 @@ class RemoteSession:
 
     def __init__(
         self,
-        ask: Ask,
+        ask: SendRequest,
         first: int,
         stop: int,
         adapters: Sequence[str] = (),

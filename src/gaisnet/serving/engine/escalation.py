@@ -27,7 +27,7 @@ from gaisnet.messages import (
 )
 from gaisnet.serving.engine.body import BodyService
 from gaisnet.serving.engine.endpoint import SessionEndpoint
-from gaisnet.serving.engine.plan import Quota
+from gaisnet.serving.engine.scheduler import Quota
 
 M = TypeVar("M", bound=Message)
 _FM = "the foundation model"
@@ -122,7 +122,7 @@ class EdgeSessions:
             raise SessionRefused(f"escalating session '{name}'", f"{_FM} has it", "go on")
         if name in self._moving:
             raise _on_its_way(name)
-        rows_TD = self._service.rows(self._own.own(name))
+        rows_TD = self._service.received_rows(self._own.own(name))
         if not 0 < len(rows_TD) >= message.want:
             found = f"it has {len(rows_TD)}, {message.want} are wanted back"
             raise SessionRefused(f"the rows of session '{name}'", found, "send some first, and want no more")
@@ -130,7 +130,7 @@ class EdgeSessions:
 
     def _open_and_move(self, message: EscalateSession, rows_TD: Tensor) -> Future[Message]:
         name = message.session
-        first, stop, reserved = self._service.place(name)
+        first, stop, reserved = self._service.session_span(name)
         self._moving.add(name)
         opened = self._ask(OpenSession(first, stop, message.adapters, reserved, "foundation"))
         moved = flat_map(opened, lambda answer: self._move(message, _expect(SessionOpened, answer).session, rows_TD))

@@ -32,7 +32,7 @@ BLOCK = 64
 
 
 @dataclass
-class SessionCache:
+class KVCache:
     """A cache that grows in blocks and is written in place, so that a step copies nothing of the past."""
 
     length: int = 0  # positions that all layers have seen
@@ -90,11 +90,11 @@ _SHORT = 512
 
 
 @dataclass(frozen=True)
-class SessionShare:
+class BatchEntry:
     """One session's part of a forward pass."""
 
     rows_TD: Tensor
-    cache: SessionCache
+    cache: KVCache
     first: int  # FM layer that takes the rows
     stop: int  # FM layer to stop before
     adapters: Stack = ()
@@ -104,7 +104,7 @@ class SessionShare:
 class _Spans:
     """Rows of each session in a batch, for the attention of the layers."""
 
-    caches: Sequence[SessionCache]
+    caches: Sequence[KVCache]
     bounds: Sequence[int]  # session i has rows [bounds[i], bounds[i + 1])
     windows: dict[int, int | None]  # by layer: reach of attention, the position itself included; None for all
     device: torch.device  # of the rows
@@ -163,7 +163,7 @@ class _Spans:
         return self.padded_masks[window]
 
 
-class SessionLayers:
+class BatchedLayers:
     """Runs layers over the rows of many sessions; other callers of the layers are not affected.
 
     Args:
@@ -183,7 +183,7 @@ class SessionLayers:
         return self._layers.indices
 
     @torch.no_grad()
-    def run_sessions(self, shares: Sequence[SessionShare]) -> list[Tensor]:
+    def run_sessions(self, shares: Sequence[BatchEntry]) -> list[Tensor]:
         """Return output rows [T, D] of every session, whose caches then hold the new positions.
 
         After an error the caches are unchanged.
@@ -207,7 +207,7 @@ class SessionLayers:
             share.cache.advance(num_new)
         return outputs
 
-    def _segment(self, layers: list[int], rows_N1D: Tensor, at_N1: Tensor, shares: Sequence[SessionShare]) -> Tensor:
+    def _segment(self, layers: list[int], rows_N1D: Tensor, at_N1: Tensor, shares: Sequence[BatchEntry]) -> Tensor:
         """Run layers that all these sessions share."""
         bounds = [0]
         for share in shares:

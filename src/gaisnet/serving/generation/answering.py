@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from gaisnet.errors import GaisnetError, SessionRefused, UnknownModel
 from gaisnet.models.tokenization import ending_ids
-from gaisnet.serving.engine.sessions import BodySession
-from gaisnet.serving.generation.decoding import DeviceParts, Tokens, check_prompt, write
-from gaisnet.serving.generation.routing import Bodies, Place, Routing, Target, Trace, write_routed
-from gaisnet.serving.generation.speculation import DraftLength, Tally, write_speculatively
+from gaisnet.serving.generation.decoding import BodySession, DeviceParts, Tokens, check_prompt, generate
+from gaisnet.serving.generation.routing import Bodies, Place, Routing, Target, Trace, generate_routed
+from gaisnet.serving.generation.speculation import DraftLength, Tally, generate_speculatively
 from gaisnet.serving.generation.text import Sampling, text_of
 
 AUTO, FOUNDATION, MERGED = "auto", "foundation", "merged"
@@ -233,25 +232,25 @@ class Answering:
 
     def _plain(self, ask: GenerationRequest, name: str, on_token: Callable[[], None]) -> Answer:
         target = self._target(ask, name)
-        session = self._bodies.open(target, *self._span(ask))
-        tokens = write(self._parts, session, ask.prompt, ask.sampling)
+        session = self._bodies.open_session(target, *self._span(ask))
+        tokens = generate(self._parts, session, ask.prompt, ask.sampling)
         return self._answer(Course(target.body, name), ask, tokens, [session], on_token)
 
     def _routed(self, ask: GenerationRequest, name: str, on_token: Callable[[], None]) -> Answer:
-        session, trace = self._bodies.open_escalating(self._drafter(name), *self._span(ask)), Trace()
+        session, trace = self._bodies.open_escalating_session(self._drafter(name), *self._span(ask)), Trace()
         routing = self._domains[name].routing
-        tokens = write_routed(self._parts, session, ask.prompt, ask.sampling, routing, trace)
+        tokens = generate_routed(self._parts, session, ask.prompt, ask.sampling, routing, trace)
         return self._answer(Course("edge", name, trace=trace), ask, tokens, [session], on_token)
 
     def _speculative(self, ask: GenerationRequest, name: str, on_token: Callable[[], None]) -> Answer:
-        checker = self._bodies.open(self._target(ask, name), *self._span(ask))
+        checker = self._bodies.open_session(self._target(ask, name), *self._span(ask))
         try:
-            drafter = self._bodies.open(self._drafter(name), *self._span(ask))
+            drafter = self._bodies.open_session(self._drafter(name), *self._span(ask))
         except GaisnetError:
             checker.close()
             raise
         tally = Tally()
-        tokens = write_speculatively(
+        tokens = generate_speculatively(
             self._parts, drafter, checker, ask.prompt, ask.sampling, length=DraftLength(), tally=tally
         )
         return self._answer(Course("cloud", name, tally=tally), ask, tokens, [drafter, checker], on_token)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class _Waiting(Generic[Q, A]):
+class _PendingCall(Generic[Q, A]):
     """A call and its outcome."""
 
     question: Q | None = None
@@ -49,12 +49,12 @@ class BatchingCall(Generic[Q, A]):
         self._size = size
         self._most = most
         self._lock = threading.Lock()  # held for moments
-        self._queue: deque[_Waiting[Q, A]] = deque()
+        self._queue: deque[_PendingCall[Q, A]] = deque()
         self._led = False
 
     def __call__(self, question: Q) -> A:
         """Return the answer to ``question``; raise its error from ``run``, without disturbing others."""
-        mine: _Waiting[Q, A] = _Waiting()
+        mine: _PendingCall[Q, A] = _PendingCall()
         self._join(mine, question)
         return self._wait(mine)
 
@@ -69,7 +69,7 @@ class BatchingCall(Generic[Q, A]):
             question: Makes the question.
             deadline_s: Seconds after which ``before`` is cancelled, and ``CancelledError`` raised.
         """
-        mine: _Waiting[Q, A] = _Waiting()
+        mine: _PendingCall[Q, A] = _PendingCall()
 
         def join(done: "Future[T]") -> None:
             try:
@@ -82,7 +82,7 @@ class BatchingCall(Generic[Q, A]):
             before.cancel()  # unless it has come by now
         return self._wait(mine)
 
-    def _join(self, mine: _Waiting[Q, A], question: Q) -> None:
+    def _join(self, mine: _PendingCall[Q, A], question: Q) -> None:
         mine.question = question
         with self._lock:
             self._queue.append(mine)
@@ -90,7 +90,7 @@ class BatchingCall(Generic[Q, A]):
         if leads:
             mine.woken.set()
 
-    def _wait(self, mine: _Waiting[Q, A]) -> A:
+    def _wait(self, mine: _PendingCall[Q, A]) -> A:
         mine.woken.wait()
         if not mine.done:
             self._lead()
@@ -115,7 +115,7 @@ class BatchingCall(Generic[Q, A]):
             seen = len(self._queue)
             time.sleep(0)
 
-    def _take(self) -> list[_Waiting[Q, A]]:
+    def _take(self) -> list[_PendingCall[Q, A]]:
         with self._lock:
             batch, left = [self._queue.popleft()], self._most
             left -= self._size(cast(Q, batch[0].question))

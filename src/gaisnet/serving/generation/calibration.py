@@ -16,8 +16,8 @@ from gaisnet.checkpoint import write_text
 from gaisnet.config import RoutingSettings
 from gaisnet.errors import CheckpointError
 from gaisnet.models.tokenization import ends_of
-from gaisnet.serving.generation.decoding import DeviceParts, write
-from gaisnet.serving.generation.routing import Bodies, Routing, Target, Trace, write_routed
+from gaisnet.serving.generation.decoding import DeviceParts, generate
+from gaisnet.serving.generation.routing import Bodies, Routing, Target, Trace, generate_routed
 from gaisnet.serving.generation.text import Sampling
 
 FILE_NAME = "calibration.json"
@@ -155,10 +155,10 @@ def collect(
     ends = frozenset((*held_out.answer[-1:], *ends_of(parts.head.stack.config)))
     sampling = Sampling(max_tokens=len(held_out.answer), stop_ids=ends)
     trace, routing = Trace(), Routing((), "never", measure=measure)
-    session = bodies.open_escalating(domain, *span, num_positions)
-    written = tuple(write_routed(parts, session, held_out.prompt, sampling, routing, trace))
-    asked = bodies.open(Target("cloud", adapters, domain.domain), *span, num_positions)
-    by_foundation = tuple(write(parts, asked, held_out.prompt, sampling))
+    session = bodies.open_escalating_session(domain, *span, num_positions)
+    written = tuple(generate_routed(parts, session, held_out.prompt, sampling, routing, trace))
+    asked = bodies.open_session(Target("cloud", adapters, domain.domain), *span, num_positions)
+    by_foundation = tuple(generate(parts, asked, held_out.prompt, sampling))
     expected = _ended(held_out.answer, ends)
     wrong_at = _first_difference(_ended(written, ends), expected)
     return Trial(tuple(trace.confidences), wrong_at, _ended(by_foundation, ends) == expected)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ from torch import Tensor
 from gaisnet.compute_lock import ComputeLock
 from gaisnet.errors import ContextFull, LinkTimeout, SessionRefused
 from gaisnet.models.parts import Head, Tail
-from gaisnet.serving.engine.rows import SessionCache, SessionLayers, SessionShare
-from gaisnet.serving.engine.sessions import BodySession, SendingSession
+from gaisnet.serving.engine.rows import BatchedLayers, BatchEntry, KVCache
 from gaisnet.serving.generation.batching_call import BatchingCall
 from gaisnet.serving.generation.text import Sampler, Sampling
 
@@ -26,13 +26,38 @@ Tokens = Generator[int, None, None]
 """Token ids, one by one; ``close`` it to stop."""
 
 
+class BodySession(Protocol):
+    """One sequence on a body."""
+
+    def extend(self, rows_TD: Tensor, want: int) -> Tensor:
+        """Run new positions [T, D]; return the last ``want`` output rows. Raises a ``GaisnetError``."""
+
+    def crop(self, length: int) -> None:
+        """Drop positions from ``length`` on."""
+
+    def close(self) -> None:
+        """Close the session and free its memory; may be called more than once."""
+
+
+@runtime_checkable
+class AsyncBodySession(Protocol):
+    """A session that can also be asked without waiting, so that many answers in as many threads proceed together."""
+
+    @property
+    def deadline_s(self) -> float | None:
+        """Seconds to wait for rows; None if they are certain to come or fail."""
+
+    def send(self, rows_TD: Tensor, want: int) -> "Future[Tensor]":
+        """Run new positions like ``BodySession.extend``; errors are raised here or by the future."""
+
+
 @dataclass(frozen=True)
 class _Finish:
     """Body output of one answer on its way through the tail."""
 
     output_TD: Tensor
     want: int
-    cache: SessionCache
+    cache: KVCache
 
 
 class DeviceParts:
@@ -52,12 +77,12 @@ class DeviceParts:
         )
         self.head = head
         self.tail = tail
-        self.head_layers = SessionLayers(head.stack)
-        self.tail_layers = SessionLayers(tail.stack)
+        self.head_layers = BatchedLayers(head.stack)
+        self.tail_layers = BatchedLayers(tail.stack)
         norm = next(tail.norm.parameters())
         self._placement = norm.device, norm.dtype
         self.context = int(head.stack.config.max_position_embeddings)
-        self._begin: BatchingCall[SessionShare, Tensor] = BatchingCall(
+        self._begin: BatchingCall[BatchEntry, Tensor] = BatchingCall(
             self._begin_all, lambda s: len(s.rows_TD), _MOST_ROWS
         )
         self._finish: BatchingCall[_Finish, Tensor] = BatchingCall(
@@ -75,16 +100,16 @@ class DeviceParts:
         return int(self.head.stack.config.num_hidden_layers) - len(self.tail_layers.indices)
 
     @torch.no_grad()
-    def smash(self, ids: Sequence[int], cache: SessionCache) -> Tensor:
+    def smash(self, ids: Sequence[int], cache: KVCache) -> Tensor:
         """Return smashed rows [T, D] of the next tokens of the answer with this ``cache``."""
         rows_TD: Tensor = self.head.embed_tokens(torch.tensor(ids, device=self._placement[0]))
-        return self._begin(SessionShare(rows_TD, cache, 0, self.first)) if self.first else rows_TD
+        return self._begin(BatchEntry(rows_TD, cache, 0, self.first)) if self.first else rows_TD
 
     def logits(
         self,
         output_TD: "Tensor | Future[Tensor]",
         want: int,
-        cache: SessionCache,
+        cache: KVCache,
         deadline_s: float | None = None,
     ) -> Tensor:
         """Return logits [W, V] at the last ``want`` of the body's outputs [T, D], which may still be pending.
@@ -103,7 +128,7 @@ class DeviceParts:
         except CancelledError:
             raise LinkTimeout("a session, waiting for output rows", f"none for {deadline_s} s") from None
 
-    def _begin_all(self, every: Sequence[SessionShare]) -> Sequence[Tensor]:
+    def _begin_all(self, every: Sequence[BatchEntry]) -> Sequence[Tensor]:
         with self._computing():
             return self.head_layers.run_sessions(every)
 
@@ -117,19 +142,19 @@ class DeviceParts:
         if layers := self.tail_layers.indices:  # they must see every position
             first, stop = layers[0], layers[-1] + 1
             outputs = self.tail_layers.run_sessions(
-                [SessionShare(one.output_TD, one.cache, first, stop) for one in every]
+                [BatchEntry(one.output_TD, one.cache, first, stop) for one in every]
             )
         wanted = [output_TD[len(output_TD) - one.want :] for one, output_TD in zip(every, outputs, strict=True)]
         logits_NV = self.tail.logits(torch.cat(wanted))
         return list(logits_NV.split([one.want for one in every]))
 
 
-class HeadSession:
+class CachedHead:
     """Maps token ids to smashed rows."""
 
     def __init__(self, parts: DeviceParts) -> None:
         self._parts = parts
-        self._cache = SessionCache()
+        self._cache = KVCache()
 
     def smash(self, ids: Sequence[int]) -> Tensor:
         """Return smashed rows [T, D] of the next tokens."""
@@ -140,7 +165,7 @@ class HeadSession:
         self._cache.crop(length)
 
 
-class TailSession:
+class CachedTail:
     """A body followed by the device's tail: maps smashed rows to logits."""
 
     def __init__(self, parts: DeviceParts, body: BodySession) -> None:
@@ -148,9 +173,9 @@ class TailSession:
         self._body = body
         self._ask: Callable[[Tensor, int], Tensor | Future[Tensor]] = body.extend
         self._deadline_s: float | None = None
-        if isinstance(body, SendingSession):
+        if isinstance(body, AsyncBodySession):
             self._ask, self._deadline_s = body.send, body.deadline_s
-        self._cache = SessionCache()
+        self._cache = KVCache()
 
     def compute_logits(self, rows_TD: Tensor, want: int = 1) -> Tensor:
         """Return logits [W, V] at the last ``want`` of the new positions."""
@@ -163,7 +188,7 @@ class TailSession:
         self._cache.crop(length)
 
 
-def prefill(head: HeadSession, tails: Sequence[TailSession], ids: Sequence[int]) -> None:
+def prefill(head: CachedHead, tails: Sequence[CachedTail], ids: Sequence[int]) -> None:
     """Run a prompt through all sessions, a chunk at a time; the head runs once for all."""
     for first in range(0, len(ids), PREFILL_CHUNK):
         rows_TD = head.smash(ids[first : first + PREFILL_CHUNK])
@@ -171,7 +196,7 @@ def prefill(head: HeadSession, tails: Sequence[TailSession], ids: Sequence[int])
             tail.compute_logits(rows_TD, want=0)
 
 
-def read(head: HeadSession, tail: TailSession, prompt: Sequence[int]) -> Sequence[int]:
+def prefill_prompt(head: CachedHead, tail: CachedTail, prompt: Sequence[int]) -> Sequence[int]:
     """Run all of a prompt but its last chunk; return that chunk, from which the first token comes."""
     last = (len(prompt) - 1) // PREFILL_CHUNK * PREFILL_CHUNK
     prefill(head, [tail], prompt[:last])
@@ -189,7 +214,7 @@ def check_prompt(parts: DeviceParts, prompt: Sequence[int], sampling: Sampling) 
         raise ContextFull(len(prompt) + sampling.max_tokens, parts.context)
 
 
-def write(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling: Sampling) -> Tokens:
+def generate(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling: Sampling) -> Tokens:
     """Yield token ids of an answer; close the session when the answer ends or the caller stops.
 
     Raises:
@@ -198,8 +223,8 @@ def write(parts: DeviceParts, body: BodySession, prompt: Sequence[int], sampling
     """
     try:
         check_prompt(parts, prompt, sampling)
-        head, tail, sampler = HeadSession(parts), TailSession(parts, body), Sampler(sampling)
-        ids = read(head, tail, prompt)
+        head, tail, sampler = CachedHead(parts), CachedTail(parts, body), Sampler(sampling)
+        ids = prefill_prompt(head, tail, prompt)
         for _ in range(sampling.max_tokens):
             token = sampler.draw(sampler.probabilities(tail.compute_logits(head.smash(ids))[0]))
             yield token

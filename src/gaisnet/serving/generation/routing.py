@@ -13,8 +13,15 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from gaisnet.errors import GaisnetError, SessionRefused
-from gaisnet.serving.engine.sessions import BodySession
-from gaisnet.serving.generation.decoding import DeviceParts, HeadSession, TailSession, Tokens, check_prompt, read
+from gaisnet.serving.generation.decoding import (
+    BodySession,
+    CachedHead,
+    CachedTail,
+    DeviceParts,
+    Tokens,
+    check_prompt,
+    prefill_prompt,
+)
 from gaisnet.serving.generation.text import Sampler, Sampling
 
 Place = Literal["edge", "cloud"]
@@ -47,7 +54,7 @@ class EscalatingSession(BodySession, Protocol):
 class Bodies(Protocol):
     """The bodies that a device reaches. Methods may be called from any thread."""
 
-    def open(self, target: Target, first: int, stop: int, num_positions: int) -> BodySession:
+    def open_session(self, target: Target, first: int, stop: int, num_positions: int) -> BodySession:
         """Open a session of layers [first, stop).
 
         Args:
@@ -60,7 +67,7 @@ class Bodies(Protocol):
             GaisnetError: Full, unknown adapters, unreachable.
         """
 
-    def open_escalating(self, target: Target, first: int, stop: int, num_positions: int) -> EscalatingSession:
+    def open_escalating_session(self, target: Target, first: int, stop: int, num_positions: int) -> EscalatingSession:
         """Open such a session at an edge that keeps received rows, to forward them on escalation."""
 
 
@@ -130,7 +137,7 @@ class Trace:
         return "edge" if self.escalated_at is None else "cloud"
 
 
-class _RoutedTail(TailSession):
+class _RoutedTail(CachedTail):
     """A tail after a body that may change."""
 
     def __init__(self, parts: DeviceParts, body: EscalatingSession) -> None:
@@ -145,7 +152,7 @@ class _RoutedTail(TailSession):
         return self._parts.logits(rows_WD, 1, self._cache)[0]
 
 
-def write_routed(
+def generate_routed(
     parts: DeviceParts,
     body: EscalatingSession,
     prompt: Sequence[int],
@@ -153,7 +160,7 @@ def write_routed(
     routing: Routing,
     trace: Trace | None = None,
 ) -> Tokens:
-    """Yield token ids of an answer that the DM begins; ends and raises as ``decoding.write`` does.
+    """Yield token ids of an answer that the DM begins; ends and raises as ``decoding.generate`` does.
 
     If the FM cannot be reached, the DM goes on to the end, and the trace says why.
 
@@ -168,8 +175,8 @@ def write_routed(
     trace = trace if trace is not None else Trace()
     try:
         check_prompt(parts, prompt, sampling)
-        head, tail, sampler = HeadSession(parts), _RoutedTail(parts, body), Sampler(sampling)
-        ids = read(head, tail, prompt)
+        head, tail, sampler = CachedHead(parts), _RoutedTail(parts, body), Sampler(sampling)
+        ids = prefill_prompt(head, tail, prompt)
         for _ in range(sampling.max_tokens):
             logits_V = _routed(tail, tail.compute_logits(head.smash(ids))[0], routing, trace)
             token = sampler.draw(sampler.probabilities(logits_V))

@@ -12,8 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaisnet.serving.engine.sessions import BodySession
-from gaisnet.serving.generation.decoding import DeviceParts, HeadSession, TailSession, Tokens, check_prompt, prefill
+from gaisnet.serving.generation.decoding import (
+    BodySession,
+    CachedHead,
+    CachedTail,
+    DeviceParts,
+    Tokens,
+    check_prompt,
+    prefill,
+)
 from gaisnet.serving.generation.text import Sampler, Sampling
 
 _FORGET = 0.9
@@ -41,13 +48,13 @@ class DraftLength:
         """Share of drafted tokens that was accepted recently."""
         return self._accepted / self._tried
 
-    def saw(self, num_drafted: int, num_accepted: int) -> None:
+    def record_draft(self, num_drafted: int, num_accepted: int) -> None:
         """Count a checked draft. Tokens after the first rejected one were not tried."""
         tried = min(num_drafted, num_accepted + 1)
         self._tried = _FORGET * self._tried + tried
         self._accepted = _FORGET * self._accepted + num_accepted
 
-    def next(self) -> int:
+    def choose_length(self) -> int:
         """Return how many tokens to draft now."""
         return max(range(1, self._longest + 1), key=self._tokens_per_time)
 
@@ -66,7 +73,7 @@ class Tally:
     num_tokens: int = 0
 
 
-def judge(drafted: Sequence[int], drafts_KV: Tensor, checks_KV: Tensor, sampler: Sampler) -> list[int]:
+def verify_draft(drafted: Sequence[int], drafts_KV: Tensor, checks_KV: Tensor, sampler: Sampler) -> list[int]:
     """Return the tokens gained by a draft: the accepted ones, and one that the large body adds.
 
     Args:
@@ -90,9 +97,9 @@ class _Pair:
     """Both bodies and the head, kept at the same place of one sequence."""
 
     def __init__(self, parts: DeviceParts, drafter: BodySession, checker: BodySession, sampler: Sampler) -> None:
-        self._head = HeadSession(parts)
-        self._drafter = TailSession(parts, drafter)
-        self._checker = TailSession(parts, checker)
+        self._head = CachedHead(parts)
+        self._drafter = CachedTail(parts, drafter)
+        self._checker = CachedTail(parts, checker)
         self._sampler = sampler
         self._length = 0  # positions that the checker holds
         self._ahead: list[Tensor] = []  # smashed rows that the drafter has not seen
@@ -120,7 +127,7 @@ class _Pair:
         logits_KV = self._checker.compute_logits(torch.cat(rows), want=len(rows))
         checks_KV = torch.stack([self._sampler.probabilities(logits_V) for logits_V in logits_KV])
         drafts_KV = torch.stack(drafts) if drafts else checks_KV[:0]
-        tokens = judge(drafted, drafts_KV, checks_KV, self._sampler)
+        tokens = verify_draft(drafted, drafts_KV, checks_KV, self._sampler)
         self._length += len(tokens)
         self._head.crop(self._length)
         self._checker.crop(self._length)
@@ -131,7 +138,7 @@ class _Pair:
         return tokens
 
 
-def write_speculatively(
+def generate_speculatively(
     parts: DeviceParts,
     drafter: BodySession,
     checker: BodySession,
@@ -140,7 +147,7 @@ def write_speculatively(
     length: DraftLength | None = None,
     tally: Tally | None = None,
 ) -> Tokens:
-    """Yield token ids of the answer that ``checker`` would write; ends and raises as ``decoding.write`` does.
+    """Yield token ids of the answer that ``checker`` would write; ends and raises as ``decoding.generate`` does.
 
     Args:
         parts: The device's parts.
@@ -158,7 +165,7 @@ def write_speculatively(
         pair.prefill(prompt[:-1])
         token, left = prompt[-1], sampling.max_tokens
         while left:
-            num = min(length.next(), left - 1)
+            num = min(length.choose_length(), left - 1)
             tokens = _round(pair, token, num, sampling.stop_ids, length, tally)
             for token in tokens:
                 tally.num_tokens += 1
@@ -175,7 +182,7 @@ def _round(pair: _Pair, token: int, num: int, stop_ids: frozenset[int], length: 
     drafted, probabilities, rows = pair.draft(token, num, stop_ids)
     tokens = pair.verify(drafted, probabilities, rows)
     if drafted:
-        length.saw(len(drafted), len(tokens) - 1)
+        length.record_draft(len(drafted), len(tokens) - 1)
     tally.num_checks += 1
     tally.num_drafted += len(drafted)
     tally.num_accepted += len(tokens) - 1

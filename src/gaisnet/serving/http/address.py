@@ -1,6 +1,6 @@
 """The address of a server, in a file beside the run that it serves, while it does.
 
-Anyone who can write into the folder can write the file, so it is checked: see ``found``.
+Anyone who can write into the folder can write the file, so it is checked: see ``read_address``.
 """
 
 import os
@@ -39,7 +39,7 @@ class _Owner:
 
 
 @contextmanager
-def announced(folder: Path, url: str) -> Iterator[None]:
+def publish_address(folder: Path, url: str) -> Iterator[None]:
     """Keep the file in a folder inside the context; it is removed however the context ends."""
     path = folder / ADDRESS_NAME
     owner = _Owner(socket.gethostname(), os.getpid(), _started(os.getpid()))
@@ -54,7 +54,7 @@ def announced(folder: Path, url: str) -> Iterator[None]:
                 path.unlink()
 
 
-def found(folder: Path) -> str | None:
+def read_address(folder: Path) -> str | None:
     """Return the URL of the server that a folder's file names; None if there is no file, or its process has ended.
 
     Raises ``ServerRefused`` for any address but this machine's own: such a file is forged, or came with the folder from

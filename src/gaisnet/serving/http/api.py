@@ -25,7 +25,7 @@ from gaisnet.serving.http import dialect
 from gaisnet.serving.http.callers import ApiKeys, Callers
 from gaisnet.serving.http.dialect import ChatRequest, CompletionRequest, read_request
 from gaisnet.serving.http.metrics import CONTENT_TYPE, Metrics
-from gaisnet.serving.http.refusals import GONE, INVALID, ClientGone, Refusal, noted, refusal_of, too_many
+from gaisnet.serving.http.refusals import GONE, INVALID, ClientGone, Refusal, log_refusal, refusal_of, too_many
 from gaisnet.serving.http.responses import Choices, Envelope, StreamedAnswer
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class _Events(StreamingResponse):
             self._done()
 
 
-class _Door:
+class _Routes:
     """State and work behind the routes."""
 
     def __init__(self, answering: Answering, settings: FrontSettings, keys: ApiKeys, metrics: Metrics) -> None:
@@ -76,10 +76,10 @@ class _Door:
         made = {"created": self._created, "owned_by": "gaisnet", "max_model_len": context}
         return {"id": name, "object": "model", **made}
 
-    def told(self, request: Request) -> Response:
+    def metrics(self, request: Request) -> Response:
         """Return the text for Prometheus."""
         self._callers.admit(request.headers)
-        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
 
     async def answer(self, request: Request, kind: type[dialect.Request]) -> Response:
         """Answer a chat or completions."""
@@ -90,15 +90,15 @@ class _Door:
             self._answering.check_model(asked.model)
             model = asked.model
             limits = self._answering.tokenizer, self._settings, self._answering.context
-            choices = Choices(await asyncio.to_thread(asked.to_asks, *limits), self._run, self._room)
+            choices = Choices(await asyncio.to_thread(asked.to_generation_requests, *limits), self._run, self._room)
         except Exception as error:
-            response = _told(error)
-            self._metrics.refused(model, response.status_code)
+            response = _error_response(error)
+            self._metrics.count_response(model, response.status_code)
             return response
-        envelope = Envelope.new("chat" if kind is ChatRequest else "text", model)
+        envelope = Envelope.for_request("chat" if kind is ChatRequest else "text", model)
         if asked.stream:
             return await _stream(request, choices, envelope, asked)
-        return await _whole(request, choices, envelope)
+        return await _respond_at_once(request, choices, envelope)
 
     async def _body(self, request: Request) -> bytes:
         """Read the request's body. Raises ``Refusal`` if it is too large or too slow, and then keeps no more of it."""
@@ -122,12 +122,12 @@ class _Door:
         """Begin an answer. Raises ``Refusal`` if there are too many."""
         if len(self._running) >= self._settings.max_answers:
             raise too_many(self._settings.max_answers)
-        clock = self._metrics.clock(ask.model)
+        clock = self._metrics.start_timer(ask.model)
         running = StreamedAnswer(
             self._pool, lambda: self._answering.begin(ask, clock), lambda run: self._ended(run, ask.model)
         )
         self._running.add(running)
-        self._metrics.began()
+        self._metrics.count_begun()
         return running
 
     async def _room(self) -> None:
@@ -140,10 +140,10 @@ class _Door:
         self._running.discard(running)
         self._freed.set()
         status = 200 if running.error is None else refusal_of(running.error).status
-        self._metrics.ended(model, GONE if running.stopped else status, running.course if running.begun else None)
+        self._metrics.count_ended(model, GONE if running.stopped else status, running.course if running.begun else None)
 
     @asynccontextmanager
-    async def open(self, app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Serve inside the context; at its end, stop answers in progress."""
         yield
         for running in tuple(self._running):
@@ -152,24 +152,24 @@ class _Door:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-async def _whole(request: Request, choices: Choices, envelope: Envelope) -> Response:
+async def _respond_at_once(request: Request, choices: Choices, envelope: Envelope) -> Response:
     try:
-        texts = await _unless_gone(request, choices.whole())
+        texts = await _unless_gone(request, choices.collect_texts())
     except Exception as error:
-        return _told(error)
+        return _error_response(error)
     finally:
         choices.stop()
-    return JSONResponse(envelope.whole(texts, choices.courses))
+    return JSONResponse(envelope.full_response(texts, choices.courses))
 
 
 async def _stream(request: Request, choices: Choices, envelope: Envelope, asked: dialect.Request) -> Response:
     """Stream an answer; the status is known when the first token is there."""
     try:
-        await _unless_gone(request, choices.first())
+        await _unless_gone(request, choices.wait_for_first())
     except BaseException as error:
         choices.stop()
         if isinstance(error, Exception):
-            return _told(error)
+            return _error_response(error)
         raise
     include_usage = asked.stream_options is not None and asked.stream_options.include_usage
     return _Events(_events(choices, envelope, include_usage), choices.stop)
@@ -177,20 +177,22 @@ async def _stream(request: Request, choices: Choices, envelope: Envelope, asked:
 
 async def _events(choices: Choices, envelope: Envelope, include_usage: bool) -> AsyncIterator[str]:
     """Yield server-sent events. An error in mid-stream is the last event."""
-    for chunk in envelope.first():
+    for chunk in envelope.first_chunks():
         yield _event(chunk)
     try:
         async for piece in choices.pieces():
             course = choices.course(piece.index)
             ended = piece.text is None
             yield _event(
-                envelope.last(piece.index, course) if ended else envelope.piece(piece.index, piece.text or "", course)
+                envelope.last_chunk(piece.index, course)
+                if ended
+                else envelope.text_chunk(piece.index, piece.text or "", course)
             )
     except Exception as error:
-        yield _event(noted(error).body)
+        yield _event(log_refusal(error).body)
         return
     if include_usage:
-        yield _event(envelope.usage(choices.courses))
+        yield _event(envelope.usage_chunk(choices.courses))
     yield "data: [DONE]\n\n"
 
 
@@ -217,8 +219,8 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _told(error: Exception) -> Response:
-    return noted(error).response()
+def _error_response(error: Exception) -> Response:
+    return log_refusal(error).to_response()
 
 
 def make_app(
@@ -235,26 +237,26 @@ def make_app(
         keys: Keys of callers.
         gauges: More figures for ``/metrics``, by name.
     """
-    door = _Door(answering, settings, keys, Metrics(gauges or {}))
-    app = FastAPI(title="GaisNet", docs_url=None, redoc_url=None, openapi_url=None, lifespan=door.open)
+    routes = _Routes(answering, settings, keys, Metrics(gauges or {}))
+    app = FastAPI(title="GaisNet", docs_url=None, redoc_url=None, openapi_url=None, lifespan=routes.lifespan)
     if settings.cors_origins:
         _let_pages_ask(app, settings.cors_origins)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await door.answer(request, ChatRequest)
+        return await routes.answer(request, ChatRequest)
 
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
-        return await door.answer(request, CompletionRequest)
+        return await routes.answer(request, CompletionRequest)
 
     @app.api_route("/v1/models", methods=_READING)
     async def models(request: Request) -> Response:
-        return door.models(request)
+        return routes.models(request)
 
     @app.api_route("/v1/models/{name}", methods=_READING)
     async def model(request: Request, name: str) -> Response:
-        return door.models(request, name)
+        return routes.models(request, name)
 
     @app.api_route("/health", methods=_READING)
     async def health() -> Response:
@@ -262,16 +264,16 @@ def make_app(
 
     @app.api_route("/metrics", methods=_READING)
     async def metrics(request: Request) -> Response:
-        return door.told(request)
+        return routes.metrics(request)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return Refusal(error.status_code, INVALID, str(error.detail), "not_found", headers=error.headers).response()
+        return Refusal(error.status_code, INVALID, str(error.detail), "not_found", headers=error.headers).to_response()
 
     @app.exception_handler(Refusal)
     @app.exception_handler(GaisnetError)
     async def refused(request: Request, error: Exception) -> Response:
-        return _told(error)
+        return _error_response(error)
 
     return app
 

@@ -178,7 +178,9 @@ class Request(_Strict):
             found["stream_options"] = asked_for(options, StreamOptions.model_fields, {}, "stream_options.")
         return found
 
-    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[GenerationRequest]:
+    def to_generation_requests(
+        self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int
+    ) -> list[GenerationRequest]:
         """Return the answers to write, one or several.
 
         Args:
@@ -281,8 +283,10 @@ class ChatRequest(Request):
             found["messages"] = [ChatMessage.checked(each, f"messages.{i}") for i, each in enumerate(messages)]
         return found
 
-    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[GenerationRequest]:
-        """See ``Request.to_asks``."""
+    def to_generation_requests(
+        self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int
+    ) -> list[GenerationRequest]:
+        """See ``Request.to_generation_requests``."""
         messages = [message.plain() for message in self.messages]
         for message in messages:
             check_text(tokenizer, message["content"], limits, "messages")
@@ -333,8 +337,10 @@ class CompletionRequest(Request):
             raise BadRequest(f"prompt holds {len(prompt)} prompts, send 1 to {limits.max_prompts}", "prompt")
         return found
 
-    def to_asks(self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int) -> list[GenerationRequest]:
-        """See ``Request.to_asks``."""
+    def to_generation_requests(
+        self, tokenizer: PreTrainedTokenizerBase, limits: FrontSettings, room: int
+    ) -> list[GenerationRequest]:
+        """See ``Request.to_generation_requests``."""
         return [
             self.ask(
                 self._tokens(prompt, tokenizer, limits), self.max_tokens or _COMPLETION_TOKENS, limits, continues=True

@@ -48,18 +48,18 @@ class Metrics:
         for name, read in gauges.items():
             Gauge(f"gaisnet_{name}", f"{name} now.", registry=registry).set_function(read)
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         """Return all metrics in Prometheus' format."""
         return generate_latest(self._registry)
 
-    def began(self) -> None:
+    def count_begun(self) -> None:
         """Count an answer that begins."""
         self._answers.inc()
 
-    def ended(self, model: str, status: int, course: Course | None) -> None:
+    def count_ended(self, model: str, status: int, course: Course | None) -> None:
         """Count an answer that ended; ``course`` is None if it could not begin."""
         self._answers.dec()
-        self.refused(model, status, "none" if course is None else course.now)
+        self.count_response(model, status, "none" if course is None else course.now)
         if course is None:
             return
         self._tokens.labels(model, "prompt").inc(course.num_prompt_tokens)
@@ -70,11 +70,11 @@ class Metrics:
             self._drafted.inc(course.tally.num_drafted)
             self._accepted.inc(course.tally.num_accepted)
 
-    def refused(self, model: str, status: int, body: str = "none") -> None:
+    def count_response(self, model: str, status: int, body: str = "none") -> None:
         """Count a response with this status."""
         self._requests.labels(model, body, str(status)).inc()
 
-    def clock(self, model: str) -> Callable[[], None]:
+    def start_timer(self, model: str) -> Callable[[], None]:
         """Return a function to call at each token of an answer requested now."""
         last, first = time.perf_counter(), True
 

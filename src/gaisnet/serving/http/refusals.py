@@ -36,7 +36,7 @@ class Refusal(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.headers = dict(headers or {})
 
-    def response(self) -> Response:
+    def to_response(self) -> Response:
         """Return the response for a client."""
         return JSONResponse(self.body, self.status, self.headers)
 
@@ -69,7 +69,7 @@ def too_many(limit: int) -> Refusal:
     return Refusal(429, "rate_limit_error", found, "rate_limit_exceeded", headers={"Retry-After": _RETRY_S})
 
 
-def noted(error: Exception) -> Refusal:
+def log_refusal(error: Exception) -> Refusal:
     """Return the refusal for ``error``; log it if it is our own fault."""
     refusal = refusal_of(error)
     if refusal.status == 500:

@@ -149,7 +149,7 @@ class Choices:
             raise RuntimeError("an answer was asked how it goes before it had begun")
         return running.course
 
-    async def first(self) -> None:
+    async def wait_for_first(self) -> None:
         """Wait for the first text, or end, of any choice. Raises its error."""
         self._ahead = await self._pieces.get()
         if isinstance(self._ahead, Exception):
@@ -165,7 +165,7 @@ class Choices:
             left -= piece.text is None
             yield piece
 
-    async def whole(self) -> list[str]:
+    async def collect_texts(self) -> list[str]:
         """Return the text of each choice. Raises the error of the first that fails."""
         texts = [""] * len(self._running)
         async for piece in self.pieces():
@@ -224,12 +224,12 @@ class Envelope:
     created: int
 
     @classmethod
-    def new(cls, kind: Literal["chat", "text"], model: str) -> "Envelope":
+    def for_request(cls, kind: Literal["chat", "text"], model: str) -> "Envelope":
         """Make an envelope with an unguessable id."""
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         return cls(kind, model, f"{prefix}-{secrets.token_hex(12)}", int(time.time()))
 
-    def whole(self, texts: Sequence[str], courses: Sequence[Course]) -> dict[str, Any]:
+    def full_response(self, texts: Sequence[str], courses: Sequence[Course]) -> dict[str, Any]:
         """Return the response to a request that does not stream: a choice per prompt.
 
         Our own field stands beside a single choice, and inside each of several.
@@ -248,17 +248,17 @@ class Envelope:
             return choice | {"message": {"role": "assistant", "content": text, "refusal": None}}
         return choice | {"text": text}
 
-    def first(self) -> Iterator[dict[str, Any]]:
+    def first_chunks(self) -> Iterator[dict[str, Any]]:
         """Return the chunks before all text."""
         if self.kind == "chat":
             yield self._chunk(0, {"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
-    def piece(self, index: int, text: str, course: Course) -> dict[str, Any]:
+    def text_chunk(self, index: int, text: str, course: Course) -> dict[str, Any]:
         """Return a chunk of a choice's text, and the body that writes."""
         choice = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
         return {**self._chunk(index, {**choice, "finish_reason": None}), "gaisnet": {"body": course.now}}
 
-    def last(self, index: int, course: Course) -> dict[str, Any]:
+    def last_chunk(self, index: int, course: Course) -> dict[str, Any]:
         """Return the chunk after all text of a choice."""
         choice: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
         return {
@@ -266,7 +266,7 @@ class Envelope:
             "gaisnet": course_of(course),
         }
 
-    def usage(self, courses: Sequence[Course]) -> dict[str, Any]:
+    def usage_chunk(self, courses: Sequence[Course]) -> dict[str, Any]:
         """Return the chunk after all choices, for a stream that reports usage."""
         return {**self._chunk(0, None), "usage": usage_of(courses)}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gaisnet.adapters.mixing import Stack
 from gaisnet.config import ServiceSettings
 from gaisnet.errors import QuotaReached
-from gaisnet.serving.engine.rows import SessionCache, SessionShare
+from gaisnet.serving.engine.rows import BatchEntry, KVCache
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ NO_QUOTA = Quota("", 1.0)
 
 
 @dataclass
-class Waiting:
+class PendingRows:
     """Rows that a session has sent, and their outputs so far."""
 
     rows_TD: Tensor
@@ -62,7 +62,7 @@ class Waiting:
     done: int = 0
     outputs: list[Tensor] = field(default_factory=list)
 
-    def take(self, rows_TD: Tensor) -> None:
+    def add_outputs(self, rows_TD: Tensor) -> None:
         """Keep the wanted part of the next outputs: the last ``want`` rows of all."""
         surplus = max(0, len(self.rows_TD) - self.want - self.done)
         self.done += len(rows_TD)
@@ -95,8 +95,8 @@ class ServedSession:
     position_bytes: int
     reserved: int  # positions with reserved memory
     kept: list[Tensor] | None = None  # all received rows, if they may be needed again
-    cache: SessionCache = field(default_factory=SessionCache)
-    queue: deque[Waiting] = field(default_factory=deque)
+    cache: KVCache = field(default_factory=KVCache)
+    queue: deque[PendingRows] = field(default_factory=deque)
     running: bool = False
     late: bool = False  # a step waited for it in vain, and it has not been punctual since
     closed: bool = False
@@ -119,25 +119,25 @@ class ServedSession:
 
     def forget(self) -> None:
         """Free everything, after the session has ended."""
-        self.cache = SessionCache()
+        self.cache = KVCache()
         self.kept = None
 
 
 @dataclass(frozen=True)
-class PlannedRows:
+class ScheduledRows:
     """The rows that a session runs in a step."""
 
     session: ServedSession
-    waiting: Waiting
+    waiting: PendingRows
     rows_TD: Tensor
 
-    def share(self) -> SessionShare:
+    def share(self) -> BatchEntry:
         """Return the session's part of a forward pass."""
         s = self.session
-        return SessionShare(self.rows_TD, s.cache, s.first, s.stop, s.adapters)
+        return BatchEntry(self.rows_TD, s.cache, s.first, s.stop, s.adapters)
 
 
-def plan(sessions: Iterable[ServedSession], settings: ServiceSettings) -> list[PlannedRows]:
+def schedule(sessions: Iterable[ServedSession], settings: ServiceSettings) -> list[ScheduledRows]:
     """Choose sessions and rows of a step: the longest waiting first, so that none starves, then the short ones."""
     ready = sorted((s for s in sessions if s.queue), key=lambda s: s.queue[0].arrival)
     ready[1:] = sorted(ready[1:], key=lambda s: s.queue[0].left)
@@ -146,6 +146,6 @@ def plan(sessions: Iterable[ServedSession], settings: ServiceSettings) -> list[P
         waiting = session.queue[0]
         num_rows = min(waiting.left, settings.chunk, budget)
         if num_rows:
-            pieces.append(PlannedRows(session, waiting, waiting.rows_TD[waiting.done : waiting.done + num_rows]))
+            pieces.append(ScheduledRows(session, waiting, waiting.rows_TD[waiting.done : waiting.done + num_rows]))
         budget -= num_rows
     return pieces

@@ -16,14 +16,13 @@ from gaisnet.config import FrontSettings, ServiceSettings
 from gaisnet.errors import LinkLost
 from gaisnet.models.parts import CutLayers
 from gaisnet.serving.engine.body import BodyService
-from gaisnet.serving.engine.sessions import BodySession, LocalSession
 from gaisnet.serving.generation.answering import Answering, Domain
-from gaisnet.serving.generation.decoding import DeviceParts
+from gaisnet.serving.generation.decoding import BodySession, DeviceParts
 from gaisnet.serving.generation.routing import EscalatingSession, Routing, Target
 from gaisnet.serving.http.api import make_app
 from gaisnet.serving.http.callers import ApiKeys
 from gaisnet.serving.http.server import Server
-from tests.serving.models import DOMAIN, RELAY, adapter, domain_body, lively_model, served
+from tests.serving.models import DOMAIN, RELAY, LocalSession, adapter, domain_body, lively_model, served
 from tests.tiny import NUM_LAYERS, tiny_tokenizer
 
 CHAT_TEMPLATE = (
@@ -46,7 +45,7 @@ class LocalBodies:
         self.trouble: tuple[str, int] | None = None
         self.opened: list[Target] = []
 
-    def open(self, target: Target, first: int, stop: int, num_positions: int) -> BodySession:
+    def open_session(self, target: Target, first: int, stop: int, num_positions: int) -> BodySession:
         if target.body == "cloud" and self.cloud_away:
             raise LinkLost("cloud at 10.1.2.3", "it is away")
         service = self.cloud if target.body == "cloud" else self.edges[target.domain]
@@ -54,7 +53,7 @@ class LocalBodies:
         self.opened.append(target)
         return session if self.trouble is None else TroubledSession(session, *self.trouble)
 
-    def open_escalating(self, target: Target, first: int, stop: int, num_positions: int) -> EscalatingSession:
+    def open_escalating_session(self, target: Target, first: int, stop: int, num_positions: int) -> EscalatingSession:
         return LocalEscalating(self, target, first, stop, num_positions)
 
     @property
@@ -102,7 +101,7 @@ class LocalEscalating:
         self._bodies = bodies
         self._domain = target.domain
         self._span = first, stop, num_positions
-        self._session = bodies.open(target, *self._span)
+        self._session = bodies.open_session(target, *self._span)
         self._rows: list[Tensor] = []
 
     def extend(self, rows_TD: Tensor, want: int) -> Tensor:
@@ -117,7 +116,7 @@ class LocalEscalating:
         self._session.close()
 
     def escalate(self, adapters: tuple[str, ...], want: int) -> Tensor:
-        at_cloud = self._bodies.open(Target("cloud", adapters, self._domain), *self._span)
+        at_cloud = self._bodies.open_session(Target("cloud", adapters, self._domain), *self._span)
         rows_WD = at_cloud.extend(torch.cat(self._rows), want)
         self._session.close()
         self._session = at_cloud
@@ -183,7 +182,7 @@ RELAY_KEPT = type(RELAY)(RELAY.rank, RELAY.alpha, RELAY.targets, (1, 3))
 
 
 @dataclass
-class Front:
+class RunningServer:
     """A server that is up, and what it stands on."""
 
     url: str
@@ -192,7 +191,7 @@ class Front:
 
 
 @contextmanager
-def front(
+def running_server(
     threshold: float = 0.5,
     policy: Any = "auto",
     settings: FrontSettings | None = None,
@@ -200,7 +199,7 @@ def front(
     tokenizer: PreTrainedTokenizerFast | None = None,
     service: ServiceSettings | None = None,
     speculate: bool = False,
-) -> Iterator[Front]:
+) -> Iterator[RunningServer]:
     parts, bodies = tiny_bodies(service, precision="float32")
     domains = {name: Domain(Routing((name,), policy, threshold)) for name in bodies.edges}
     answering = Answering(parts, tokenizer or chat_tokenizer(), bodies, domains, "shapes", speculate)
@@ -210,4 +209,4 @@ def front(
         for each in bodies.services:
             stack.enter_context(each.serving())
         url = stack.enter_context(Server(app, "127.0.0.1", 0, ApiKeys(keys)).in_thread())
-        yield Front(url, bodies, answering)
+        yield RunningServer(url, bodies, answering)
