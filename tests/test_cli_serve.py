@@ -61,7 +61,7 @@ def up() -> Iterator[RunningServer]:
     ("command", "taught"),
     [
         ("serve", ["/v1/chat/completions", "calibration.json", "--api-keys", "curl", "never ask", "0.0.0.0", "--set"]),
-        ("chat", ["green", "magenta", "--plain", "Diagnosis:", "RUN|URL", "--model"]),
+        ("chat", ["Green", "magenta", "--plain", "Diagnosis:", "RUN|URL", "--model"]),
     ],
 )
 def test_help_teaches(command: str, taught: list[str]) -> None:
