@@ -268,3 +268,8 @@ def test_a_full_disk_is_a_sentence_whoever_wrote(number: int, capsys: pytest.Cap
 def test_another_error_of_the_system_is_not_taken_for_one_of_ours() -> None:
     with pytest.raises(ConnectionResetError), told_errors():
         raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+
+def test_the_version_is_shown() -> None:
+    shown = gaisnet("--version")
+    assert shown.exit_code == 0 and re.fullmatch(r"gaisnet \d+\.\d+\.\d+\S*\n", shown.output)

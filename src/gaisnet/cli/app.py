@@ -1,7 +1,10 @@
 """The command ``gaisnet`` and its subcommands."""
 
+from typing import Annotated
+
 import typer
 
+from gaisnet import __version__
 from gaisnet.cli.baselines import baselines
 from gaisnet.cli.bench import bench
 from gaisnet.cli.chat import chat
@@ -19,8 +22,18 @@ set_wait_policy()  # before torch is imported, which commands do when they run
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gaisnet {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """GaisNet: a foundation model and domain models make each other better, while the data stays on the devices."""
 
 
