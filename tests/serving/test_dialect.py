@@ -16,12 +16,12 @@ from gaisnet.serving.generation.text import Sampler
 from gaisnet.serving.http.dialect import (
     LONGEST_STOP,
     NEUTRAL,
-    BadRequest,
     ChatRequest,
     CompletionRequest,
     Request,
     read_request,
 )
+from gaisnet.serving.http.refusals import BadRequest
 from tests.serving.servers import chat_tokenizer
 from tests.serving.test_sampling import LOGITS
 

@@ -25,6 +25,7 @@ from gaisnet.config import FrontSettings
 from gaisnet.models.tokenization import chat_ids, prompt_ids
 from gaisnet.serving.generation.answering import GenerationRequest
 from gaisnet.serving.generation.text import Sampling
+from gaisnet.serving.http.refusals import BadRequest
 
 _LONGEST_NAME = 80
 
@@ -67,15 +68,6 @@ NEUTRAL_OF_MESSAGE: Mapping[str, Sequence[Any]] = {
 FOREIGN_ROLES = ("tool", "function")
 FOREIGN_PARTS = ("image_url", "input_audio", "file", "refusal")
 """OpenAI's roles of messages and kinds of content that a text model cannot read."""
-
-
-class BadRequest(Exception):
-    """A request that cannot be served. ``param`` names the field, ``code`` is for programs."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-        self.code = code
 
 
 def unsupported(what: str, param: str) -> BadRequest:

@@ -7,7 +7,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from gaisnet.errors import ContextFull, GaisnetError, ServiceFull, SessionRefused, UnknownModel
-from gaisnet.serving.http.dialect import BadRequest
 
 INVALID = "invalid_request_error"
 GONE = 499  # in metrics: the client left
@@ -17,6 +16,15 @@ _log = logging.getLogger(__name__)
 
 class ClientGone(Exception):
     """The client left before its answer was ready."""
+
+
+class BadRequest(Exception):
+    """A request that cannot be served. ``param`` names the field, ``code`` is for programs."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class Refusal(Exception):
