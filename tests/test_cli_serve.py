@@ -60,7 +60,18 @@ def up() -> Iterator[RunningServer]:
 @pytest.mark.parametrize(
     ("command", "taught"),
     [
-        ("serve", ["/v1/chat/completions", "calibration.json", "--api-keys", "curl", "never ask", "0.0.0.0", "--set"]),
+        (
+            "serve",
+            [
+                "/v1/chat/completions",
+                "calibration.json",
+                "--api-keys",
+                "curl",
+                "where the DM is unsure",
+                "0.0.0.0",
+                "--set",
+            ],
+        ),
         ("chat", ["Green", "magenta", "--plain", "Diagnosis:", "RUN|URL", "--model"]),
     ],
 )

@@ -33,12 +33,12 @@ def in_turns(layers: BatchedLayers, ranges: list[tuple[int, int]], turns: list[d
     """Outputs of the sequences, of which each turn takes so many rows of some."""
     caches = [KVCache() for _ in LENGTHS]
     outputs: list[list[Tensor]] = [[] for _ in LENGTHS]
-    for compute_lock in turns:
+    for turn in turns:
         shares = [
             BatchEntry(sequences()[i][caches[i].length : caches[i].length + num], caches[i], *ranges[i])
-            for i, num in compute_lock.items()
+            for i, num in turn.items()
         ]
-        for i, rows_TD in zip(compute_lock, layers.run_sessions(shares), strict=True):
+        for i, rows_TD in zip(turn, layers.run_sessions(shares), strict=True):
             outputs[i].append(rows_TD)
     return [torch.cat(rows) for rows in outputs]
 

@@ -950,11 +950,11 @@ def all_at_once(sites: Sites, number: int) -> None:
     names = [f"device-{i}" for i in range(number)]
     edge = sites.listener(*names, handle=lambda asker, payload: asker.encode() + payload)
     dialers = {name: sites.dialer(edge.port, name) for name in names}
-    for compute_lock in (b"1", b"2", b"3"):
-        up = {name: dialer.send(compute_lock) for name, dialer in dialers.items()}
-        down = {name: edge.link(name).send(name.encode() + compute_lock) for name in names}
+    for round_ in (b"1", b"2", b"3"):
+        up = {name: dialer.send(round_) for name, dialer in dialers.items()}
+        down = {name: edge.link(name).send(name.encode() + round_) for name in names}
         for name in names:
-            assert answer(up[name]) == answer(down[name]) == name.encode() + compute_lock
+            assert answer(up[name]) == answer(down[name]) == name.encode() + round_
     assert all(state.connected for state in edge.states().values())
 
 

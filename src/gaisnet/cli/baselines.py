@@ -29,7 +29,7 @@ def baselines(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     only: Annotated[
         list[Kind] | None,
-        typer.Option(help="Leave out the others, such as those that take long; may be given several times."),
+        typer.Option(help="Run only this baseline; may be given several times."),
     ] = None,
     overrides: ServiceOverrides = None,
 ) -> None:

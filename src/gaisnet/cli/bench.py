@@ -23,10 +23,10 @@ def bench(
     config: ConfigFile = None,
     serving: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="In place of CONFIG: folder of a finished run, whose answers to measure."),
+        typer.Option(metavar="RUN", help="In place of CONFIG: folder of a finished run; measures its serving."),
     ] = None,
     scale: Annotated[
-        bool, typer.Option("--scale", help="In place of CONFIG: networks of many simulated devices.")
+        bool, typer.Option("--scale", help="In place of CONFIG: measure networks of many simulated devices.")
     ] = False,
     out: Annotated[
         Path | None,
@@ -35,10 +35,12 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every figure is the median of them.")] = 5,
     seconds: Annotated[
         float,
-        typer.Option(min=1.0, help="With --serving: of each window in which answers and fine-tuning run."),
+        typer.Option(
+            min=1.0, help="With --serving: length of each window in which requests and fine-tuning run together."
+        ),
     ] = 15.0,
     sizes: Annotated[
-        str, typer.Option(metavar="N,N,...", help="With --scale: how many devices the networks have.")
+        str, typer.Option(metavar="N,N,...", help="With --scale: numbers of devices, one network each.")
     ] = "10,100,1000,10000",
     overrides: Overrides = None,
 ) -> None:

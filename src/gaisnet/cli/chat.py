@@ -32,12 +32,12 @@ def chat(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 always takes the likeliest token.")] = 0.0,
-    speculate: Annotated[bool, typer.Option("--speculate", help="The DM drafts what the FM writes.")] = False,
+    speculate: Annotated[bool, typer.Option("--speculate", help="The DM drafts and the FM checks.")] = False,
     plain: Annotated[
         bool,
         typer.Option(
             "--plain",
-            help=r"Each line is a prompt as it stands, no chat; \n in it is a new line. For tasks learned so.",
+            help=r"Send each line as a plain prompt instead of a chat message; \n starts a new line.",
         ),
     ] = False,
     overrides: ServiceOverrides = None,
@@ -95,10 +95,10 @@ def _converse(talk: Conversation) -> None:
         if line in ("/quit", "/exit"):
             return
         if line:
-            _compute_lock(talk, line)
+            _take_line(talk, line)
 
 
-def _compute_lock(talk: Conversation, line: str) -> None:
+def _take_line(talk: Conversation, line: str) -> None:
     """Run a command or answer a line; report errors and go on."""
     try:
         if line.startswith("/"):

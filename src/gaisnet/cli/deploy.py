@@ -16,7 +16,7 @@ deploy = typer.Typer(no_args_is_help=True, help="Cloud, edges and devices as sep
 
 @deploy.command()
 def prepare(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file; cloud.host and edges.*.host say who is where.")],
+    config: Annotated[Path, typer.Argument(help="The run's YAML file; cloud.host and edges.*.host name the machines.")],
     out: Annotated[Path, typer.Option(help="Folder for the kits, one per site; must be new or empty.")],
     overrides: Overrides = None,
 ) -> None:

@@ -10,26 +10,32 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Change one setting: key=value, e.g. --set relay.enabled=false --set seed=1. A relative path in it is "
-        "taken from the current directory, one in CONFIG from the folder of CONFIG.",
+        help="Change one setting: key=value, e.g. --set relay.enabled=false --set seed=1. A relative path given "
+        "here starts at the current directory; one in CONFIG starts at the folder of CONFIG.",
     ),
 ]
 ServiceOverrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Change a setting of the service, the front or of faults, e.g. --set front.max_answers=16, or say where "
-        "moved files are now: --set model.foundation=FOLDER --set edges.0.devices.1.data=FOLDER.",
+        help="Change a setting of service, front or faults, e.g. --set front.max_answers=16, or name the new place of "
+        "moved files: --set model.foundation=FOLDER --set edges.0.devices.1.data=FOLDER.",
     ),
 ]
 ConfigFile = Annotated[Path | None, typer.Argument(help="The run's YAML file, such as configs/demo.yaml.")]
 Out = Annotated[Path | None, typer.Option(show_default="runs/<time>", help="Output folder; must be new or empty.")]
-Resume = Annotated[Path | None, typer.Option(help="In place of CONFIG: go on with the run in this output folder.")]
+Resume = Annotated[Path | None, typer.Option(help="In place of CONFIG: resume the run in this output folder.")]
 
-Stay = Annotated[bool, typer.Option("--stay", help="A cloud goes on answering when the run has finished.")]
+Stay = Annotated[bool, typer.Option("--stay", help="The cloud keeps serving after the run has finished.")]
 ServeOn = Annotated[
     int | None,
-    typer.Option("--serve", metavar="PORT", min=0, max=65535, help="A device answers callers at this port of its own."),
+    typer.Option(
+        "--serve",
+        metavar="PORT",
+        min=0,
+        max=65535,
+        help="TCP port of an HTTP endpoint on this device; 0 takes a free one.",
+    ),
 ]
 
 _ANSWERS = "Answers"  # a panel of the help
@@ -37,7 +43,7 @@ Host = Annotated[
     str,
     typer.Option(
         rich_help_panel=_ANSWERS,
-        help="Address to listen on. Beyond this machine, such as 0.0.0.0, API keys are needed.",
+        help="Address to listen on. One that other machines can reach, such as 0.0.0.0, needs API keys.",
     ),
 ]
 ApiKeysFile = Annotated[
@@ -45,27 +51,30 @@ ApiKeysFile = Annotated[
     typer.Option(
         rich_help_panel=_ANSWERS,
         show_default="$GAISNET_API_KEYS, with commas between",
-        help="File with a key per line.",
+        help="File with one key per line.",
     ),
 ]
 Escalate = Annotated[
     Literal["never", "auto", "always"],
     typer.Option(
         rich_help_panel=_ANSWERS,
-        help="For the model 'auto': never ask the foundation model, where the DM is not sure, always.",
+        help="For the model 'auto': escalate to the foundation model never, where the DM is unsure, or always.",
     ),
 ]
 EscalateTo = Annotated[
     Literal["merged", "domain"],
     typer.Option(
         rich_help_panel=_ANSWERS,
-        help="The adapter on the foundation model then: that of all domains, or of the DM's own.",
+        help="Adapter on the foundation model after escalation: merged from all domains, or the DM's own.",
     ),
 ]
 MostEscalated = Annotated[
     float,
     typer.Option(
-        min=0.0, max=1.0, rich_help_panel=_ANSWERS, help="To calibrate: share of answers that may be escalated."
+        min=0.0,
+        max=1.0,
+        rich_help_panel=_ANSWERS,
+        help="Largest share of the answers that may be escalated, for the calibration.",
     ),
 ]
 Threshold = Annotated[
@@ -81,7 +90,7 @@ Speculate = Annotated[
     typer.Option(
         "--speculate",
         rich_help_panel=_ANSWERS,
-        help="The DM drafts what the foundation model writes: fewer calls to it.",
+        help="The DM drafts and the foundation model checks: fewer calls to the foundation model.",
     ),
 ]
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 def paper(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Less of everything, in minutes: that it runs, and about what comes out.")
+        bool,
+        typer.Option(
+            "--quick", help="Smaller experiments, in minutes: they show that all of it runs, and roughly what it finds."
+        ),
     ] = False,
     only: Annotated[
         list[str] | None,
@@ -24,7 +27,7 @@ def paper(
     out: Annotated[
         Path | None,
         typer.Option(
-            show_default="runs/paper, or runs/paper-quick", help="Output folder; what is in it is not done again."
+            show_default="runs/paper, or runs/paper-quick", help="Output folder; finished experiments in it are kept."
         ),
     ] = None,
 ) -> None:

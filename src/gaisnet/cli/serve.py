@@ -53,13 +53,13 @@ def serve(
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes a free one.")] = 8000,
     device: Annotated[
-        str | None, typer.Option(show_default="the first split one", help="The device that answers are written on.")
+        str | None, typer.Option(show_default="the first split one", help="Device that generates the answers.")
     ] = None,
     api_keys: ApiKeysFile = None,
     escalate: Escalate = "auto",
     escalate_to: EscalateTo = "merged",
     other_domains: Annotated[
-        float, typer.Option(min=0.0, max=0.5, help="To calibrate: share of requests of other domains.")
+        float, typer.Option(min=0.0, max=0.5, help="Expected share of requests of other domains, for the calibration.")
     ] = 0.2,
     most_escalated: MostEscalated = 0.3,
     threshold: Threshold = None,

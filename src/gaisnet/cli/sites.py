@@ -28,7 +28,7 @@ from gaisnet.terminal import log_to_stderr
 def cloud(
     kit: Annotated[Path, typer.Argument(help="The cloud's kit.")],
     out: Annotated[
-        Path | None, typer.Option(show_default="KIT/run", help="Output folder; goes on if it holds a run.")
+        Path | None, typer.Option(show_default="KIT/run", help="Output folder; a run in it is resumed.")
     ] = None,
     stay: Stay = False,
 ) -> None:

@@ -17,36 +17,42 @@ class WireSettings(Settings):
     smashed: TensorCode = Field("int4", description="Activations of examples, device -> edge -> cloud.")
     session: TensorCode = Field(
         "float32",
-        description="Activations of answers, both ways. Only in float32 is an answer of an int8 model that of the "
-        "model in one piece, token for token; float16 halves the bytes.",
+        description="Activations of requests, both ways. Only with float32 does a split int8 model give the same "
+        "answer as the unsplit one, token for token; float16 halves the bytes.",
     )
     body_output: TensorCode = Field(
         "int4",
-        description="Activations of examples, edge or cloud -> device; of an encoder logits. Those of fewer than 32 "
-        "classes are in float32 where this says int4; with more, float16 is the default and int4 is refused.",
+        description="Activations of examples, edge or cloud -> device; for an encoder these are logits. With fewer "
+        "than 32 classes, logits are sent in float32 where this says int4; with more, the default is "
+        "float16 and int4 is refused.",
     )
     gradient: TensorCode = Field(
-        "int4", description="Gradients device -> edge, and in the last mile on to the cloud; of logits as there."
+        "int4",
+        description="Gradients, device -> edge, and in the last mile on to the cloud; gradients of logits follow the "
+        "rule of body_output.",
     )
     gradient_rounding: Literal["nearest", "stochastic"] = Field(
-        "nearest", description="How int8 and int4 gradients are rounded; by chance, errors are larger but cancel out."
+        "nearest",
+        description="Rounding of int8 and int4 gradients. Stochastic rounding makes larger errors, but they cancel "
+        "out over many steps.",
     )
     anchor: TensorCode = Field(
         "float16",
-        description="What the FM makes of its own text, cloud -> edge -> local device, once: what is not to be lost.",
+        description="The FM's output on its own text, sent once: cloud -> edge -> local device. Forgetting is "
+        "measured against it, so it should stay precise.",
     )
     adapter: TensorCode = Field("float32", description="Adapters, both ways.")
     max_message_bytes: int = Field(
         2**31,
         ge=2**16,
-        description="Longer frames are refused before they are read; longer messages cross in chunks that fit. All "
-        "that are longer than 64 MiB do, whatever this says.",
+        description="Longest frame; a longer one is refused before it is read. A message that does not fit crosses in "
+        "chunks, as does every message above 64 MiB.",
     )
     max_transfer_bytes: int = Field(
         2**36,
         ge=2**16,
-        description="Longer messages are refused, in chunks or not. What a run is known to send is held against it "
-        "before the model is loaded.",
+        description="Longest message, in chunks or not; a longer one is refused. Before the model is loaded, the "
+        "messages that a run must send are checked against it.",
     )
 
     def rounding(self, setting: str) -> Literal["nearest", "stochastic"]:
@@ -57,30 +63,38 @@ class WireSettings(Settings):
 class FaultSettings(Settings):
     """Timeouts, and the parties that a round or a cycle needs."""
 
-    step_deadline_s: float = Field(60.0, gt=0.0, description="A device that answers a training step later is left out.")
+    step_deadline_s: float = Field(
+        60.0, gt=0.0, description="Time for a device to answer a training step; a device that takes longer is left out."
+    )
     round_deadline_s: float = Field(
-        1800.0, gt=0.0, description="Same for its head's output, an installation, local learning."
+        1800.0,
+        gt=0.0,
+        description="Time for a device to send its head's output, to install its part, or to finish local learning.",
     )
     away_s: float = Field(
         60.0,
         ge=0.0,
-        description="How long a device whose link is down is waited for, and an edge that missed the cycle before.",
+        description="Time to wait for a device whose link is down, and for an edge that missed the previous cycle.",
     )
-    min_devices: int = Field(1, ge=1, description="An edge round with fewer devices of an edge fails.")
+    min_devices: int = Field(
+        1, ge=1, description="Fewest devices of an edge that an edge round needs; with fewer, the round fails."
+    )
     edge_deadline_s: float = Field(
-        7200.0, gt=0.0, description="How long the cloud waits for an edge, restarts included."
+        7200.0, gt=0.0, description="Time for the cloud to wait for an edge, restarts included."
     )
     min_edges: int = Field(
         1,
         ge=1,
-        description="A cycle with fewer edges fails. With enough of them it goes on without an edge that is away, "
-        "fails or sends what cannot be meant; that one is asked again in the next cycle.",
+        description="Fewest edges that a cycle needs; with fewer, the cycle fails. Otherwise the cycle goes on "
+        "without an edge that is away, fails or sends an impossible value, and asks that edge again in "
+        "the next cycle.",
     )
     max_example_ratio: float = Field(
         20.0,
         ge=1.0,
-        description="Examples that one device may say it has, as a multiple of the median of its edge's other devices; "
-        "one that says more is left out, for it would outweigh all others. Of built-in data a device may have all.",
+        description="Most examples that a device may report, as a multiple of the median of the edge's other devices. "
+        "A device that reports more is left out, because it would outweigh all others. A device with "
+        "built-in data may hold the whole data set.",
     )
 
 
@@ -88,35 +102,35 @@ class ServiceSettings(Settings):
     """Capacity of a body's service, and the share of training beside it."""
 
     max_cache_mib: int = Field(
-        1024, ge=1, description="Of keys and values of all sessions; above it a session is refused."
+        1024, ge=1, description="Memory for the keys and values of all sessions; beyond it, a new session is refused."
     )
-    max_sessions: int = Field(64, ge=1, description="Open at once.")
+    max_sessions: int = Field(64, ge=1, description="Sessions that may be open at once.")
     max_share_per_peer: float = Field(
         0.5,
         gt=0.0,
         le=1.0,
-        description="The share of these sessions and of their memory that one peer may hold at once: a device at its "
-        "edge, an edge at the cloud. The only peer of a site may hold all of it.",
+        description="Share of the sessions and of their memory that one peer may hold: a device at its edge, an edge "
+        "at the cloud. If a site has a single peer, that peer may hold all of it.",
     )
     max_request_mib: int = Field(
         64,
         ge=1,
-        description="Limit on a device's requests that its edge has not answered: rows of the answers it writes.",
+        description="Memory for requests of one device that its edge has not answered yet.",
     )
-    chunk: int = Field(64, ge=1, description="Positions of one session that a step takes at most; splits long prompts.")
-    step_rows: int = Field(256, ge=1, description="Positions of all sessions that a step takes at most.")
+    chunk: int = Field(64, ge=1, description="Most positions of one session in a step; longer prompts are split.")
+    step_rows: int = Field(256, ge=1, description="Most positions of all sessions together in a step.")
     max_activations_mib: int | None = Field(
         None,
         ge=0,
-        description="Of its devices' activations, what an edge keeps in memory to learn from; the rest is in files of "
-        "the folder that TMPDIR names, which should be on a disk. null keeps all in memory.",
+        description="Memory of an edge for the activations that it trains on; the rest goes to files in the folder "
+        "named by TMPDIR, which should be on a disk. null keeps all of them in memory.",
     )
     fine_tune_share: float = Field(
         0.5,
         ge=0.0,
         le=1.0,
-        description="Of a machine's cores, what learning gets while there are answers; both compute at the same time. "
-        "On a single core: of its time, where answers would take it all.",
+        description="Share of a machine's cores that fine-tuning gets while requests are being answered; the two "
+        "compute at the same time. On a single core it is the share of time.",
     )
 
     def share_of_one(self, num_peers: int) -> float:
@@ -133,65 +147,81 @@ class RoutingSettings(Settings):
     """Escalation of a domain model's answer to the foundation model."""
 
     escalate: Literal["never", "auto", "always"] = Field(
-        "auto", description="A device's policy: 'auto' escalates where the DM is not sure, 'always' at the first token."
+        "auto",
+        description="Policy of a device: 'auto' escalates where the DM is unsure, 'always' from the first token, "
+        "'never' not at all.",
     )
     threshold: float | None = Field(
-        None, description="A token that the DM is less sure of is the FM's to write; null takes the calibrated one."
+        None,
+        description="Least probability of the DM's likeliest token; below it the FM writes the rest. null takes the "
+        "calibrated threshold.",
     )
     escalate_to: Literal["merged", "domain"] = Field(
         "merged",
-        description="What acts on the FM then: the adapter merged from all domains, or that of the DM's domain alone. "
-        "Where there is one domain only, its own.",
+        description="Adapter on the FM after escalation: 'merged' from all domains, or that of the DM's own 'domain'. "
+        "In a network of one domain both are the same.",
     )
     other_domains: float = Field(
         0.2,
         ge=0.0,
         le=0.5,
-        description="Share of the requests that are expected to belong to other domains; a threshold is calibrated on "
-        "such a mix, as far as this process has held-out examples of them.",
+        description="Expected share of requests that belong to other domains. The threshold is calibrated on such a "
+        "mix, as far as this process has test examples of other domains.",
     )
-    most_escalated: float = Field(0.3, ge=0.0, le=1.0, description="Share of the answers that may be escalated.")
+    most_escalated: float = Field(
+        0.3, ge=0.0, le=1.0, description="Largest share of the answers that may be escalated, for the calibration."
+    )
 
 
 class FrontSettings(Settings):
     """The HTTP endpoint: limits on requests and times, and allowed web pages."""
 
-    max_body_bytes: int = Field(2**20, ge=2**10, description="A larger request is refused with 413.")
-    max_prompt_tokens: int = Field(4096, ge=1, description="A longer prompt is refused with 400.")
-    max_answer_tokens: int = Field(1024, ge=1, description="An answer that asks for more is refused with 400.")
-    max_messages: int = Field(4096, ge=1, description="Messages of a chat, and parts of them; more are refused.")
-    max_prompts: int = Field(32, ge=1, description="Prompts of one request for completions; more are refused.")
+    max_body_bytes: int = Field(2**20, ge=2**10, description="Longest request body; a longer one is refused with 413.")
+    max_prompt_tokens: int = Field(4096, ge=1, description="Longest prompt; a longer one is refused with 400.")
+    max_answer_tokens: int = Field(
+        1024, ge=1, description="Longest answer that a request may ask for; more is refused with 400."
+    )
+    max_messages: int = Field(
+        4096, ge=1, description="Most messages in a chat, and most content parts in all of them; more are refused."
+    )
+    max_prompts: int = Field(32, ge=1, description="Most prompts in one request for completions; more are refused.")
     default_chat_tokens: int = Field(
-        512, ge=1, description="Tokens of a chat's answer that names no number; completions take 16, as OpenAI's do."
+        512,
+        ge=1,
+        description="Longest answer to a chat request that names no limit. For completions that is 16 tokens, as in "
+        "OpenAI's API.",
     )
     max_answers: int = Field(
         32,
         ge=1,
-        description="Answers under way at once; one more is refused with 429, except that of several prompts of one "
-        "request those without room wait for the first of them.",
+        description="Answers that may be written at once; a further request is refused with 429. If a request with "
+        "several prompts exceeds the limit, the remaining prompts wait for its first one.",
     )
     max_connections: int = Field(
-        256, ge=1, description="Open at once. One more ends the one that has owed a request for the longest time."
+        256,
+        ge=1,
+        description="Connections that may be open at once. A further one closes the connection that has owed a "
+        "request for the longest time.",
     )
     head_timeout_s: float = Field(
-        10.0, gt=0.0, description="Limit from the first byte of a request to its last header."
+        10.0, gt=0.0, description="Time from the first byte of a request to the end of its headers."
     )
-    body_timeout_s: float = Field(30.0, gt=0.0, description="Limit from there to the end of its body.")
-    idle_timeout_s: int = Field(5, ge=1, description="How long a connection may be silent between two requests.")
-    send_timeout_s: float = Field(60.0, gt=0.0, description="How long a caller may take nothing of an answer.")
+    body_timeout_s: float = Field(30.0, gt=0.0, description="Time from the end of the headers to the end of the body.")
+    idle_timeout_s: int = Field(5, ge=1, description="Time that a connection may be idle between two requests.")
+    send_timeout_s: float = Field(60.0, gt=0.0, description="Time that a client may read nothing of its answer.")
     cors_origins: tuple[Origin, ...] = Field(
         (),
-        description="Origins of web pages whose scripts may ask, such as https://chat.example; '*' for all. Requests "
-        "of other pages are refused.",
+        description="Origins of web pages whose scripts may send requests, such as https://chat.example; '*' allows "
+        "all. Requests from other pages are refused.",
     )
 
 
 class CloudSettings(Settings):
     """Addresses of the cloud's site; used by ``gaisnet deploy`` only."""
 
-    host: Host = Field("localhost", description="DNS name or IPv4 address by which edges reach it.")
+    host: Host = Field("localhost", description="DNS name or IPv4 address at which edges reach the cloud.")
     nvflare_port: int = Field(0, ge=0, le=65535, description="TCP port of NVFlare's server; 0 takes a free one.")
-    link_port: int = Field(0, ge=0, le=65535, description="TCP port for the edges' own streams; 0 takes a free one.")
+    link_port: int = Field(0, ge=0, le=65535, description="TCP port for the links of the edges; 0 takes a free one.")
 
     @field_validator("host")
     @classmethod

