@@ -51,19 +51,29 @@ def test_a_frame_of_another_version_is_refused_before_its_fields_are_read(versio
 def keep(path: Path, **metadata: str) -> Path:
     """Write a checkpoint by other means than the store."""
     path.parent.mkdir(parents=True)
-    safetensors.torch.save_file({"x": torch.ones(2)}, path, {"state": "{}", **metadata})
+    safetensors.torch.save_file({"x": torch.ones(2)}, path, metadata)
     return path
 
 
 def test_a_checkpoint_of_today_says_its_version(tmp_path: Path) -> None:
     FolderStore(tmp_path).save("run", {"a": 1}, {"x": torch.ones(2)})
     with safetensors.safe_open(tmp_path / "run.safetensors", "pt") as file:
-        assert file.metadata()["version"] == CHECKPOINT_VERSION == "1"
+        assert json.loads(file.metadata()["checkpoint"])["version"] == CHECKPOINT_VERSION == "1"
     loaded = FolderStore(tmp_path).load("run")
     assert loaded is not None and loaded[0] == {"a": 1}
 
 
-@pytest.mark.parametrize(("metadata", "found"), [({}, "0"), ({"version": "2"}, "2")], ids=["an old one", "a newer one"])
+def test_equal_states_are_equal_files(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        FolderStore(tmp_path).save(name, {"a": 1, "b": 2}, {"x": torch.ones(2), "y": torch.zeros(3)})
+    assert len({(tmp_path / f"{name}.safetensors").read_bytes() for name in ("a", "b", "c", "d")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"),
+    [({"state": "{}"}, "0"), ({"checkpoint": '{"version": "2"}'}, "2")],
+    ids=["an old one", "a newer one"],
+)
 def test_a_checkpoint_of_another_version_is_refused_and_stays(
     tmp_path: Path, metadata: dict[str, str], found: str
 ) -> None:

@@ -23,8 +23,8 @@ from gaisnet.errors import CheckpointError, CheckpointVersion, GaisnetError, Out
 
 CHECKPOINT_VERSION = "1"
 """Format of checkpoints; raised with every change that an older release would misread."""
-_STATE = "state"
-_VERSION = "version"
+_HEADER = "checkpoint"
+"""The metadata's only entry: safetensors writes several in any order, and equal states are equal files."""
 
 
 class CheckpointStore(Protocol):
@@ -56,7 +56,7 @@ class FolderStore:
         path = self._path(name)
         with writing(path):
             self._folder.mkdir(parents=True, exist_ok=True)
-        metadata = {_VERSION: CHECKPOINT_VERSION, _STATE: json.dumps(state, allow_nan=False)}
+        metadata = {_HEADER: json.dumps({"version": CHECKPOINT_VERSION, "state": state}, allow_nan=False)}
         own = _apart(tensors)
         with replacing(path) as temporary:
             safetensors.torch.save_file(own, temporary, metadata)
@@ -68,12 +68,10 @@ class FolderStore:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                version = metadata.get(_VERSION, "0")  # the first releases wrote none
-                if version != CHECKPOINT_VERSION:
-                    raise CheckpointVersion(path, version, CHECKPOINT_VERSION)
-                state = json.loads(metadata[_STATE])
-                return state, {key: file.get_tensor(key) for key in file.keys()}
+                header = json.loads(file.metadata().get(_HEADER, '{"version": "0"}'))  # the first releases wrote none
+                if header["version"] != CHECKPOINT_VERSION:
+                    raise CheckpointVersion(path, str(header["version"])[:20], CHECKPOINT_VERSION)
+                return header["state"], {key: file.get_tensor(key) for key in file.keys()}
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(path, str(error)) from error
 

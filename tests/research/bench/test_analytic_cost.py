@@ -101,7 +101,7 @@ def test_how_many_devices_a_batch_is_of() -> None:
     one, two = Tokens((1, 2, 3), (3, 4)), Tokens((1, 2, 3, 4, 5), (5,))
     assert Work.from_examples({"a": [one, two]}, 2) == Work(positions=4, labels=1.5, frames=0.5, devices=0.5)
     halves = Work.from_examples({"a": [one, two], "b": [two, one]}, 2)
-    assert halves.frames == pytest.approx(1.5 / 2)  # two draws are of one device as often as of both
+    assert halves.frames == pytest.approx(5 / 3 / 2)  # of the six pairs, four are of both devices
     assert Work.from_examples({"a": [one]}, 16).frames == 1
 
 

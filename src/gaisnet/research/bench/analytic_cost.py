@@ -5,6 +5,7 @@ and vocabulary in ``device_precision``, and no layers of the tail. At an edge, l
 adapters are held in ``domain.precision``, all others in ``model.dtype``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from gaisnet.tiers.split.layout import Layout
 from gaisnet.transport.codec import Codec
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_STEP, _LABELS = 10, 10  # of a usual frame, of which only the digits count
 _NUMBER_BYTES = 4  # bytes of an example's number, of a length, of a count of labels, of a scale
 _MODELS: dict[str, dict[str, Any]] = {  # published configurations: shape, layers before the adapters, dtype
     "SmolLM2 135M": {"shape": (576, 30, 9, 3, 1536, 49_152, True), "first_layer": 18, "dtype": "float32"},
@@ -69,8 +71,9 @@ class Work:
         """Describe the examples of an edge's devices, by device."""
         every = [tokens for mine in examples.values() for tokens in mine]
         batch = min(batch_size, len(every))
-        # Expected devices in a batch, as if each example were drawn from all.
-        owners = sum(1 - (1 - len(mine) / len(every)) ** batch for mine in examples.values())
+        # Expected devices in a batch: a pass draws its examples without putting any back.
+        num_batches = math.comb(len(every), batch)
+        owners = sum(1 - math.comb(len(every) - len(mine), batch) / num_batches for mine in examples.values())
         positions = sum(len(tokens.input_ids) for tokens in every) / len(every)
         labels = sum(len(tokens.label_ids) for tokens in every) / len(every)
         return cls(positions, labels, owners / batch, len(examples) / len(every))
@@ -132,8 +135,12 @@ def _wire_bytes(model: PretrainedConfig, config: Config, work: Work) -> tuple[fl
     width, wire, codec = int(model.hidden_size), config.wire, Codec(config.wire)
     row_1D, one_E = torch.zeros(1, width), torch.ones(1, dtype=torch.int32)
     output, grad = row_bytes(width, wire.body_output), row_bytes(width, wire.gradient)
-    output_header = _size(codec, BodyOutput("train", 10, 10, one_E, row_1D)) - output - _NUMBER_BYTES
-    grad_header = _size(codec, BodyOutputGrad(10, 10 / 3, row_1D)) - grad
+    # A frame of usual size: a header grows with the digits of shapes and numbers.
+    examples_E = torch.ones(max(1, round(1 / work.frames)), dtype=torch.int32)
+    rows_ND = torch.zeros(max(1, round(work.labels / work.frames)), width)
+    sent = BodyOutput("train", _STEP, _LABELS, examples_E, rows_ND)
+    output_header = _size(codec, sent) - len(rows_ND) * output - len(examples_E) * _NUMBER_BYTES
+    grad_header = _size(codec, BodyOutputGrad(_STEP, 10 / 3, rows_ND)) - len(rows_ND) * grad
     whole = _size(codec, SmashedData("device-1", "train", 1, one_E, one_E.clone(), row_1D))
     once = work.devices * (
         whole - row_bytes(width, wire.smashed) - 2 * _NUMBER_BYTES
